@@ -1,0 +1,45 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all check format bench docs
+
+help:  ## List the verbs
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## Make .venv with pinned dependencies
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Surefoot needs Python 3.10 or newer; name one with: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	@touch $(READY)
+
+demo: $(READY)  ## PPO fine-tunes a real model towards a real reward: about 5 minutes on 2 cores
+	@$(BIN)/surefoot demo
+
+test: $(READY)  ## The tests that CI runs
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: $(READY)  ## All tests, the slow ones too (kill and resume, learning on the real model)
+	$(BIN)/python -m pytest
+
+check: $(READY)  ## Format, lint, types, architecture
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_architecture.py tests/test_docs.py
+
+format: $(READY)  ## Format the code and mend what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)  ## Speed beside transformers' generate, and where an update's time goes
+	$(BIN)/python benchmarks/speed/generation.py
+	$(BIN)/python benchmarks/speed/update.py
+
+docs: $(READY)  ## Write docs/config.md again from the configuration models
+	$(BIN)/python -m surefoot.config_reference > docs/config.md

@@ -1,0 +1,1 @@
+"""PPO mathematics: pure functions on tensors. No I/O, no modules, no config."""

@@ -1,0 +1,41 @@
+"""Sums, means and whitening over a mask. What is masked is inert: NaN there changes neither value nor gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum of `values` where `mask` (bool, same shape) is true; scalar."""
+    return torch.where(mask, values, torch.zeros_like(values)).sum()
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `values` where `mask` is true; 0 for an empty mask."""
+    return masked_sum(values, mask) / mask.sum().clamp(min=1)
+
+
+def masked_var(values: Tensor, mask: Tensor) -> Tensor:
+    """Population variance (divided by n, not n - 1) where `mask` is true; 0 for an empty mask."""
+    return masked_mean((torch.where(mask, values, torch.zeros_like(values)) - masked_mean(values, mask)) ** 2, mask)
+
+
+def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
+    """Scale to unit variance and, with `shift_mean`, move the mean to 0; 0 off the mask.
+
+    `(x - mean) * rsqrt(var + 1e-8)` with population variance, as OpenAI's lm-human-preferences does
+    (`lm_human_preferences/utils/core.py: whiten`). One value or equal values give 0 (plus the mean without the shift).
+    """
+    mean = masked_mean(values, mask)
+    whitened = (values - mean) * torch.rsqrt(masked_var(values, mask) + 1e-8)
+    if not shift_mean:
+        whitened = whitened + mean
+    return torch.where(mask, whitened, torch.zeros_like(whitened))
+
+
+def explained_variance(predictions: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var(target - prediction) / Var(target): 1 is perfect, 0 no better than a constant; 0 if targets are equal."""
+    variance = masked_var(targets, mask)
+    residual = masked_var(targets - predictions, mask)
+    return torch.where(variance > 0, 1 - residual / variance.clamp(min=1e-30), torch.zeros_like(variance))

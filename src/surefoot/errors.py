@@ -1,0 +1,38 @@
+"""What can go wrong, and the exit code each one has.
+
+SurefootError            one line for the user, never a traceback
+├── InputError      2    the config, a file, a model folder or a reward is not usable as given
+├── GateError       2    a check the program runs on itself did not pass; training would be wrong
+├── NonFiniteError  3    losses or gradients stayed non-finite for several steps in a row
+└── Interrupted     128 + signal   SIGTERM (143) or Ctrl-C (130); a checkpoint was saved
+"""
+
+from __future__ import annotations
+
+
+class SurefootError(Exception):
+    """Base of every error that is the user's to mend. `exit_code` is what the command line ends with."""
+
+    exit_code = 2
+
+
+class InputError(SurefootError):
+    """Bad input: says what, where, and how to mend it, in one line."""
+
+
+class GateError(SurefootError):
+    """A start-up gate failed (see `train/gates.py`); the message lists the likely causes."""
+
+
+class NonFiniteError(SurefootError):
+    """The run stopped because several optimiser steps in a row had a non-finite loss or gradient."""
+
+    exit_code = 3
+
+
+class Interrupted(SurefootError):
+    """The run was asked to stop by a signal and saved its state first."""
+
+    def __init__(self, signal_number: int, message: str = ""):
+        super().__init__(message or f"stopped by signal {signal_number}")
+        self.exit_code = 128 + signal_number

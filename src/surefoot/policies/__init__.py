@@ -1,0 +1,1 @@
+"""Policies: modules that act, evaluate what was done, and value where they stand."""

@@ -1,0 +1,47 @@
+"""What the training loop asks of a policy. Nothing in it knows what a language model is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from surefoot.types import Batch, Evaluation
+
+
+class Policy(Protocol):
+    """A policy with a critic, trained by `train/update.py`.
+
+    The parameters it yields are float32 and the only ones the optimiser and the checkpoint know.
+    """
+
+    scores_like_sampler: bool
+    """True where `evaluate` repeats the sampler's log-probs to rounding (float32), so that they serve as the old ones."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches must live."""
+        ...
+
+    def named_parameters_to_train(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Names and parameters, always in the same order."""
+        ...
+
+    def evaluate(self, batch: Batch, *, entropy_gradient: bool = False) -> Evaluation:
+        """Log-probs, values and entropies [B, T] of the actions taken. Entropies are differentiable only on request."""
+        ...
+
+    def reference_logprobs(self, batch: Batch) -> Tensor | None:
+        """The frozen reference's log-probs [B, T] of the same actions, or None without a reference."""
+        ...
+
+    def fingerprint(self) -> int:
+        """A checksum of the weights that are not trained: a checkpoint fits only the base it was trained on."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the policy where others can load it."""
+        ...

@@ -1,0 +1,310 @@
+"""A causal language model as a policy with a critic on its trunk. The one home of transformers and peft."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surefoot.config import PolicyConfig
+from surefoot.errors import InputError
+from surefoot.policies import head
+from surefoot.policies.kv_cache import SlotCache
+from surefoot.types import Batch, Evaluation
+
+
+class CausalLMPolicy:
+    """Policy, critic and reference over one set of weights.
+
+    `lm` is any transformers causal LM, in evaluation mode for good: dropout would make old and new log-probs differ
+    before the first step. With an adapter the reference is the same model with the adapter off; without one it is a
+    frozen copy. Temperature divides the logits wherever a log-prob is computed, the reference's too.
+    """
+
+    def __init__(
+        self,
+        lm: nn.Module,
+        tokenizer: Any,
+        *,
+        adapter: Any = None,
+        dtype: torch.dtype = torch.float32,
+        stop_gradient: bool = False,
+        temperature: float = 1.0,
+    ):
+        self.tokenizer = tokenizer
+        self.adapter = adapter  # the PeftModel around `lm`, or None
+        self.lm = lm.eval()
+        self.dtype = dtype
+        self.stop_gradient = stop_gradient
+        self.temperature = temperature
+        self.scores_like_sampler = dtype == torch.float32
+        self._body = lm.base_model
+        self._head = lm.get_output_embeddings()
+        self._cap = getattr(lm.config, "final_logit_softcapping", None)
+        width = self._head.weight.shape[1]
+        self.value_head = nn.Linear(width, 1, device=self.device, dtype=torch.float32)
+        # Zero, so that the first values are 0 and the first advantages are the rewards' own.
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        self._reference = None if adapter is not None else copy.deepcopy(lm).requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.lm.parameters()).device
+
+    @property
+    def context_length(self) -> int:
+        return int(getattr(self.lm.config, "max_position_embeddings", 1 << 30))
+
+    @property
+    def model_end_tokens(self) -> frozenset[int]:
+        """Every end token that the model's generation config or its tokenizer names."""
+        named = getattr(getattr(self.lm, "generation_config", None), "eos_token_id", None)
+        ids = list(named) if isinstance(named, (list, tuple)) else [named]
+        return frozenset(int(i) for i in (*ids, self.tokenizer.eos_token_id) if i is not None)
+
+    def named_parameters_to_train(self) -> Iterable[tuple[str, nn.Parameter]]:
+        yield from ((name, p) for name, p in self.lm.named_parameters() if p.requires_grad)
+        yield from ((f"value_head.{name}", p) for name, p in self.value_head.named_parameters())
+
+    def new_cache(self, *, slots: int, columns: int) -> SlotCache:
+        """An empty key/value cache for `slots` rows of up to `columns` tokens."""
+        return SlotCache(layers=int(self.lm.config.get_text_config().num_hidden_layers), slots=slots, columns=columns)
+
+    def step(self, tokens_BT: Tensor, positions_BT: Tensor, attention_BS: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
+        """Feed tokens after what `cache` holds; float32 logits [B, V] and value [B] at the last of them."""
+        with self._autocast():
+            hidden = self._body(
+                input_ids=tokens_BT,
+                attention_mask=attention_BS,
+                position_ids=positions_BT,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            last_BD = hidden.last_hidden_state[:, -1]
+            return head.logits(last_BD, self._head, self._cap), self._values(last_BD)
+
+    def evaluate(self, batch: Batch, *, entropy_gradient: bool = False) -> Evaluation:
+        mask_BT = batch.mask_BT
+        with self._autocast():
+            hidden_ND = _hidden_before(self._body, batch.observations, mask_BT)
+            logprobs_N, entropies_N = head.score_actions(
+                hidden_ND,
+                batch.actions_BT[mask_BT],
+                head=self._head,
+                cap=self._cap,
+                temperature=self.temperature,
+                entropy_gradient=entropy_gradient,
+            )
+            values_N = self._values(hidden_ND)
+        return Evaluation(
+            logprobs_BT=_scatter(logprobs_N, mask_BT),
+            values_BT=_scatter(values_N, mask_BT),
+            entropies_BT=_scatter(entropies_N, mask_BT),
+        )
+
+    @torch.no_grad()
+    def reference_logprobs(self, batch: Batch) -> Tensor:
+        reference = self.lm if self._reference is None else self._reference
+        without_adapter = self.adapter.disable_adapter() if self.adapter is not None else contextlib.nullcontext()
+        with without_adapter, self._autocast():
+            hidden_ND = _hidden_before(reference.base_model, batch.observations, batch.mask_BT)
+            logprobs_N, _ = head.score_actions(
+                hidden_ND,
+                batch.actions_BT[batch.mask_BT],
+                head=reference.get_output_embeddings(),
+                cap=self._cap,
+                temperature=self.temperature,
+            )
+        return _scatter(logprobs_N, batch.mask_BT)
+
+    @torch.no_grad()
+    def fingerprint(self) -> int:
+        total = 0
+        for parameter in self.lm.parameters():
+            if not parameter.requires_grad:
+                bits = parameter.detach().contiguous().view(torch.int16 if parameter.element_size() == 2 else torch.int32)
+                total = (total * 31 + int(bits.sum(dtype=torch.int64))) & (2**63 - 1)
+        return total
+
+    def save(self, folder: Path) -> None:
+        """Write plain transformers weights (the adapter merged in) that `AutoModelForCausalLM.from_pretrained` opens."""
+        if self.adapter is None:
+            self.lm.save_pretrained(folder)
+            return
+        merged = copy.deepcopy(self.adapter).float().merge_and_unload()
+        merged.save_pretrained(folder)
+
+    @contextlib.contextmanager
+    def _autocast(self) -> Iterator[None]:
+        # One autocast region per forward pass: its cast-weight cache must not outlive an optimiser step.
+        enabled = self.dtype == torch.bfloat16
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
+            yield
+
+    def _values(self, hidden: Tensor) -> Tensor:
+        hidden = hidden.detach() if self.stop_gradient else hidden
+        with torch.autocast(self.device.type, enabled=False):
+            return self.value_head(hidden.float()).squeeze(-1)
+
+
+def _hidden_before(body: nn.Module, observations: dict[str, Tensor], mask_BT: Tensor) -> Tensor:
+    """Last hidden states [N, D] at the position before each masked token: what that token was drawn from."""
+    tokens_BT = observations["tokens"]
+    positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+    # No attention mask: padding stands to the right, where causal attention never looks.
+    hidden = body(input_ids=tokens_BT, position_ids=positions_BT, use_cache=False)
+    return hidden.last_hidden_state[:, :-1][mask_BT[:, 1:]]
+
+
+def _scatter(values_N: Tensor, mask_BT: Tensor) -> Tensor:
+    """[N] back to [B, T], 0 off the mask."""
+    return torch.zeros(mask_BT.shape, device=values_N.device).masked_scatter(mask_BT, values_N.float())
+
+
+def load_policy(
+    source: str, config: PolicyConfig | None = None, *, device: str = "cpu", temperature: float = 1.0, seed: int = 0
+) -> CausalLMPolicy:
+    """Load a causal LM from a local folder or hub id (`assets.resolve_model` turns names into folders) and wrap it.
+
+    Raises InputError for a folder that is missing, half-written, holds pickle weights, or is no causal LM; checks that
+    the head found is the whole path from hidden state to logits.
+    """
+    config = config or PolicyConfig()
+    check_model_folder(source)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    dtype = resolve_dtype(config.dtype, device)
+    frozen_base = config.adapter is not None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        lm = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype if frozen_base else torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"policy.model {source}: not a causal language model that can be loaded: {_one_line(error)}") from None
+    return wrap_policy(lm.to(device), tokenizer, config=config, dtype=dtype, temperature=temperature, seed=seed)
+
+
+def wrap_policy(
+    lm: nn.Module,
+    tokenizer: Any,
+    *,
+    config: PolicyConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> CausalLMPolicy:
+    """Put adapter and critic on a transformers model that is already in memory."""
+    config = config or PolicyConfig()
+    if config.adapter is None:
+        adapter = None
+        lm.requires_grad_(True)
+    else:
+        adapter = _add_adapter(lm, config, seed)
+        lm = adapter.get_base_model()
+    policy = CausalLMPolicy(
+        lm,
+        tokenizer,
+        adapter=adapter,
+        dtype=dtype,
+        stop_gradient=config.critic.stop_gradient,
+        temperature=temperature,
+    )
+    _check_head(policy)
+    return policy
+
+
+def _add_adapter(lm: nn.Module, config: PolicyConfig, seed: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    assert config.adapter is not None
+    settings = LoraConfig(
+        r=config.adapter.rank,
+        lora_alpha=config.adapter.alpha,
+        lora_dropout=0.0,
+        target_modules=config.adapter.targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return get_peft_model(lm, settings)
+    except ValueError as error:
+        raise InputError(f"policy.adapter.targets: {_one_line(error)}") from None
+
+
+@torch.no_grad()
+def _check_head(policy: CausalLMPolicy) -> None:
+    """Some models scale or cap logits after the head. What we compute must be what the model computes."""
+    tokens = torch.arange(4, device=policy.device)[None]
+    with policy._autocast():
+        expected = policy.lm(input_ids=tokens, use_cache=False).logits.float()
+        ours = head.logits(policy._body(input_ids=tokens, use_cache=False).last_hidden_state, policy._head, policy._cap)
+    if not torch.allclose(ours, expected, rtol=1e-3, atol=1e-3):
+        raise InputError(
+            f"policy.model: {type(policy.lm).__name__} changes its logits after the output layer in a way Surefoot does "
+            f"not know (off by {float((ours - expected).abs().max()):.3g}); training it would be wrong"
+        )
+
+
+def resolve_dtype(name: str, device: str) -> torch.dtype:
+    """The arithmetic `policy.dtype` means on this device. `auto` takes bfloat16 only where hardware has it."""
+    if name == "auto":
+        fast = torch.cuda.is_bf16_supported() if device == "cuda" else device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def check_model_folder(source: str) -> None:
+    """Raise InputError if `source` looks like a local folder and is not a whole, safe model."""
+    folder = Path(source)
+    if not folder.is_dir():
+        if folder.is_absolute() or source.startswith(".") or source.count("/") > 1:
+            raise InputError(f"policy.model: no folder {source}")
+        return
+    if not (folder / "config.json").is_file():
+        raise InputError(f"policy.model {source}: no config.json there; is it a whole model folder?")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(json.loads(index.read_text()).get("weight_map", {}).values())
+        missing = sorted(name for name in shards if not (folder / name).is_file())
+        if missing:
+            raise InputError(f"policy.model {source}: half-written, {missing[0]} is missing")
+        return
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in folder.glob(pattern)]
+        if pickles:
+            raise InputError(
+                f"policy.model {source}: {pickles[0]} is a pickle and is not loaded, since loading one can run code; "
+                "convert it to safetensors where you trust it (save_pretrained does)"
+            )
+        raise InputError(f"policy.model {source}: no model.safetensors there; is it a whole model folder?")
+    check_safetensors(weights)
+
+
+def check_safetensors(path: Path) -> None:
+    """Raise InputError unless the file's header is sound and the file as long as the header says."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        if size < 8 or header_size > min(size - 8, 100_000_000):
+            raise InputError(f"{path}: not a whole safetensors file ({size} bytes, header of {header_size})")
+        try:
+            header = json.loads(file.read(header_size))
+            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{path}: not a safetensors file; its header is damaged") from None
+    if 8 + header_size + end != size:
+        raise InputError(f"{path}: half-written: {size} bytes of {8 + header_size + end}; fetch or save it again")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,1 @@
+"""Rewards: functions written by users, and what is done to their scores."""

@@ -1,0 +1,100 @@
+"""Reward functions: finding them by name, calling them, and not trusting what they return."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from surefoot.errors import InputError
+from surefoot.types import Trajectory
+
+
+class RewardFunction(Protocol):
+    """Plain Python, with the signature TRL users already have.
+
+    Prompts and completions are strings, or message lists where the prompt was one; each further column of the task
+    comes as a keyword, a list with one entry a sample.
+    """
+
+    def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: list[Any]) -> Sequence[float]: ...
+
+
+def load_function(reference: str, *, key: str) -> RewardFunction:
+    """The function that `file.py:function` or `package.module:function` names. Raises InputError naming `key`."""
+    place, separator, name = reference.rpartition(":")
+    if not separator or not place or not name.isidentifier():
+        raise InputError(f"{key}: expected 'file.py:function' or 'package.module:function', got {reference!r}")
+    if place.endswith(".py"):
+        path = Path(place)
+        if not path.is_file():
+            raise InputError(f"{key}: no file {place}")
+        spec = importlib.util.spec_from_file_location(f"surefoot_reward_{path.stem}", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise InputError(f"{key}: {place} cannot be imported: {type(error).__name__}: {error}") from error
+    else:
+        try:
+            module = importlib.import_module(place)
+        except ImportError as error:
+            raise InputError(f"{key}: {place} cannot be imported: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise InputError(f"{key}: {place} has no function {name!r}")
+    return function
+
+
+def score(function: RewardFunction, trajectories: Sequence[Trajectory], *, name: str = "reward") -> list[float]:
+    """Call `function` on the trajectories and return one finite float for each.
+
+    Raises InputError for a function that raises, returns the wrong count, or anything but finite numbers; the message
+    names the sample.
+    """
+    prompts = [t.prompt for t in trajectories]
+    completions = [t.text if isinstance(t.prompt, str) else [{"role": "assistant", "content": t.text}] for t in trajectories]
+    columns: dict[str, list[Any]] = {
+        column: [t.columns.get(column) for t in trajectories] for column in sorted({c for t in trajectories for c in t.columns})
+    }
+    try:
+        scores = function(prompts=prompts, completions=completions, **columns)
+    except Exception as error:
+        where = _where_raised(error)
+        raise InputError(f"the {name} function raised {type(error).__name__}: {error}{where}") from error
+    if isinstance(scores, (str, bytes)) or not hasattr(scores, "__len__"):
+        raise InputError(f"the {name} function returned {_short(scores)}; a list of {len(prompts)} floats is needed")
+    if len(scores) != len(prompts):
+        raise InputError(f"the {name} function returned {len(scores)} scores for {len(prompts)} completions")
+    return [_checked(value, i, trajectories[i], name) for i, value in enumerate(scores)]
+
+
+def _checked(value: Any, index: int, trajectory: Trajectory, name: str) -> float:
+    number = value
+    if not isinstance(value, (str, bytes)) and hasattr(value, "item"):  # numpy and torch scalars
+        number = value.item()
+    if isinstance(number, (int, float)) and math.isfinite(number):
+        return float(number)
+    raise InputError(
+        f"the {name} function returned {_short(value)} for sample {index} (prompt {_short(trajectory.prompt)}, completion "
+        f"{_short(trajectory.text)}); a finite float is needed"
+    )
+
+
+def _where_raised(error: BaseException) -> str:
+    """The last line of user code in the traceback, to find the bug without reading a stack."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return f" ({frame.tb_frame.f_code.co_filename}, line {frame.tb_lineno})" if frame is not None else ""
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,1 @@
+"""Rollouts: a policy meets an environment, and what happened becomes a batch."""

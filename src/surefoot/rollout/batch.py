@@ -1,0 +1,80 @@
+"""From trajectories to one padded batch, and from a batch to minibatches and micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from surefoot.types import Batch, Trajectory
+
+
+def text_batch(trajectories: Sequence[Trajectory], *, device: torch.device, version: int = 0) -> Batch:
+    """Right-padded [B, T] batch over prompt and answer; rewards are 0 until shaping fills them in.
+
+    The mask comes from lengths, never from comparing tokens with a pad id. Rows must have at least one written token.
+    """
+    lengths = [len(t.prompt_tokens) + len(t.completion.tokens) for t in trajectories]
+    shape = (len(trajectories), max(lengths))
+    tokens_BT = torch.zeros(shape, dtype=torch.long)
+    mask_BT, ends_BT = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+    logprobs_BT, values_BT, rewards_BT = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape)
+    for b, (t, length) in enumerate(zip(trajectories, lengths, strict=True)):
+        start = len(t.prompt_tokens)
+        tokens_BT[b, :length] = torch.tensor([*t.prompt_tokens, *t.completion.tokens])
+        mask_BT[b, start:length] = True
+        ends_BT[b, length - 1] = True
+        logprobs_BT[b, start:length] = torch.tensor(t.completion.logprobs)
+        values_BT[b, start:length] = torch.tensor(t.completion.values)
+    batch = Batch(
+        observations={"tokens": tokens_BT, "lengths": torch.tensor(lengths)},
+        actions_BT=tokens_BT,
+        mask_BT=mask_BT,
+        logprobs_BT=logprobs_BT,
+        values_BT=values_BT,
+        rewards_BT=rewards_BT,
+        ends_BT=ends_BT,
+        bootstrap_BT=torch.zeros(shape),  # an answer that was cut off is terminal, with value 0
+        trajectories=list(trajectories),
+        version=version,
+    )
+    return to_device(batch, device)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with all its tensors on `device`."""
+    for name, value in vars(batch).items():
+        if isinstance(value, Tensor):
+            setattr(batch, name, value.to(device))
+    batch.observations = {name: value.to(device) for name, value in batch.observations.items()}
+    return batch
+
+
+def minibatches(batch: Batch, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Row indices [batch_size] of one shuffled pass; the last may be smaller. The generator is a CPU one."""
+    order = torch.randperm(len(batch), generator=generator)
+    yield from order.split(batch_size)
+
+
+def micro_batches(batch: Batch, rows: Tensor, token_budget: int) -> list[Tensor]:
+    """Split `rows` into groups whose rows times longest row stay within `token_budget` (one row at least).
+
+    Rows of like length are grouped, longest first, so that padding is small.
+    """
+    lengths = _row_lengths(batch)
+    groups: list[list[int]] = []
+    longest = 0
+    for row in sorted(rows.tolist(), key=lambda r: (-lengths[r], r)):
+        if groups and (len(groups[-1]) + 1) * longest <= token_budget:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+            longest = lengths[row]
+    return [torch.tensor(group) for group in groups]
+
+
+def _row_lengths(batch: Batch) -> list[int]:
+    """Steps up to and including the last masked one, per row."""
+    steps_T = torch.arange(1, batch.mask_BT.shape[1] + 1, device=batch.mask_BT.device)
+    return (batch.mask_BT * steps_T).amax(1).clamp(min=1).tolist()

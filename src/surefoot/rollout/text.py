@@ -1,0 +1,183 @@
+"""Policy × text task -> batch: prompts become tokens once, answers are written by the engine and never re-tokenised."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import torch
+
+from surefoot.config import GenerationConfig, PPOConfig
+from surefoot.core.running import RunningStats
+from surefoot.envs.text import Example, TextTask, derived_seed
+from surefoot.errors import InputError
+from surefoot.generation.engine import TokenModel, generate
+from surefoot.policies.base import Policy
+from surefoot.rewards.functions import score
+from surefoot.rewards.shaping import shape_rewards
+from surefoot.rollout.batch import text_batch
+from surefoot.rollout.score import score_batch, sequence_kl
+from surefoot.types import Batch, Request, SamplingParams, Trajectory
+
+
+class LanguagePolicy(Policy, TokenModel, Protocol):
+    """A policy that writes text: what `policies/lm.py` provides."""
+
+    tokenizer: Any
+    model_end_tokens: frozenset[int]
+    context_length: int
+
+
+class TextRollout:
+    """Collects training batches and evaluations of one policy on one task.
+
+    Everything random in it follows from `seed` and the episode's number, so the only state to save is the running
+    statistics of the rewards.
+    """
+
+    def __init__(self, policy: LanguagePolicy, task: TextTask, *, generation: GenerationConfig, ppo: PPOConfig, seed: int):
+        self.policy, self.task, self.seed = policy, task, seed
+        self.generation, self.ppo = generation, ppo
+        self.reward_stats = RunningStats()
+        self.end_tokens = policy.model_end_tokens | frozenset(generation.stop_token_ids)
+        self.params = SamplingParams(max_new_tokens=generation.max_new_tokens, temperature=generation.temperature)
+        for example in (*task.train, *task.held_out):
+            self.encode(example)
+
+    def collect(self, *, first_episode: int, episodes: int, version: int = 0, poll: Callable[[], None] | None = None) -> Batch:
+        """Play `episodes` episodes, the first of them number `first_episode` of the run; a scored, shaped batch."""
+        numbers = range(first_episode, first_episode + episodes)
+        examples = [self.task.training_example(number, self.seed) for number in numbers]
+        seeds = [derived_seed(self.seed, "sampling", number) for number in numbers]
+        started = time.perf_counter()
+        trajectories = self.play(examples, seeds, poll)
+        played = time.perf_counter()
+        self._score(trajectories)
+        self.reward_stats = shape_rewards(trajectories, self.ppo, self.reward_stats)
+        batch = text_batch(trajectories, device=self.policy.device, version=version)
+        totals = torch.tensor([t.reward_parts["total"] for t in trajectories], device=self.policy.device)
+        # On the last written token, the action that ended the episode.
+        batch.rewards_BT = torch.where(batch.ends_BT, totals[:, None], batch.rewards_BT)
+        score_batch(self.policy, batch, token_budget=self.ppo.micro_batch_tokens)
+        batch.metrics = {"time/rollout_s": played - started, "time/score_s": time.perf_counter() - played}
+        return batch
+
+    def evaluate(self, episodes: int, *, poll: Callable[[], None] | None = None) -> tuple[dict[str, float], list[Trajectory]]:
+        """Sample one answer to each of the first `episodes` held-out prompts, with the same seeds every time.
+
+        Returns metrics named as in `docs/metrics.md`, and the trajectories.
+        """
+        examples = self.task.held_out[:episodes]
+        seeds = [derived_seed(self.seed, "evaluation", number) for number in range(len(examples))]
+        trajectories = self.play(examples, seeds, poll)
+        self._score(trajectories)
+        batch = text_batch(trajectories, device=self.policy.device)
+        score_batch(self.policy, batch, token_budget=self.ppo.micro_batch_tokens)
+        rewards = [t.score for t in trajectories]
+        judged = rewards if self.task.metric is None else score(self.task.metric, trajectories, name="metric")
+        n = len(trajectories)
+        metrics = {
+            "eval/reward": sum(rewards) / n,
+            "eval/metric": sum(judged) / n,
+            "eval/kl": float(sequence_kl(batch).mean()),
+            "eval/distinct_2": distinct_2([t.completion.tokens for t in trajectories]),
+            "eval/length": sum(len(t.completion.tokens) for t in trajectories) / n,
+            "eval/end_rate": sum(t.completion.stop_reason.ended_by_itself for t in trajectories) / n,
+        }
+        return metrics, trajectories
+
+    def play(self, examples: Sequence[Example], seeds: Sequence[int], poll: Callable[[], None] | None) -> list[Trajectory]:
+        """Write one answer per example; unscored trajectories."""
+        requests = [
+            Request(self.encode(example), seed, self._stop_check()) for example, seed in zip(examples, seeds, strict=True)
+        ]
+        completions = generate(
+            self.policy, requests, params=self.params, end_tokens=self.end_tokens, slots=self.generation.slots, poll=poll
+        )
+        return [
+            Trajectory(
+                prompt=self._shown_prompt(example, request),
+                prompt_tokens=request.prompt,
+                completion=completion,
+                text=completion_text(self.policy.tokenizer, completion.tokens, self.end_tokens),
+                columns=example.columns,
+            )
+            for example, request, completion in zip(examples, requests, completions, strict=True)
+        ]
+
+    def encode(self, example: Example) -> tuple[int, ...]:
+        """The prompt as tokens. Raises InputError for one that is empty or too long for the model's context."""
+        tokens = encode_prompt(self.policy.tokenizer, example.prompt, chat=self.task.chat)[: self.task.prompt_tokens]
+        room = self.policy.context_length - self.generation.max_new_tokens
+        if not tokens:
+            raise InputError(f"the prompt {example.text[:60]!r} has no tokens; give it text or drop it")
+        if len(tokens) > room:
+            raise InputError(
+                f"the prompt {example.text[:60]!r}… has {len(tokens)} tokens; the model's context of "
+                f"{self.policy.context_length} leaves {room} beside {self.generation.max_new_tokens} new ones"
+            )
+        return tokens
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold to go on from here."""
+        return {"reward_stats": asdict(self.reward_stats)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.reward_stats = RunningStats(**state["reward_stats"])
+
+    def _score(self, trajectories: list[Trajectory]) -> None:
+        for trajectory, value in zip(trajectories, score(self.task.reward, trajectories), strict=True):
+            trajectory.score = value
+
+    def _shown_prompt(self, example: Example, request: Request) -> Any:
+        """What the reward function sees: the prompt as given, or what `prompt_tokens` left of it."""
+        if self.task.prompt_tokens is None or not isinstance(example.prompt, str) or self.task.chat:
+            return example.prompt
+        return self.policy.tokenizer.decode(request.prompt, skip_special_tokens=True)
+
+    def _stop_check(self) -> Callable[[Sequence[int]], bool] | None:
+        stops, tokenizer = self.generation.stop, self.policy.tokenizer
+        if not stops:
+            return None
+        return lambda tokens: any(stop in tokenizer.decode(tokens) for stop in stops)
+
+
+def collect(
+    policy: LanguagePolicy,
+    env: TextTask,
+    *,
+    episodes: int = 64,
+    first_episode: int = 0,
+    seed: int = 0,
+    generation: GenerationConfig | None = None,
+    ppo: PPOConfig | None = None,
+) -> Batch:
+    """Let `policy` play `episodes` episodes of `env`: a `Batch` with rewards and the reference's log-probs."""
+    rollout = TextRollout(policy, env, generation=generation or GenerationConfig(), ppo=ppo or PPOConfig(), seed=seed)
+    return rollout.collect(first_episode=first_episode, episodes=episodes)
+
+
+def encode_prompt(tokenizer: Any, prompt: Any, *, chat: bool = False) -> tuple[int, ...]:
+    """Tokens of a string, or of messages through the chat template (with the assistant's turn opened)."""
+    if isinstance(prompt, str) and not chat:
+        return tuple(tokenizer(prompt)["input_ids"])
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError("chat prompts need a tokenizer with a chat template; this model's has none")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return tuple(encoded["input_ids"])
+
+
+def completion_text(tokenizer: Any, tokens: Sequence[int], end_tokens: frozenset[int]) -> str:
+    """The answer as text, without the end token."""
+    written = tokens[:-1] if tokens and tokens[-1] in end_tokens else tokens
+    return str(tokenizer.decode(written, skip_special_tokens=True))
+
+
+def distinct_2(sequences: Sequence[Sequence[int]]) -> float:
+    """Distinct token bigrams over all token bigrams of all sequences (Li et al. 2016, arXiv:1510.03055, on tokens)."""
+    bigrams = [pair for sequence in sequences for pair in itertools.pairwise(sequence)]
+    return len(set(bigrams)) / len(bigrams) if bigrams else 0.0

@@ -1,0 +1,1 @@
+"""Training: the loop, the update, checkpoints, metrics. Knows policies and rollouts by their protocols alone."""

@@ -1,0 +1,180 @@
+"""From a batch to better weights: advantages, then epochs × minibatches × micro-batches of the PPO loss."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from surefoot.config import PPOConfig
+from surefoot.core.advantages import gae
+from surefoot.core.kl import kl_penalised_rewards
+from surefoot.core.losses import LossSettings, LossStats, ppo_loss
+from surefoot.core.masked import whiten
+from surefoot.policies.base import Policy
+from surefoot.rollout.batch import micro_batches, minibatches
+from surefoot.types import Batch
+
+
+def make_optimizer(policy: Policy, config: PPOConfig) -> torch.optim.Adam:
+    """Adam over everything the policy trains."""
+    parameters = [parameter for _, parameter in policy.named_parameters_to_train()]
+    return torch.optim.Adam(parameters, lr=config.learning_rate, eps=config.adam_epsilon)
+
+
+def advantages(batch: Batch, config: PPOConfig | None = None, *, kl_coef: float | None = None) -> Batch:
+    """Fill `advantages_BT` and `returns_BT`: KL penalty into the rewards, whitening on request, then GAE."""
+    config = config or PPOConfig()
+    rewards_BT = batch.rewards_BT
+    if batch.reference_logprobs_BT is not None:
+        coef = config.kl_coef if kl_coef is None else kl_coef
+        rewards_BT = kl_penalised_rewards(rewards_BT, batch.logprobs_BT, batch.reference_logprobs_BT, batch.mask_BT, coef=coef)
+    if config.whiten_rewards:
+        rewards_BT = whiten(rewards_BT, batch.mask_BT, shift_mean=False)
+    batch.advantages_BT, batch.returns_BT = gae(
+        rewards_BT,
+        batch.values_BT,
+        mask_BT=batch.mask_BT,
+        ends_BT=batch.ends_BT,
+        bootstrap_BT=batch.bootstrap_BT,
+        gamma=config.gamma,
+        lam=config.gae_lambda,
+    )
+    return batch
+
+
+@dataclass
+class UpdateResult:
+    """What one update did: optimiser steps taken and skipped, epochs begun, and statistics of every minibatch seen."""
+
+    stats: LossStats | None = None
+    first: LossStats | None = None  # of the first minibatch of the first epoch, before any step
+    steps: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    stopped_early: bool = False
+    grad_norm: float = 0.0  # mean over the steps taken, before clipping
+
+    def add(self, stats: LossStats) -> None:
+        self.first = self.first or stats
+        self.stats = stats if self.stats is None else self.stats + stats
+
+
+class TokenBudget:
+    """Most tokens in one micro-batch; halves itself when memory runs out. The gradient does not depend on it."""
+
+    def __init__(self, tokens: int):
+        self.tokens = tokens
+
+    def shrink(self, error: torch.OutOfMemoryError, smallest: int) -> None:
+        """Halve the budget, or give `error` back if one row alone does not fit."""
+        if self.tokens <= smallest:
+            raise error
+        self.tokens //= 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def update(
+    policy: Policy,
+    batch: Batch,
+    *,
+    optimizer: torch.optim.Adam | None = None,
+    config: PPOConfig | None = None,
+    learning_rate: float | None = None,
+    generator: torch.Generator | None = None,
+    budget: TokenBudget | None = None,
+) -> UpdateResult:
+    """Improve `policy` on `batch` (with advantages) by `n_epochs` passes of clipped PPO steps.
+
+    Stops before the first step whose minibatch shows KL(old‖new) > `target_kl`. A step whose loss or gradient is not
+    finite is skipped and counted; weights and optimiser state stay as they were. `generator` shuffles the minibatches.
+    """
+    config = config or PPOConfig()
+    optimizer = optimizer or make_optimizer(policy, config)
+    generator = generator or torch.Generator().manual_seed(0)
+    budget = budget or TokenBudget(config.micro_batch_tokens)
+    result = UpdateResult()
+    for group in optimizer.param_groups:
+        group["lr"] = config.learning_rate if learning_rate is None else learning_rate
+    for _ in range(config.n_epochs):
+        for rows in minibatches(batch, config.batch_size, generator):
+            stats = accumulate_gradient(policy, batch, rows, config=config, optimizer=optimizer, budget=budget)
+            result.add(stats)
+            if config.target_kl is not None and float(stats.approx_kl / stats.steps) > config.target_kl:
+                result.stopped_early = True
+                return _finish(result)
+            take_step(optimizer, stats, config, result)
+    return _finish(result)
+
+
+def accumulate_gradient(
+    policy: Policy, batch: Batch, rows: Tensor, *, config: PPOConfig, optimizer: torch.optim.Adam, budget: TokenBudget
+) -> LossStats:
+    """Gradient of the minibatch `rows`, accumulated over micro-batches; its statistics. Out of memory: smaller ones."""
+    while True:
+        optimizer.zero_grad(set_to_none=True)
+        try:
+            return _accumulate(policy, batch, rows, config, budget.tokens)
+        except torch.OutOfMemoryError as error:
+            budget.shrink(error, smallest=int(batch.mask_BT.shape[1]))
+
+
+def _accumulate(policy: Policy, batch: Batch, rows: Tensor, config: PPOConfig, token_budget: int) -> LossStats:
+    assert batch.advantages_BT is not None and batch.returns_BT is not None, "call advantages(batch) first"
+    denominator = batch.mask_BT[rows].sum().clamp(min=1)
+    advantages_BT = batch.advantages_BT
+    if config.normalize_advantage:
+        # Over the minibatch, before it is split: a micro-batch's own mean and variance would change the gradient.
+        advantages_BT = advantages_BT.clone()
+        advantages_BT[rows] = whiten(advantages_BT[rows], batch.mask_BT[rows])
+    settings = LossSettings(config.clip_range, config.clip_range_vf, config.vf_coef, config.ent_coef)
+    total: LossStats | None = None
+    for micro in micro_batches(batch, rows, token_budget):
+        part = batch.rows(micro)
+        length = part.mask_BT.shape[1]
+        new = policy.evaluate(part, entropy_gradient=config.ent_coef > 0)
+        loss, stats = ppo_loss(
+            (new.logprobs_BT, new.values_BT, new.entropies_BT),
+            (part.logprobs_BT, part.values_BT),
+            advantages_BT=advantages_BT[micro, :length],
+            returns_BT=batch.returns_BT[micro, :length],
+            mask_BT=part.mask_BT,
+            denominator=denominator,
+            settings=settings,
+        )
+        loss.backward()
+        total = stats if total is None else total + stats
+    assert total is not None
+    return total
+
+
+def take_step(optimizer: torch.optim.Adam, stats: LossStats, config: PPOConfig, result: UpdateResult) -> None:
+    """Clip the gradient and step, or skip the step if anything is not finite."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+    if not (math.isfinite(norm) and math.isfinite(float(stats.policy_loss + stats.value_loss))):
+        optimizer.zero_grad(set_to_none=True)
+        result.skipped += 1
+        result.skipped_in_a_row += 1
+        return
+    if config.adam_style == "tf1":
+        _set_tf1_epsilon(optimizer, config)
+    optimizer.step()
+    result.grad_norm += norm
+    result.steps += 1
+    result.skipped_in_a_row = 0
+
+
+def _set_tf1_epsilon(optimizer: torch.optim.Adam, config: PPOConfig) -> None:
+    """TensorFlow 1 adds ε before bias correction (Kingma & Ba 2015, end of §2): torch's ε divided by √(1 - β₂ᵗ)."""
+    for group in optimizer.param_groups:
+        taken = max((int(optimizer.state[p]["step"]) for p in group["params"] if p in optimizer.state), default=0)
+        group["eps"] = config.adam_epsilon / math.sqrt(1.0 - group["betas"][1] ** (taken + 1))
+
+
+def _finish(result: UpdateResult) -> UpdateResult:
+    result.grad_norm /= max(result.steps, 1)
+    return result
