@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -277,7 +277,8 @@ def setting_keys() -> dict[str, str]:
 
 def nested(settings: dict[str, Any]) -> dict[str, Any]:
     """Flat settings -> nested data for `make_config`. Raises InputError for a name that does not exist."""
-    keys, data = setting_keys(), {}
+    keys = setting_keys()
+    data: dict[str, Any] = {}
     for name, value in settings.items():
         if name not in keys:
             raise InputError(f"unknown setting {name!r}{_suggest(name, keys)}")
@@ -309,7 +310,7 @@ def _make_paths_relative_to(folder: Path, data: dict[str, Any]) -> None:
     def rebase(section: str, key: str, suffix: str = "") -> None:
         values = data.get(section)
         value = values.get(key) if isinstance(values, dict) else None
-        if isinstance(value, str) and (key == "folder" or (folder / value.removesuffix(suffix)).exists()):
+        if values and isinstance(value, str) and (key == "folder" or (folder / value.removesuffix(suffix)).exists()):
             values[key] = os.path.normpath(folder / value)
 
     rebase("run", "folder")
@@ -327,7 +328,7 @@ def _first_problem(error: ValidationError) -> str:
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{_suggest(key, _dotted_keys())}"
+        return f"unknown key {key!r}{_suggest(key, [row[0] for row in field_table()])}"
     if problem["type"] == "missing":
         return f"{key} is missing"
     message = problem["msg"].removeprefix("Value error, ")
@@ -336,17 +337,32 @@ def _first_problem(error: ValidationError) -> str:
     return f"{key}: {message[0].lower() + message[1:]}, got {problem['input']!r}"
 
 
-def _dotted_keys() -> list[str]:
-    def walk(model: type[BaseModel], prefix: str) -> list[str]:
-        keys = []
+def field_table() -> list[tuple[str, str, str, str]]:
+    """Every field that is not a section: (dotted key, type, default, description), in the order of the models."""
+
+    def walk(model: type[BaseModel], prefix: str) -> list[tuple[str, str, str, str]]:
+        rows = []
         for name, info in model.model_fields.items():
-            keys.append(prefix + name)
-            for inner in (info.annotation, *getattr(info.annotation, "__args__", ())):
-                if isinstance(inner, type) and issubclass(inner, BaseModel):
-                    keys += walk(inner, f"{prefix}{name}.")
-        return keys
+            inner = [t for t in (info.annotation, *get_args(info.annotation)) if isinstance(t, type) and issubclass(t, Section)]
+            if inner:
+                rows += walk(inner[0], f"{prefix}{name}.")
+                continue
+            kind = _type_name(info.annotation)
+            default = "required" if info.is_required() else yaml.safe_dump(info.get_default(call_default_factory=True))
+            rows.append((prefix + name, kind, default.removesuffix("...\n").strip(), info.description or ""))
+        return rows
 
     return walk(Config, "")
+
+
+def _type_name(annotation: Any) -> str:
+    if get_origin(annotation) is Annotated:
+        return _type_name(get_args(annotation)[0])
+    if get_origin(annotation) is Literal:
+        return " | ".join(get_args(annotation))
+    if get_origin(annotation) is not None and get_origin(annotation) is not list:
+        return " | ".join(_type_name(a) for a in get_args(annotation))
+    return "null" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))
 
 
 def _suggest(name: str, candidates: Any) -> str:

@@ -23,6 +23,7 @@ class StopReason(str, Enum):
 
     @property
     def ended_by_itself(self) -> bool:
+        """Whether the policy chose to stop."""
         return self is not StopReason.LENGTH
 
 
@@ -82,6 +83,7 @@ class Trajectory:
     columns: dict[str, Any] = field(default_factory=dict)  # the task's other columns
     score: float = float("nan")  # what the reward function gave
     reward_parts: dict[str, float] = field(default_factory=dict)  # what became of it: penalty, scaling, clipping
+    kl: float = 0.0  # log p - log p_ref summed over the written tokens, nats
 
 
 @dataclass

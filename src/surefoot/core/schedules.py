@@ -1,4 +1,4 @@
-"""Schedules: a multiplier in [0, 1] as a function of progress."""
+"""Schedules: a multiplier in [0, 1] for each update of a run."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import math
 KINDS = ("constant", "linear", "cosine")
 
 
-def schedule(kind: str, progress: float, *, warmup: float = 0.0) -> float:
-    """Multiplier for `progress` in [0, 1] of the run; the first `warmup` fraction climbs linearly from 0 to 1.
+def schedule(kind: str, step: int, total_steps: int, *, warmup: float = 0.0) -> float:
+    """Multiplier for update `step` (0, 1, … `total_steps` - 1).
 
-    `constant` stays at 1, `linear` falls to 0, `cosine` falls to 0 along half a cosine. Raises ValueError for
-    another `kind`.
+    The first `warmup` fraction of the steps climbs linearly and reaches 1 with its last one. After it `constant` stays
+    at 1; `linear` falls from 1 by equal amounts, `cosine` along half a cosine, both towards 0 at `total_steps`.
+    Raises ValueError for another `kind`.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown schedule {kind!r}; one of {', '.join(KINDS)}")
-    if progress < warmup:
-        return progress / warmup
-    done = (progress - warmup) / (1.0 - warmup) if warmup < 1.0 else 1.0
-    done = min(max(done, 0.0), 1.0)
+    warmup_steps = math.ceil(warmup * total_steps)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    done = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
     if kind == "linear":
         return 1.0 - done
     if kind == "cosine":

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from surefoot.core.seeds import derived_seed
 from surefoot.errors import InputError
 from surefoot.rewards.functions import RewardFunction
 
@@ -86,12 +87,6 @@ def _order(count: int, seed: int, passes: int) -> list[int]:
         generator = torch.Generator().manual_seed(derived_seed(seed, "prompt order", passes))
         _orders[key] = torch.randperm(count, generator=generator).tolist()
     return _orders[key]
-
-
-def derived_seed(seed: int, purpose: str, number: int) -> int:
-    """A 63-bit seed for one consumer: a counter, not a generator to be replayed, so resuming needs no state."""
-    digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def _hash_fraction(text: str) -> float:

@@ -118,8 +118,6 @@ class _Engine:
             window.begin = window.end = self.longest_prompt
         rows = [self._new_row(*self.waiting.popleft()) for _ in range(min(free, len(self.waiting)))]
         width = max(len(row.request.prompt) for row in rows)
-        if window.end < width:
-            self.cache.shift_to(width)
         scratch = self.model.new_cache(slots=len(rows), columns=width)
         tokens = torch.zeros((len(rows), width), dtype=torch.long)
         for i, row in enumerate(rows):

@@ -55,7 +55,8 @@ def _invert(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     # The block's float32 sum and this float64 one differ by rounding: stay on a token that has weight.
     last_weighted = (BLOCK - 1) - (inside > 0).flip(-1).to(torch.int8).argmax(-1)
     within = torch.searchsorted(cumulative, wanted - before, right=True).squeeze(-1)
-    return block.squeeze(-1) * BLOCK + torch.minimum(within, last_weighted)
+    # NaN weights would lead past the end; a token that exists, with log-prob NaN, lets the update skip it and say so.
+    return (block.squeeze(-1) * BLOCK + torch.minimum(within, last_weighted)).clamp(max=vocabulary - 1)
 
 
 def _truncated(logits_BV: Tensor, params: SamplingParams) -> Tensor:

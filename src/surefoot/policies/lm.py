@@ -29,7 +29,7 @@ class CausalLMPolicy:
 
     def __init__(
         self,
-        lm: nn.Module,
+        lm: Any,
         tokenizer: Any,
         *,
         adapter: Any = None,
@@ -126,20 +126,18 @@ class CausalLMPolicy:
 
     @torch.no_grad()
     def fingerprint(self) -> int:
+        frozen = [p for p in self.lm.parameters() if not p.requires_grad]
+        frozen += [] if self._reference is None else list(self._reference.parameters())
         total = 0
-        for parameter in self.lm.parameters():
-            if not parameter.requires_grad:
-                bits = parameter.detach().contiguous().view(torch.int16 if parameter.element_size() == 2 else torch.int32)
-                total = (total * 31 + int(bits.sum(dtype=torch.int64))) & (2**63 - 1)
+        for parameter in frozen:
+            bits = parameter.contiguous().view(torch.int16 if parameter.element_size() == 2 else torch.int32)
+            total = (total * 31 + int(bits.sum(dtype=torch.int64))) & (2**63 - 1)
         return total
 
     def save(self, folder: Path) -> None:
         """Write plain transformers weights (the adapter merged in) that `AutoModelForCausalLM.from_pretrained` opens."""
-        if self.adapter is None:
-            self.lm.save_pretrained(folder)
-            return
-        merged = copy.deepcopy(self.adapter).float().merge_and_unload()
-        merged.save_pretrained(folder)
+        plain = self.lm if self.adapter is None else copy.deepcopy(self.adapter).float().merge_and_unload()
+        plain.save_pretrained(folder)
 
     @contextlib.contextmanager
     def _autocast(self) -> Iterator[None]:
@@ -178,17 +176,30 @@ def load_policy(
     """
     config = config or PolicyConfig()
     check_model_folder(source)
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     dtype = resolve_dtype(config.dtype, device)
     frozen_base = config.adapter is not None
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        lm = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype if frozen_base else torch.float32, use_safetensors=True, trust_remote_code=False
+        lm, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype if frozen_base else torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    # RuntimeError is what transformers raises for weights of another shape than config.json says.
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise InputError(f"policy.model {source}: not a causal language model that can be loaded: {_one_line(error)}") from None
+    if report["missing_keys"]:
+        # transformers fills the gap with random numbers and goes on.
+        missing = sorted(report["missing_keys"])
+        raise InputError(
+            f"policy.model {source}: {len(missing)} weights of the model are not in the folder, such as {missing[0]}"
+        )
     return wrap_policy(lm.to(device), tokenizer, config=config, dtype=dtype, temperature=temperature, seed=seed)
 
 
@@ -217,12 +228,13 @@ def wrap_policy(
         stop_gradient=config.critic.stop_gradient,
         temperature=temperature,
     )
-    _check_head(policy)
+    _check_model(policy)
     return policy
 
 
 def _add_adapter(lm: nn.Module, config: PolicyConfig, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
     assert config.adapter is not None
     settings = LoraConfig(
@@ -230,6 +242,7 @@ def _add_adapter(lm: nn.Module, config: PolicyConfig, seed: int) -> Any:
         lora_alpha=config.adapter.alpha,
         lora_dropout=0.0,
         target_modules=config.adapter.targets,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in lm.modules()),  # GPT-2 keeps weights transposed
         task_type="CAUSAL_LM",
     )
     try:
@@ -241,16 +254,29 @@ def _add_adapter(lm: nn.Module, config: PolicyConfig, seed: int) -> Any:
 
 
 @torch.no_grad()
-def _check_head(policy: CausalLMPolicy) -> None:
-    """Some models scale or cap logits after the head. What we compute must be what the model computes."""
-    tokens = torch.arange(4, device=policy.device)[None]
-    with policy._autocast():
-        expected = policy.lm(input_ids=tokens, use_cache=False).logits.float()
-        ours = head.logits(policy._body(input_ids=tokens, use_cache=False).last_hidden_state, policy._head, policy._cap)
-    if not torch.allclose(ours, expected, rtol=1e-3, atol=1e-3):
+def _check_model(policy: CausalLMPolicy) -> None:
+    """What we compute, padded and token by token, must be what the model computes in one pass.
+
+    Some models change logits after the head, some keep a state other than keys and values, some look ahead.
+    """
+    tokens = torch.arange(4, device=policy.device)
+    padded, positions = tokens[[0, 0, 1, 2]], tokens[[0, 0, 1, 2]]
+    attention = torch.tensor([[0, 1, 1, 1, 1]], device=policy.device)
+    cache = policy.new_cache(slots=1, columns=5)
+    name = type(policy.lm).__name__
+    try:
+        with policy._autocast():
+            expected = policy.lm(input_ids=tokens[None], use_cache=False).logits[0, 2:].float()
+        third, _ = policy.step(padded[None], positions[None], attention[:, :4], cache)
+        cache.window.end = 4
+        fourth, _ = policy.step(tokens[None, 3:], tokens[None, 3:], attention, cache)
+    except Exception as error:  # an architecture we have not met can fail in any way
+        raise InputError(f"policy.model: {name} cannot be decoded token by token here: {_one_line(error)}") from error
+    worst = (torch.cat([third, fourth]) - expected).abs().max() / expected.abs().max()
+    if not worst < (1e-3 if policy.dtype == torch.float32 else 0.1):
         raise InputError(
-            f"policy.model: {type(policy.lm).__name__} changes its logits after the output layer in a way Surefoot does "
-            f"not know (off by {float((ours - expected).abs().max()):.3g}); training it would be wrong"
+            f"policy.model: {name} computes its logits in a way Surefoot does not know (off by {float(worst):.1%}): it "
+            "changes them after the output layer, keeps more than keys and values, or looks ahead; training it would be wrong"
         )
 
 
@@ -273,10 +299,14 @@ def check_model_folder(source: str) -> None:
         raise InputError(f"policy.model {source}: no config.json there; is it a whole model folder?")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = set(json.loads(index.read_text()).get("weight_map", {}).values())
-        missing = sorted(name for name in shards if not (folder / name).is_file())
-        if missing:
-            raise InputError(f"policy.model {source}: half-written, {missing[0]} is missing")
+        try:
+            shards = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{index}: damaged; fetch or save the model again") from None
+        for name in shards:
+            if not (folder / name).is_file():
+                raise InputError(f"policy.model {source}: half-written, {name} is missing")
+            check_safetensors(folder / name)
         return
     weights = folder / "model.safetensors"
     if not weights.is_file():

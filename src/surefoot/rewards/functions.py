@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from surefoot.errors import InputError
 from surefoot.types import Trajectory
@@ -21,7 +21,9 @@ class RewardFunction(Protocol):
     comes as a keyword, a list with one entry a sample.
     """
 
-    def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: list[Any]) -> Sequence[float]: ...
+    def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: list[Any]) -> Sequence[float]:
+        """One float per completion."""
+        ...
 
 
 def load_function(reference: str, *, key: str) -> RewardFunction:
@@ -46,10 +48,10 @@ def load_function(reference: str, *, key: str) -> RewardFunction:
             module = importlib.import_module(place)
         except ImportError as error:
             raise InputError(f"{key}: {place} cannot be imported: {error}") from error
-    function = getattr(module, name, None)
+    function: Any = getattr(module, name, None)
     if not callable(function):
         raise InputError(f"{key}: {place} has no function {name!r}")
-    return function
+    return cast(RewardFunction, function)
 
 
 def score(function: RewardFunction, trajectories: Sequence[Trajectory], *, name: str = "reward") -> list[float]:

@@ -12,7 +12,8 @@ import torch
 
 from surefoot.config import GenerationConfig, PPOConfig
 from surefoot.core.running import RunningStats
-from surefoot.envs.text import Example, TextTask, derived_seed
+from surefoot.core.seeds import derived_seed
+from surefoot.envs.text import Example, TextTask
 from surefoot.errors import InputError
 from surefoot.generation.engine import TokenModel, generate
 from surefoot.policies.base import Policy
@@ -27,8 +28,16 @@ class LanguagePolicy(Policy, TokenModel, Protocol):
     """A policy that writes text: what `policies/lm.py` provides."""
 
     tokenizer: Any
-    model_end_tokens: frozenset[int]
-    context_length: int
+
+    @property
+    def model_end_tokens(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        ...
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of prompt and answer together."""
+        ...
 
 
 class TextRollout:
@@ -61,7 +70,7 @@ class TextRollout:
         totals = torch.tensor([t.reward_parts["total"] for t in trajectories], device=self.policy.device)
         # On the last written token, the action that ended the episode.
         batch.rewards_BT = torch.where(batch.ends_BT, totals[:, None], batch.rewards_BT)
-        score_batch(self.policy, batch, token_budget=self.ppo.micro_batch_tokens)
+        self._compare_with_reference(batch)
         batch.metrics = {"time/rollout_s": played - started, "time/score_s": time.perf_counter() - played}
         return batch
 
@@ -75,19 +84,24 @@ class TextRollout:
         trajectories = self.play(examples, seeds, poll)
         self._score(trajectories)
         batch = text_batch(trajectories, device=self.policy.device)
-        score_batch(self.policy, batch, token_budget=self.ppo.micro_batch_tokens)
+        self._compare_with_reference(batch)
         rewards = [t.score for t in trajectories]
         judged = rewards if self.task.metric is None else score(self.task.metric, trajectories, name="metric")
         n = len(trajectories)
         metrics = {
             "eval/reward": sum(rewards) / n,
             "eval/metric": sum(judged) / n,
-            "eval/kl": float(sequence_kl(batch).mean()),
+            "eval/kl": sum(t.kl for t in trajectories) / n,
             "eval/distinct_2": distinct_2([t.completion.tokens for t in trajectories]),
             "eval/length": sum(len(t.completion.tokens) for t in trajectories) / n,
             "eval/end_rate": sum(t.completion.stop_reason.ended_by_itself for t in trajectories) / n,
         }
         return metrics, trajectories
+
+    @property
+    def can_evaluate(self) -> bool:
+        """Whether prompts were held out."""
+        return bool(self.task.held_out)
 
     def play(self, examples: Sequence[Example], seeds: Sequence[int], poll: Callable[[], None] | None) -> list[Trajectory]:
         """Write one answer per example; unscored trajectories."""
@@ -126,11 +140,17 @@ class TextRollout:
         return {"reward_stats": asdict(self.reward_stats)}
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's `state`."""
         self.reward_stats = RunningStats(**state["reward_stats"])
 
     def _score(self, trajectories: list[Trajectory]) -> None:
         for trajectory, value in zip(trajectories, score(self.task.reward, trajectories), strict=True):
             trajectory.score = value
+
+    def _compare_with_reference(self, batch: Batch) -> None:
+        score_batch(self.policy, batch, token_budget=self.ppo.micro_batch_tokens)
+        for trajectory, kl in zip(batch.trajectories, sequence_kl(batch).tolist(), strict=True):
+            trajectory.kl = kl
 
     def _shown_prompt(self, example: Example, request: Request) -> Any:
         """What the reward function sees: the prompt as given, or what `prompt_tokens` left of it."""

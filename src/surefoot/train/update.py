@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,7 @@ class UpdateResult:
     grad_norm: float = 0.0  # mean over the steps taken, before clipping
 
     def add(self, stats: LossStats) -> None:
+        """Count one minibatch in."""
         self.first = self.first or stats
         self.stats = stats if self.stats is None else self.stats + stats
 
@@ -86,11 +88,13 @@ def update(
     learning_rate: float | None = None,
     generator: torch.Generator | None = None,
     budget: TokenBudget | None = None,
+    before_first_step: Callable[[LossStats], None] | None = None,
 ) -> UpdateResult:
     """Improve `policy` on `batch` (with advantages) by `n_epochs` passes of clipped PPO steps.
 
     Stops before the first step whose minibatch shows KL(old‖new) > `target_kl`. A step whose loss or gradient is not
     finite is skipped and counted; weights and optimiser state stay as they were. `generator` shuffles the minibatches.
+    `before_first_step` sees the first minibatch's statistics while old and new policy are still one, and may raise.
     """
     config = config or PPOConfig()
     optimizer = optimizer or make_optimizer(policy, config)
@@ -102,6 +106,8 @@ def update(
     for _ in range(config.n_epochs):
         for rows in minibatches(batch, config.batch_size, generator):
             stats = accumulate_gradient(policy, batch, rows, config=config, optimizer=optimizer, budget=budget)
+            if result.stats is None and before_first_step is not None:
+                before_first_step(stats)
             result.add(stats)
             if config.target_kl is not None and float(stats.approx_kl / stats.steps) > config.target_kl:
                 result.stopped_early = True

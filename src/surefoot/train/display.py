@@ -1,0 +1,134 @@
+"""What a run shows while it goes: a live table with a progress bar in a terminal, one line an update elsewhere."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from surefoot.train import loop
+
+# Metric -> how the table shows it.
+SHOWN = {
+    "reward/mean": ("reward", "{:+.3f}"),
+    "kl/reference": ("KL to reference", "{:.2f} nats"),
+    "policy/entropy": ("entropy", "{:.2f} nats"),
+    "ppo/clip_fraction": ("clipped", "{:.1%}"),
+    "critic/explained_variance": ("critic explains", "{:.0%}"),
+    "length/mean": ("length", "{:.1f} tokens"),
+    "throughput/tokens_per_s": ("speed", "{:.0f} tokens/s"),
+}
+
+
+class Display:
+    """An observer of the loop. Use as a context manager around it."""
+
+    def __init__(self, total_updates: int, *, console: Console | None = None):
+        self.console = console or Console()
+        self.total_updates = total_updates
+        self._metrics: dict[str, float] = {}
+        self._evaluation = ""
+        self._bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[eta]}"))
+        self._task = self._bar.add_task("starting", total=total_updates, eta="")
+        self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4)
+        self._started: tuple[int, float] | None = None  # updates and time when this session began
+
+    def __enter__(self) -> Display:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live.is_started:
+            self._live.stop()
+
+    def phase(self, name: str) -> None:
+        """Show what the run is at."""
+        self._bar.update(self._task, description=name)
+
+    def log(self, metrics: dict[str, float], progress: loop.Progress) -> None:
+        """Show an update's or an evaluation's metrics."""
+        if "eval/reward" in metrics:
+            self._evaluation = _evaluation_line(metrics, progress.updates)
+            self._say(self._evaluation)
+            return
+        self._metrics = metrics
+        eta = self._eta(progress.updates)
+        self._bar.update(self._task, completed=progress.updates, eta=f"{progress.updates}/{self.total_updates} · ETA {eta}")
+        self._say(
+            f"update {progress.updates}/{self.total_updates}  reward {metrics.get('reward/mean', float('nan')):+.3f}  "
+            f"KL {metrics['kl/reference']:.2f}  entropy {metrics.get('policy/entropy', float('nan')):.2f}  "
+            f"clipped {metrics.get('ppo/clip_fraction', 0):.1%}  {metrics['throughput/tokens_per_s']:.0f} tokens/s  "
+            f"{_time_shares(metrics)}  ETA {eta}"
+        )
+        if metrics.get("ppo/skipped_steps"):
+            self._say(f"  {metrics['ppo/skipped_steps']:.0f} optimiser steps skipped so far (non-finite loss or gradient)")
+
+    def _say(self, line: str) -> None:
+        if not self._live.is_started:
+            self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    def _eta(self, updates: int) -> str:
+        now = time.monotonic()
+        if self._started is None:
+            self._started = (updates - 1, now - _seconds(self._metrics))
+        first, since = self._started
+        seconds = (now - since) / max(updates - first, 1) * (self.total_updates - updates)
+        return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+    def _render(self) -> Group:
+        table = Table.grid(padding=(0, 2))
+        for name, (label, form) in SHOWN.items():
+            if name in self._metrics:
+                table.add_row(f"  {label}", form.format(self._metrics[name]))
+        if self._metrics:
+            table.add_row("  time", _time_shares(self._metrics))
+            table.add_row("  skipped steps", f"{self._metrics.get('ppo/skipped_steps', 0):.0f}")
+        lines = [self._evaluation] if self._evaluation else []
+        return Group(*lines, table, self._bar)
+
+
+class TensorBoard:
+    """An observer that writes the same metrics for TensorBoard."""
+
+    def __init__(self, folder: Path, *, purge_from: int | None = None):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Resuming hides what an abandoned continuation had written.
+        self._writer: Any = SummaryWriter(str(folder), purge_step=purge_from)
+
+    def phase(self, name: str) -> None:
+        """Phases are not written."""
+
+    def log(self, metrics: dict[str, float], progress: loop.Progress) -> None:
+        """Write one point per metric."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, progress.updates)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """End the event file."""
+        self._writer.close()
+
+
+def _seconds(metrics: dict[str, float]) -> float:
+    return sum(metrics.get(f"time/{part}_s", 0.0) for part in ("rollout", "score", "update"))
+
+
+def _time_shares(metrics: dict[str, float]) -> str:
+    whole = _seconds(metrics) or 1.0
+    return " · ".join(f"{part} {metrics.get(f'time/{part}_s', 0.0) / whole:.0%}" for part in ("rollout", "score", "update"))
+
+
+def _evaluation_line(metrics: dict[str, float], updates: int) -> str:
+    return (
+        f"held-out after {updates} updates: reward {metrics['eval/reward']:+.3f}  metric {metrics['eval/metric']:+.3f}  "
+        f"KL {metrics['eval/kl']:.2f} nats  distinct-2 {metrics['eval/distinct_2']:.2f}  "
+        f"length {metrics['eval/length']:.1f} tokens"
+    )

@@ -1,0 +1,50 @@
+"""Checks a run makes on itself before it changes a weight. Failing, it stops with the likely causes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from surefoot.core.losses import LossStats
+from surefoot.errors import GateError
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far the first minibatch may be from old == new.
+
+    `ratio` bounds |mean ratio - 1| and `ratio_max` the largest single ratio's distance; `approx_kl` is in nats.
+    """
+
+    ratio: float
+    ratio_max: float
+    approx_kl: float
+
+
+# Where old log-probs come from the sampler, a key/value cache and a full pass sum in different orders.
+FLOAT32 = Tolerance(ratio=1e-6, ratio_max=1e-4, approx_kl=1e-10)
+BFLOAT16 = Tolerance(ratio=1e-3, ratio_max=0.5, approx_kl=1e-3)
+
+
+def check_first_minibatch(stats: LossStats, *, exact: bool) -> None:
+    """Before the first step of a run old and new policy are one: ratio 1, KL(old‖new) 0, nothing clipped.
+
+    `exact` is float32. Raises GateError otherwise.
+    """
+    tolerance = FLOAT32 if exact else BFLOAT16
+    steps = float(stats.steps)
+    ratio, clipped = float(stats.ratio) / steps, float(stats.clipped) / steps
+    approx_kl, ratio_max = float(stats.approx_kl) / steps, float(stats.ratio_max)
+    passed = (
+        abs(ratio - 1) < tolerance.ratio
+        and abs(ratio_max - 1) < tolerance.ratio_max
+        and approx_kl < tolerance.approx_kl
+        and (clipped == 0 or (not exact and clipped < 0.01))
+    )
+    if not passed:
+        raise GateError(
+            f"the policy that is trained is not the one that wrote the samples: before any step the ratio is {ratio:.7f} "
+            f"(largest {ratio_max:.5f}), KL(old‖new) {approx_kl:.2e}, clip fraction {clipped:.3f}; they must be 1, 0 and 0. "
+            "Likely causes: dropout or another random layer left on; a temperature on one side only; a model whose "
+            "positions or attention depend on padding; weights changed between rollout and update; a low-precision kernel "
+            "that depends on the batch (try policy.dtype: float32)."
+        )

@@ -1,0 +1,299 @@
+"""THE loop: collect -> advantages -> update -> log -> evaluate -> save, for every kind of policy and environment."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from surefoot.config import Config, PPOConfig
+from surefoot.core.kl import adapted_kl_coef
+from surefoot.core.schedules import schedule
+from surefoot.core.seeds import derived_seed
+from surefoot.errors import InputError, Interrupted, NonFiniteError, SurefootError
+from surefoot.policies.base import Policy
+from surefoot.run import RunFolder
+from surefoot.train import checkpoint
+from surefoot.train.gates import check_first_minibatch
+from surefoot.train.metrics import batch_metrics, update_metrics
+from surefoot.train.signals import Abandon, StopRequest
+from surefoot.train.update import TokenBudget, advantages, update
+from surefoot.types import Batch, Trajectory
+
+
+class Rollout(Protocol):
+    """Where batches come from: a policy in an environment. All its randomness follows from episode numbers."""
+
+    def collect(self, *, first_episode: int, episodes: int, version: int = 0, poll: Callable[[], None] | None = None) -> Batch:
+        """Play `episodes` episodes; a batch with rewards and reference log-probs. `poll` may raise to abandon it."""
+        ...
+
+    def evaluate(self, episodes: int, *, poll: Callable[[], None] | None = None) -> tuple[dict[str, float], list[Trajectory]]:
+        """`eval/…` metrics on held-out episodes, and the episodes."""
+        ...
+
+    @property
+    def can_evaluate(self) -> bool:
+        """Whether there are held-out episodes."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold, as JSON."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        ...
+
+
+class Observer(Protocol):
+    """Sees the run go by: the progress display, TensorBoard."""
+
+    def phase(self, name: str) -> None:
+        """The run starts on `rollout`, `update`, `evaluate` or `save`."""
+        ...
+
+    def log(self, metrics: dict[str, float], progress: Progress) -> None:
+        """An update or an evaluation is done."""
+        ...
+
+
+@dataclass
+class Progress:
+    """How far a run is. Everything here is saved."""
+
+    kl_coef: float
+    updates: int = 0
+    episodes: int = 0
+    bad_steps: int = 0
+    bad_steps_in_a_row: int = 0
+    best_metric: float | None = None
+    seconds: float = 0.0
+    evaluated_at: int | None = None  # number of updates at the last evaluation
+
+
+@dataclass
+class Training:
+    """Everything a run works with. Built by `build.py`."""
+
+    config: Config
+    policy: Policy
+    rollout: Rollout
+    optimizer: torch.optim.Adam
+    folder: RunFolder
+    progress: Progress
+    total_episodes: int
+    observers: list[Observer] = field(default_factory=list)
+    stop: StopRequest = field(default_factory=StopRequest)
+    saved_at: int | None = None  # number of updates in the newest checkpoint
+
+    @property
+    def ppo(self) -> PPOConfig:
+        """The algorithm's section of the config."""
+        return self.config.ppo
+
+    @property
+    def total_updates(self) -> int:
+        """Updates in the whole run."""
+        return -(-self.total_episodes // self.ppo.episodes_per_update)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run has played all its episodes."""
+        return self.progress.episodes >= self.total_episodes
+
+    def tell_phase(self, name: str) -> None:
+        """Tell the observers what the run is at."""
+        for observer in self.observers:
+            observer.phase(name)
+
+
+def run(training: Training) -> None:
+    """Train until `total_episodes`.
+
+    Raises Interrupted after a signal, and whatever is the user's to mend; in each case the state as it was after the
+    last whole update is saved first.
+    """
+    t = training
+    budget = TokenBudget(t.ppo.micro_batch_tokens)
+    check_itself = True
+    with t.stop.listening():
+        while True:
+            # Taken before anything that may be given up: what was drawn in vain is drawn again after resuming.
+            generators = checkpoint.generator_states()
+            try:
+                if _evaluation_is_due(t):
+                    evaluate(t)
+                    generators = checkpoint.generator_states()
+                if _checkpoint_is_due(t):
+                    save(t, generators)
+                if t.is_done:
+                    return
+                t.stop.raise_if_set()
+                batch = collect(t)
+            except (Abandon, SurefootError) as error:
+                if t.saved_at != t.progress.updates:
+                    save(t, generators)
+                if isinstance(error, Abandon):
+                    raise _interrupted(t) from None
+                raise
+            metrics = improve(t, batch, budget=budget, check_itself=check_itself)
+            check_itself = False
+            log(t, batch, metrics)
+            _stop_if_diverged(t)
+
+
+def collect(t: Training) -> Batch:
+    """The next update's episodes."""
+    t.tell_phase("rollout")
+    p = t.progress
+    return t.rollout.collect(
+        first_episode=p.episodes, episodes=t.ppo.episodes_per_update, version=p.updates, poll=t.stop.raise_if_set
+    )
+
+
+def improve(t: Training, batch: Batch, *, budget: TokenBudget, check_itself: bool) -> dict[str, float]:
+    """Advantages and one update; moves `progress` on and returns the update's metrics."""
+    t.tell_phase("update")
+    p, ppo, started = t.progress, t.ppo, time.perf_counter()
+    learning_rate = ppo.learning_rate * schedule(ppo.lr_schedule, p.updates, t.total_updates, warmup=ppo.lr_warmup)
+    advantages(batch, ppo, kl_coef=p.kl_coef)
+    metrics = batch_metrics(batch) | {"kl/coef": p.kl_coef, "ppo/learning_rate": learning_rate}
+    gate = functools.partial(check_first_minibatch, exact=t.policy.scores_like_sampler)
+    result = update(
+        t.policy,
+        batch,
+        optimizer=t.optimizer,
+        config=ppo,
+        learning_rate=learning_rate,
+        generator=torch.Generator().manual_seed(derived_seed(t.config.seed, "minibatches", p.updates)),
+        budget=budget,
+        before_first_step=gate if check_itself else None,
+    )
+    p.updates += 1
+    p.episodes += len(batch)
+    p.bad_steps += result.skipped
+    p.bad_steps_in_a_row = result.skipped_in_a_row + (0 if result.steps else p.bad_steps_in_a_row)
+    if ppo.kl_target is not None:
+        p.kl_coef = adapted_kl_coef(
+            p.kl_coef, metrics["kl/reference"], target=ppo.kl_target, horizon=ppo.kl_horizon, episodes=len(batch)
+        )
+    metrics |= update_metrics(result) | {"ppo/skipped_steps": float(p.bad_steps), "episodes": float(p.episodes)}
+    metrics["time/update_s"] = time.perf_counter() - started
+    seconds = metrics["time/rollout_s"] + metrics["time/score_s"] + metrics["time/update_s"]
+    metrics["throughput/tokens_per_s"] = float(batch.mask_BT.sum()) / seconds
+    p.seconds += seconds
+    return metrics
+
+
+def evaluate(t: Training) -> None:
+    """Measure on held-out episodes, and keep the checkpoint if it is the best so far."""
+    t.tell_phase("evaluate")
+    p = t.progress
+    metrics, trajectories = t.rollout.evaluate(t.config.evaluate.episodes, poll=t.stop.raise_if_set)
+    p.evaluated_at = p.updates
+    t.folder.append("metrics.jsonl", [{"update": p.updates, **metrics}])
+    t.folder.append("samples.jsonl", [_sample(p.updates, "held_out", trajectory) for trajectory in trajectories])
+    for observer in t.observers:
+        observer.log(metrics, p)
+    if p.best_metric is None or metrics["eval/metric"] > p.best_metric:
+        p.best_metric = metrics["eval/metric"]
+        if p.updates:  # the untrained policy needs no checkpoint
+            path = save(t, checkpoint.generator_states())
+            checkpoint.point(t.folder.checkpoints, "best", path.name)
+
+
+def log(t: Training, batch: Batch, metrics: dict[str, float]) -> None:
+    """Write one update's metrics and samples."""
+    p = t.progress
+    t.folder.append("metrics.jsonl", [{"update": p.updates, **metrics}])
+    t.folder.append("samples.jsonl", [_sample(p.updates, "train", trajectory) for trajectory in batch.trajectories])
+    for observer in t.observers:
+        observer.log(metrics, p)
+
+
+def save(t: Training, generators: dict[str, Any]) -> Path:
+    """Write a checkpoint of everything the run's future depends on."""
+    t.tell_phase("save")
+    path = checkpoint.save_checkpoint(
+        t.folder.checkpoints,
+        t.progress.updates,
+        tensors={
+            "policy": checkpoint.policy_tensors(t.policy),
+            "optimizer": checkpoint.optimizer_tensors(t.policy, t.optimizer),
+        },
+        state={
+            "progress": asdict(t.progress),
+            "total_episodes": t.total_episodes,
+            "rollout": t.rollout.state(),
+            "generators": generators,
+            "base_fingerprint": t.policy.fingerprint(),
+            "log_sizes": t.folder.log_sizes(),
+        },
+        keep=t.config.run.keep_checkpoints,
+    )
+    t.saved_at = t.progress.updates
+    return path
+
+
+def restore(t: Training, path: Path) -> None:
+    """Go on from a checkpoint. Raises InputError if it is damaged or belongs to another base model."""
+    tensors, state = checkpoint.load_checkpoint(path)
+    if state["base_fingerprint"] != t.policy.fingerprint():
+        raise InputError(f"{path} was trained on other base weights than {t.config.policy.model} has now")
+    checkpoint.restore_policy(t.policy, tensors["policy"])
+    checkpoint.restore_optimizer(t.policy, t.optimizer, tensors.get("optimizer", {}))
+    t.progress = Progress(**state["progress"])
+    t.total_episodes = state["total_episodes"]
+    t.rollout.restore(state["rollout"])
+    t.folder.cut_logs(state["log_sizes"])
+    t.saved_at = t.progress.updates
+    checkpoint.restore_generators(state["generators"])
+
+
+def _evaluation_is_due(t: Training) -> bool:
+    p, every = t.progress, t.config.evaluate.every
+    if p.evaluated_at == p.updates or not t.rollout.can_evaluate:
+        return False
+    return p.updates == 0 or t.is_done or (every is not None and p.updates % every == 0)
+
+
+def _checkpoint_is_due(t: Training) -> bool:
+    updates = t.progress.updates
+    return updates > 0 and t.saved_at != updates and (t.is_done or updates % t.config.run.checkpoint_every == 0)
+
+
+def _stop_if_diverged(t: Training) -> None:
+    if t.progress.bad_steps_in_a_row >= t.ppo.max_bad_steps:
+        save(t, checkpoint.generator_states())
+        raise NonFiniteError(
+            f"{t.progress.bad_steps_in_a_row} optimiser steps in a row had a non-finite loss or gradient and were skipped; "
+            f"stopped with a checkpoint in {t.folder.path}. Try a lower ppo.learning_rate or policy.dtype: float32"
+        )
+
+
+def _interrupted(t: Training) -> Interrupted:
+    assert t.stop.signal_number is not None
+    return Interrupted(
+        t.stop.signal_number,
+        f"stopped after update {t.progress.updates}, saved; continue with: surefoot resume {t.folder.path}",
+    )
+
+
+def _sample(updates: int, split: str, trajectory: Trajectory) -> dict[str, Any]:
+    """One line of samples.jsonl."""
+    return {
+        "update": updates,
+        "split": split,
+        "prompt": trajectory.prompt,
+        "completion": trajectory.text,
+        "tokens": len(trajectory.completion.tokens),
+        "stop_reason": trajectory.completion.stop_reason.value,
+        "reward": trajectory.reward_parts or {"score": trajectory.score},
+        "kl": trajectory.kl,
+    }

@@ -1,0 +1,107 @@
+"""The metrics of an update: their names, what each means, and how they are measured."""
+
+from __future__ import annotations
+
+import torch
+
+from surefoot.core.kl import k3
+from surefoot.core.masked import explained_variance, masked_mean
+from surefoot.rollout.score import sequence_kl
+from surefoot.train.update import UpdateResult
+from surefoot.types import Batch, StopReason
+
+# Name -> meaning. docs/metrics.md is written from this; a metric that is not here cannot be logged.
+METRICS = {
+    "episodes": "Episodes played so far in the run.",
+    "reward/mean": "Mean score the reward function gave this update's episodes, before penalty, scaling and clipping.",
+    "reward/std": "Population standard deviation of those scores.",
+    "reward/total": "Mean reward after penalty, scaling and clipping, before the KL penalty: what the policy is paid.",
+    "kl/reference": "KL to the reference: log p - log p_ref summed over an episode's written tokens, mean over episodes; nats.",
+    "kl/reference_k3": "The same by the k3 estimator, which is never negative and has less variance; nats.",
+    "kl/coef": "β, the weight of the KL penalty in the reward, as used in this update.",
+    "ppo/policy_loss": "Clipped surrogate loss, mean over written tokens and minibatches.",
+    "ppo/approx_kl": "KL(old‖new) by k3, mean over written tokens and minibatches; nats per token.",
+    "ppo/clip_fraction": "Share of written tokens whose ratio left [1 - ε, 1 + ε].",
+    "ppo/ratio_mean": "Mean of π_new / π_old over written tokens and minibatches.",
+    "ppo/ratio_max": "Largest π_new / π_old.",
+    "ppo/stopped_early": "1 if the trust region (target_kl) ended the update before its last epoch, else 0.",
+    "ppo/grad_norm": "Gradient norm before clipping, mean over the steps taken.",
+    "ppo/learning_rate": "Adam's step size in this update.",
+    "ppo/skipped_steps": "Optimiser steps skipped so far because loss or gradient was not finite.",
+    "critic/value_loss": "½ (V - R)², clipped if asked for, mean over written tokens and minibatches.",
+    "critic/explained_variance": "1 - Var(R - V) / Var(R) before the update: 1 is perfect, 0 no better than a constant.",
+    "critic/clip_fraction": "Share of written tokens whose value moved further than clip_range_vf; 0 without clipping.",
+    "critic/value_mean": "Mean value over written tokens before the update.",
+    "critic/return_mean": "Mean TD(λ) return over written tokens.",
+    "policy/entropy": "Entropy of the distribution each token is drawn from, exact, mean over written tokens and minibatches; nats.",
+    "length/mean": "Written tokens per episode, the end token included.",
+    "length/end_rate": "Share of episodes that ended by an end token or stop string, not by the length limit.",
+    "sampler/mismatch_mean": "Mean of |log p_trainer - log p_sampler| over written tokens; 0 where they are the same numbers; nats.",
+    "sampler/mismatch_max": "Largest such difference; nats.",
+    "time/rollout_s": "Seconds spent writing answers.",
+    "time/score_s": "Seconds spent on the reward function, the reference and old log-probs.",
+    "time/update_s": "Seconds spent on advantages and optimiser steps.",
+    "throughput/tokens_per_s": "Written tokens per second of rollout, score and update together.",
+    "eval/reward": "Mean score of the reward function on held-out prompts.",
+    "eval/metric": "Mean of the task's metric on held-out prompts; the reward if the task has none. The best checkpoint is kept by it.",
+    "eval/kl": "KL to the reference on held-out prompts, as `kl/reference`; nats.",
+    "eval/distinct_2": "Distinct token bigrams over all token bigrams in the held-out answers: 1 is no repetition at all.",
+    "eval/length": "Written tokens per held-out answer.",
+    "eval/end_rate": "Share of held-out answers that ended by themselves.",
+}
+
+
+@torch.no_grad()
+def batch_metrics(batch: Batch) -> dict[str, float]:
+    """What the rollout and the advantages say, before the update."""
+    mask_BT = batch.mask_BT
+    acted_B = mask_BT.any(1)  # rows in which the policy did nothing are not counted
+    rows = acted_B.sum().clamp(min=1)
+    totals_B = torch.where(mask_BT, batch.rewards_BT, 0.0).sum(1)
+    metrics = {
+        "reward/total": float(totals_B[acted_B].sum() / rows),
+        "length/mean": float(mask_BT.sum() / rows),
+        "kl/reference": float(sequence_kl(batch)[acted_B].sum() / rows),
+        "critic/value_mean": float(masked_mean(batch.values_BT, mask_BT)),
+    }
+    if batch.reference_logprobs_BT is not None:
+        per_token = k3(batch.logprobs_BT, batch.reference_logprobs_BT)
+        metrics["kl/reference_k3"] = float(torch.where(mask_BT, per_token, 0.0).sum() / rows)
+    if batch.returns_BT is not None:
+        metrics["critic/explained_variance"] = float(explained_variance(batch.values_BT, batch.returns_BT, mask_BT))
+        metrics["critic/return_mean"] = float(masked_mean(batch.returns_BT, mask_BT))
+    if batch.behaviour_logprobs_BT is not None:
+        difference = torch.where(mask_BT, batch.logprobs_BT - batch.behaviour_logprobs_BT, 0.0).abs()
+        metrics["sampler/mismatch_mean"] = float(difference.sum() / mask_BT.sum().clamp(min=1))
+        metrics["sampler/mismatch_max"] = float(difference.max())
+    return metrics | _episode_metrics(batch) | batch.metrics
+
+
+def update_metrics(result: UpdateResult) -> dict[str, float]:
+    """What the optimiser did; means over all minibatches seen."""
+    metrics = {"ppo/stopped_early": float(result.stopped_early), "ppo/grad_norm": result.grad_norm}
+    if result.stats is not None:
+        stats, steps = result.stats, result.stats.steps.clamp(min=1)
+        metrics |= {
+            "ppo/policy_loss": float(stats.policy_loss / steps),
+            "ppo/approx_kl": float(stats.approx_kl / steps),
+            "ppo/clip_fraction": float(stats.clipped / steps),
+            "ppo/ratio_mean": float(stats.ratio / steps),
+            "ppo/ratio_max": float(stats.ratio_max),
+            "critic/value_loss": float(stats.value_loss / steps),
+            "critic/clip_fraction": float(stats.value_clipped / steps),
+            "policy/entropy": float(stats.entropy / steps),
+        }
+    return metrics
+
+
+def _episode_metrics(batch: Batch) -> dict[str, float]:
+    if not batch.trajectories:
+        return {}
+    scores = torch.tensor([t.score for t in batch.trajectories])
+    ended = [t.completion.stop_reason is not StopReason.LENGTH for t in batch.trajectories]
+    return {
+        "reward/mean": float(scores.mean()),
+        "reward/std": float(scores.std(unbiased=False)),
+        "length/end_rate": sum(ended) / len(ended),
+    }
