@@ -41,5 +41,5 @@ bench: $(READY)  ## Speed beside transformers' generate, and where an update's t
 	$(BIN)/python benchmarks/speed/generation.py
 	$(BIN)/python benchmarks/speed/update.py
 
-docs: $(READY)  ## Write docs/config.md again from the configuration models
-	$(BIN)/python -m surefoot.config_reference > docs/config.md
+docs: $(READY)  ## Write docs/config.md and docs/metrics.md again from the code
+	$(BIN)/python docs/generate.py

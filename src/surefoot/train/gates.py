@@ -21,7 +21,7 @@ class Tolerance:
 
 
 # Where old log-probs come from the sampler, a key/value cache and a full pass sum in different orders.
-FLOAT32 = Tolerance(ratio=1e-6, ratio_max=1e-4, approx_kl=1e-10)
+FLOAT32 = Tolerance(ratio=1e-5, ratio_max=1e-4, approx_kl=1e-10)
 BFLOAT16 = Tolerance(ratio=1e-3, ratio_max=0.5, approx_kl=1e-3)
 
 

@@ -1,0 +1,90 @@
+"""Pages that are written from the code are current, and every claim in the algorithm table points at something real."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *ROOT.glob("recipes/**/*.md"), *ROOT.glob("benchmarks/**/*.md")])
+
+
+def generated() -> dict[str, str]:
+    spec = importlib.util.spec_from_file_location("generate_docs", DOCS / "generate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return {"config.md": module.config_page(), "metrics.md": module.metrics_page()}
+
+
+def test_generated_pages_are_current() -> None:
+    for name, page in generated().items():
+        assert (DOCS / name).read_text(encoding="utf-8") == page, f"run make docs: {name} is out of date"
+
+
+def test_every_metric_that_is_logged_is_defined_and_every_defined_one_is_logged() -> None:
+    from surefoot.train.metrics import METRICS
+
+    source = "\n".join(path.read_text() for path in (ROOT / "src" / "surefoot").rglob("*.py"))
+    named = set(re.findall(r'"((?:reward|kl|ppo|critic|policy|length|sampler|time|throughput|eval)/[a-z_0-9]+)"', source))
+    assert named <= METRICS.keys()
+    for name in METRICS:
+        assert source.count(f'"{name}"') + source.count("'" + name + "'") >= 2, f"{name} is defined but never logged"
+
+
+def algorithm_rows() -> list[list[str]]:
+    lines = (DOCS / "algorithm.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines if line.startswith("|")]
+    return [row for row in rows if not set("".join(row)) <= set("-: ") and row[0] != "detail"]
+
+
+def test_the_algorithm_table_has_no_empty_cell() -> None:
+    rows = algorithm_rows()
+    assert len(rows) > 30
+    for row in rows:
+        assert len(row) == 4 and all(row), row
+
+
+def test_the_algorithm_table_points_at_code_and_tests_that_exist() -> None:
+    for detail, place, tests, _ in algorithm_rows():
+        for file, name in re.findall(r"`([\w/]+\.py)(?::(\w+))?`", place):
+            text = (ROOT / "src" / "surefoot" / file).read_text()
+            assert not name or re.search(rf"\b{name}\b", text), f"{detail}: no {name} in {file}"
+        found = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", tests)
+        assert found, f"{detail} names no test"
+        for file, name in found:
+            functions = {n.name for n in ast.walk(ast.parse((ROOT / file).read_text())) if isinstance(n, ast.FunctionDef)}
+            assert not name or name in functions, f"{detail}: no test {name} in {file}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if not target.startswith(("http://", "https://")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_and_commands_in_the_pages_are_real(page: Path) -> None:
+    """Python blocks parse, make verbs exist, and flags name fields."""
+    from surefoot.config import field_table
+
+    text = page.read_text(encoding="utf-8")
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.S):
+        ast.parse(block)
+    verbs = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    assert set(re.findall(r"`make ([a-z-]+)", text)) <= verbs
+    keys = {key for key, *_ in field_table()}
+    for flag in re.findall(r"--((?:run|policy|task|generation|ppo|evaluate)\.[a-z_.-]+)", text):
+        assert flag.replace("-", "_") in keys, f"--{flag}"
+
+
+def test_the_version_is_in_the_changelog() -> None:
+    from surefoot import __version__
+
+    assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
