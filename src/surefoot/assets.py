@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import io
 import json
 import os
@@ -121,20 +122,33 @@ def _build_smollm2(archive: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _build_movie_reviews(archive: Path, folder: Path) -> None:
-    """Movie-review sentences and their mean human rating (-4 … 4), as JSONL."""
+def _build_rated_texts(archive: Path, folder: Path, *, table_name: str) -> None:
+    """Texts and their mean human rating (-4 … 4), as JSONL."""
     rows = []
     with tarfile.open(archive) as outer:
         inner = outer.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
         assert inner is not None
         with tarfile.open(fileobj=io.BytesIO(inner.read())) as data:
-            table = data.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+            table = data.extractfile(f"hutto_ICWSM_2014/{table_name}_GroundTruth.txt")
             assert table is not None
             for line in table.read().decode("latin-1").splitlines():
                 _, rating, text = line.split("\t", 2)
                 if text.strip():
                     rows.append(json.dumps({"prompt": text.strip(), "rating": float(rating)}, ensure_ascii=False))
     (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def _rated_texts(description: str, table_name: str) -> Asset:
+    """One of the tables that Hutto & Gilbert (ICWSM 2014) had rated, from vaderSentiment's source distribution."""
+    return Asset(
+        description=f"{description} (2.5 MB)",
+        package="vaderSentiment",
+        version="3.3.2",
+        sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+        is_wheel=False,
+        build=functools.partial(_build_rated_texts, table_name=table_name),
+        product="prompts.jsonl",
+    )
 
 
 ASSETS = {
@@ -147,15 +161,8 @@ ASSETS = {
         build=_build_smollm2,
         product="",
     ),
-    "movie-reviews": Asset(
-        description="10,605 rated movie-review sentences (2.5 MB)",
-        package="vaderSentiment",
-        version="3.3.2",
-        sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
-        is_wheel=False,
-        build=_build_movie_reviews,
-        product="prompts.jsonl",
-    ),
+    "movie-reviews": _rated_texts("10,605 rated movie-review sentences", "movieReviewSnippets"),
+    "tweets": _rated_texts("4,200 rated tweets", "tweets"),
 }
 
 
