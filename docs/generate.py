@@ -39,16 +39,23 @@ def config_page() -> str:
         if (name if dot else "") != section:
             section = name if dot else ""
             about = (Config.model_fields[name].description or "").split("\n")[0] if section else "The run as a whole."
-            lines += [f"\n## {section or 'Top level'}\n\n{about}\n", "| field | type | default | meaning |", "|---|---|---|---|"]
-        kind = kind.replace("|", "\\|")
-        lines.append(f"| `{key}` | {kind} | `{default}` | {description} |")
+            lines += [
+                f"\n## {section or 'Top level'}\n\n{about}\n",
+                "| field | type | default | meaning |",
+                "|---|---|---|---|",
+            ]
+        lines.append(f"| `{key}` | {_cell(kind)} | `{default}` | {description} |")
     return "\n".join(lines) + "\n"
 
 
 def metrics_page() -> str:
     """docs/metrics.md."""
-    rows = [f"| `{name}` | {meaning.replace('|', chr(92) + '|')} |" for name, meaning in METRICS.items()]
+    rows = [f"| `{name}` | {_cell(meaning)} |" for name, meaning in METRICS.items()]
     return "\n".join([METRICS_INTRO, "| metric | meaning |", "|---|---|", *rows]) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 if __name__ == "__main__":

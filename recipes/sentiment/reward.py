@@ -1,0 +1,14 @@
+"""A reward of one's own: VADER's sentiment, but an answer that repeats a word earns less."""
+
+from surefoot.rewards.sentiment import vader_compound
+
+
+def reward(prompts, completions, **columns):
+    scores = vader_compound(completions=completions)
+    return [score * variety(text) for score, text in zip(scores, completions, strict=True)]
+
+
+def variety(text):
+    """Distinct words over words: 1 without repetition."""
+    words = text.lower().split()
+    return len(set(words)) / len(words) if words else 0.0
