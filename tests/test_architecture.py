@@ -15,7 +15,9 @@ FILES = sorted(SOURCE.rglob("*.py"))
 ALLOWED = {
     "errors": set(),
     "types": set(),
-    "config": set(),
+    "config": {"strict_yaml", "wording"},
+    "strict_yaml": set(),
+    "wording": set(),
     "core": {"core"},
     "run": {"config"},
     "policies": {"core", "policies"},

@@ -6,48 +6,53 @@ whole into the run folder. Every field's description is the text of `docs/config
 
 from __future__ import annotations
 
-import difflib
+import functools
+import math
 import os
-import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from surefoot import strict_yaml
 from surefoot.errors import InputError
+from surefoot.wording import as_flag, first_problem, short, suggestion
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+def _usable_path(text: str) -> str:
+    if not text or "\0" in text or any(len(os.fsencode(part)) > 255 for part in text.split("/")):
+        raise ValueError(f"{short(text)} is no name of a file or folder")
+    return os.path.expanduser(text)
+
+
+Positive = Annotated[int, Field(gt=0, le=10**9)]
+NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader, but `3e-4` is a number, as YAML 1.2 and everybody expects (YAML 1.1 reads a string)."""
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+PathText = Annotated[str, AfterValidator(_usable_path)]
 
 
 class Section(BaseModel):
     """A strict part of the configuration: unknown keys are errors, values are not coerced, instances are frozen."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
     """Where the run leaves what it makes."""
 
     name: str | None = Field(None, description="Name of the run's folder; default: `ppo-1`, `ppo-2`, … the first free one.")
-    folder: str = Field("runs", description="Folder that holds run folders.")
+    folder: PathText = Field("runs", description="Folder that holds run folders; the default is in the working directory.")
     checkpoint_every: Positive = Field(10, description="Updates between two checkpoints.")
     keep_checkpoints: int = Field(2, ge=2, description="How many of the newest checkpoints stay (the best one stays besides).")
 
     @field_validator("name")
     @classmethod
     def _safe_name(cls, name: str | None) -> str | None:
-        if name is not None and (not name or name in {".", ".."} or any(c in name for c in "/\\\0") or ".." in name):
-            raise ValueError(f"{name!r} is not a plain folder name; leave out slashes and '..'")
+        if name is not None and (
+            not name.isprintable() or ".." in name or name in {"", "."} or set(name) & set("/\\") or len(name.encode()) > 200
+        ):
+            raise ValueError(f"{short(name)} is not a plain folder name; leave out slashes and '..', at most 200 bytes")
         return name
 
 
@@ -56,7 +61,14 @@ class AdapterConfig(Section):
 
     rank: Positive = Field(16, description="Rank of the adapter.")
     alpha: float = Field(32.0, gt=0, description="Scale: the adapter's output is multiplied by alpha / rank.")
-    targets: str | list[str] = Field("all-linear", description="Module names to adapt, or `all-linear`.")
+    targets: str | list[str] = Field("all-linear", description="List of module names to adapt, or `all-linear`.")
+
+    @field_validator("targets")
+    @classmethod
+    def _names(cls, targets: str | list[str]) -> str | list[str]:
+        if not targets or (isinstance(targets, str) and targets != "all-linear"):
+            raise ValueError(f"write all-linear or a list of module names such as [q_proj, v_proj], not {short(targets)}")
+        return targets
 
 
 class CriticConfig(Section):
@@ -71,7 +83,7 @@ class CriticConfig(Section):
 class PolicyConfig(Section):
     """The model that is trained."""
 
-    model: str = Field(
+    model: PathText = Field(
         "smollm2-135m-instruct", description="A name `surefoot fetch` knows, a local folder, or a Hugging Face hub id."
     )
     adapter: AdapterConfig | None = Field(
@@ -88,9 +100,9 @@ class PolicyConfig(Section):
 class TaskConfig(Section):
     """The prompts and the reward."""
 
-    prompts: str = Field(description="JSONL file of prompts, or a name `surefoot fetch` knows.")
-    reward: str = Field(description="Reward function as `file.py:function` or `package.module:function`.")
-    metric: str | None = Field(
+    prompts: PathText = Field(description="JSONL file of prompts, or a name `surefoot fetch` knows.")
+    reward: PathText = Field(description="Reward function as `file.py:function` or `package.module:function`.")
+    metric: PathText | None = Field(
         None,
         description="A task metric apart from the reward, same form and signature; the best checkpoint is kept by it. Default: the reward.",
     )
@@ -123,8 +135,12 @@ class GenerationConfig(Section):
     top_p: float | None = Field(
         None, gt=0, le=1, description="Sample from the smallest set with this probability. Refused in training, as top_k."
     )
-    stop: list[str] = Field(default_factory=list, description="Strings that end an answer; the string stays part of it.")
-    stop_token_ids: list[int] = Field(default_factory=list, description="End tokens besides the model's own.")
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list, description="Strings that end an answer; the string stays part of it."
+    )
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field(
+        default_factory=list, description="End tokens besides the model's own."
+    )
     slots: Positive = Field(64, description="Rows decoded at once; waiting prompts take the place of finished rows.")
 
 
@@ -135,7 +151,7 @@ class PPOConfig(Section):
     episodes_per_update: Positive = Field(64, description="Episodes collected for one update.")
     batch_size: Positive = Field(16, description="Episodes in a minibatch (one optimiser step). Divides episodes_per_update.")
     n_epochs: Positive = Field(2, description="Passes over the episodes of an update.")
-    learning_rate: float = Field(3e-4, gt=0, allow_inf_nan=False, description="Adam's step size at its highest.")
+    learning_rate: float = Field(3e-4, gt=0, description="Adam's step size at its highest.")
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="How the learning rate moves over the run."
     )
@@ -217,49 +233,69 @@ class Config(Section):
             raise ValueError("generation.temperature 0 is greedy and cannot be trained on; use a positive temperature")
         if ppo.kl_target is not None and ppo.kl_coef == 0:
             raise ValueError("ppo.kl_target adapts ppo.kl_coef, which is 0 and would stay 0; give kl_coef a positive start")
+        if ppo.missing_eos_mode == "replace" and ppo.missing_eos_penalty is None:
+            raise ValueError("ppo.missing_eos_mode: replace needs a ppo.missing_eos_penalty to put in the score's place")
         return self
 
 
 def _nearest_divisor(whole: int, wanted: int) -> int:
-    return min((d for d in range(1, whole + 1) if whole % d == 0), key=lambda d: abs(d - wanted))
+    small = [d for d in range(1, math.isqrt(whole) + 1) if whole % d == 0]
+    return min((*small, *(whole // d for d in small)), key=lambda d: abs(d - wanted))
 
 
-def load_config(path: Path | str, overrides: dict[str, str] | None = None) -> Config:
-    """Read a YAML file, apply `overrides` (dotted key -> YAML scalar), check everything.
+def load_config(path: Path | str, overrides: Mapping[str, str] | None = None) -> Config:
+    """Read a YAML file, apply `overrides` (dotted key -> YAML scalar, as from flags), check everything.
 
     Relative paths in the file are relative to the file; those in overrides to the working directory.
     Raises InputError with one line: what, where, how to mend it.
     """
     path = Path(path)
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not safe, valid YAML: {' '.join(str(error).split())}") from None
+    data = strict_yaml.read(path)
     if data is None:
         data = {}
     if not isinstance(data, dict):
-        raise InputError(f"{path}: expected sections such as 'ppo:' at the top, found a {type(data).__name__}")
+        raise InputError(f"{path}: expected sections such as 'ppo:' at the top, found {short(data)}")
+    data = {key: value for key, value in data.items() if value is not None}  # a section whose lines are all comments
     _make_paths_relative_to(path.parent, data)
-    for key, text in (overrides or {}).items():
+    flags = {key.replace("-", "_"): text for key, text in (overrides or {}).items()}
+    for key, text in flags.items():
         _set(data, key, text)
-    return make_config(data, where=str(path))
+    return make_config(data, where=str(path), flags=flags)
 
 
-def make_config(data: dict[str, Any], *, where: str) -> Config:
-    """Check nested `data` against the models. Raises InputError naming the key, and the nearest real one."""
+def make_config(data: dict[str, Any], *, where: str, flags: Collection[str] = ()) -> Config:
+    """Check nested `data` against the models. Raises InputError naming the key, and the nearest real one.
+
+    `flags` are the dotted keys that came from the command line: a problem with one of them names the flag.
+    """
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise InputError(f"{where}: {_first_problem(error)}") from None
+        raise InputError(first_problem(error.errors(), where=where, kinds=_kinds(), flags=flags)) from None
 
 
-def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+def dump_config(config: Config, *, exclude: Collection[str] = ()) -> str:
+    """The resolved configuration as YAML, without the sections in `exclude`."""
+    return strict_yaml.dump(config.model_dump(mode="json", exclude=set(exclude)))
+
+
+def absolute_paths(config: Config) -> Config:
+    """The same configuration with its local files named from the root: it means the same wherever it is read."""
+    data = config.model_dump()
+    _make_paths_relative_to(Path.cwd(), data)
+    return make_config(data, where="config")
+
+
+def with_sampling(generation: GenerationConfig, changes: Mapping[str, Any]) -> GenerationConfig:
+    """`generation` with other settings for writing text. Raises InputError for an unknown name or a wrong value."""
+    allowed = ("max_new_tokens", "temperature", "top_k", "top_p")
+    for name in changes:
+        if name not in allowed:
+            raise InputError(f"unknown sampling setting {name!r}; there are {', '.join(allowed)}")
+    try:
+        return GenerationConfig.model_validate(generation.model_dump() | dict(changes))
+    except ValidationError as error:
+        raise InputError(first_problem(error.errors(), where="generate", kinds=_kinds())) from None
 
 
 def setting_keys() -> dict[str, str]:
@@ -281,7 +317,9 @@ def nested(settings: dict[str, Any]) -> dict[str, Any]:
     data: dict[str, Any] = {}
     for name, value in settings.items():
         if name not in keys:
-            raise InputError(f"unknown setting {name!r}{_suggest(name, keys)}")
+            is_the_tasks = name in TaskConfig.model_fields
+            hint = "; it is TextTask's" if is_the_tasks else suggestion(name, keys, "docs/config.md lists them")
+            raise InputError(f"unknown setting {name!r}{hint}")
         *parents, leaf = keys[name].split(".")
         target = data
         for parent in parents:
@@ -290,51 +328,48 @@ def nested(settings: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
-def _set(data: dict[str, Any], dotted: str, text: str) -> None:
-    """Set `section.field` from a command-line string; dashes may stand for underscores."""
-    *parents, leaf = dotted.replace("-", "_").split(".")
+def _set(data: dict[str, Any], key: str, text: str) -> None:
+    """Set `section.field` from a command-line string."""
+    if not text.strip():
+        raise InputError(f"{as_flag(key)}: the value is empty; write null for none")
+    value = strict_yaml.scalar(text)
+    if "str" in _kinds().get(key, "") and not isinstance(value, (str, list, type(None))):
+        value = text  # a run may be called 7
+    *parents, leaf = key.split(".")
+    if not all((*parents, leaf)):
+        raise InputError(f"{as_flag(key)} is no flag; surefoot ppo --help lists them")
     for parent in parents:
-        inner = data.get(parent)
-        if not isinstance(inner, dict):
-            inner = data[parent] = {}
-        data = inner
-    try:
-        data[leaf] = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        data[leaf] = text
+        if data.get(parent) is None:
+            data[parent] = {}
+        data = data[parent]
+        if not isinstance(data, dict):
+            raise InputError(f"{as_flag(key)}: {parent} is {short(data)} in the file, not a section")
+    data[leaf] = value
 
 
 def _make_paths_relative_to(folder: Path, data: dict[str, Any]) -> None:
-    """Rewrite the file's relative paths in place. Names that are not files there (assets, modules, hub ids) stay."""
-
-    def rebase(section: str, key: str, suffix: str = "") -> None:
+    """Rewrite relative paths in place. Names of assets, hub ids and modules stay."""
+    for section, key in (("run", "folder"), ("policy", "model"), ("task", "prompts"), ("task", "reward"), ("task", "metric")):
         values = data.get(section)
         value = values.get(key) if isinstance(values, dict) else None
-        if values and isinstance(value, str) and (key == "folder" or (folder / value.removesuffix(suffix)).exists()):
+        if values and isinstance(value, str) and not value.startswith("~") and _is_path(key, value, folder):
             values[key] = os.path.normpath(folder / value)
 
-    rebase("run", "folder")
-    rebase("policy", "model")
-    rebase("task", "prompts")
-    for key in ("reward", "metric"):
-        function = data.get("task", {}).get(key) if isinstance(data.get("task"), dict) else None
-        if isinstance(function, str) and ".py:" in function:
-            rebase("task", key, ":" + function.rsplit(":", 1)[1])
+
+def _is_path(key: str, value: str, folder: Path) -> bool:
+    if key in {"reward", "metric"}:
+        return ".py:" in value
+    # A prompt file that is not there yet must not be found elsewhere by accident.
+    is_file_name = key == "prompts" and ("/" in value or ".json" in value)
+    return key == "folder" or is_file_name or value.startswith(".") or os.path.exists(folder / value)
 
 
-def _first_problem(error: ValidationError) -> str:
-    """The first validation error as one line with its dotted key."""
-    problem = error.errors(include_url=False)[0]
-    location = [str(part) for part in problem["loc"]]
-    key = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{_suggest(key, [row[0] for row in field_table()])}"
-    if problem["type"] == "missing":
-        return f"{key} is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    if not key:
-        return message
-    return f"{key}: {message[0].lower() + message[1:]}, got {problem['input']!r}"
+@functools.cache
+def _kinds() -> dict[str, str]:
+    """Type of every field by its dotted key; a section's is empty."""
+    kinds = {key: kind for key, kind, _, _ in field_table()}
+    sections = {key.rsplit(".", depth)[0] for key in kinds for depth in range(1, key.count(".") + 1)}
+    return kinds | dict.fromkeys(sections, "")
 
 
 def field_table() -> list[tuple[str, str, str, str]]:
@@ -348,7 +383,7 @@ def field_table() -> list[tuple[str, str, str, str]]:
                 rows += walk(inner[0], f"{prefix}{name}.")
                 continue
             kind = _type_name(info.annotation)
-            default = "required" if info.is_required() else yaml.safe_dump(info.get_default(call_default_factory=True))
+            default = "required" if info.is_required() else strict_yaml.dump(info.get_default(call_default_factory=True))
             rows.append((prefix + name, kind, default.removesuffix("...\n").strip(), info.description or ""))
         return rows
 
@@ -363,14 +398,3 @@ def _type_name(annotation: Any) -> str:
     if get_origin(annotation) is not None and get_origin(annotation) is not list:
         return " | ".join(_type_name(a) for a in get_args(annotation))
     return "null" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))
-
-
-def _suggest(name: str, candidates: Any) -> str:
-    """'; did you mean …?' with the closest candidate, comparing the whole key first and its last part second."""
-    candidates = list(candidates)
-    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
-    if not close:
-        by_leaf = {candidate.rsplit(".", 1)[-1]: candidate for candidate in candidates}
-        leaf = difflib.get_close_matches(name.rsplit(".", 1)[-1], by_leaf, n=1, cutoff=0.6)
-        close = [by_leaf[leaf[0]]] if leaf else []
-    return f"; did you mean {close[0]!r}?" if close else "; see docs/config.md for the list"

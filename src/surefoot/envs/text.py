@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from surefoot.core.seeds import derived_seed
 from surefoot.errors import InputError
 from surefoot.rewards.functions import RewardFunction
 
-Prompt = str | list[dict[str, str]]
+Prompt = str | list[dict[str, Any]]
+
+MAX_LINE_BYTES = 16_000_000  # far beyond any context; a file without line breaks must not fill the memory
 
 
 @dataclass(frozen=True)
@@ -58,16 +60,24 @@ class TextTask:
         for name, function in (("reward", reward), ("metric", metric)):
             if function is not None and not callable(function):
                 raise InputError(f"{name}: expected a function of (prompts, completions, **columns), got {function!r}")
+        if prompt_tokens is not None and (not isinstance(prompt_tokens, int) or prompt_tokens < 1):
+            raise InputError(f"prompt_tokens: expected a whole number above 0, or None, got {prompt_tokens!r}")
+        if isinstance(held_out, (int, float)) and not 0 <= held_out < 1:
+            raise InputError(f"held_out: expected a fraction from 0 to below 1, or a list of prompts, got {held_out!r}")
         self.reward, self.metric = reward, metric
         self.prompt_tokens, self.chat = prompt_tokens, chat
-        examples = _read_examples(prompts, prompt_column)
+        examples = _read_examples(prompts, prompt_column, name="prompts")
+        if not examples:
+            where = prompts if isinstance(prompts, (str, Path)) else "prompts"
+            raise InputError(f"{where}: no prompts there; one is needed at least")
         if isinstance(held_out, (int, float)):
-            self.train = [e for e in examples if _hash_fraction(e.text) >= held_out]
-            self.held_out = [e for e in examples if _hash_fraction(e.text) < held_out]
+            is_held_out = [_hash_fraction(example.text) < held_out for example in examples]
+            self.train = [example for example, held in zip(examples, is_held_out, strict=True) if not held]
+            self.held_out = [example for example, held in zip(examples, is_held_out, strict=True) if held]
         else:
-            self.train, self.held_out = examples, _read_examples(held_out, prompt_column)
+            self.train, self.held_out = examples, _read_examples(held_out, prompt_column, name="held_out")
         if not self.train:
-            raise InputError("no prompts to train on" + ("" if not examples else "; all of them were held out"))
+            raise InputError(f"no prompts to train on: all {len(examples)} were held out; lower held_out or give more prompts")
 
     def training_example(self, episode: int, seed: int) -> Example:
         """The prompt of training episode number `episode`: every pass over the prompts has its own order."""
@@ -94,30 +104,47 @@ def _hash_fraction(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "little") / 2**64
 
 
-def _read_examples(source: Any, column: str) -> list[Example]:
+def _read_examples(source: Any, column: str, *, name: str) -> list[Example]:
     if isinstance(source, (str, Path)):
-        rows: Iterable[Any] = _read_jsonl(Path(source))
-        where = str(source)
-    elif isinstance(source, Iterable):
-        rows, where = source, "prompts"
+        rows = _read_jsonl(Path(source), name)
+    elif isinstance(source, Mapping) or hasattr(source, "iterrows"):
+        raise InputError(
+            f"{name}: a {type(source).__name__} is not a list of rows; take one split of a DatasetDict, or "
+            "table.to_dict('records') of a DataFrame"
+        )
+    elif isinstance(source, Set):
+        raise InputError(f"{name}: a set has another order in every process, and runs could not be repeated; give a list")
+    elif isinstance(source, Iterable) and not isinstance(source, bytes):
+        rows = ((f"{name}, row {number}", row) for number, row in enumerate(source, start=1))
     else:
-        raise InputError(f"prompts: expected a list, a JSONL file or a datasets.Dataset, got {type(source).__name__}")
-    return [_example(row, column, f"{where}, row {number}") for number, row in enumerate(rows, start=1)]
+        raise InputError(f"{name}: expected a list, a JSONL file or a datasets.Dataset, got {type(source).__name__}")
+    return [_example(row, column, where) for where, row in rows]
 
 
-def _read_jsonl(path: Path) -> Iterable[Any]:
+def _read_jsonl(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+    """(where, row) of every line that is not blank."""
     try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
+        with path.open("rb") as file:
+            number = 0
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
                 if line.strip():
-                    try:
-                        yield json.loads(line)
-                    except ValueError:
-                        raise InputError(f"{path}, line {number}: not JSON; one object or string per line is needed") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+                    yield f"{path}, line {number}", _parse_line(line, f"{path}, line {number}")
+    except FileNotFoundError:
+        raise InputError(f"{name}: no file {path}; a JSONL file, a list or a datasets.Dataset is needed") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _parse_line(line: bytes, where: str) -> Any:
+    if len(line) > MAX_LINE_BYTES:
+        raise InputError(f"{where}: longer than {MAX_LINE_BYTES:,} bytes; one object or string per line is needed")
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise InputError(f"{where}: not UTF-8; save the file as UTF-8") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{where}: not JSON; one object or string per line is needed") from None
 
 
 def _example(row: Any, column: str, where: str) -> Example:
@@ -128,13 +155,33 @@ def _example(row: Any, column: str, where: str) -> Example:
             raise InputError(f"{where}: no column {column!r}; it has {', '.join(map(str, row)) or 'none'}")
         prompt = row[column]
         columns = {str(name): value for name, value in row.items() if name != column}
+        if clash := columns.keys() & {"prompts", "completions"}:
+            raise InputError(f"{where}: the reward function gets its own {min(clash)!r}; give that column another name")
+    return Example(checked_prompt(prompt, where), columns)
+
+
+def checked_prompt(prompt: Any, where: str) -> Prompt:
+    """`prompt` if it is a string or a list of messages that says something. Raises InputError otherwise."""
     if isinstance(prompt, str):
         if not prompt.strip():
-            raise InputError(f"{where}: the prompt is empty; give it text or drop the row")
-        return Example(prompt, columns)
+            raise InputError(f"{where}: the prompt is empty; give it text or drop it")
+        return _checked_text(prompt, where)
     is_chat = isinstance(prompt, list) and all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in prompt)
     if not is_chat:
         raise InputError(f"{where}: a prompt is a string or a list of {{role, content}} messages, got {type(prompt).__name__}")
     if not prompt:
-        raise InputError(f"{where}: the prompt has no messages; give it one or drop the row")
-    return Example([dict(message) for message in prompt], columns)
+        raise InputError(f"{where}: the prompt has no messages; give it one or drop it")
+    for message in prompt:
+        for part in ("role", "content"):
+            if not isinstance(message[part], str):
+                raise InputError(f"{where}: a message's {part} is text, got {type(message[part]).__name__}")
+            _checked_text(message[part], where)
+    return [dict(message) for message in prompt]
+
+
+def _checked_text(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: half a surrogate pair is no character; mend the encoding") from None
+    return text
