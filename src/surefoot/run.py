@@ -16,12 +16,13 @@ import json
 import os
 import platform
 import re
+import weakref
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from surefoot.config import Config, dump_config, load_config
+from surefoot.config import Config, absolute_paths, dump_config, load_config
 from surefoot.errors import InputError
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
@@ -32,7 +33,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self._lock: IO[str] | None = None
+        self._unlock: weakref.finalize[[int], RunFolder] | None = None
 
     @staticmethod
     def free_name(config: Config, prefix: str) -> str:
@@ -44,25 +45,28 @@ class RunFolder:
 
     @staticmethod
     def check_free(config: Config) -> None:
-        """Raise InputError if the run's name is taken: better before a model is loaded than after."""
-        if config.run.name is not None and (path := Path(config.run.folder) / config.run.name).exists():
+        """Raise InputError if the run's folder cannot be made: better before a model is loaded than after."""
+        if config.run.name is not None and os.path.lexists(path := Path(config.run.folder) / config.run.name):
             raise InputError(
                 f"the run folder {path} exists; continue it with 'surefoot resume {path}' or choose another run.name"
             )
+        place = Path(config.run.folder).absolute()
+        while not os.path.lexists(place):
+            place = place.parent
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            raise InputError(f"run.folder {config.run.folder}: no folder can be made in {place}; choose another")
 
     @classmethod
     def create(cls, config: Config) -> RunFolder:
         """Make a new folder and write config and environment. Raises InputError if the name is taken."""
         cls.check_free(config)
-        path = Path(config.run.folder) / (config.run.name or cls.free_name(config, "ppo"))
-        try:
-            path.mkdir(parents=True)
-        except OSError as error:
-            raise InputError(f"the run folder {path} cannot be made: {error.strerror}") from None
-        run = cls(path)
+        run = cls(_make_folder(config))
         run.hold()
-        write_durably(path / "config.yaml", dump_config(config).encode())
-        write_durably(path / "environment.json", json.dumps(_environment(), indent=1).encode())
+        try:
+            write_durably(run.path / "config.yaml", dump_config(absolute_paths(config)).encode())
+            write_durably(run.path / "environment.json", json.dumps(_environment(), indent=1).encode())
+        except OSError as error:
+            raise InputError(f"the run folder {run.path} cannot be written: {error.strerror}") from error
         return run
 
     @classmethod
@@ -82,31 +86,50 @@ class RunFolder:
         """The configuration the run was started with."""
         return load_config(self.path / "config.yaml")
 
+    @property
+    def is_held(self) -> bool:
+        """Whether `hold` was called since the last `release`."""
+        return self._unlock is not None
+
     def hold(self) -> None:
-        """Take the folder for this process until it ends. Raises InputError if another process holds it."""
-        lock = (self.path / ".lock").open("w")
+        """Take the folder until `release` or the end of this object. Raises InputError if somebody else has it."""
+        if self.is_held:
+            return
+        try:
+            lock = os.open(self.path / ".lock", os.O_WRONLY | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be written: {error.strerror}") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            lock.close()
-            raise InputError(f"{self.path} is in use by another process; wait for it or stop it first") from None
-        self._lock = lock
+            os.close(lock)
+            raise InputError(f"{self.path} is in use by another run; wait for it or stop it first") from None
+        self._unlock = weakref.finalize(self, os.close, lock)
 
     def release(self) -> None:
         """Let others take the folder."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        if self._unlock is not None:
+            self._unlock()
+            self._unlock = None
 
     def append(self, log: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Add one JSON line per row to a log."""
+        """Add one JSON line per row to a log. Raises InputError if the disk does not take them."""
         lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-        with (self.path / log).open("a", encoding="utf-8") as file:
-            file.write(lines)
+        try:
+            # A lone surrogate has no UTF-8; written as `\\udXXX` it is JSON's own escape and reads back the same.
+            with (self.path / log).open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(lines)
+        except OSError as error:
+            raise InputError(f"{self.path / log} could not be written: {error.strerror}; the last checkpoint stands") from error
 
     def log_sizes(self) -> dict[str, int]:
-        """Bytes in each log: a checkpoint keeps them, so that resuming can cut what came after it."""
-        return {log: (self.path / log).stat().st_size if (self.path / log).exists() else 0 for log in LOGS}
+        """Bytes in each log, durable from here on: a checkpoint keeps them, and resuming cuts what came after it."""
+        sizes = dict.fromkeys(LOGS, 0)
+        for log in LOGS:
+            if (self.path / log).exists():
+                sync(self.path / log)
+                sizes[log] = (self.path / log).stat().st_size
+        return sizes
 
     def cut_logs(self, sizes: Mapping[str, int]) -> None:
         """Forget log lines written after a checkpoint."""
@@ -116,32 +139,48 @@ class RunFolder:
                 os.truncate(path, sizes.get(log, 0))
 
     def read(self, log: str) -> list[dict[str, Any]]:
-        """All rows of a log; a last line cut short by a kill is left out."""
+        """All rows of a log; a last line cut short by a kill, perhaps within a character, is left out."""
         path = self.path / log
         if not path.exists():
             return []
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines]
+        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
 def write_durably(path: Path, data: bytes) -> None:
     """Write a file so that it is whole or absent whatever happens: aside, fsynced, then renamed."""
     aside = path.with_name(path.name + ".tmp")
-    with aside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    sync_folder(path.parent)
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file's contents, or the renames in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _make_folder(config: Config) -> Path:
+    """The run's own new folder. Of several runs that want the next free number at once, each gets one."""
+    for tries_left in reversed(range(1 if config.run.name else 100)):
+        path = Path(config.run.folder) / (config.run.name or RunFolder.free_name(config, "ppo"))
+        try:
+            path.mkdir(parents=True)
+            return path
+        except OSError as error:
+            if not (isinstance(error, FileExistsError) and tries_left):
+                raise InputError(f"the run folder {path} cannot be made: {error.strerror}") from None
+    raise AssertionError("the last try returns or raises")
 
 
 def _environment() -> dict[str, Any]:

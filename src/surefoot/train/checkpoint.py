@@ -16,21 +16,25 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from surefoot.errors import InputError
 from surefoot.policies.base import Policy
-from surefoot.run import sync_folder, write_durably
+from surefoot.run import sync, write_durably
 
 FORMAT = 1
+ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}
 
 
 def save_checkpoint(
@@ -43,68 +47,130 @@ def save_checkpoint(
     """
     path, aside = folder / f"{number:08d}", folder / f"{number:08d}.tmp"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        for name, contents in tensors.items():
-            save_file(
-                {key: value.detach().contiguous().cpu() for key, value in contents.items()}, aside / f"{name}.safetensors"
-            )
-        (aside / "state.json").write_text(json.dumps(state))
-        files = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(aside.iterdir())}
-        for file in aside.iterdir():
-            _sync_file(file)
-        write_durably(aside / "manifest.json", json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
-        if path.exists():  # the same update, saved before a resume: identical, and the new one is whole
-            shutil.rmtree(path)
-        os.replace(aside, path)
-        sync_folder(folder)
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+            sync(folder.parent)
+        _write(aside, tensors, state)
+        _put_in_place(aside, path)
         point(folder, "latest", path.name)
-    except (OSError, RuntimeError) as error:  # safetensors raises its own error, a RuntimeError, when a write fails
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise InputError(f"the checkpoint {path} could not be written: {error}; older checkpoints are untouched") from error
-    _remove_old(folder, keep)
+    _remove_old(folder, number, keep)
     return path
 
 
+def _write(aside: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    """Fill the folder `aside`, durably, the manifest last."""
+    if aside.exists():  # a kill left it
+        shutil.rmtree(aside)
+    aside.mkdir()
+    for name, contents in tensors.items():
+        save_file({key: value.detach().contiguous().cpu() for key, value in contents.items()}, aside / f"{name}.safetensors")
+    (aside / "state.json").write_text(json.dumps(state))
+    files = {}
+    for file in sorted(aside.iterdir()):
+        sync(file)
+        files[file.name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
+    write_durably(aside / "manifest.json", json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
+
+
+def _put_in_place(aside: Path, path: Path) -> None:
+    """Give a whole checkpoint its name. If that is taken (the same update, saved before a resume), the old one steps
+    aside until the new one stands: at no moment is there none.
+    """
+    old = path.with_name(path.name + ".old")
+    if path.exists():
+        if _is_whole(path):
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(path, old)
+        else:
+            shutil.rmtree(path)
+    os.replace(aside, path)
+    sync(path.parent)
+
+
 def point(folder: Path, pointer: str, name: str) -> None:
-    """Let `latest` or `best` name a checkpoint."""
-    write_durably(folder / pointer, name.encode())
+    """Let `latest` or `best` name a checkpoint, unless it does."""
+    if (path := _pointed(folder, pointer)) is not None and path.name == name:
+        return
+    try:
+        write_durably(folder / pointer, name.encode())
+    except OSError as error:
+        raise InputError(f"{folder / pointer} could not be written: {error}; the checkpoint {name} is whole") from error
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that passes its manifest, or None if there is none at all.
 
-    Raises InputError if there are checkpoints but none of them is whole, naming the damaged file.
+    Says on stderr when a newer one was damaged. Raises InputError if none of them is whole. Both name the damaged file.
     """
-    damaged: list[str] = []
+    damaged: list[InputError] = []
     for path in _numbered(folder):
-        problem = _problem(path)
-        if problem is None:
-            return path
-        damaged.append(problem)
+        try:
+            check(path)
+        except InputError as error:
+            damaged.append(error)
+            continue
+        if damaged:
+            print(f"surefoot: {damaged[0]}; using the older {path.name}", file=sys.stderr)
+        return path
     if damaged:
         raise InputError(f"no whole checkpoint in {folder}: {damaged[0]}")
     return None
 
 
+def number_of(path: Path) -> int:
+    """Updates done when the checkpoint was written."""
+    return int(path.name.removesuffix(".old"))
+
+
 def pointed_checkpoint(folder: Path, pointer: str) -> Path | None:
     """The checkpoint that `best` or `latest` names, if there is one and it is whole."""
+    path = _pointed(folder, pointer)
+    return path if path is not None and _is_whole(path) else None
+
+
+def check(path: Path) -> list[str]:
+    """File names of a whole checkpoint. Raises InputError naming the file that is missing or damaged."""
+    manifest = path / "manifest.json"
     try:
-        name = (folder / pointer).read_text()
-    except OSError:
-        return None
-    path = folder / name
-    return path if path in _numbered(folder) and _problem(path) is None else None
+        contents = json.loads(manifest.read_bytes())
+        if contents["format"] != FORMAT:
+            raise InputError(f"{manifest} has format {contents['format']!r}; this version reads {FORMAT}")
+        files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in contents["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        raise InputError(f"{manifest} is missing or damaged") from None
+    for name in sorted(files.keys() | {"state.json"}):
+        file = path / name
+        if name not in files or name in {"..", ""} or Path(name).name != name:
+            raise InputError(f"{manifest} is damaged: it lists {sorted(files)}")
+        if not file.is_file() or file.is_symlink():
+            raise InputError(f"{file} is missing")
+        if (file.stat().st_size, _sha256(file)) != files[name]:
+            raise InputError(f"{file} is damaged: its size or SHA-256 is not the manifest's")
+    return sorted(files)
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Tensors by file and the state of a whole checkpoint. Raises InputError naming a file that is damaged."""
-    problem = _problem(path)
-    if problem is not None:
-        raise InputError(f"damaged checkpoint: {problem}")
-    tensors = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
-    return tensors, json.loads((path / "state.json").read_text())
+    names = check(path)
+    tensors = {Path(name).stem: read_tensors(path / name) for name in names if name.endswith(".safetensors")}
+    try:
+        state = json.loads((path / "state.json").read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path / 'state.json'} is not JSON: {error}") from None
+    if not isinstance(state, dict):
+        raise InputError(f"{path / 'state.json'} is a {type(state).__name__}, not an object")
+    return tensors, state
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, in memory of their own. Raises InputError for anything that is no such file."""
+    try:
+        return {name: tensor.clone() for name, tensor in load_file(file).items()}
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} is not a safetensors file that can be read: {error}") from None
 
 
 def policy_tensors(policy: Policy) -> dict[str, Tensor]:
@@ -114,16 +180,14 @@ def policy_tensors(policy: Policy) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore_policy(policy: Policy, tensors: Mapping[str, Tensor]) -> None:
-    """Copy saved weights in. Raises InputError if names or shapes are not this policy's."""
+    """Copy saved weights in. Raises InputError, before anything is copied, if they are not this policy's."""
     own = dict(policy.named_parameters_to_train())
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())[0]
         raise InputError(f"the checkpoint does not fit this policy: {odd!r} is in only one of the two")
     for name, parameter in own.items():
-        if parameter.shape != tensors[name].shape:
-            raise InputError(
-                f"the checkpoint does not fit this policy: {name!r} is {list(tensors[name].shape)}, not {list(parameter.shape)}"
-            )
+        _check_fit(name, tensors[name], parameter)
+    for name, parameter in own.items():
         parameter.copy_(tensors[name])
 
 
@@ -137,13 +201,37 @@ def optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def restore_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put Adam's state back, moments on the parameter's device."""
+    """Put Adam's state back, moments on the parameter's device. Raises InputError if it is not this policy's."""
     parameters = dict(policy.named_parameters_to_train())
+    states: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        name, entry = key.rsplit("/", 1)
-        parameter = parameters[name]
+        name, _, entry = key.rpartition("/")
+        states.setdefault(name, {})[entry] = value
+    for name, state in states.items():
+        if name not in parameters or state.keys() != ADAM_STATE:
+            raise InputError(f"the checkpoint's optimiser state does not fit this policy: {name!r} has {sorted(state)}")
+        for entry in ADAM_STATE - {"step"}:
+            _check_fit(f"{name}/{entry}", state[entry], parameters[name])
+    optimizer.state.clear()
+    for name, state in states.items():
+        device = parameters[name].device
         # Adam keeps its step counter on the CPU.
-        optimizer.state[parameter][entry] = value if entry == "step" else value.to(parameter.device)
+        optimizer.state[parameters[name]] = {e: v if e == "step" else v.to(device) for e, v in state.items()}
+
+
+def _check_fit(name: str, saved: Tensor, parameter: Tensor) -> None:
+    if (saved.shape, saved.dtype) != (parameter.shape, parameter.dtype):
+        raise InputError(
+            f"the checkpoint does not fit this policy: {name!r} is {list(saved.shape)} {saved.dtype}, "
+            f"not {list(parameter.shape)} {parameter.dtype}"
+        )
+
+
+def seed_generators(seed: int) -> None:
+    """Start the global generators, which a reward function may draw from."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def generator_states() -> dict[str, Any]:
@@ -168,7 +256,8 @@ def restore_generators(states: Mapping[str, Any]) -> None:
     numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), position, has_gauss, cached))
     torch.set_rng_state(_decoded(states["torch"]))
     if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([_decoded(state) for state in states["cuda"]])
+        devices = range(torch.cuda.device_count())  # there may be fewer than before
+        torch.cuda.set_rng_state_all([_decoded(state) for _, state in zip(devices, states["cuda"], strict=False)])
 
 
 def _encoded(state: Tensor) -> str:
@@ -180,31 +269,34 @@ def _decoded(text: str) -> Tensor:
 
 
 def _numbered(folder: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
-    return sorted((p for p in folder.glob("[0-9]*") if p.is_dir() and p.name.isdigit()), reverse=True)
+    """Checkpoint folders, newest first; one that was stepping aside for its own new version comes after that."""
+    found = [p for p in folder.glob("[0-9]*") if re.fullmatch(r"\d{8,}(\.old)?", p.name) and p.is_dir() and not p.is_symlink()]
+    return sorted(found, key=lambda p: (-number_of(p), p.name))
 
 
-def _problem(path: Path) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None if nothing."""
+def _pointed(folder: Path, pointer: str) -> Path | None:
+    """The checkpoint that a pointer names, unchecked; only what lies in this folder can be named."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        files = manifest["files"]
-        if manifest["format"] != FORMAT:
-            return f"{path} has format {manifest['format']}, this version reads {FORMAT}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{path / 'manifest.json'} is missing or damaged"
-    for name, expected in files.items():
-        file = path / name
-        if Path(name).name != name or not file.is_file():
-            return f"{file} is missing"
-        if file.stat().st_size != expected["size"] or _sha256(file) != expected["sha256"]:
-            return f"{file} is damaged: its size or SHA-256 is not the manifest's"
-    return None
+        name = (folder / pointer).read_text()
+    except (OSError, ValueError):
+        return None
+    return next((path for path in _numbered(folder) if path.name == name), None)
 
 
-def _remove_old(folder: Path, keep: int) -> None:
-    best = pointed_checkpoint(folder, "best")
-    for path in _numbered(folder)[keep:]:
+def _is_whole(path: Path) -> bool:
+    try:
+        check(path)
+    except InputError:
+        return False
+    return True
+
+
+def _remove_old(folder: Path, number: int, keep: int) -> None:
+    """Remove all but the newest `keep` and the best, and what kills left. Damaged ones newer than `number` don't count."""
+    best = _pointed(folder, "best")
+    standing = [path for path in _numbered(folder) if not path.name.endswith(".old") and number_of(path) <= number]
+    leftovers = [path for path in folder.iterdir() if path.name.endswith((".old", ".tmp"))]
+    for path in (*standing[keep:], *leftovers):
         if path != best:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -215,8 +307,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

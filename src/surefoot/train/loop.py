@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -73,6 +74,7 @@ class Progress:
     bad_steps: int = 0
     bad_steps_in_a_row: int = 0
     best_metric: float | None = None
+    best_update: int | None = None  # number of updates at the best evaluation
     seconds: float = 0.0
     evaluated_at: int | None = None  # number of updates at the last evaluation
 
@@ -91,6 +93,7 @@ class Training:
     observers: list[Observer] = field(default_factory=list)
     stop: StopRequest = field(default_factory=StopRequest)
     saved_at: int | None = None  # number of updates in the newest checkpoint
+    generators: dict[str, Any] | None = None  # from a checkpoint, put back when the loop starts
 
     @property
     def ppo(self) -> PPOConfig:
@@ -107,6 +110,11 @@ class Training:
         """Whether the run has played all its episodes."""
         return self.progress.episodes >= self.total_episodes
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is left to do: the last evaluation and checkpoint are there too."""
+        return self.is_done and not _evaluation_is_due(self) and not _checkpoint_is_due(self)
+
     def tell_phase(self, name: str) -> None:
         """Tell the observers what the run is at."""
         for observer in self.observers:
@@ -117,32 +125,35 @@ def run(training: Training) -> None:
     """Train until `total_episodes`.
 
     Raises Interrupted after a signal, and whatever is the user's to mend; in each case the state as it was after the
-    last whole update is saved first.
+    last whole update is saved first, and stands in memory too.
     """
     t = training
+    _start_generators(t)
     budget = TokenBudget(t.ppo.micro_batch_tokens)
     check_itself = True
     with t.stop.listening():
         while True:
-            # Taken before anything that may be given up: what was drawn in vain is drawn again after resuming.
-            generators = checkpoint.generator_states()
+            before = _undone_by_giving_up(t)
             try:
                 if _evaluation_is_due(t):
                     evaluate(t)
-                    generators = checkpoint.generator_states()
+                    before = _undone_by_giving_up(t)
                 if _checkpoint_is_due(t):
-                    save(t, generators)
+                    save(t, before)
                 if t.is_done:
                     return
                 t.stop.raise_if_set()
                 batch = collect(t)
+                t.stop.raise_if_set()
+                metrics = improve(t, batch, budget=budget, check_itself=check_itself)
             except (Abandon, SurefootError) as error:
+                t.rollout.restore(before["rollout"])
+                checkpoint.restore_generators(before["generators"])
                 if t.saved_at != t.progress.updates:
-                    save(t, generators)
+                    save(t, before)
                 if isinstance(error, Abandon):
                     raise _interrupted(t) from None
                 raise
-            metrics = improve(t, batch, budget=budget, check_itself=check_itself)
             check_itself = False
             log(t, batch, metrics)
             _stop_if_diverged(t)
@@ -192,20 +203,18 @@ def improve(t: Training, batch: Batch, *, budget: TokenBudget, check_itself: boo
 
 
 def evaluate(t: Training) -> None:
-    """Measure on held-out episodes, and keep the checkpoint if it is the best so far."""
+    """Measure on held-out episodes; `progress` remembers whether this was the best so far."""
     t.tell_phase("evaluate")
     p = t.progress
     metrics, trajectories = t.rollout.evaluate(t.config.evaluate.episodes, poll=t.stop.raise_if_set)
     p.evaluated_at = p.updates
+    t.saved_at = None  # a checkpoint of this update, from before a resume, doesn't know of it
     t.folder.append("metrics.jsonl", [{"update": p.updates, **metrics}])
     t.folder.append("samples.jsonl", [_sample(p.updates, "held_out", trajectory) for trajectory in trajectories])
     for observer in t.observers:
         observer.log(metrics, p)
     if p.best_metric is None or metrics["eval/metric"] > p.best_metric:
-        p.best_metric = metrics["eval/metric"]
-        if p.updates:  # the untrained policy needs no checkpoint
-            path = save(t, checkpoint.generator_states())
-            checkpoint.point(t.folder.checkpoints, "best", path.name)
+        p.best_metric, p.best_update = metrics["eval/metric"], p.updates
 
 
 def log(t: Training, batch: Batch, metrics: dict[str, float]) -> None:
@@ -217,8 +226,8 @@ def log(t: Training, batch: Batch, metrics: dict[str, float]) -> None:
         observer.log(metrics, p)
 
 
-def save(t: Training, generators: dict[str, Any]) -> Path:
-    """Write a checkpoint of everything the run's future depends on."""
+def save(t: Training, drawn: dict[str, Any]) -> Path:
+    """Write a checkpoint of everything the run's future depends on; `drawn` is from `_undone_by_giving_up`."""
     t.tell_phase("save")
     path = checkpoint.save_checkpoint(
         t.folder.checkpoints,
@@ -230,30 +239,53 @@ def save(t: Training, generators: dict[str, Any]) -> Path:
         state={
             "progress": asdict(t.progress),
             "total_episodes": t.total_episodes,
-            "rollout": t.rollout.state(),
-            "generators": generators,
+            **drawn,
             "base_fingerprint": t.policy.fingerprint(),
             "log_sizes": t.folder.log_sizes(),
         },
         keep=t.config.run.keep_checkpoints,
     )
     t.saved_at = t.progress.updates
+    _point_to_best(t)
     return path
 
 
 def restore(t: Training, path: Path) -> None:
     """Go on from a checkpoint. Raises InputError if it is damaged or belongs to another base model."""
     tensors, state = checkpoint.load_checkpoint(path)
-    if state["base_fingerprint"] != t.policy.fingerprint():
-        raise InputError(f"{path} was trained on other base weights than {t.config.policy.model} has now")
-    checkpoint.restore_policy(t.policy, tensors["policy"])
-    checkpoint.restore_optimizer(t.policy, t.optimizer, tensors.get("optimizer", {}))
-    t.progress = Progress(**state["progress"])
-    t.total_episodes = state["total_episodes"]
-    t.rollout.restore(state["rollout"])
-    t.folder.cut_logs(state["log_sizes"])
+    try:
+        if state["base_fingerprint"] != t.policy.fingerprint():
+            raise InputError(f"{path} was trained on other base weights than {t.config.policy.model} has now")
+        checkpoint.restore_policy(t.policy, tensors["policy"])
+        checkpoint.restore_optimizer(t.policy, t.optimizer, tensors["optimizer"])
+        t.progress = Progress(**state["progress"])
+        t.total_episodes = state["total_episodes"]
+        t.rollout.restore(state["rollout"])
+        t.folder.cut_logs(state["log_sizes"])
+        t.generators = state["generators"]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a checkpoint of this version of Surefoot: {error!r}") from error
     t.saved_at = t.progress.updates
-    checkpoint.restore_generators(state["generators"])
+    _point_to_best(t)  # a kill may have come between the best checkpoint and its pointer
+
+
+def _point_to_best(t: Training) -> None:
+    if t.progress.best_update:  # the untrained policy has no checkpoint
+        checkpoint.point(t.folder.checkpoints, "best", f"{t.progress.best_update:08d}")
+
+
+def _start_generators(t: Training) -> None:
+    """Put the global generators where they were, or, for a new run, where its seed says."""
+    if t.generators is not None:
+        checkpoint.restore_generators(t.generators)
+    elif t.progress.updates == 0 and t.saved_at is None:
+        checkpoint.seed_generators(derived_seed(t.config.seed, "global generators", 0))
+    t.generators = None
+
+
+def _undone_by_giving_up(t: Training) -> dict[str, Any]:
+    """What a rollout or an evaluation draws on: taken before, so that one that is given up leaves no trace."""
+    return {"rollout": t.rollout.state(), "generators": checkpoint.generator_states()}
 
 
 def _evaluation_is_due(t: Training) -> bool:
@@ -264,13 +296,14 @@ def _evaluation_is_due(t: Training) -> bool:
 
 
 def _checkpoint_is_due(t: Training) -> bool:
-    updates = t.progress.updates
-    return updates > 0 and t.saved_at != updates and (t.is_done or updates % t.config.run.checkpoint_every == 0)
+    updates, is_best = t.progress.updates, t.progress.best_update == t.progress.updates
+    is_wanted = t.is_done or is_best or updates % t.config.run.checkpoint_every == 0
+    return updates > 0 and t.saved_at != updates and is_wanted
 
 
 def _stop_if_diverged(t: Training) -> None:
     if t.progress.bad_steps_in_a_row >= t.ppo.max_bad_steps:
-        save(t, checkpoint.generator_states())
+        save(t, _undone_by_giving_up(t))
         raise NonFiniteError(
             f"{t.progress.bad_steps_in_a_row} optimiser steps in a row had a non-finite loss or gradient and were skipped; "
             f"stopped with a checkpoint in {t.folder.path}. Try a lower ppo.learning_rate or policy.dtype: float32"
@@ -279,10 +312,10 @@ def _stop_if_diverged(t: Training) -> None:
 
 def _interrupted(t: Training) -> Interrupted:
     assert t.stop.signal_number is not None
-    return Interrupted(
-        t.stop.signal_number,
-        f"stopped after update {t.progress.updates}, saved; continue with: surefoot resume {t.folder.path}",
-    )
+    path = str(t.folder.path)
+    # A task that was made in Python is not in the configuration.
+    how = f"surefoot resume {shlex.quote(path)}" if t.config.task else f"PPO.load({path!r}, task).learn()"
+    return Interrupted(t.stop.signal_number, f"stopped after update {t.progress.updates}, saved; continue with: {how}")
 
 
 def _sample(updates: int, split: str, trajectory: Trajectory) -> dict[str, Any]:

@@ -6,8 +6,12 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
+
+# A launcher that passes signals on (timeout, a batch system) often sends the same one twice; nobody presses so fast.
+ONE_REQUEST_SECONDS = 0.3
 
 
 class StopRequest:
@@ -15,6 +19,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
+        self._asked_at = 0.0
 
     def raise_if_set(self) -> None:
         """Raise Abandon if a stop was asked for."""
@@ -24,6 +29,7 @@ class StopRequest:
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopRequest]:
         """Catch the signals inside the block. Outside the main thread Python allows no handlers: nothing happens."""
+        self.signal_number = None  # a stop asked for earlier has been obeyed
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -32,12 +38,13 @@ class StopRequest:
             yield self
         finally:
             for number, handler in previous.items():
-                signal.signal(number, handler)
+                signal.signal(number, handler or signal.SIG_DFL)  # None: one that was not set from Python
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_number is not None:
+        if self.signal_number is None:
+            self.signal_number, self._asked_at = number, time.monotonic()
+        elif time.monotonic() - self._asked_at > ONE_REQUEST_SECONDS:
             os._exit(128 + number)  # asked twice: the last periodic checkpoint stands
-        self.signal_number = number
 
 
 class Abandon(Exception):

@@ -1,0 +1,564 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import save
+
+from surefoot.errors import InputError
+from surefoot.policies.lm import load_policy
+from surefoot.run import RunFolder
+from surefoot.train import checkpoint
+from surefoot.train.checkpoint import load_checkpoint, newest_checkpoint, point, pointed_checkpoint, save_checkpoint
+from tests.fakes import BigramPolicy
+from tests.train import killing
+from tests.train.warm import ENVIRONMENT, ROOT
+
+FILES = ("manifest.json", "optimizer.safetensors", "policy.safetensors", "state.json")
+
+
+def two_checkpoints(folder: Path) -> Path:
+    """Checkpoints 1 and 2 in `folder`; the path of 2."""
+    killing.save(folder, 1)
+    return killing.save(folder, 2)
+
+
+def forge(path: Path, **contents: bytes) -> None:
+    """Replace files of a checkpoint (`policy`, `optimizer`, `state`) and make its manifest agree."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    for stem, data in contents.items():
+        file = path / (f"{stem}.json" if stem == "state" else f"{stem}.safetensors")
+        file.write_bytes(data)
+        manifest["files"][file.name] = {"size": len(data), "sha256": checkpoint._sha256(file)}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# Saving and loading
+
+
+def test_tensors_of_every_kind_come_back_bit_for_bit(tmp_path: Path) -> None:
+    tensors = {
+        "odd floats": torch.tensor([float("nan"), float("inf"), -0.0, 1e-45, 3.4e38]),
+        "half": torch.randn(3, 5).bfloat16(),
+        "scalar": torch.tensor(7.0),
+        "empty": torch.zeros(0, 4),
+        "integers": torch.tensor([-(2**63), 2**63 - 1]),
+        "transposed": torch.randn(4, 3).T,
+        "part of another": torch.randn(10)[2:5],
+    }
+    path = save_checkpoint(tmp_path, 1, tensors={"policy": tensors, "optimizer": {}}, state={}, keep=2)
+    loaded, _ = load_checkpoint(path)
+    assert loaded.keys() == {"policy", "optimizer"} and loaded["optimizer"] == {} and loaded["policy"].keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        copy = loaded["policy"][name]
+        assert copy.dtype == tensor.dtype and copy.shape == tensor.shape, name
+        assert copy.reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8)), name
+
+
+def test_state_comes_back_exactly(tmp_path: Path) -> None:
+    state = {"tiny": 5e-324, "third": 1 / 3, "large": 2**62 + 1, "none": None, "text": "naïve \ud800", "list": [1, [2.5]]}
+    assert load_checkpoint(save_checkpoint(tmp_path, 1, tensors={}, state=state, keep=2))[1] == state
+
+
+def test_a_loaded_checkpoint_does_not_change_with_its_file(tmp_path: Path) -> None:
+    # safetensors maps files into memory: what is kept must not vanish when the checkpoint is removed or overwritten.
+    path = killing.save(tmp_path, 3, size=10_000)
+    tensors, _ = load_checkpoint(path)
+    (path / "policy.safetensors").write_bytes(b"\xff" * (path / "policy.safetensors").stat().st_size)
+    assert (tensors["policy"]["weight"] == 3).all()
+
+
+def test_a_file_that_the_manifest_does_not_list_is_not_loaded(tmp_path: Path) -> None:
+    path = killing.save(tmp_path, 1)
+    (path / "extra.safetensors").write_bytes(b"not one")
+    assert load_checkpoint(path)[0].keys() == {"policy", "optimizer"}
+
+
+def test_everything_is_on_disk_before_the_checkpoint_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: set[int] = set()
+    renamed: list[str] = []
+    sync, replace = os.fsync, os.replace
+
+    def watched_replace(source: Path, target: Path) -> None:
+        if Path(source).is_dir():
+            assert {path.stat().st_ino for path in (source, *source.iterdir())} <= synced
+        if renamed and renamed[-1] == "00000001":
+            assert tmp_path.stat().st_ino in synced  # the new name, before the pointer names it
+        renamed.append(Path(target).name)
+        synced.discard(tmp_path.stat().st_ino)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.add(os.fstat(fd).st_ino), sync(fd)))
+    monkeypatch.setattr(os, "replace", watched_replace)
+    killing.save(tmp_path, 1)
+    assert renamed == ["manifest.json", "00000001", "latest"]
+
+
+@pytest.mark.parametrize("keep", [2, 3])
+def test_the_newest_and_the_best_stay(tmp_path: Path, keep: int) -> None:
+    for number in range(1, 8):
+        killing.save(tmp_path, number, keep=keep)
+        if number == 2:
+            point(tmp_path, "best", "00000002")
+    newest = [f"{number:08d}" for number in range(8 - keep, 8)]
+    assert names(tmp_path) == ["00000002", *newest, "best", "latest"]
+    assert (tmp_path / "latest").read_text() == "00000007"
+    assert killing.number_in(pointed_checkpoint(tmp_path, "best")) == 2
+
+
+def test_a_damaged_checkpoint_from_an_abandoned_future_takes_no_place(tmp_path: Path) -> None:
+    for number in (1, 2, 9):
+        killing.save(tmp_path, number)
+    (tmp_path / "00000009" / "state.json").unlink()
+    killing.save(tmp_path, 3)
+    assert {"00000002", "00000003"} <= set(names(tmp_path))
+
+
+# Kills
+
+
+def seen_by(what: str, folder: Path) -> dict[str, int]:
+    command = [sys.executable, "-m", "tests.train.killing", what, str(folder)]
+    ended = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout)
+
+
+def test_a_kill_at_any_file_system_call_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    kills = seen_by("every-call", tmp_path)
+    assert kills.keys() == {prepare.__name__ for prepare in killing.BEFORE}
+    assert min(kills.values()) > 15, kills
+
+
+def test_a_kill_at_any_moment_of_a_loop_of_saves_leaves_the_last_one_saved(tmp_path: Path) -> None:
+    tmp_path /= "checkpoints"
+    seen = seen_by("random", tmp_path)
+    # Kills that only ever fell between two saves would show nothing.
+    assert seen["kills"] == 100 and seen["half done"] >= 10 and seen["saves"] >= 100, seen
+
+
+# Damage
+
+
+def cut(data: bytes) -> bytes:
+    return data[:-1]
+
+
+def halve(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def flip(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 0x80]) + data[middle + 1 :]
+
+
+def lengthen(data: bytes) -> bytes:
+    return data + b"x"
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", [cut, halve, flip, lengthen, None])
+def test_damage_is_found_named_and_the_older_checkpoint_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, damage: Callable[[bytes], bytes] | None
+) -> None:
+    file = two_checkpoints(tmp_path) / name
+    if damage is None:
+        file.unlink()
+    else:
+        file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(InputError, match=name):
+        load_checkpoint(file.parent)
+    assert killing.number_in(newest_checkpoint(tmp_path)) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and str(file) in said and "00000001" in said
+
+
+def test_a_flipped_bit_anywhere_in_the_manifest_is_found_or_changes_nothing(tmp_path: Path) -> None:
+    path = killing.save(tmp_path, 1)
+    manifest = path / "manifest.json"
+    sound, found = manifest.read_bytes(), 0
+    for position in range(len(sound)):
+        for bit in (1, 128):
+            manifest.write_bytes(sound[:position] + bytes([sound[position] ^ bit]) + sound[position + 1 :])
+            try:
+                assert killing.number_in(path) == 1
+            except InputError as error:
+                assert str(path) in str(error)
+                found += 1
+    assert found > 1.5 * len(sound)
+
+
+def test_all_damaged_is_an_error_that_names_a_file(tmp_path: Path) -> None:
+    two_checkpoints(tmp_path)
+    for number in (1, 2):
+        (tmp_path / f"0000000{number}" / "policy.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match=r"00000002/policy\.safetensors is damaged"):
+        newest_checkpoint(tmp_path)
+
+
+def test_no_checkpoint_at_all_is_no_error(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path / "nowhere") is None
+    (tmp_path / "00000003.tmp").mkdir()
+    (tmp_path / "latest").write_text("00000003")
+    assert newest_checkpoint(tmp_path) is None and pointed_checkpoint(tmp_path, "latest") is None
+
+
+# Disk full, read-only
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file can grow past `size` bytes. Python ignores SIGXFSZ, so that writing fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# Bytes that suffice for nothing, for the pointers alone, for state and manifest but not the tensors, the other way.
+@pytest.mark.parametrize(("limit", "size", "note"), [(0, 9, ""), (8, 9, ""), (900, 500, ""), (900, 9, "long" * 300)])
+def test_a_full_disk_is_one_clear_line_and_the_older_checkpoint_stands(
+    tmp_path: Path, limit: int, size: int, note: str
+) -> None:
+    two_checkpoints(tmp_path)
+    before = names(tmp_path)
+    with (
+        largest_file(limit),
+        pytest.raises(InputError, match=r"00000003.* could not be written: .*older .* untouched") as error,
+    ):
+        killing.save(tmp_path, 3, size=size, note=note)
+    assert "\n" not in str(error.value)
+    assert names(tmp_path) == before
+    assert killing.number_in(newest_checkpoint(tmp_path)) == 2 and (tmp_path / "latest").read_text() == "00000002"
+    killing.save(tmp_path, 3, size=size, note=note)
+    assert killing.number_in(newest_checkpoint(tmp_path)) == 3
+
+
+def test_a_full_disk_keeps_a_pointer_as_it_was(tmp_path: Path) -> None:
+    two_checkpoints(tmp_path)
+    point(tmp_path, "best", "00000001")
+    with largest_file(0), pytest.raises(InputError, match=r"best could not be written: .*00000002 is whole"):
+        point(tmp_path, "best", "00000002")
+    assert (tmp_path / "best").read_text() == "00000001" and "best.tmp" not in names(tmp_path)
+
+
+def test_a_read_only_folder_is_one_clear_line() -> None:
+    root = os.geteuid() == 0
+    with tempfile.TemporaryDirectory() as name:  # not tmp_path: only its owner gets that far
+        folder = Path(name)
+        folder.chmod(0o755)
+        two_checkpoints(folder)
+        folder.chmod(0o555)
+        if root:  # whom no permission stops
+            os.seteuid(65534)
+        try:
+            with pytest.raises(InputError, match=r"00000003 could not be written: .*Permission denied"):
+                killing.save(folder, 3)
+            with pytest.raises(InputError, match=r"cannot be written: Permission denied"):
+                RunFolder(folder).hold()
+        finally:
+            if root:
+                os.seteuid(0)
+        folder.chmod(0o755)
+        assert killing.number_in(newest_checkpoint(folder)) == 2
+
+
+def test_a_second_writer_is_refused_until_the_first_has_gone(tmp_path: Path) -> None:
+    first, second = RunFolder(tmp_path), RunFolder(tmp_path)
+    first.hold()
+    first.hold()
+    with pytest.raises(InputError, match="in use by another run"):
+        second.hold()
+    first.release()
+    second.hold()
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
+    program = "import os, sys; from pathlib import Path; from surefoot.run import RunFolder; r = RunFolder(Path(sys.argv[1]))"
+    program += "; r.hold(); print(flush=True); os.kill(os.getpid(), 9 * (sys.stdin.read() == 'die'))"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(InputError, match="in use by another run"):
+            RunFolder(tmp_path).hold()
+        holder.communicate("die")
+    assert holder.returncode == -9
+    RunFolder(tmp_path).hold()
+
+
+# Files that are not what they say
+
+
+@pytest.mark.parametrize("name", ["..", "../00000001", "/00000001", "", "00000001/", "00000001\n", "00000001\0", "\udcff", "x"])
+def test_a_pointer_names_nothing_outside_its_folder(tmp_path: Path, name: str) -> None:
+    killing.save(tmp_path / "checkpoints", 1)
+    killing.save(tmp_path, 1)
+    for pointer in ("latest", "best"):
+        target = f"{tmp_path}{name}" if name.startswith("/") else name
+        (tmp_path / "checkpoints" / pointer).write_bytes(target.encode(errors="surrogateescape"))
+        assert pointed_checkpoint(tmp_path / "checkpoints", pointer) is None
+    killing.save(tmp_path / "checkpoints", 2)  # reads `best` to spare it
+    assert names(tmp_path / "checkpoints")[:2] == ["00000001", "00000002"]
+
+
+def test_a_link_is_no_checkpoint_and_none_of_its_files(tmp_path: Path) -> None:
+    elsewhere = killing.save(tmp_path / "elsewhere", 8)
+    path = two_checkpoints(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / "00000008").symlink_to(elsewhere)
+    assert newest_checkpoint(tmp_path / "checkpoints") == path
+    (path / "policy.safetensors").unlink()
+    (path / "policy.safetensors").symlink_to(tmp_path / "checkpoints" / "00000001" / "policy.safetensors")
+    with pytest.raises(InputError, match=r"policy\.safetensors"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("listed", ["..", "../00000001/state.json", "/etc/hostname", "sub/state.json", "", ".", "a\0b"])
+def test_a_manifest_lists_plain_names_only(tmp_path: Path, listed: str) -> None:
+    path = two_checkpoints(tmp_path)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][listed] = manifest["files"]["state.json"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=str(path)):
+        load_checkpoint(path)
+
+
+MANIFESTS = [
+    "",
+    "[]",
+    "null",
+    "3",
+    "[" * 100_000,
+    '{"format": 1}',
+    '{"format": 1, "files": []}',
+    '{"format": 1, "files": {}}',
+    '{"format": 1, "files": {"state.json": 3}}',
+    '{"format": 1, "files": {"state.json": {"size": "x", "sha256": 1}}}',
+    '{"format": 1, "files": {"state.json": {"size": 1e999, "sha256": ""}}}',
+    '{"format": 2, "files": {"state.json": {"size": 1, "sha256": ""}}}',
+]
+
+
+@pytest.mark.parametrize("text", MANIFESTS, ids=lambda text: text[:40])
+def test_a_manifest_of_another_shape_is_named(tmp_path: Path, text: str) -> None:
+    path = two_checkpoints(tmp_path)
+    (path / "manifest.json").write_text(text)
+    with pytest.raises(InputError, match=r"manifest\.json"):
+        load_checkpoint(path)
+
+
+class Canary:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
+        return os.mkdir, (str(self.file),)
+
+
+def poison(canary: Path) -> bytes:
+    """A pickle that is known to bite."""
+    data = pickle.dumps(Canary(canary))
+    pickle.loads(data)
+    canary.rmdir()
+    return data
+
+
+@pytest.mark.parametrize("name", ["policy", "optimizer", "state"])
+def test_a_pickle_with_a_safe_name_is_refused_unopened(tmp_path: Path, name: str) -> None:
+    path = two_checkpoints(tmp_path / "checkpoints")
+    forge(path, **{name: poison(tmp_path / "canary")})
+    with pytest.raises(InputError, match=name):
+        load_checkpoint(path)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_pickle_named_model_safetensors_is_refused_unopened(tmp_path: Path, base: Path) -> None:
+    for file in base.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(poison(tmp_path / "canary"))
+    with pytest.raises(InputError, match=r"model\.safetensors"):
+        load_policy(str(tmp_path))
+    assert not (tmp_path / "canary").exists()
+
+
+def header(text: str, claims: int | None = None, data: bytes = b"") -> bytes:
+    return (len(text) if claims is None else claims).to_bytes(8, "little") + text.encode() + data
+
+
+OVERLAP = '{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[2,6]}}'
+BAD_TENSORS = {
+    "empty": b"",
+    "header larger than memory": header("{}", claims=2**62),
+    "header larger than the file": header("{}", claims=50_000_000),
+    "header of 150 MB": header(" " * 150_000_000),
+    "header that is no JSON": header("nonsense"),
+    "data shorter than the header says": header('{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}', data=b"1234"),
+    "overlapping tensors": header(OVERLAP, data=b"123456"),
+    "unknown dtype": header('{"a":{"dtype":"F33","shape":[1],"data_offsets":[0,4]}}', data=b"1234"),
+    "shape that does not fit": header('{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}', data=b"1234"),
+    "negative shape": header('{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}', data=b"1234"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_TENSORS)
+def test_a_forged_safetensors_file_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    path = killing.save(tmp_path, 1)
+    forge(path, policy=BAD_TENSORS[kind])
+    with pytest.raises(InputError, match=r"policy\.safetensors"):
+        load_checkpoint(path)
+
+
+# Putting things back
+
+
+def adam(policy: BigramPolicy) -> torch.optim.Adam:
+    return torch.optim.Adam([parameter for _, parameter in policy.named_parameters_to_train()], lr=0.1)
+
+
+def step(policy: BigramPolicy, optimizer: torch.optim.Adam) -> None:
+    optimizer.zero_grad()
+    (policy.logits_VV.square().sum() + policy.values_V.cos().sum()).backward()
+    optimizer.step()
+
+
+def test_a_restored_optimiser_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> None:
+    policy = BigramPolicy(seed=1)
+    optimizer = adam(policy)
+    for _ in range(3):
+        step(policy, optimizer)
+    tensors = {
+        "policy": checkpoint.policy_tensors(policy),
+        "optimizer": checkpoint.optimizer_tensors(policy, optimizer),
+    }
+    path = save_checkpoint(tmp_path, 3, tensors=tensors, state={}, keep=2)
+    resumed = BigramPolicy(seed=2)
+    resumed_optimizer = adam(resumed)
+    step(resumed, resumed_optimizer)  # whatever it was before must be gone
+    loaded, _ = load_checkpoint(path)
+    checkpoint.restore_policy(resumed, loaded["policy"])
+    checkpoint.restore_optimizer(resumed, resumed_optimizer, loaded["optimizer"])
+    for _ in range(2):
+        step(policy, optimizer)
+        step(resumed, resumed_optimizer)
+    assert torch.equal(policy.logits_VV, resumed.logits_VV) and torch.equal(policy.values_V, resumed.values_V)
+    assert int(resumed_optimizer.state[resumed.values_V]["step"]) == 5
+
+
+def test_an_optimiser_saved_before_its_first_step_is_restored_to_that() -> None:
+    policy = BigramPolicy()
+    optimizer = adam(policy)
+    assert checkpoint.optimizer_tensors(policy, optimizer) == {}
+    step(policy, optimizer)
+    checkpoint.restore_optimizer(policy, optimizer, {})
+    assert not optimizer.state
+
+
+def wrong_name(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["other"] = tensors.pop("logits")
+
+
+def one_missing(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["logits"]
+
+
+def one_more(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["other"] = torch.zeros(1)
+
+
+def wrong_shape(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["values"] = torch.zeros(9)
+
+
+def wrong_dtype(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["values"] = tensors["values"].double()
+
+
+@pytest.mark.parametrize("change", [wrong_name, one_missing, one_more, wrong_shape, wrong_dtype])
+def test_weights_that_do_not_fit_are_refused_and_nothing_is_copied(
+    change: Callable[[dict[str, torch.Tensor]], None],
+) -> None:
+    tensors = {name: tensor.clone() for name, tensor in checkpoint.policy_tensors(BigramPolicy(seed=1)).items()}
+    change(tensors)
+    policy = BigramPolicy(seed=2)
+    with pytest.raises(InputError, match=r"does not fit this policy: '(logits|values|other)'"):
+        checkpoint.restore_policy(policy, tensors)
+    untouched = BigramPolicy(seed=2)
+    assert torch.equal(policy.logits_VV, untouched.logits_VV) and torch.equal(policy.values_V, untouched.values_V)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"logits/exp_avg": None},
+        {"logits/step": None},
+        {"logits/more": torch.zeros(7, 7)},
+        {"other/step": torch.tensor(1.0)},
+        {"nonsense": torch.zeros(1)},
+        {"values/exp_avg": torch.zeros(9)},
+        {"values/exp_avg_sq": torch.zeros(7).double()},
+    ],
+    ids=str,
+)
+def test_optimiser_state_that_does_not_fit_is_refused(change: dict[str, torch.Tensor | None]) -> None:
+    policy = BigramPolicy()
+    optimizer = adam(policy)
+    step(policy, optimizer)
+    changed = {**checkpoint.optimizer_tensors(policy, optimizer), **change}
+    with pytest.raises(InputError, match="does not fit this policy"):
+        checkpoint.restore_optimizer(policy, optimizer, {name: value for name, value in changed.items() if value is not None})
+
+
+def draws() -> list[float]:
+    """An odd number from each: Python and NumPy make normal numbers in pairs and keep the second."""
+    python = [random.random(), random.gauss(0, 1), random.getrandbits(70)]
+    legacy = [*numpy.random.standard_normal(3).tolist(), float(numpy.random.rand())]
+    return [*python, *legacy, *torch.randn(3).tolist(), *torch.rand(17).tolist()]
+
+
+def test_generators_are_put_back_exactly_through_json() -> None:
+    checkpoint.seed_generators(123456789012345)
+    draws()
+    states = json.loads(json.dumps(checkpoint.generator_states()))
+    expected = draws() + draws()
+    checkpoint.seed_generators(1)
+    draws()
+    checkpoint.restore_generators(states)
+    assert draws() + draws() == expected
+
+
+def test_the_same_seed_starts_every_generator_the_same() -> None:
+    checkpoint.seed_generators(2**63 - 1)
+    first = draws()
+    checkpoint.seed_generators(2**63 - 1)
+    assert draws() == first
+    checkpoint.seed_generators(7)
+    assert not set(draws()) & set(first)
+
+
+def test_a_whole_file_of_tensors_reads_as_itself(tmp_path: Path) -> None:
+    (tmp_path / "t.safetensors").write_bytes(save({"a": torch.arange(3)}))
+    assert checkpoint.read_tensors(tmp_path / "t.safetensors")["a"].tolist() == [0, 1, 2]
+    with pytest.raises(InputError, match=r"missing\.safetensors"):
+        checkpoint.read_tensors(tmp_path / "missing.safetensors")

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train.small_run import EPISODES, UPDATES, assert_equal, outcome, rows, write_base, write_project
+from tests.train.warm import Strike, Warm, cold
+
+KILL = [int(signal.SIGKILL)]
+DECODE = "surefoot.generation.engine:_Engine.decode"
+REWARD = "random:gauss"  # drawn by the reward function once an answer
+STEP = "surefoot.train.update:take_step"
+WRITE = "surefoot.train.checkpoint:save_file"
+PUT = "surefoot.train.checkpoint:_put_in_place"
+POINT = "surefoot.train.checkpoint:point"
+COLLECT = "surefoot.train.loop:collect"
+LOG = "surefoot.train.loop:log"
+EVALUATE = "surefoot.train.loop:evaluate"
+
+# Where a run is killed -> whether a checkpoint is there by then.
+PLACES = {
+    "before anything": (Strike("surefoot.train.loop:run", 1, KILL), False),
+    "first evaluation": (Strike(DECODE, 2, KILL), False),
+    "first rollout": (Strike(REWARD, 6, KILL), False),
+    "first update": (Strike(STEP, 3, KILL, after=True), False),
+    "first checkpoint, tensors written": (Strike(WRITE, 2, KILL, after=True), False),
+    "first checkpoint, before its name": (Strike(PUT, 1, KILL), False),
+    "checkpoint without its pointer": (Strike(PUT, 2, KILL, after=True), True),
+    "best checkpoint without its pointer": (Strike(POINT, 4, KILL), True),
+    "rollout": (Strike(DECODE, 3, KILL, since=(COLLECT, 4)), True),
+    "reward": (Strike(REWARD, 47, KILL), True),
+    "update": (Strike(STEP, 18, KILL, after=True), True),
+    "logs ahead of the checkpoint": (Strike(LOG, 5, KILL, after=True), True),
+    "evaluation logged, not saved": (Strike(EVALUATE, 7, KILL, after=True), True),
+    "model half written": (Strike("surefoot.policies.lm:CausalLMPolicy.save", 1, KILL, after=True), True),
+}
+
+
+def test_the_run_under_test_exercises_what_it_should(uninterrupted: dict[str, Any]) -> None:
+    training = [row for row in uninterrupted["metrics"] if "reward/mean" in row]
+    assert len(training) == UPDATES and len(uninterrupted["metrics"]) == 2 * UPDATES + 1
+    assert len({row["kl/coef"] for row in training}) == UPDATES
+    rates = [row["ppo/learning_rate"] for row in training]
+    assert rates[0] < max(rates) > rates[-1]
+    assert uninterrupted["state"]["rollout"]["reward_stats"]["count"] == UPDATES * EPISODES
+    # The best is neither the first nor the last, and was the newest of several bests.
+    assert 1 < uninterrupted["state"]["progress"]["best_update"] < UPDATES
+    assert uninterrupted["state"]["progress"]["bad_steps"] == 0
+    assert len(set(uninterrupted["policy"].values())) == len(uninterrupted["policy"]) > 20
+    assert len(uninterrupted["optimizer"]) == 3 * len(uninterrupted["policy"])
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_killed_and_resumed_run_is_the_run_that_was_not(
+    tmp_path: Path, base: Path, warm: Warm, uninterrupted: dict[str, Any], place: str
+) -> None:
+    strike, has_checkpoint = PLACES[place]
+    run = write_project(tmp_path, base)
+    assert warm.run(tmp_path, "ppo", "ppo.yaml", strikes=[strike]).code == -signal.SIGKILL
+    assert any((run / "checkpoints").glob("[0-9]*[0-9]")) == has_checkpoint
+    assert not (run / "model").exists()
+    ended = warm.run(tmp_path, "resume", "runs/run")
+    assert ended.code == 0, ended.stderr
+    assert_equal(run, uninterrupted)
+    assert not list(run.rglob("*.tmp")) and not list(run.rglob("*.old"))
+
+
+def test_a_run_killed_at_every_turn_still_gets_there(
+    tmp_path: Path, base: Path, warm: Warm, uninterrupted: dict[str, Any]
+) -> None:
+    run = write_project(tmp_path, base)
+    kills = [Strike(WRITE, 3, KILL), Strike(STEP, 5, KILL), Strike(PUT, 2, KILL), Strike(REWARD, 9, KILL)]
+    for verb, strike in zip([("ppo", "ppo.yaml"), *[("resume", "runs/run")] * 3], kills, strict=True):
+        assert warm.run(tmp_path, *verb, strikes=[strike]).code == -signal.SIGKILL
+    assert warm.run(tmp_path, "resume", "runs/run").code == 0
+    assert_equal(run, uninterrupted)
+
+
+def test_a_fresh_interpreter_resumes_to_the_same_bits(tmp_path: Path, base: Path, uninterrupted: dict[str, Any]) -> None:
+    # Another hash seed and other addresses than the interpreter that was killed; and another working directory.
+    run = write_project(tmp_path, base)
+    assert cold(tmp_path, "ppo", "ppo.yaml", strikes=[Strike(STEP, 13, KILL)]).code == -signal.SIGKILL
+    (tmp_path / "elsewhere").mkdir()
+    ended = cold(tmp_path / "elsewhere", "resume", "../runs/run")
+    assert ended.code == 0, ended.stderr
+    assert_equal(run, uninterrupted)
+
+
+@pytest.mark.parametrize("name", ["policy.safetensors", "state.json", "manifest.json"])
+def test_a_damaged_newest_checkpoint_costs_updates_not_the_run(
+    tmp_path: Path, base: Path, warm: Warm, uninterrupted: dict[str, Any], name: str
+) -> None:
+    run = write_project(tmp_path, base)
+    warm.run(tmp_path, "ppo", "ppo.yaml", strikes=[Strike(REWARD, 40, KILL)])
+    newest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
+    file = newest / name
+    file.write_bytes(file.read_bytes()[:-1])
+    ended = warm.run(tmp_path, "resume", "runs/run")
+    assert ended.code == 0 and f"{newest.name}/{name}" in ended.stderr and ended.stderr.count("\n") == 1
+    assert_equal(run, uninterrupted)
+
+
+def test_a_full_run_resumed_from_its_one_checkpoint_alone(
+    tmp_path: Path, base: Path, warm: Warm, uninterrupted: dict[str, Any]
+) -> None:
+    """Nothing but config.yaml, the newest checkpoint and the logs is needed: no pointer, no older checkpoint, no lock."""
+    run = write_project(tmp_path, base)
+    warm.run(tmp_path, "ppo", "ppo.yaml", strikes=[Strike(REWARD, 40, KILL)])
+    for name in ("latest", "best"):
+        (run / "checkpoints" / name).unlink()
+    (run / ".lock").unlink()
+    assert warm.run(tmp_path, "resume", "runs/run").code == 0
+    assert_equal(run, uninterrupted)
+
+
+def test_other_base_weights_are_refused(tmp_path: Path, warm: Warm) -> None:
+    write_base(tmp_path / "base", seed=0)
+    run = write_project(tmp_path, tmp_path / "base")
+    warm.run(tmp_path, "ppo", "ppo.yaml", strikes=[Strike(REWARD, 40, KILL)])
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    write_base(tmp_path / "base", seed=1)
+    ended = warm.run(tmp_path, "resume", "runs/run")
+    assert ended.code == 2 and "was trained on other base weights" in ended.stderr and ended.stderr.count("\n") == 1
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_all_weights_are_resumed_when_there_is_no_adapter(tmp_path: Path, base: Path, warm: Warm) -> None:
+    folders = [tmp_path / "whole", tmp_path / "killed"]
+    runs = [write_project(folder, base, policy={"adapter": None}) for folder in folders]
+    assert warm.run(folders[0], "ppo", "ppo.yaml").code == 0
+    assert warm.run(folders[1], "ppo", "ppo.yaml", strikes=[Strike(STEP, 15, KILL)]).code == -signal.SIGKILL
+    assert warm.run(folders[1], "resume", "runs/run").code == 0
+    assert_equal(runs[1], outcome(runs[0]))
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path, base: Path, uninterrupted: dict[str, Any]) -> None:
+    chance = random.Random(3)
+    resumed_from = []
+    with Warm() as warm:
+        for kill in range(20):
+            folder = tmp_path / str(kill)
+            run = write_project(folder, base)
+            process = warm.start(folder, "ppo", "ppo.yaml")
+            while not (run / "samples.jsonl").exists():
+                time.sleep(0.005)
+            time.sleep(chance.uniform(0, 1.0))
+            os.kill(process, signal.SIGKILL)
+            assert warm.wait().code in (0, -signal.SIGKILL)
+            resumed_from.append(len(rows(run)) if (run / "metrics.jsonl").read_bytes().endswith(b"\n") else -1)
+            assert cold(folder, "resume", "runs/run").code == 0
+            assert_equal(run, uninterrupted)
+    assert len(set(resumed_from)) > 4, f"the kills all fell in the same place: {resumed_from}"

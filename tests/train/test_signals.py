@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from surefoot.errors import Interrupted
+from surefoot.train.signals import Abandon, StopRequest
+from tests.train.small_run import assert_equal, letters, python_ppo, python_task, rows, weights, write_project
+from tests.train.warm import Strike, Warm, cold
+
+TERM, INT, KILL = int(signal.SIGTERM), int(signal.SIGINT), int(signal.SIGKILL)
+DECODE = "surefoot.generation.engine:_Engine.decode"
+REWARD = "random:gauss"
+STEP = "surefoot.train.update:take_step"
+STEPS_AN_UPDATE = 4
+WRITE = "surefoot.train.checkpoint:save_file"
+EVALUATE = "surefoot.train.loop:evaluate"
+COLLECT = "surefoot.train.loop:collect"
+
+# Where the signal comes -> after which update the run stops, and the work it must not begin any more.
+PLACES: dict[str, tuple[Strike, int, Strike]] = {
+    "before the first evaluation": (Strike(EVALUATE, 1), 0, Strike(COLLECT, 1)),
+    "first evaluation": (Strike(DECODE, 2), 0, Strike(DECODE, 3)),
+    "first rollout": (Strike(DECODE, 2, since=(COLLECT, 1)), 0, Strike(DECODE, 3, since=(COLLECT, 1))),
+    "rollout": (Strike(DECODE, 2, since=(COLLECT, 4)), 3, Strike(DECODE, 3, since=(COLLECT, 4))),
+    "reward": (Strike(REWARD, 37), 3, Strike(STEP, 3 * STEPS_AN_UPDATE + 1)),
+    "update": (Strike(STEP, 2 * STEPS_AN_UPDATE + 2), 3, Strike(COLLECT, 4)),
+    "evaluation": (Strike(EVALUATE, 4), 3, Strike(COLLECT, 4)),
+    "save": (Strike(WRITE, 3), 2, Strike(COLLECT, 3)),
+}
+INTERRUPTED_RUNS_KEEP_OTHER_CHECKPOINTS = ("checkpoints",)
+
+
+@pytest.mark.parametrize("case", [*((place, TERM) for place in PLACES), ("rollout", INT), ("update", INT)], ids=str)
+def test_a_signal_saves_stops_and_says_how_to_go_on(
+    tmp_path: Path, base: Path, warm: Warm, uninterrupted: dict[str, Any], case: tuple[str, int]
+) -> None:
+    place, number = case
+    strike, updates, forbidden = PLACES[place]
+    strikes = [replace(strike, signals=[number]), replace(forbidden, signals=[KILL])]
+    run = write_project(tmp_path, base)
+    ended = warm.run(tmp_path, "ppo", "ppo.yaml", strikes=strikes)
+    assert ended.code == 128 + number
+    how = f"surefoot: stopped after update {updates}, saved; continue with: surefoot resume runs/run\n"
+    assert ended.stderr == how
+    assert (run / "checkpoints" / "latest").read_text() == f"{updates:08d}"
+    assert not (run / "model").exists()
+    ended = warm.run(tmp_path, *how.rpartition("surefoot ")[2].split())
+    assert ended.code == 0, ended.stderr
+    assert_equal(run, uninterrupted, but=INTERRUPTED_RUNS_KEEP_OTHER_CHECKPOINTS)
+
+
+def test_a_second_signal_exits_at_once(tmp_path: Path, base: Path, warm: Warm, uninterrupted: dict[str, Any]) -> None:
+    run = write_project(tmp_path, base)
+    # Within the reward function, which nobody can interrupt politely.
+    ended = warm.run(tmp_path, "ppo", "ppo.yaml", strikes=[Strike(REWARD, 38, [INT, TERM], pause=0.4)])
+    assert ended.code == 128 + TERM and ended.stderr == ""
+    assert (run / "checkpoints" / "latest").read_text() == "00000003"  # written by then, not for the signal
+    assert warm.run(tmp_path, "resume", "runs/run").code == 0
+    assert_equal(run, uninterrupted)
+
+
+def test_one_signal_delivered_twice_is_one_signal(tmp_path: Path, base: Path, warm: Warm) -> None:
+    # `timeout` and batch systems signal the process and then its group.
+    write_project(tmp_path, base)
+    ended = warm.run(tmp_path, "ppo", "ppo.yaml", strikes=[Strike(REWARD, 38, [TERM, TERM], pause=0.01)])
+    assert ended.code == 128 + TERM and "saved; continue with" in ended.stderr
+
+
+def test_interrupting_again_and_again_changes_nothing(
+    tmp_path: Path, base: Path, warm: Warm, uninterrupted: dict[str, Any]
+) -> None:
+    run = write_project(tmp_path, base)
+    codes = [warm.run(tmp_path, "ppo", "ppo.yaml", strikes=[Strike(DECODE, 2, [TERM])]).code]
+    while codes[-1]:
+        assert len(codes) < 40
+        codes.append(warm.run(tmp_path, "resume", "runs/run", strikes=[Strike(DECODE, 13, [TERM])]).code)
+    assert codes.count(128 + TERM) == len(codes) - 1 > 5
+    assert_equal(run, uninterrupted, but=INTERRUPTED_RUNS_KEEP_OTHER_CHECKPOINTS)
+
+
+def test_control_c_while_loading_is_one_line(tmp_path: Path, base: Path, warm: Warm) -> None:
+    run = write_project(tmp_path, base)
+    ended = warm.run(tmp_path, "ppo", "ppo.yaml", strikes=[Strike("surefoot.build:load_policy", 1, [INT])])
+    assert (ended.code, ended.stderr) == (130, "surefoot: stopped\n")
+    assert not run.exists()
+
+
+@pytest.mark.slow
+def test_twenty_signals_at_random_moments_change_nothing(tmp_path: Path, base: Path, uninterrupted: dict[str, Any]) -> None:
+    chance = random.Random(4)
+    stopped_after = []
+    with Warm() as warm:
+        for turn in range(20):
+            folder = tmp_path / str(turn)
+            run = write_project(folder, base)
+            process = warm.start(folder, "ppo", "ppo.yaml")
+            while not (run / "samples.jsonl").exists():
+                time.sleep(0.005)
+            time.sleep(chance.uniform(0, 0.5))
+            os.kill(process, TERM)
+            asked = time.monotonic()
+            ended = warm.wait()
+            assert time.monotonic() - asked < 5
+            # A run that was already at its end goes down by the signal's own effect, or ends.
+            assert ended.code == 128 + TERM or (outcome_is_there(run) and ended.code in (0, -TERM)), ended
+            if ended.code == 128 + TERM:
+                assert "saved; continue with: surefoot resume runs/run" in ended.stderr
+                stopped_after.append((run / "checkpoints" / "latest").read_text())
+            assert cold(folder, "resume", "runs/run").code == 0
+            assert_equal(run, uninterrupted, but=INTERRUPTED_RUNS_KEEP_OTHER_CHECKPOINTS)
+    assert len(stopped_after) >= 10 and len(set(stopped_after)) >= 3, stopped_after
+
+
+def outcome_is_there(run: Path) -> bool:
+    return (run / "checkpoints" / "latest").read_text() == "00000006"
+
+
+# In Python
+
+
+def interrupting(at_call: int) -> Any:
+    """The reward of the Python runs, and Ctrl-C while it is called for the `at_call`th time."""
+    calls = 0
+
+    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        nonlocal calls
+        calls += 1
+        if calls == at_call:
+            os.kill(os.getpid(), signal.SIGINT)
+        return letters(prompts, completions)
+
+    return reward
+
+
+def test_after_control_c_learn_goes_on_as_if_nothing_had_been(tmp_path: Path, base: Path) -> None:
+    whole = python_ppo(base, tmp_path / "whole").learn()
+    model = python_ppo(base, tmp_path, interrupting(6))
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match=r"stopped after update 2, saved; continue with: PPO\.load\('.*run', task\)") as error:
+        model.learn()
+    assert error.value.exit_code == 130
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    model.learn()
+    assert whole.run_folder is not None and model.run_folder is not None
+    for log in ("metrics.jsonl", "samples.jsonl"):
+        assert rows(model.run_folder, log) == rows(whole.run_folder, log)
+    assert all(tensor.equal(weights(whole)[name]) for name, tensor in weights(model).items())
+
+
+def test_after_control_c_the_run_can_be_loaded_beside_the_old_model(tmp_path: Path, base: Path) -> None:
+    whole = python_ppo(base, tmp_path / "whole").learn()
+    model = python_ppo(base, tmp_path, interrupting(6))
+    with pytest.raises(Interrupted):
+        model.learn()
+    assert model.run_folder is not None
+    loaded = type(model).load(model.run_folder, python_task(), verbose=0).learn()
+    assert all(tensor.equal(weights(whole)[name]) for name, tensor in weights(loaded).items())
+
+
+def test_outside_the_main_thread_a_run_goes_without_handlers(tmp_path: Path, base: Path) -> None:
+    model = python_ppo(base, tmp_path)
+    thread = threading.Thread(target=model.learn, args=(6,))
+    thread.start()
+    thread.join()
+    assert model.run_folder is not None and rows(model.run_folder)[-1]["update"] == 1
+
+
+def test_a_request_is_forgotten_when_listening_begins_anew() -> None:
+    stop = StopRequest()
+    with stop.listening():
+        stop.raise_if_set()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal_number == signal.SIGTERM
+        with pytest.raises(Abandon):
+            stop.raise_if_set()
+    with stop.listening():
+        stop.raise_if_set()

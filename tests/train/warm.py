@@ -1,0 +1,209 @@
+"""A warm interpreter that forks one `surefoot` process per case: what it is worth is the seconds of importing torch.
+
+Run as `python -m tests.train.warm`; jobs come as JSON lines on stdin. A job's `strikes` hit the process from within,
+at a place and at a count of calls, so that the same kill can be repeated; the product itself has no hooks.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+ROOT = Path(__file__).parent.parent.parent
+# The command line sets the last two itself, but only an interpreter that has not imported the libraries takes notice.
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@dataclass
+class Strike:
+    """At the `nth` call of `module:attribute`: send the process `signals`, or let it write no more than `file_bytes`.
+
+    `since` is another place and a count: calls are counted once that one has been called so often.
+    """
+
+    place: str
+    nth: int = 1
+    signals: Sequence[int] = ()
+    file_bytes: int | None = None
+    after: bool = False  # once the call is done rather than before it
+    pause: float = 0.0  # seconds after each signal
+    since: tuple[str, int] | None = None
+
+
+@dataclass
+class Ended:
+    """How a process ended. A negative code is the signal that killed it."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+@dataclass
+class Job:
+    """One `surefoot` command line."""
+
+    arguments: Sequence[str]
+    folder: str
+    strikes: Sequence[Strike] = field(default_factory=list)
+
+
+class Warm:
+    """The tests' side of the warm interpreter."""
+
+    def __enter__(self) -> Warm:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.train.warm"],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+        self._process.stdout.close()
+
+    def start(self, folder: Path, *arguments: object, strikes: Sequence[Strike] = ()) -> int:
+        """Begin `surefoot ARGUMENTS` in `folder`; its process id."""
+        job = Job([str(argument) for argument in arguments], str(folder), strikes)
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(asdict(job)) + "\n")
+        self._process.stdin.flush()
+        self._folder = folder
+        return int(self._answer())
+
+    def wait(self) -> Ended:
+        """Wait for the process begun last."""
+        code = int(self._answer())
+        return Ended(code, *((self._folder / name).read_text() for name in ("stdout.txt", "stderr.txt")))
+
+    def run(self, folder: Path, *arguments: object, strikes: Sequence[Strike] = ()) -> Ended:
+        """Begin and wait."""
+        self.start(folder, *arguments, strikes=strikes)
+        return self.wait()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, "the warm interpreter died"
+        return line
+
+
+def cold(folder: Path, *arguments: object, strikes: Sequence[Strike] = ()) -> Ended:
+    """The same in a fresh interpreter: another hash seed, other addresses, nothing inherited."""
+    job = Job([str(argument) for argument in arguments], str(folder), strikes)
+    command = [sys.executable, "-m", "tests.train.warm", json.dumps(asdict(job))]
+    ended = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=False)
+    return Ended(ended.returncode, *((folder / name).read_text() for name in ("stdout.txt", "stderr.txt")))
+
+
+def _play(job: dict[str, Any]) -> NoReturn:
+    """Be `surefoot` for one job."""
+    from surefoot import cli
+
+    os.chdir(job["folder"])
+    for descriptor, name in ((1, "stdout.txt"), (2, "stderr.txt")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for strike in job["strikes"]:
+        _arm(Strike(**strike))
+    code: int | str | None = 0
+    try:
+        cli.main(job["arguments"])
+    except SystemExit as error:
+        code = error.code
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        code = 99
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(int(code or 0))
+
+
+def _arm(strike: Strike) -> None:
+    if strike.since is None:
+        _at_call(strike.place, strike.nth, functools.partial(_hit, strike), after=strike.after)
+    else:
+        place, count = strike.since
+        _at_call(place, count, functools.partial(_arm, replace(strike, since=None)))
+
+
+def _at_call(place: str, nth: int, act: Callable[[], None], *, after: bool = False) -> None:
+    """Call `act` at the `nth` call of `place` from now on."""
+    module, _, path = place.partition(":")
+    *owners, name = path.split(".")
+    owner: Any = importlib.import_module(module)
+    for inner in owners:
+        owner = getattr(owner, inner)
+    function, calls = getattr(owner, name), 0
+
+    @functools.wraps(function)
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        is_it = calls == nth
+        if is_it and not after:
+            act()
+        result = function(*arguments, **keywords)
+        if is_it and after:
+            act()
+        return result
+
+    setattr(owner, name, counted)
+
+
+def _hit(strike: Strike) -> None:
+    if strike.file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (strike.file_bytes, strike.file_bytes))
+    for number in strike.signals:
+        os.kill(os.getpid(), number)
+        time.sleep(strike.pause)
+
+
+def _serve() -> None:
+    import peft
+    import torch.utils.tensorboard
+    import transformers.models.llama.modeling_llama
+
+    import surefoot.ppo
+
+    assert peft and torch and transformers and surefoot
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            _play(json.loads(line))
+        print(child, flush=True)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        _play(json.loads(sys.argv[1]))
+    _serve()
