@@ -27,6 +27,7 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     `(x - mean) * rsqrt(var + 1e-8)` with population variance, as OpenAI's lm-human-preferences does
     (`lm_human_preferences/utils/core.py: whiten`). One value or equal values give 0 (plus the mean without the shift).
     """
+    values = torch.where(mask, values, torch.zeros_like(values))  # before any arithmetic, for the gradient's sake
     mean = masked_mean(values, mask)
     whitened = (values - mean) * torch.rsqrt(masked_var(values, mask) + 1e-8)
     if not shift_mean:
@@ -38,4 +39,6 @@ def explained_variance(predictions: Tensor, targets: Tensor, mask: Tensor) -> Te
     """1 - Var(target - prediction) / Var(target): 1 is perfect, 0 no better than a constant; 0 if targets are equal."""
     variance = masked_var(targets, mask)
     residual = masked_var(targets - predictions, mask)
-    return torch.where(variance > 0, 1 - residual / variance.clamp(min=1e-30), torch.zeros_like(variance))
+    # Equal float32 targets have a variance of rounding errors; below a spread of 1e-6 of their size they count as equal.
+    differ = variance > 1e-12 * masked_mean(targets**2, mask)
+    return torch.where(differ, 1 - residual / variance.clamp(min=1e-30), torch.zeros_like(variance))

@@ -21,8 +21,9 @@ class RunningStats:
     @property
     def std(self) -> float:
         """Population standard deviation; 1 before two different values were seen, so dividing by it is safe."""
-        variance = self.squared_deviations / self.count if self.count else 0.0
-        return variance**0.5 if variance > 0 else 1.0
+        std = (self.squared_deviations / self.count) ** 0.5 if self.count else 0.0
+        # Equal values have a spread too, of rounding errors: dividing by that would blow them up.
+        return std if std > 1e-9 * abs(self.mean) else 1.0
 
     def updated(self, values: Sequence[float]) -> RunningStats:
         """These stats and `values` together."""

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -46,8 +46,8 @@ def load_function(reference: str, *, key: str) -> RewardFunction:
     else:
         try:
             module = importlib.import_module(place)
-        except ImportError as error:
-            raise InputError(f"{key}: {place} cannot be imported: {error}") from error
+        except Exception as error:
+            raise InputError(f"{key}: {place} cannot be imported: {type(error).__name__}: {error}") from error
     function: Any = getattr(module, name, None)
     if not callable(function):
         raise InputError(f"{key}: {place} has no function {name!r}")
@@ -70,7 +70,8 @@ def score(function: RewardFunction, trajectories: Sequence[Trajectory], *, name:
     except Exception as error:
         where = _where_raised(error)
         raise InputError(f"the {name} function raised {type(error).__name__}: {error}{where}") from error
-    if isinstance(scores, (str, bytes)) or not hasattr(scores, "__len__"):
+    # Of a dict the keys would be taken for scores, and a set has no order; an array of no dimension has no length.
+    if isinstance(scores, (str, bytes, Mapping, Set)) or not hasattr(scores, "__len__") or getattr(scores, "shape", None) == ():
         raise InputError(f"the {name} function returned {_short(scores)}; a list of {len(prompts)} floats is needed")
     if len(scores) != len(prompts):
         raise InputError(f"the {name} function returned {len(scores)} scores for {len(prompts)} completions")
@@ -78,11 +79,12 @@ def score(function: RewardFunction, trajectories: Sequence[Trajectory], *, name:
 
 
 def _checked(value: Any, index: int, trajectory: Trajectory, name: str) -> float:
-    number = value
-    if not isinstance(value, (str, bytes)) and hasattr(value, "item"):  # numpy and torch scalars
-        number = value.item()
-    if isinstance(number, (int, float)) and math.isfinite(number):
-        return float(number)
+    try:
+        number = value.item() if hasattr(value, "item") else value  # numpy and torch scalars
+        if isinstance(number, (int, float)) and math.isfinite(number):
+            return float(number)
+    except (OverflowError, RuntimeError, ValueError):  # an int beyond all floats; an array of several numbers
+        pass
     raise InputError(
         f"the {name} function returned {_short(value)} for sample {index} (prompt {_short(trajectory.prompt)}, completion "
         f"{_short(trajectory.text)}); a finite float is needed"

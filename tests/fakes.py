@@ -1,0 +1,108 @@
+"""A policy small enough to be worked out by hand, and trajectories and batches for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surefoot.rollout.batch import text_batch
+from surefoot.types import Batch, Completion, Evaluation, StopReason, Trajectory
+
+VOCABULARY = 7
+CPU = torch.device("cpu")
+
+
+class BigramPolicy(nn.Module):
+    """Logits and value are the table rows of the token before: the same bits whatever the padding and the neighbours."""
+
+    scores_like_sampler = True
+
+    def __init__(self, *, seed: int = 0, reference: Tensor | None = None, off_mask: float = 0.0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.logits_VV = nn.Parameter(torch.randn(VOCABULARY, VOCABULARY, generator=generator))
+        self.values_V = nn.Parameter(torch.randn(VOCABULARY, generator=generator))
+        self.reference = reference
+        self.off_mask = off_mask  # what stands where a policy has nothing to say
+        self.seen: list[tuple[int, ...]] = []  # shape of every batch evaluated
+        self.before_evaluate: Callable[[Batch], None] = lambda batch: None
+        self.on_logits: Callable[[Tensor], Tensor] = lambda logits: logits
+
+    @property
+    def device(self) -> torch.device:
+        return CPU
+
+    def named_parameters_to_train(self) -> Iterable[tuple[str, nn.Parameter]]:
+        return [("logits", self.logits_VV), ("values", self.values_V)]
+
+    def evaluate(self, batch: Batch, *, entropy_gradient: bool = False) -> Evaluation:
+        self.seen.append(tuple(batch.mask_BT.shape))
+        self.before_evaluate(batch)
+        before_BT = batch.observations["tokens"].roll(1, 1)
+        logprobs_BTV = torch.log_softmax(self.on_logits(self.logits_VV[before_BT]), dim=-1)
+        entropies_BT = -(logprobs_BTV.exp() * logprobs_BTV).sum(-1)
+        chosen_BT = logprobs_BTV.gather(-1, batch.actions_BT[..., None]).squeeze(-1)
+        views = (chosen_BT, self.values_V[before_BT], entropies_BT if entropy_gradient else entropies_BT.detach())
+        return Evaluation(*(torch.where(batch.mask_BT, view, self.off_mask) for view in views))
+
+    def reference_logprobs(self, batch: Batch) -> Tensor | None:
+        if self.reference is None:
+            return None
+        logprobs_BTV = torch.log_softmax(self.reference[batch.observations["tokens"].roll(1, 1)], dim=-1)
+        return logprobs_BTV.gather(-1, batch.actions_BT[..., None]).squeeze(-1)
+
+    def fingerprint(self) -> int:
+        return 0
+
+    def save(self, folder: Path) -> None:
+        raise NotImplementedError
+
+    def gradients(self) -> list[Tensor]:
+        """Copies of what `backward` left, in the order of the parameters."""
+        return [parameter.grad.clone() for _, parameter in self.named_parameters_to_train() if parameter.grad is not None]
+
+    def weights(self) -> list[Tensor]:
+        """Copies of the parameters."""
+        return [parameter.detach().clone() for _, parameter in self.named_parameters_to_train()]
+
+
+def trajectory(
+    text: str = "fine",
+    *,
+    prompt: Any = "How are you?",
+    prompt_tokens: Sequence[int] = (1, 2),
+    tokens: Sequence[int] = (3,),
+    score: float = 0.0,
+    stop_reason: StopReason = StopReason.END_TOKEN,
+    columns: dict[str, Any] | None = None,
+) -> Trajectory:
+    """One episode; log-probs and values are 0."""
+    zeros = [0.0] * len(tokens)
+    completion = Completion(list(tokens), zeros, zeros, zeros, stop_reason)
+    return Trajectory(prompt, tuple(prompt_tokens), completion, text, columns=columns or {}, score=score)
+
+
+def played_batch(policy: BigramPolicy, lengths: Sequence[int], *, seed: int = 0, drift: float = 0.0) -> Batch:
+    """A batch with answers of these lengths, as `policy` would have written it, and random rewards at the ends.
+
+    `drift` pushes the old log-probs and values away from the policy's own, as if it had been updated since.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def random_tokens(count: int) -> list[int]:
+        return torch.randint(VOCABULARY, (count,), generator=generator).tolist()
+
+    rows = [trajectory(prompt_tokens=random_tokens(1 + i % 3), tokens=random_tokens(n)) for i, n in enumerate(lengths)]
+    batch = text_batch(rows, device=CPU)
+    with torch.no_grad():
+        view = policy.evaluate(batch)
+    policy.seen.clear()
+    shape = batch.mask_BT.shape
+    batch.logprobs_BT = view.logprobs_BT + drift * torch.randn(shape, generator=generator)
+    batch.values_BT = view.values_BT + drift * torch.randn(shape, generator=generator)
+    batch.rewards_BT = torch.where(batch.ends_BT, torch.randn(shape, generator=generator), 0.0)
+    return batch
