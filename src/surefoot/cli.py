@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from surefoot import __version__
 from surefoot.errors import InputError, SurefootError
@@ -24,20 +26,20 @@ every field of the configuration is a flag: --seed 3 --ppo.kl-coef 0.02 --run.na
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `surefoot`. Ends with an exit code; the user's mistakes are one line, bugs are tracebacks."""
-    parser = _parser()
-    options, flags = parser.parse_known_args(arguments)
-    # Kernels and libraries warn about things the user can do nothing about; Surefoot's own messages are enough.
-    warnings.filterwarnings("ignore")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    _quieten()
     try:
-        options.verb(options, _overrides(flags, allowed=options.takes_fields))
+        options, overrides = _parse(list(sys.argv[1:] if arguments is None else arguments))
+        options.verb(options, overrides)
     except SurefootError as error:
-        print(f"surefoot: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("stopped", 130)  # while loading or writing text: a run answers in its own words
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        pass
+    except OSError as error:
+        _fail(f"the system refused: {error}", 2)  # a full disk behind stdout, say
+    finally:
+        _flush()
 
 
 def ppo(options: argparse.Namespace, overrides: dict[str, str]) -> None:
@@ -47,51 +49,47 @@ def ppo(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     config = load_config(options.file, overrides)
     if config.task is None:
         raise InputError(f"{options.file}: no task; name task.prompts and task.reward")
-    from surefoot.build import build_task
+    from surefoot.build import build_task, check_places
     from surefoot.ppo import PPO
 
-    model = PPO(config.policy.model, build_task(config), config=config)
-    _train(model)
+    check_places(config)
+    _train(PPO(config.policy.model, build_task(config), config=config))
 
 
 def resume(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    """Continue a run from its newest whole checkpoint."""
+    """Continue a run from its newest whole checkpoint, as it was begun."""
     from surefoot.ppo import PPO
     from surefoot.run import RunFolder
 
-    if RunFolder.open(options.run).config().task is None:
-        raise InputError(f"{options.run} was started from Python with its own task; continue it there: PPO.load(folder, task)")
-    _train(PPO.load(options.run))
+    RunFolder.open(options.run)
+    model = PPO.load(options.run)
+    assert model.run_folder is not None
+    if model.is_finished and (model.run_folder / "model").exists():
+        print(f"{options.run} is finished; its model is {model.run_folder / 'model'}")
+    else:
+        _train(model)
 
 
 def generate(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     """Continue a text with a run's best policy, or with a model."""
+    from surefoot.config import GenerationConfig, with_sampling
+
+    names = ("max_new_tokens", "temperature", "top_k", "top_p")
+    sampling = {name: value for name in names if (value := getattr(options, name)) is not None}
+    with_sampling(GenerationConfig(), sampling)  # before the model is loaded
+    if not options.text.strip():
+        raise InputError("generate: the text is empty; give it something to continue")
     from surefoot.ppo import PPO
 
-    model = PPO.open(options.model)
-    print(
-        model.generate(
-            [[{"role": "user", "content": options.text}]] if options.chat else [options.text],
-            seed=options.seed,
-            **_sampling(options),
-        )[0]
-    )
-
-
-def _train(model: PPO) -> None:
-    """Run to the end and leave the trained model beside the run."""
-    model.learn()
-    assert model.run_folder is not None
-    model.save(model.run_folder / "model")
-    print(f"model: {model.run_folder / 'model'}\nrun:   {model.run_folder}")
-    print(f'next:  surefoot generate {model.run_folder} "your text"')
+    prompt = [{"role": "user", "content": options.text}] if options.chat else options.text
+    print(PPO.open(options.model).generate([prompt], seed=options.seed, **sampling)[0])
 
 
 def fetch(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     """Get a pinned model or data set into the cache and print its path."""
     from surefoot import assets
 
-    print(assets.fetch(options.name, say=lambda line: print(line, file=sys.stderr)))
+    print(assets.fetch(options.name))
 
 
 def demo(options: argparse.Namespace, overrides: dict[str, str]) -> None:
@@ -101,8 +99,55 @@ def demo(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     run_demo(overrides)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _train(model: PPO) -> None:
+    """Run to the end and leave the trained model beside the run."""
+    try:
+        model.learn()
+    except InputError as error:
+        if model.run_folder is not None and (model.run_folder / "checkpoints" / "latest").exists():
+            how = f"surefoot resume {shlex.quote(str(model.run_folder))}"
+            raise InputError(f"{error}; the run is saved, once this is mended go on with: {how}") from error
+        raise
+    assert model.run_folder is not None
+    model.save(model.run_folder / "model")
+    print(f"model: {model.run_folder / 'model'}\nrun:   {model.run_folder}")
+    print(f'next:  surefoot generate {shlex.quote(str(model.run_folder))} "your text"')
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; a verb that takes the configuration's fields as flags lists them in its help."""
+
+    takes_fields = False
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+    def format_help(self) -> str:
+        text = super().format_help()
+        if not self.takes_fields:
+            return text
+        from surefoot.config import field_table
+
+        rows = [f"  --{key.replace('_', '-'):32} {default}" for key, _, default, _ in field_table()]
+        return f"{text}\nfields and their defaults (docs/config.md explains each):\n" + "\n".join(rows) + "\n"
+
+
+def _parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The verb with its options, and the configuration's fields among the flags. Raises InputError."""
+    parser, verbs = _parsers()
+    name = arguments[0] if arguments else ""
+    if not name or (name not in verbs and not name.startswith("-")):
+        close = difflib.get_close_matches(name, verbs, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(verbs)}"
+        raise InputError(f"unknown verb {name!r}; {hint}" if name else f"a verb is needed; {hint}")
+    overrides: dict[str, str] = {}
+    if name in verbs and verbs[name].takes_fields:
+        arguments, overrides = _split_fields(arguments)
+    return parser.parse_args(arguments), overrides
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    parser = _Parser(
         prog="surefoot",
         description="PPO for language models, and for anything with a reward.",
         epilog=EPILOG,
@@ -110,15 +155,16 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"surefoot {__version__}")
-    verbs = parser.add_subparsers(required=True, metavar="VERB", title="verbs")
+    group = parser.add_subparsers(required=True, metavar="VERB", title="verbs")
+    verbs: dict[str, _Parser] = {}
 
-    def verb(function: object, usage: str, *, takes_fields: bool = False) -> argparse.ArgumentParser:
+    def verb(function: object, usage: str, *, takes_fields: bool = False) -> _Parser:
         summary = (getattr(function, "__doc__", "") or "").splitlines()[0]
         name = getattr(function, "__name__", "")
-        kind = _FieldsHelp if takes_fields else argparse.ArgumentParser
-        sub = verbs.add_parser(name, help=summary, description=summary, usage=f"surefoot {name} {usage}", allow_abbrev=False)
-        sub.__class__ = kind
-        sub.set_defaults(verb=function, takes_fields=takes_fields)
+        sub = group.add_parser(name, help=summary, description=summary, usage=f"surefoot {name} {usage}", allow_abbrev=False)
+        sub.takes_fields = takes_fields
+        sub.set_defaults(verb=function)
+        verbs[name] = sub
         return sub
 
     verb(ppo, "FILE [--section.field value ...]", takes_fields=True).add_argument("file", metavar="FILE", help="YAML file")
@@ -127,46 +173,61 @@ def _parser() -> argparse.ArgumentParser:
     writer.add_argument("model", metavar="RUN|MODEL", help="run folder, model folder, asset name or hub id")
     writer.add_argument("text", metavar="TEXT", help="what to continue")
     writer.add_argument("--chat", action="store_true", help="send TEXT as a user message through the chat template")
-    writer.add_argument("--seed", type=int, default=0)
-    writer.add_argument("--max-new-tokens", type=int, metavar="N")
+    writer.add_argument("--seed", type=int, default=0, metavar="N", help="another one gives another text")
+    writer.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer")
     writer.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
-    writer.add_argument("--top-k", type=int, metavar="K")
-    writer.add_argument("--top-p", type=float, metavar="P")
+    writer.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
+    writer.add_argument("--top-p", type=float, metavar="P", help="sample from the smallest set with this probability")
     verb(fetch, "NAME").add_argument("name", metavar="NAME", help="name of the asset; a wrong one lists them")
     verb(demo, "[--section.field value ...]", takes_fields=True)
-    return parser
+    return parser, verbs
 
 
-class _FieldsHelp(argparse.ArgumentParser):
-    """A verb whose help lists the configuration's fields."""
-
-    def format_help(self) -> str:
-        from surefoot.config import field_table
-
-        rows = [f"  --{key.replace('_', '-'):32} {default}" for key, _, default, _ in field_table()]
-        return super().format_help() + "\nfields and their defaults (docs/config.md explains each):\n" + "\n".join(rows) + "\n"
-
-
-def _overrides(flags: list[str], *, allowed: bool) -> dict[str, str]:
-    """`--section.field value` and `--section.field=value` as a dict. Raises InputError for anything else."""
+def _split_fields(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Take `--section.field value` and `--section.field=value` out of the arguments. Raises InputError without a value."""
+    others: list[str] = []
     overrides: dict[str, str] = {}
-    rest = list(flags)
-    while rest:
-        flag = rest.pop(0)
-        if not allowed or not flag.startswith("--") or len(flag) < 3:
-            raise InputError(f"unknown argument {flag!r}; see surefoot --help")
-        key, equals, value = flag[2:].partition("=")
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("--") or argument in {"--", "--help"}:
+            others.append(argument)
+            continue
+        key, equals, value = argument[2:].partition("=")
         if not equals:
-            if not rest:
-                raise InputError(f"{flag} needs a value")
-            value = rest.pop(0)
-        overrides[key] = value
-    return overrides
+            value = next(rest, "--")
+            if value.startswith("--"):
+                raise InputError(f"--{key} needs a value")
+        overrides[key.replace("-", "_")] = value
+    return others, overrides
 
 
-def _sampling(options: argparse.Namespace) -> dict[str, float]:
-    names = ("max_new_tokens", "temperature", "top_k", "top_p")
-    return {name: value for name in names if (value := getattr(options, name)) is not None}
+def _quieten() -> None:
+    """Kernels and libraries warn about things the user can do nothing about; Surefoot's own messages are enough."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for stream in (sys.stdout, sys.stderr):
+        # An answer may hold any character; a terminal or a pipe need not know it.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"surefoot: {' '.join(message.splitlines())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _flush() -> None:
+    """Find out now, not in the interpreter's last moment, that nobody reads stdout any more."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            _fail(f"stdout could not be written: {error.strerror}", 2)
 
 
 if __name__ == "__main__":

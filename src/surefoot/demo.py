@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from surefoot.build import build_task
+from surefoot.build import build_task, check_places
 from surefoot.config import load_config
 from surefoot.ppo import PPO
 from surefoot.run import RunFolder
@@ -29,6 +29,7 @@ def run_demo(overrides: dict[str, str]) -> None:
     config = load_config(Path(__file__).with_name("demo.yaml"), overrides)
     if config.run.name is None:
         config = config.model_copy(update={"run": config.run.model_copy(update={"name": RunFolder.free_name(config, "demo")})})
+    check_places(config)
     model = PPO(config.policy.model, build_task(config), config=config)
     console.print(
         f"PPO teaches {config.policy.model} to continue movie-review openings cheerfully: {config.ppo.total_episodes} "

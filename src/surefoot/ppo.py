@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, overload
 
-import yaml
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from surefoot import build
-from surefoot.config import Config, load_config, make_config, nested
+from surefoot.config import Config, absolute_paths, dump_config, load_config, make_config, nested, with_sampling
 from surefoot.core.seeds import derived_seed
-from surefoot.envs.text import TextTask
+from surefoot.envs.text import TextTask, checked_prompt
 from surefoot.errors import InputError
 from surefoot.generation.engine import generate
 from surefoot.policies.lm import CausalLMPolicy
-from surefoot.rollout.text import completion_text, encode_prompt
+from surefoot.rollout.text import check_length, completion_text, encode_prompt
 from surefoot.run import RunFolder
-from surefoot.train import loop
+from surefoot.train import checkpoint, loop
 from surefoot.train.display import Display, TensorBoard
 from surefoot.types import Request, SamplingParams
 
@@ -33,12 +35,13 @@ class PPO:
     `policy` is an asset's name, a local model folder, a Hugging Face hub id or a loaded `CausalLMPolicy`; `env` a
     `TextTask`. Settings are the fields of the configuration by their plain names: `learning_rate=1e-4`,
     `max_new_tokens=32`, `adapter=None`, `seed=3`, `run_name="mine"`; `config` gives them all at once. `verbose=0`
-    shows nothing; `run` is an existing run folder to go on in (`PPO.load` passes it). Raises InputError for anything unusable, before the model is loaded where that can be known.
+    shows nothing; `run` is an existing run folder to go on in (`PPO.load` passes it). Raises
+    InputError for anything unusable, before the model is loaded where that can be known.
     """
 
     def __init__(
         self,
-        policy: str | CausalLMPolicy,
+        policy: str | Path | CausalLMPolicy,
         env: TextTask | None = None,
         *,
         config: Config | None = None,
@@ -48,15 +51,20 @@ class PPO:
     ):
         data = config.model_dump() if config is not None else {}
         _merge(data, nested(settings))
-        if isinstance(policy, str):
-            data.setdefault("policy", {})["model"] = policy
+        if isinstance(policy, (str, Path)):
+            data.setdefault("policy", {})["model"] = str(policy)
+        elif not isinstance(policy, CausalLMPolicy):
+            kind = type(policy).__name__
+            raise InputError(f"policy: expected a model's name or folder, or what load_policy gives, got a {kind}")
+        if not isinstance(env, (TextTask, type(None))):
+            raise InputError(f"env: expected a TextTask(prompts, reward), got {env!r:.60}")
         self.config = make_config(data, where="PPO(...)")
         self.env, self.verbose = env, verbose
         if env is not None:
             if run is None:
-                RunFolder.check_free(self.config)
+                build.check_places(self.config)
             build.probe_functions(env)
-        self.policy = build.build_policy(self.config) if isinstance(policy, str) else policy
+        self.policy = policy if isinstance(policy, CausalLMPolicy) else build.build_policy(self.config)
         self.policy.temperature = self.config.generation.temperature
         self._folder = run
         self._training: loop.Training | None = None
@@ -66,16 +74,27 @@ class PPO:
         """Where the run lies, once `learn` has begun."""
         return self._folder.path if self._folder else None
 
-    def learn(self, total_episodes: int | None = None) -> PPO:
-        """Train for `total_episodes` more, or, without a number, to the end of the configured run.
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run that `learn` began has been trained to its end."""
+        return self._training is not None and self._training.is_finished
 
-        Everything the run leaves is in `run_folder`. Raises Interrupted after SIGTERM or Ctrl-C, once it has saved.
+    def learn(self, total_episodes: int | None = None) -> PPO:
+        """Train for `total_episodes` more, or, without a number, to the end that was asked for last.
+
+        Everything the run leaves is in `run_folder`. A new run starts Python's, NumPy's and torch's global generators
+        from its seed. Raises Interrupted after SIGTERM or Ctrl-C, once it has saved; `learn()` then goes on.
         """
+        _check_count("total_episodes", total_episodes)
         training = self._prepare_training()
         if total_episodes is not None:
             training.total_episodes = training.progress.episodes + total_episodes
-        board = TensorBoard(training.folder.path / "tensorboard", purge_from=training.progress.updates + 1)
         with ExitStack() as stack:
+            self._hold_again(training)
+            stack.callback(training.folder.release)
+            if training.is_finished:
+                return self
+            board = TensorBoard(training.folder.path / "tensorboard", purge_from=training.progress.updates + 1)
             stack.callback(board.close)
             training.observers = [board]
             if self.verbose:
@@ -85,9 +104,10 @@ class PPO:
 
     def evaluate(self, episodes: int | None = None) -> dict[str, float]:
         """`eval/…` metrics of the current policy on held-out prompts. Raises InputError without any."""
+        _check_count("episodes", episodes)
+        if self.env is not None and not self.env.held_out:
+            raise InputError("no held-out prompts to evaluate on; give TextTask more prompts, or a held_out fraction or list")
         training = self._prepare_training()
-        if not training.rollout.can_evaluate:
-            raise InputError("no held-out prompts to evaluate on; give TextTask a held_out fraction or list")
         metrics, _ = training.rollout.evaluate(episodes or self.config.evaluate.episodes)
         return metrics
 
@@ -107,15 +127,22 @@ class PPO:
         Critic and settings lie beside the weights for `PPO.load`. Raises InputError if the disk does not take it.
         """
         folder = Path(folder)
+        # A new folder appears when it is whole; one that exists is written into.
+        aside = folder if folder.exists() else folder.with_name(folder.name + ".tmp")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.policy.save(folder)
-            self.policy.tokenizer.save_pretrained(folder)
-            save_file({name: p.data.contiguous() for name, p in self.policy.value_head.state_dict().items()}, folder / CRITIC)
-            settings = self.config.model_dump(mode="json")
-            (folder / SETTINGS).write_text(yaml.safe_dump(settings, sort_keys=False))
-        except OSError as error:
-            raise InputError(f"{folder} could not be written: {error.strerror or error}") from error
+            if aside != folder:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+            self.policy.save(aside)
+            self.policy.tokenizer.save_pretrained(aside)
+            save_file({name: p.data.contiguous() for name, p in self.policy.value_head.state_dict().items()}, aside / CRITIC)
+            # Without `run`: what is trained from it is another run.
+            (aside / SETTINGS).write_text(dump_config(absolute_paths(self.config), exclude={"run"}), encoding="utf-8")
+            os.replace(aside, folder)
+        except (OSError, SafetensorError) as error:
+            if aside != folder:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise InputError(f"{folder} could not be written: {getattr(error, 'strerror', None) or error}") from error
 
     @classmethod
     def load(cls, folder: str | Path, env: TextTask | None = None, *, verbose: int = 1) -> PPO:
@@ -128,6 +155,8 @@ class PPO:
         if (folder / "config.yaml").is_file():
             run = RunFolder.open(folder)
             config = run.config()
+            if env is None and config.task is None:
+                raise InputError(f"{folder} was started from Python; continue it there with its task: PPO.load(folder, task)")
             env = env or build.build_task(config)
             run.hold()
             model = cls(config.policy.model, env, config=config, verbose=verbose, run=run)
@@ -136,7 +165,10 @@ class PPO:
         if not (folder / SETTINGS).is_file():
             raise InputError(f"{folder} is neither a run folder (config.yaml) nor a model that Surefoot saved ({SETTINGS})")
         model = cls(str(folder), env, config=load_config(folder / SETTINGS), verbose=verbose)
-        model.policy.value_head.load_state_dict(load_file(folder / CRITIC))
+        try:
+            model.policy.value_head.load_state_dict(checkpoint.read_tensors(folder / CRITIC))
+        except RuntimeError as error:  # torch's, for other names or shapes
+            raise InputError(f"{folder / CRITIC} does not fit this model: {' '.join(str(error).split())}") from None
         return model
 
     @classmethod
@@ -160,26 +192,40 @@ class PPO:
             self._training = build.build_training(self.config, self.policy, self.env, self._folder)
         return self._training
 
+    def _hold_again(self, training: loop.Training) -> None:
+        """Take the run folder, which is free between two `learn`s. Raises InputError if it was used in between."""
+        if training.folder.is_held:
+            return
+        training.folder.hold()
+        newest = checkpoint.newest_checkpoint(training.folder.checkpoints)
+        if newest is not None and checkpoint.number_of(newest) > training.progress.updates:
+            training.folder.release()
+            raise InputError(f"{training.folder.path} has gone on elsewhere, to {newest.name}; open it with PPO.load")
+
 
 def generate_text(policy: CausalLMPolicy, prompts: Any, *, config: Config, seed: int = 0, **sampling: Any) -> str | list[str]:
     """Continue a prompt (a string comes back) or a list of prompts, strings or messages (a list comes back)."""
-    settings = config.generation
-    allowed = {"max_new_tokens", "temperature", "top_k", "top_p"}
-    if sampling.keys() - allowed:
-        raise InputError(f"unknown sampling setting {sorted(sampling.keys() - allowed)[0]!r}; there are {sorted(allowed)}")
-    params = SamplingParams(**({"max_new_tokens": settings.max_new_tokens, "temperature": settings.temperature} | sampling))
-    many = [prompts] if isinstance(prompts, str) else list(prompts)
+    settings = with_sampling(config.generation, sampling)
+    params = SamplingParams(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
+    if not isinstance(prompts, (str, Sequence)):
+        raise InputError(f"prompts: expected a string or a list of prompts, got {type(prompts).__name__}")
+    many = [prompts] if isinstance(prompts, str) else prompts
     chat = config.task.chat if config.task else False
     ends = policy.model_end_tokens | frozenset(settings.stop_token_ids)
-    requests = [
-        Request(encode_prompt(policy.tokenizer, prompt, chat=chat), derived_seed(seed, "generate", number))
-        for number, prompt in enumerate(many)
-    ]
-    if any(not request.prompt for request in requests):
-        raise InputError("a prompt is empty; give it text")
+    requests = []
+    for number, prompt in enumerate(many):
+        checked = checked_prompt(prompt, "generate" if isinstance(prompts, str) else f"generate, prompt {number + 1}")
+        tokens = encode_prompt(policy.tokenizer, checked, chat=chat)
+        check_length(tokens, str(checked), context=policy.context_length, new_tokens=params.max_new_tokens)
+        requests.append(Request(tokens, derived_seed(seed, "generate", number)))
     completions = generate(policy, requests, params=params, end_tokens=ends, slots=settings.slots)
     texts = [completion_text(policy.tokenizer, completion.tokens, ends) for completion in completions]
     return texts[0] if isinstance(prompts, str) else texts
+
+
+def _check_count(name: str, value: int | None) -> None:
+    if value is not None and (not isinstance(value, int) or value < 1):
+        raise InputError(f"{name}: expected a whole number above 0, got {value!r}")
 
 
 def _merge(data: dict[str, Any], changes: dict[str, Any]) -> None:

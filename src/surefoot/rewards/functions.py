@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
@@ -41,12 +42,12 @@ def load_function(reference: str, *, key: str) -> RewardFunction:
         sys.modules[spec.name] = module
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a script that ends itself must not end the run, and with code 0
             raise InputError(f"{key}: {place} cannot be imported: {type(error).__name__}: {error}") from error
     else:
         try:
             module = importlib.import_module(place)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise InputError(f"{key}: {place} cannot be imported: {type(error).__name__}: {error}") from error
     function: Any = getattr(module, name, None)
     if not callable(function):
@@ -65,11 +66,14 @@ def score(function: RewardFunction, trajectories: Sequence[Trajectory], *, name:
     columns: dict[str, list[Any]] = {
         column: [t.columns.get(column) for t in trajectories] for column in sorted({c for t in trajectories for c in t.columns})
     }
+    folder = os.getcwd()
     try:
         scores = function(prompts=prompts, completions=completions, **columns)
-    except Exception as error:
-        where = _where_raised(error)
+    except (Exception, SystemExit) as error:
+        where = _where_raised(error) or f"; it is called with the keywords {', '.join(('prompts', 'completions', *columns))}"
         raise InputError(f"the {name} function raised {type(error).__name__}: {error}{where}") from error
+    finally:
+        os.chdir(folder)  # relative paths of the run must go on meaning the same
     # Of a dict the keys would be taken for scores, and a set has no order; an array of no dimension has no length.
     if isinstance(scores, (str, bytes, Mapping, Set)) or not hasattr(scores, "__len__") or getattr(scores, "shape", None) == ():
         raise InputError(f"the {name} function returned {_short(scores)}; a list of {len(prompts)} floats is needed")
@@ -96,7 +100,9 @@ def _where_raised(error: BaseException) -> str:
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
-    return f" ({frame.tb_frame.f_code.co_filename}, line {frame.tb_lineno})" if frame is not None else ""
+    if frame is None or frame.tb_frame.f_code.co_filename == __file__:  # it could not be called at all
+        return ""
+    return f" ({frame.tb_frame.f_code.co_filename}, line {frame.tb_lineno})"
 
 
 def _short(value: Any) -> str:

@@ -28,6 +28,7 @@ class LanguagePolicy(Policy, TokenModel, Protocol):
     """A policy that writes text: what `policies/lm.py` provides."""
 
     tokenizer: Any
+    temperature: float
 
     @property
     def model_end_tokens(self) -> frozenset[int]:
@@ -48,6 +49,13 @@ class TextRollout:
     """
 
     def __init__(self, policy: LanguagePolicy, task: TextTask, *, generation: GenerationConfig, ppo: PPOConfig, seed: int):
+        if generation.top_k is not None or generation.top_p is not None:
+            raise InputError("generation.top_k and top_p contradict training: log-probs are over the full vocabulary")
+        if generation.temperature != policy.temperature:
+            raise InputError(
+                f"generation.temperature is {generation.temperature:g}, but the policy computes its log-probs at "
+                f"{policy.temperature:g}; load it with the same"
+            )
         self.policy, self.task, self.seed = policy, task, seed
         self.generation, self.ppo = generation, ppo
         self.reward_stats = RunningStats()
@@ -125,14 +133,7 @@ class TextRollout:
     def encode(self, example: Example) -> tuple[int, ...]:
         """The prompt as tokens. Raises InputError for one that is empty or too long for the model's context."""
         tokens = encode_prompt(self.policy.tokenizer, example.prompt, chat=self.task.chat)[: self.task.prompt_tokens]
-        room = self.policy.context_length - self.generation.max_new_tokens
-        if not tokens:
-            raise InputError(f"the prompt {example.text[:60]!r} has no tokens; give it text or drop it")
-        if len(tokens) > room:
-            raise InputError(
-                f"the prompt {example.text[:60]!r}… has {len(tokens)} tokens; the model's context of "
-                f"{self.policy.context_length} leaves {room} beside {self.generation.max_new_tokens} new ones"
-            )
+        check_length(tokens, example.text, context=self.policy.context_length, new_tokens=self.generation.max_new_tokens)
         return tokens
 
     def state(self) -> dict[str, Any]:
@@ -162,7 +163,8 @@ class TextRollout:
         stops, tokenizer = self.generation.stop, self.policy.tokenizer
         if not stops:
             return None
-        return lambda tokens: any(stop in tokenizer.decode(tokens) for stop in stops)
+        # In the text as the answer will show it: the name of a special token does not count.
+        return lambda tokens: any(stop in tokenizer.decode(tokens, skip_special_tokens=True) for stop in stops)
 
 
 def collect(
@@ -187,8 +189,27 @@ def encode_prompt(tokenizer: Any, prompt: Any, *, chat: bool = False) -> tuple[i
     if not getattr(tokenizer, "chat_template", None):
         raise InputError("chat prompts need a tokenizer with a chat template; this model's has none")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    try:
+        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    except Exception as error:  # a template is a program, and may refuse roles or their order in its own words
+        raise InputError(f"the model's chat template does not take the prompt {str(prompt)[:60]!r}: {error}") from error
     return tuple(encoded["input_ids"])
+
+
+def check_length(tokens: Sequence[int], text: str, *, context: int, new_tokens: int) -> None:
+    """Raise InputError for a prompt that has no tokens, or too many for the model's context."""
+    if new_tokens >= context:
+        raise InputError(
+            f"max_new_tokens ({new_tokens}) leaves no room for a prompt in the model's context of {context} tokens"
+        )
+    if not tokens:
+        raise InputError(f"the prompt {text[:60]!r} has no tokens; give it text or drop it")
+    if len(tokens) > context - new_tokens:
+        raise InputError(
+            f"the prompt {text[:60]!r}… has {len(tokens)} tokens; the model's context of {context} leaves "
+            f"{context - new_tokens} beside {new_tokens} new ones; shorten it, cut prompts with prompt_tokens, or lower "
+            "max_new_tokens"
+        )
 
 
 def completion_text(tokenizer: Any, tokens: Sequence[int], end_tokens: frozenset[int]) -> str:

@@ -71,8 +71,12 @@ class Display:
             self._say(f"  {metrics['ppo/skipped_steps']:.0f} optimiser steps skipped so far (non-finite loss or gradient)")
 
     def _say(self, line: str) -> None:
-        if not self._live.is_started:
+        if self._live.is_started:
+            return
+        try:
             self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+        except (OSError, SystemExit):  # rich exits when a pipe is closed; a run must not end because nobody looks
+            self.console.quiet = True
 
     def _eta(self, updates: int) -> str:
         now = time.monotonic()
