@@ -240,7 +240,7 @@ class Config(Section):
 
 def _nearest_divisor(whole: int, wanted: int) -> int:
     small = [d for d in range(1, math.isqrt(whole) + 1) if whole % d == 0]
-    return min((*small, *(whole // d for d in small)), key=lambda d: abs(d - wanted))
+    return min((*small, *(whole // d for d in small)), key=lambda d: (abs(d - wanted), d))
 
 
 def load_config(path: Path | str, overrides: Mapping[str, str] | None = None) -> Config:
@@ -352,7 +352,7 @@ def _make_paths_relative_to(folder: Path, data: dict[str, Any]) -> None:
     for section, key in (("run", "folder"), ("policy", "model"), ("task", "prompts"), ("task", "reward"), ("task", "metric")):
         values = data.get(section)
         value = values.get(key) if isinstance(values, dict) else None
-        if values and isinstance(value, str) and not value.startswith("~") and _is_path(key, value, folder):
+        if values and isinstance(value, str) and value[:1] not in ("", "~") and _is_path(key, value, folder):
             values[key] = os.path.normpath(folder / value)
 
 

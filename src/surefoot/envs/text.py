@@ -58,7 +58,7 @@ class TextTask:
         chat: bool = False,
     ):
         for name, function in (("reward", reward), ("metric", metric)):
-            if function is not None and not callable(function):
+            if not callable(function) and (name == "reward" or function is not None):
                 raise InputError(f"{name}: expected a function of (prompts, completions, **columns), got {function!r}")
         if prompt_tokens is not None and (not isinstance(prompt_tokens, int) or prompt_tokens < 1):
             raise InputError(f"prompt_tokens: expected a whole number above 0, or None, got {prompt_tokens!r}")

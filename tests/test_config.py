@@ -1,0 +1,535 @@
+"""Configurations that must be refused, and what is said; paths, flags and the way back from a written file."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from surefoot.config import (
+    AdapterConfig,
+    Config,
+    GenerationConfig,
+    absolute_paths,
+    dump_config,
+    field_table,
+    load_config,
+    make_config,
+    nested,
+    setting_keys,
+    with_sampling,
+)
+from surefoot.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """Write YAML text, or bytes, as `c.yaml` in the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(content: str | bytes) -> Path:
+        path = Path("c.yaml")
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+def refusal(path: Path | str, overrides: dict[str, str] | None = None) -> str:
+    with pytest.raises(InputError) as caught:
+        load_config(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 300
+    return message
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong", "nearest"),
+    [
+        ("sede: 1", "sede", "seed"),
+        ("polcy: {model: x}", "polcy", "policy"),
+        ("ppo: {kl_coeff: 1}", "ppo.kl_coeff", "ppo.kl_coef"),
+        ("kl_coef: 1", "kl_coef", "ppo.kl_coef"),  # right name, section forgotten
+        ("ppo: {temperature: 1.0}", "ppo.temperature", "generation.temperature"),  # right name, wrong section
+        ("policy: {adapter: {rnk: 4}}", "policy.adapter.rnk", "policy.adapter.rank"),
+        ("policy: {critic: {kynd: shared}}", "policy.critic.kynd", "policy.critic.kind"),
+        ("task: {prompts: p, rewards: r}", "task.rewards", "task.reward"),  # the misspelt key is also a missing one
+    ],
+)
+def test_an_unknown_key_at_any_depth_is_named_with_the_nearest_real_one(written, text, wrong, nearest):
+    assert refusal(written(text)) == f"c.yaml: unknown key '{wrong}'; did you mean '{nearest}'?"
+
+
+def test_a_key_like_no_other_is_refused_without_a_guess(written):
+    assert refusal(written("zzz: 1")) == "c.yaml: unknown key 'zzz'; surefoot ppo --help lists them"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seed: -1", "seed: should be greater than or equal to 0, got -1"),
+        ("seed: 9223372036854775808", "seed: should be less than 9223372036854775808"),
+        ("ppo: {kl_coef: -0.1}", "ppo.kl_coef: should be greater than or equal to 0, got -0.1"),
+        ("ppo: {learning_rate: 0}", "ppo.learning_rate: should be greater than 0, got 0"),
+        ("ppo: {learning_rate: .nan}", "ppo.learning_rate: should be a finite number, got nan"),
+        ("ppo: {clip_range: .inf}", "ppo.clip_range: should be a finite number, got inf"),
+        ("ppo: {gamma: 1.01}", "ppo.gamma: should be less than or equal to 1, got 1.01"),
+        ("ppo: {n_epochs: 0}", "ppo.n_epochs: should be greater than 0, got 0"),
+        ("ppo: {total_episodes: 10000000000}", "ppo.total_episodes: should be less than or equal to 1000000000"),
+        ("run: {keep_checkpoints: 1}", "run.keep_checkpoints: should be greater than or equal to 2, got 1"),
+        ("task: {prompts: p, reward: r, held_out: 1.0}", "task.held_out: should be less than 1, got 1.0"),
+        ("generation: {temperature: 11}", "generation.temperature: should be less than or equal to 10, got 11"),
+        ("generation: {stop_token_ids: [-1]}", "generation.stop_token_ids: should be greater than or equal to 0, got -1"),
+        ("generation: {stop: ['']}", "generation.stop: should not be empty, got ''"),  # would end every answer at once
+        ("device: tpu", "device: should be 'auto', 'cpu', 'cuda' or 'mps', got 'tpu'"),
+    ],
+)
+def test_a_value_out_of_range_is_named(written, text, said):
+    assert said in refusal(written(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("ppo: {kl_coef: low}", "ppo.kl_coef: should be a number, got 'low'"),
+        ("ppo: {kl_coef: '0.1'}", "ppo.kl_coef: should be a number, got '0.1'"),  # nothing is coerced
+        ("ppo: {kl_coef: [1, 2]}", "ppo.kl_coef: should be a number, got [1, 2]"),
+        ("ppo: {batch_size: 8.0}", "ppo.batch_size: should be a whole number, got 8.0"),
+        ("ppo: {batch_size: true}", "ppo.batch_size: should be a whole number, got True"),
+        ("task: {prompts: p, reward: r, chat: 1}", "task.chat: should be true or false, got 1"),
+        ("run: {name: 7}", "run.name: should be text, got 7; put it in quotes"),
+        ("run: {name: no}", "run.name: should be text, got False; put it in quotes"),
+        ("run: {name: 2024-01-31}", "run.name: should be text, got datetime.date(2024, 1, 31); put it in quotes"),
+        ("generation: {stop: x}", "generation.stop: should be a list, got 'x'; write [a, b]"),
+        ("generation: {stop: [a, 1]}", "generation.stop: should be text, got 1"),
+        ("ppo: 3", "ppo: should be a section with settings of its own, got 3"),
+        ("policy: {adapter: lora}", "policy.adapter: should be a section with settings of its own, got 'lora'"),
+        ("policy: {adapter: {targets: q_proj}}", "policy.adapter.targets: write all-linear or a list of module names"),
+        ("policy: {adapter: {targets: []}}", "policy.adapter.targets: write all-linear or a list of module names"),
+        ("policy: {adapter: {targets: [1]}}", "policy.adapter.targets: should be text, got 1"),
+    ],
+)
+def test_a_value_of_another_type_is_named(written, text, said):
+    assert said in refusal(written(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("generation: {top_p: 0.9}", "generation.top_p contradicts training"),
+        ("generation: {top_k: 50}", "generation.top_k contradicts training"),
+        ("generation: {temperature: 0}", "generation.temperature 0 is greedy and cannot be trained on"),
+        ("ppo: {kl_target: 6.0, kl_coef: 0}", "ppo.kl_target adapts ppo.kl_coef, which is 0 and would stay 0"),
+        ("ppo: {missing_eos_mode: replace}", "replace needs a ppo.missing_eos_penalty"),
+        ("ppo: {episodes_per_update: 64, batch_size: 24}", "(24) does not divide ppo.episodes_per_update (64); try 16"),
+        ("ppo: {episodes_per_update: 8, batch_size: 16}", "(16) does not divide ppo.episodes_per_update (8); try 8"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(written, text, said):
+    assert said in refusal(written(text))
+
+
+def test_the_divisor_that_is_proposed_is_found_at_once(written):
+    started = time.perf_counter()
+    assert "try 8" in refusal(written("ppo: {episodes_per_update: 1000000000, batch_size: 7}"))
+    assert time.perf_counter() - started < 1
+
+
+def test_a_task_without_a_reward_is_refused(written):
+    assert refusal(written("task: {prompts: p.jsonl}")) == "c.yaml: task.reward is missing"
+
+
+@pytest.mark.parametrize("text", ["3e-4", "3.0e-4", "3E-4", ".3e-3", "+3e-4", "0.0003"])
+def test_3e_minus_4_is_a_number_in_the_file_and_in_a_flag(written, text):
+    # YAML 1.1, which PyYAML reads, takes the first of them for a string.
+    assert load_config(written(f"ppo: {{learning_rate: {text}}}")).ppo.learning_rate == 3e-4
+    assert load_config(written(""), {"ppo.learning-rate": text}).ppo.learning_rate == 3e-4
+
+
+@pytest.mark.parametrize("place", ["{}", "seed: {}", "ppo: {{kl_coef: {}}}", "run: {{name: {}}}"])
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        "!!python/object/apply:os.system ['touch canary']",
+        "!!python/object/new:os.system ['touch canary']",
+        "!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [canary]]",
+        "!!python/name:os.system",
+        "!!python/module:os",
+    ],
+)
+def test_yaml_that_would_run_code_is_refused_and_not_run(written, tmp_path, place, bomb):
+    assert "c.yaml, line 1: not valid, safe YAML" in refusal(written(place.format(bomb)))
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_flag_that_would_run_code_is_text(written, tmp_path):
+    bomb = "!!python/object/apply:os.system ['touch canary']"
+    assert "--ppo.kl-coef: should be a number" in refusal(written(""), {"ppo.kl-coef": bomb})
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_billion_laughs_are_refused_at_once(written):
+    lines = ["a0: &a0 [lol]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+    started = time.perf_counter()
+    message = refusal(written("\n".join(lines)))
+    assert time.perf_counter() - started < 1
+    assert message == "c.yaml, line 2: not valid, safe YAML: the alias *a0 is not allowed; write the value out"
+
+
+@pytest.mark.parametrize("text", ["[" * 20_000, "{a: " * 20_000, "seed: " + "9" * 5_000, "a: '" + "x" * 2_000_000 + "'"])
+def test_a_file_made_to_exhaust_the_reader_is_refused(written, text):
+    started = time.perf_counter()
+    assert refusal(written(text)).startswith("c.yaml")
+    assert time.perf_counter() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("- ppo", "c.yaml: expected sections such as 'ppo:' at the top, found ['ppo']"),
+        ("ppo", "c.yaml: expected sections such as 'ppo:' at the top, found 'ppo'"),
+        ("7", "c.yaml: expected sections such as 'ppo:' at the top, found 7"),
+        (b"seed: 1\nrun: {name: \xff\xfe}\n", "c.yaml, line 2: not UTF-8; save the file as UTF-8"),
+        ("seed: 1".encode("utf-16"), "c.yaml, line 1: not UTF-8"),
+        ("seed: 1\n\tdevice: cpu", "c.yaml, line 2: not valid, safe YAML"),
+        ("seed: 1\nppo: {kl_coef: 1", "c.yaml, line 2: not valid, safe YAML"),
+        ("seed: 1\n---\nseed: 2", "c.yaml, line 2: not valid, safe YAML"),
+        ("run: {name: 2024-02-30}", "c.yaml: not valid, safe YAML: day is out of range for month"),
+        ("1: 2", "c.yaml, line 1: not valid, safe YAML: a key here is no name"),
+        ("ppo: {no: 2}", "c.yaml, line 1: not valid, safe YAML: a key here is no name"),
+        ("? [a]\n: 3", "c.yaml, line 1: not valid, safe YAML: a key here is no name"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused_with_its_line(written, content, said):
+    assert refusal(written(content)).startswith(said)
+
+
+@pytest.mark.parametrize(
+    "text", ["seed: 1\nseed: 2", "ppo: {kl_coef: 1}\nseed: 3\nppo: {gamma: 0.5}", "ppo: {gamma: 1,\n gamma: 0}"]
+)
+def test_a_key_said_twice_is_refused_and_not_forgotten(written, text):
+    # YAML lets the last one win: a second `ppo:` would throw the first away unseen.
+    assert "is there twice" in refusal(written(text))
+
+
+def test_a_file_that_is_not_there_or_no_file_is_named(tmp_path):
+    assert refusal(tmp_path / "no.yaml") == f"{tmp_path / 'no.yaml'}: no such file"
+    assert refusal(tmp_path) == f"{tmp_path}: cannot be read: Is a directory"
+    assert "cannot be read" in refusal("a\0b.yaml")
+
+
+@pytest.mark.parametrize("content", ["", "# nothing yet\n", "ppo:\nrun:\n", b"\xef\xbb\xbf", b"\xef\xbb\xbfseed: 0\r\n"])
+def test_an_empty_file_or_section_means_the_defaults(written, content):
+    assert load_config(written(content)) == Config()
+
+
+@pytest.mark.parametrize("name", ["../up", "..", ".", "a/b", "/abs", "a\\\\b", "a\\0b", "a\\nb", "", "x" * 201, "ä" * 101])
+def test_a_run_name_that_is_no_plain_folder_name_is_refused(written, name):
+    assert "c.yaml: run.name: " in refusal(written(f'run: {{name: "{name}"}}'))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['run: {folder: "a\\0b"}', 'policy: {model: "a\\0b"}', 'task: {prompts: "", reward: r}', f"policy: {{model: {'x' * 300}}}"],
+)
+def test_a_path_that_cannot_exist_is_refused(written, text):
+    assert "is no name of a file or folder" in refusal(written(text))
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """A file's folder and another working directory, both with prompts, rewards and a model of the same names."""
+    for name in ("project", "elsewhere"):
+        (tmp_path / name / "model").mkdir(parents=True)
+        (tmp_path / name / "prompts.jsonl").touch()
+        (tmp_path / name / "mine").touch()
+        (tmp_path / name / "reward.py").touch()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path
+
+
+ALL_PATHS = """
+run: {folder: runs}
+policy: {model: model}
+task: {prompts: prompts.jsonl, reward: "reward.py:reward", metric: "./reward.py:metric"}
+"""
+
+
+def paths_of(config: Config) -> list[Path]:
+    assert config.task is not None and config.task.metric is not None
+    functions = [config.task.reward.removesuffix(":reward"), config.task.metric.removesuffix(":metric")]
+    return [Path(p).resolve() for p in (config.run.folder, config.policy.model, config.task.prompts, *functions)]
+
+
+NAMES = ["runs", "model", "prompts.jsonl", "reward.py", "reward.py"]
+
+
+@pytest.mark.parametrize("given", ["absolute", "relative"])
+def test_relative_paths_in_a_file_are_relative_to_the_file(places, given):
+    (places / "project" / "c.yaml").write_text(ALL_PATHS)
+    file = places / "project" / "c.yaml" if given == "absolute" else "../project/c.yaml"
+    assert paths_of(load_config(file)) == [(places / "project" / name).resolve() for name in NAMES]
+
+
+def test_relative_paths_in_flags_are_relative_to_the_working_directory(places):
+    (places / "project" / "c.yaml").write_text(ALL_PATHS)
+    overrides = {
+        "run.folder": "runs",
+        "policy.model": "model",
+        "task.prompts": "prompts.jsonl",
+        "task.reward": "reward.py:reward",
+        "task.metric": "reward.py:metric",
+    }
+    loaded = load_config(places / "project" / "c.yaml", overrides)
+    assert paths_of(loaded) == [(places / "elsewhere" / name).resolve() for name in NAMES]
+
+
+@pytest.mark.parametrize("prompts", ["new.jsonl", "data/new", "./new"])
+def test_prompts_that_are_not_there_yet_are_not_looked_for_elsewhere(places, prompts):
+    (places / "elsewhere" / "new.jsonl").touch()
+    (places / "project" / "c.yaml").write_text(f"task: {{prompts: {prompts}, reward: 'reward.py:reward'}}")
+    task = load_config(places / "project" / "c.yaml").task
+    assert task is not None and Path(task.prompts).resolve() == (places / "project" / prompts).resolve()
+
+
+def test_names_of_assets_hub_ids_and_modules_stay_names(places):
+    text = "policy: {model: org/model}\ntask: {prompts: movie-reviews, reward: 'package.rewards:reward'}"
+    (places / "project" / "c.yaml").write_text(text)
+    config = load_config(places / "project" / "c.yaml")
+    assert config.task is not None
+    assert (config.policy.model, config.task.prompts) == ("org/model", "movie-reviews")
+    assert config.task.reward == "package.rewards:reward"
+
+
+def test_a_local_file_wins_over_an_assets_name(places):
+    (places / "project" / "c.yaml").write_text("task: {prompts: mine, reward: 'reward.py:reward'}")
+    task = load_config(places / "project" / "c.yaml").task
+    assert task is not None and Path(task.prompts).resolve() == (places / "project" / "mine").resolve()
+
+
+def test_a_tilde_is_the_home_folder_in_files_and_flags(written, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert load_config(written("run: {folder: ~/runs}")).run.folder == str(tmp_path / "home/runs")
+    assert load_config(written(""), {"run.folder": "~/runs"}).run.folder == str(tmp_path / "home/runs")
+
+
+def test_absolute_paths_mean_the_same_wherever_they_are_read(places, monkeypatch):
+    (places / "project" / "c.yaml").write_text(ALL_PATHS)
+    config = load_config("../project/c.yaml")
+    (places / "elsewhere" / "copy.yaml").write_text(dump_config(absolute_paths(config)))
+    expected = paths_of(config)
+    monkeypatch.chdir("/")
+    assert paths_of(load_config(places / "elsewhere" / "copy.yaml")) == expected
+
+
+@pytest.mark.parametrize("key", ["ppo.kl-coef", "ppo.kl_coef"])
+def test_dashes_in_a_flag_are_underscores(written, key):
+    assert load_config(written("ppo: {kl_coef: 0.5}"), {key: "0.25"}).ppo.kl_coef == 0.25
+
+
+def test_a_flag_changes_one_field_and_leaves_its_neighbours(written):
+    config = load_config(written("ppo: {kl_coef: 0.5, gamma: 0.9}"), {"ppo.kl-coef": "0.25"})
+    assert (config.ppo.kl_coef, config.ppo.gamma) == (0.25, 0.9)
+
+
+def test_a_flag_can_bring_back_a_section_that_the_file_turned_off(written):
+    assert load_config(written("policy: {adapter: null}")).policy.adapter is None
+    adapter = load_config(written("policy: {adapter: null}"), {"policy.adapter.rank": "4"}).policy.adapter
+    assert adapter == AdapterConfig(rank=4)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "said"),
+    [
+        ("ppo.kl-coeff", "1", "unknown flag '--ppo.kl-coeff'; did you mean '--ppo.kl-coef'?"),
+        ("kl-coef", "1", "unknown flag '--kl-coef'; did you mean '--ppo.kl-coef'?"),
+        ("ppo.kl-coef", "-1", "--ppo.kl-coef: should be greater than or equal to 0, got -1"),
+        ("ppo.kl-coef", "", "--ppo.kl-coef: the value is empty; write null for none"),
+        ("ppo.kl-coef.x", "1", "--ppo.kl-coef.x: kl_coef is 0.5 in the file, not a section"),
+        ("run.name", "../x", "--run.name: '../x' is not a plain folder name"),
+        ("..", "1", "--.. is no flag; surefoot ppo --help lists them"),
+        ("ppo.", "1", "--ppo. is no flag"),
+    ],
+)
+def test_a_wrong_flag_is_called_by_its_name_as_a_flag(written, key, text, said):
+    assert refusal(written("ppo: {kl_coef: 0.5}"), {key: text}).startswith(said)
+
+
+def test_a_wrong_value_in_the_file_is_not_blamed_on_another_flag(written):
+    message = refusal(written("ppo: {kl_coef: -1}"), {"ppo.gamma": "0.5", "seed": "3"})
+    assert message == "c.yaml: ppo.kl_coef: should be greater than or equal to 0, got -1"
+
+
+@pytest.mark.parametrize("name", ["7", "3e-4", "no", "2024-01-31", "a: b", "[x", "0x1f"])
+def test_a_run_can_be_called_anything_on_the_command_line(written, name):
+    assert load_config(written(""), {"run.name": name}).run.name == name
+
+
+def test_null_on_the_command_line_is_none(written):
+    assert load_config(written("run: {name: x}"), {"run.name": "null"}).run.name is None
+
+
+def test_a_list_on_the_command_line_is_yaml(written):
+    assert load_config(written(""), {"generation.stop": "[a, 'b c']"}).generation.stop == ["a", "b c"]
+
+
+YAMLS = sorted([ROOT / "src/surefoot/demo.yaml", *ROOT.glob("recipes/**/*.yaml"), *ROOT.glob("examples/**/*.yaml")])
+
+
+def test_there_are_configurations_to_read():
+    assert len(YAMLS) >= 2
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_yaml_in_the_repository_is_a_whole_configuration(path):
+    config = load_config(path)
+    assert config.task is not None
+    file = config.task.reward.rsplit(":", 1)[0]
+    assert not file.endswith(".py") or Path(file).is_file()
+
+
+def test_what_is_written_reads_back_the_same(tmp_path):
+    config = make_config(
+        {
+            "seed": 2**63 - 1,
+            "run": {"name": "größe-1", "folder": "/runs"},
+            "policy": {"model": "org/model", "adapter": {"targets": ["q_proj", "v_proj"]}},
+            "task": {"prompts": "/p.jsonl", "reward": "package.module:reward"},
+            "generation": {"stop": ["\n\n", "# ", "null", "1e3", "ä"], "stop_token_ids": [0, 2]},
+            "ppo": {"learning_rate": 1e-7, "adam_epsilon": 1e-8, "kl_horizon": 1e22, "target_kl": 0.1 + 0.2},
+            "evaluate": {"every": None},
+        },
+        where="test",
+    )
+    (tmp_path / "c.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config(tmp_path / "c.yaml") == config
+    (tmp_path / "c.yaml").write_text(dump_config(absolute_paths(Config())), encoding="utf-8")
+    assert load_config(tmp_path / "c.yaml") == absolute_paths(Config())
+
+
+@pytest.mark.parametrize(
+    "name", ["3e-4", "1e5", "1_000", "0x1f", "1:30", "no", "on", "null", "~", "7", "2024-01-31", "=", "<<"]
+)
+def test_a_name_that_looks_like_something_else_reads_back_as_a_name(tmp_path, name):
+    config = make_config({"run": {"name": name}}, where="test")
+    (tmp_path / "c.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config(tmp_path / "c.yaml").run.name == name
+
+
+def test_a_section_can_be_left_out_of_what_is_written():
+    assert "run:" not in dump_config(Config(), exclude={"run"}) and "ppo:" in dump_config(Config(), exclude={"run"})
+
+
+def test_flat_setting_names_are_unique_across_sections():
+    keys = setting_keys()
+    assert Counter(keys.values()).most_common(1)[0][1] == 1
+    top = {name for name, info in Config.model_fields.items() if name != "task"}
+    prefixed = {"run", "evaluate"}
+    plain = [
+        f"{key}_{leaf}" if key in prefixed else leaf
+        for key, _, leaf in (k.partition(".") for k, *_ in field_table())
+        if leaf and key != "task" and "." not in leaf
+    ]
+    assert [name for name, count in Counter(plain).items() if count > 1] == []
+    assert set(plain) | {"seed", "device", "adapter", "critic"} == set(keys)
+    assert {key.split(".")[0] for key in keys.values()} == top
+
+
+def test_flat_settings_reach_their_fields():
+    data = nested(
+        {
+            "learning_rate": 1e-4,
+            "run_name": "x",
+            "evaluate_every": 3,
+            "seed": 5,
+            "adapter": AdapterConfig(rank=3),
+            "dtype": "float32",
+        }
+    )
+    config = make_config(data, where="PPO(...)")
+    assert (config.ppo.learning_rate, config.run.name, config.evaluate.every, config.seed) == (1e-4, "x", 3, 5)
+    assert config.policy.adapter == AdapterConfig(rank=3) and config.policy.dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("learning_rat", "unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
+        ("kl_coeff", "unknown setting 'kl_coeff'; did you mean 'kl_coef'?"),
+        ("name", "unknown setting 'name'; did you mean 'run_name'?"),
+        ("chat", "unknown setting 'chat'; it is TextTask's"),
+        ("zzz", "unknown setting 'zzz'; docs/config.md lists them"),
+    ],
+)
+def test_an_unknown_setting_is_named_with_the_nearest_real_one(name, said):
+    with pytest.raises(InputError) as caught:
+        nested({name: 1})
+    assert str(caught.value) == said
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens: should be greater than 0, got 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens: should be a whole number, got 2.5"),
+        ({"temperature": -1.0}, "temperature: should be greater than or equal to 0, got -1.0"),
+        ({"temperature": float("nan")}, "temperature: should be a finite number, got nan"),
+        ({"top_k": 0}, "top_k: should be greater than 0, got 0"),
+        ({"top_p": 0.0}, "top_p: should be greater than 0, got 0.0"),
+        ({"top_p": 1.5}, "top_p: should be less than or equal to 1, got 1.5"),
+        ({"top_q": 1}, "unknown sampling setting 'top_q'; there are max_new_tokens, temperature, top_k, top_p"),
+    ],
+)
+def test_wrong_sampling_settings_are_refused(changes, said):
+    with pytest.raises(InputError) as caught:
+        with_sampling(GenerationConfig(), changes)
+    assert str(caught.value).endswith(said)
+
+
+def test_writing_text_may_be_greedy_and_truncated():
+    changed = with_sampling(GenerationConfig(slots=3), {"temperature": 0, "top_k": 5, "top_p": 0.5})
+    assert (changed.temperature, changed.top_k, changed.top_p, changed.slots) == (0, 5, 0.5, 3)
+
+
+def leaves(model: type, prefix: str = "") -> set[str]:
+    """Every field of a model that is not itself a section, found apart from `field_table`."""
+    schema = model.model_json_schema()  # type: ignore[attr-defined]
+
+    def walk(node: dict, prefix: str) -> set[str]:
+        found: set[str] = set()
+        for name, field in node["properties"].items():
+            references = [option["$ref"] for option in (field, *field.get("anyOf", [])) if "$ref" in option]
+            if references:
+                found |= walk(schema["$defs"][references[0].rsplit("/", 1)[-1]], f"{prefix}{name}.")
+            else:
+                found.add(prefix + name)
+        return found
+
+    return walk(schema, prefix)
+
+
+def test_the_table_of_fields_covers_each_field_once():
+    keys = [key for key, *_ in field_table()]
+    assert len(keys) == len(set(keys)) and set(keys) == leaves(Config)
+
+
+def test_every_field_has_a_type_a_default_and_a_description():
+    for key, kind, default, description in field_table():
+        assert kind and default and description.endswith((".", ";")), key
+        assert "<" not in kind and "\n" not in default, key
+    for name, info in Config.model_fields.items():
+        assert info.description, name
+    assert {key: default for key, _, default, _ in field_table()}["task.reward"] == "required"
+
+
+def test_every_field_is_a_flag(written):
+    """Each default, written as the table shows it, can be given back as a flag."""
+    base = "task: {prompts: p.jsonl, reward: 'r:r'}"
+    for key, _, default, _ in field_table():
+        if default != "required":
+            config = load_config(written(base), {key.replace("_", "-"): default})
+            assert config.model_dump() == load_config(written(base)).model_dump(), key
