@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,10 @@ def python_task(reward: Any = None) -> TextTask:
 
 def letters(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     return [sum(letter in "aeiou" for letter in text) / 2 for text in completions]
+
+
+def noisy_letters(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    return [score + random.gauss(0, 0.1) for score in letters(prompts, completions)]
 
 
 def weights(model: PPO) -> dict[str, Any]:

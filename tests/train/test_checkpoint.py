@@ -327,8 +327,8 @@ def test_a_link_is_no_checkpoint_and_none_of_its_files(tmp_path: Path) -> None:
     path = two_checkpoints(tmp_path / "checkpoints")
     (tmp_path / "checkpoints" / "00000008").symlink_to(elsewhere)
     assert newest_checkpoint(tmp_path / "checkpoints") == path
-    (path / "policy.safetensors").unlink()
-    (path / "policy.safetensors").symlink_to(tmp_path / "checkpoints" / "00000001" / "policy.safetensors")
+    (path / "policy.safetensors").rename(tmp_path / "moved")
+    (path / "policy.safetensors").symlink_to(tmp_path / "moved")
     with pytest.raises(InputError, match=r"policy\.safetensors"):
         load_checkpoint(path)
 

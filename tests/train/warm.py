@@ -112,6 +112,14 @@ class Warm:
         return line
 
 
+def wait_for(path: Path) -> None:
+    """Return as soon as there is something at `path`."""
+    give_up = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < give_up, f"{path} never came"
+        time.sleep(0.002)
+
+
 def cold(folder: Path, *arguments: object, strikes: Sequence[Strike] = ()) -> Ended:
     """The same in a fresh interpreter: another hash seed, other addresses, nothing inherited."""
     job = Job([str(argument) for argument in arguments], str(folder), strikes)

@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from surefoot import PPO
+from surefoot.cli import main
+from surefoot.errors import GateError, InputError, NonFiniteError
+from surefoot.policies.lm import CausalLMPolicy
+from surefoot.train import loop
+from surefoot.train.checkpoint import load_checkpoint, newest_checkpoint
+from surefoot.types import Batch, Evaluation
+from tests.train.small_run import noisy_letters, python_ppo, python_task, rows, weights, write_project
+
+STEPS_AN_UPDATE = 4
+
+
+def saved(model: PPO) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+    assert model.run_folder is not None
+    path = newest_checkpoint(model.run_folder / "checkpoints")
+    assert path is not None
+    return load_checkpoint(path)
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(left[name].equal(right[name]) for name in left)
+
+
+# Rewards that are not numbers
+
+
+class BreaksOnce:
+    """The usual reward, but a bad one at the `at`th call; remembers the weights it was called with last."""
+
+    def __init__(self, at: int, value: Any):
+        self.at, self.value, self.calls = at, value, 0
+        self.seen: list[dict[str, torch.Tensor]] = []
+        self.model: PPO | None = None
+
+    def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> list[Any]:
+        self.calls += 1
+        self.seen += [weights(self.model)] if self.model else []
+        scores: list[Any] = noisy_letters(prompts, completions)
+        if self.calls == self.at:
+            scores[1] = self.value
+        return scores
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "0.5"])
+def test_a_reward_that_is_no_number_stops_the_run_and_changes_nothing(tmp_path: Path, base: Path, value: Any) -> None:
+    reward = BreaksOnce(at=7, value=value)  # the probe, then evaluations and rollouts in turn: the rollout of update 3
+    model = reward.model = python_ppo(base, tmp_path, reward)
+    with pytest.raises(InputError, match=r"reward function returned .* for sample 1 .*a finite float is needed") as error:
+        model.learn()
+    assert error.value.exit_code == 2
+    tensors, state = saved(model)
+    assert state["progress"]["updates"] == 2
+    assert same(tensors["policy"], reward.seen[-1]) and same(weights(model), reward.seen[-1])
+    assert not same(reward.seen[0], reward.seen[-1])
+
+
+def test_after_the_reward_is_mended_the_run_is_the_one_that_never_failed(tmp_path: Path, base: Path) -> None:
+    whole = python_ppo(base, tmp_path / "whole", noisy_letters).learn()
+    task, models = python_task(noisy_letters), []
+    for name, go_on in (("here", lambda model: model), ("loaded", lambda model: PPO.load(model.run_folder, task))):
+        model = python_ppo(base, tmp_path, BreaksOnce(at=7, value=float("nan")), name=name)
+        with pytest.raises(InputError):
+            model.learn()
+        models.append(go_on(model).learn())
+    for model in models:
+        assert same(weights(model), weights(whole))
+        assert model.run_folder is not None and whole.run_folder is not None
+        assert rows(model.run_folder) == rows(whole.run_folder)
+
+
+def test_the_command_line_ends_with_2_for_such_a_reward(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_project(tmp_path, base)
+    monkeypatch.chdir(tmp_path)
+    with (tmp_path / "reward.py").open("a") as file:
+        file.write("\ncalls = []\ndef bad(prompts, completions, **columns):\n    calls.append(1)\n")
+        file.write("    return [float('nan') if len(calls) > 4 else 1.0 for _ in completions]\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["ppo", "ppo.yaml", "--task.reward", "reward.py:bad"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("surefoot: the reward function returned nan")
+    assert (run / "checkpoints" / "latest").read_text() == "00000001"
+
+
+# Losses that are not finite
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, is_spoiled: Callable[[int], bool], field: str = "logprobs_BT") -> None:
+    """Make what the policy computes for training NaN at some of the calls with a gradient, numbered from 1."""
+    evaluate, calls = CausalLMPolicy.evaluate, 0
+
+    def spoiled(self: CausalLMPolicy, batch: Batch, **keywords: Any) -> Evaluation:
+        nonlocal calls
+        view = evaluate(self, batch, **keywords)
+        calls += torch.is_grad_enabled()
+        return replace(view, **{field: getattr(view, field) * math.nan}) if is_spoiled(calls) else view
+
+    monkeypatch.setattr(CausalLMPolicy, "evaluate", spoiled)
+
+
+def one_micro_batch() -> dict[str, dict[str, Any]]:
+    """Settings with which every optimiser step is one call of `evaluate`."""
+    return {"ppo": {"micro_batch_tokens": 10_000}, "evaluate": {"every": None}}
+
+
+@pytest.mark.parametrize("field", ["logprobs_BT", "values_BT"])
+def test_a_step_with_a_non_finite_loss_is_skipped_and_counted(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    spoil(monkeypatch, lambda call: call in (6, 7, 12), field)
+    model = python_ppo(base, tmp_path, **one_micro_batch()).learn(4 * 6)
+    assert model.run_folder is not None
+    skipped = [row["ppo/skipped_steps"] for row in rows(model.run_folder) if "ppo/skipped_steps" in row]
+    assert skipped == [0, 2, 3, 3]
+    assert all(tensor.isfinite().all() for tensor in weights(model).values())
+    tensors, state = saved(model)
+    assert state["progress"]["bad_steps"] == 3 and state["progress"]["bad_steps_in_a_row"] == 0
+    steps = {float(tensor) for name, tensor in tensors["optimizer"].items() if name.endswith("/step")}
+    assert steps == {4 * STEPS_AN_UPDATE - 3}
+
+
+def test_an_update_of_skipped_steps_alone_leaves_weights_and_optimiser(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = python_ppo(base, tmp_path, **one_micro_batch()).learn(6)
+    before, (tensors, _) = weights(model), saved(model)
+    spoil(monkeypatch, lambda call: call > 1)  # the first is the start-up check's own
+    model.learn(6)
+    after, state = saved(model)
+    assert state["progress"]["bad_steps"] == STEPS_AN_UPDATE - 1
+    steps = {float(tensor) for name, tensor in after["optimizer"].items() if name.endswith("/step")}
+    assert steps == {STEPS_AN_UPDATE + 1} and not same(before, weights(model))
+    spoil(monkeypatch, lambda call: True)
+    with pytest.raises(GateError, match="the ratio is nan"):
+        model.learn(6)
+    assert same(weights(model), after["policy"]) and not same(tensors["policy"], after["policy"])
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_with_a_checkpoint(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Bad from the third step of the second update: two there, four in the third, past the limit of five.
+    spoil(monkeypatch, lambda call: call > STEPS_AN_UPDATE + 2)
+    model = python_ppo(base, tmp_path, **one_micro_batch())
+    with pytest.raises(NonFiniteError, match="6 optimiser steps in a row") as error:
+        model.learn()
+    assert error.value.exit_code == 3
+    tensors, state = saved(model)
+    assert state["progress"]["updates"] == 3 and state["progress"]["bad_steps_in_a_row"] == 6
+    assert same(tensors["policy"], weights(model))
+    assert all(tensor.isfinite().all() for contents in tensors.values() for tensor in contents.values())
+    assert {float(v) for k, v in tensors["optimizer"].items() if k.endswith("/step")} == {STEPS_AN_UPDATE + 2}
+
+
+def test_the_command_line_ends_with_3_for_non_finite_steps(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_project(tmp_path, base)
+    monkeypatch.chdir(tmp_path)
+    spoil(monkeypatch, lambda call: call > 1)
+    with pytest.raises(SystemExit) as ended:
+        main(["ppo", "ppo.yaml", "--ppo.max-bad-steps", "3", "--ppo.micro-batch-tokens", "10000"])
+    assert ended.value.code == 3
+    assert capsys.readouterr().err.splitlines()[-1].startswith("surefoot: 3 optimiser steps in a row")
+    assert json.loads((run / "checkpoints" / "00000001" / "state.json").read_text())["progress"]["bad_steps"] == 3
+
+
+# The start-up gate
+
+
+def dropout_left_on(model: PPO) -> None:
+    layers = [module for module in model.policy.lm.modules() if isinstance(module, torch.nn.Embedding)]
+    layers[0].register_forward_hook(lambda module, inputs, output: torch.nn.functional.dropout(output, 0.1))
+
+
+def temperature_on_one_side(model: PPO) -> None:
+    model.policy.temperature *= 0.9
+
+
+def weights_changed(model: PPO) -> None:
+    with torch.no_grad():
+        for _, parameter in model.policy.named_parameters_to_train():
+            parameter.add_(0.01)
+
+
+@pytest.mark.parametrize("tamper", [dropout_left_on, temperature_on_one_side, weights_changed])
+def test_a_policy_that_is_not_the_one_that_sampled_is_not_trained(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, tamper: Callable[[PPO], None]
+) -> None:
+    model = python_ppo(base, tmp_path)
+    improve, tampered = loop.improve, []
+
+    def tampered_improve(t: loop.Training, batch: Batch, **keywords: Any) -> dict[str, float]:
+        tamper(model)
+        tampered.append(weights(model))
+        return improve(t, batch, **keywords)
+
+    monkeypatch.setattr(loop, "improve", tampered_improve)
+    with pytest.raises(
+        GateError, match=r"is not the one that wrote the samples.*Likely causes: .*dropout.*temperature"
+    ) as error:
+        model.learn()
+    assert error.value.exit_code == 2
+    assert same(weights(model), tampered[0])
+    tensors, state = saved(model)
+    assert tensors["optimizer"] == {} and state["progress"]["updates"] == 0
+    assert model.run_folder is not None
+    assert not [row for row in rows(model.run_folder) if "ppo/policy_loss" in row]
+
+
+def test_the_gate_looks_again_when_a_run_is_resumed(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = python_ppo(base, tmp_path).learn(6)
+    before = weights(model)
+    improve = loop.improve
+
+    def tampered_improve(t: loop.Training, batch: Batch, **keywords: Any) -> dict[str, float]:
+        temperature_on_one_side(model)
+        return improve(t, batch, **keywords)
+
+    monkeypatch.setattr(loop, "improve", tampered_improve)
+    with pytest.raises(GateError):
+        model.learn(6)
+    assert same(weights(model), before) and same(saved(model)[0]["policy"], before)

@@ -1,0 +1,387 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from surefoot import PPO, build
+from surefoot.cli import main
+from surefoot.config import load_config, make_config
+from surefoot.errors import InputError
+from surefoot.policies.lm import CausalLMPolicy
+from surefoot.run import RunFolder
+from surefoot.train.checkpoint import read_tensors
+from tests.tiny import written_batch
+from tests.train.small_run import letters, python_ppo, python_task, rows, weights, write_project
+from tests.train.test_checkpoint import header, largest_file, poison
+from tests.train.warm import Strike, Warm
+
+BATCH = written_batch([((5, 9, 30), (8, 44, 2)), ((7,), (12, 13, 14, 15))])
+# Two updates, the weights untouched by anything that knows how long the run is.
+SHORT: dict[str, dict[str, Any]] = {
+    "ppo": {"total_episodes": 12, "lr_schedule": "constant", "lr_warmup": 0.0},
+    "evaluate": {"every": 1},
+}
+
+
+def contents(folder: Path) -> dict[Path, tuple[bytes, int]]:
+    """Every file's bytes and time of change."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+def same_weights(left: PPO, right: PPO) -> bool:
+    return all(tensor.equal(weights(right)[name]) for name, tensor in weights(left).items())
+
+
+def in_folder(folder: Path, **run: Any) -> Any:
+    return make_config({"run": {"folder": str(folder), **run}}, where="test")
+
+
+# Names
+
+
+def test_a_taken_name_ends_with_2_before_anything_is_loaded(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_project(tmp_path, base)
+    run.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(build, "load_policy", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(SystemExit) as ended:
+        main(["ppo", "ppo.yaml"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "the run folder runs/run exists" in said and said.count("\n") == 1
+    assert not list(run.iterdir())
+
+
+def test_a_link_to_nowhere_takes_a_name_too(tmp_path: Path) -> None:
+    (tmp_path / "run").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="exists"):
+        RunFolder.create(in_folder(tmp_path, name="run"))
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "../run", "a/b", "/run", "a\\b", "a\0b", "a..b"])
+def test_a_name_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=r"run\.name"):
+        in_folder(tmp_path, name=name)
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder, name in ((tmp_path / "file", "run"), (tmp_path / "file", None)):
+        with pytest.raises(InputError, match=r"cannot be made|no folder can be made"):
+            RunFolder.create(in_folder(folder, name=name))
+
+
+def test_runs_without_a_name_are_numbered_each_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [RunFolder.create(in_folder(tmp_path)) for _ in range(3)]
+    shutil.rmtree(tmp_path / "ppo-2")
+    made.append(RunFolder.create(in_folder(tmp_path)))
+    assert [run.path.name for run in made] == ["ppo-1", "ppo-2", "ppo-3", "ppo-4"]
+    # Another run takes the number between looking and making.
+    answers = iter(["ppo-3", "ppo-4", "ppo-5"])
+    monkeypatch.setattr(RunFolder, "free_name", lambda config, prefix: next(answers))
+    assert RunFolder.create(in_folder(tmp_path)).path.name == "ppo-5"
+
+
+# Configuration of a run
+
+
+def test_a_run_is_described_from_the_root_not_from_where_it_was_started(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_project(tmp_path, base)
+    # A base model with the very name that the run gives its own trained model.
+    shutil.copytree(base, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    config = load_config("ppo.yaml", {"policy.model": "model"})
+    RunFolder.create(config)
+    (run / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "runs")
+    again = RunFolder.open("run").config()
+    assert again.policy.model == str(tmp_path / "model")
+    assert again.run.folder == str(tmp_path / "runs")
+    assert again.task is not None and again.task.prompts == str(tmp_path / "prompts.jsonl")
+    assert again.task.reward == f"{tmp_path / 'reward.py'}:reward"
+    assert again.ppo == config.ppo
+
+
+def test_names_that_are_no_files_here_stay_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    task = {"prompts": "movie-reviews", "reward": "surefoot.rewards.sentiment:vader_compound"}
+    config = make_config({"run": {"folder": str(tmp_path)}, "policy": {"model": "some/model"}, "task": task}, where="test")
+    again = RunFolder.create(config).config()
+    assert again.policy.model == "some/model" and again.task == config.task
+
+
+# Logs
+
+
+def test_a_last_line_cut_within_a_character_is_left_out_and_cut_on_resume(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.append("samples.jsonl", [{"text": "naïve"}, {"text": "日本"}])
+    sizes = run.log_sizes()
+    run.append("samples.jsonl", [{"text": "日本"}])
+    whole = (tmp_path / "samples.jsonl").read_bytes()
+    (tmp_path / "samples.jsonl").write_bytes(whole[:-5])  # in the middle of 本
+    assert run.read("samples.jsonl") == [{"text": "naïve"}, {"text": "日本"}]
+    run.cut_logs(sizes)
+    run.append("samples.jsonl", [{"text": "after"}])
+    assert [row["text"] for row in run.read("samples.jsonl")] == ["naïve", "日本", "after"]
+
+
+def test_logs_are_cut_to_the_checkpoint_and_to_nothing_without_one(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert run.log_sizes() == {"metrics.jsonl": 0, "samples.jsonl": 0}
+    run.append("metrics.jsonl", [{"update": 1}])
+    sizes = run.log_sizes()
+    run.append("metrics.jsonl", [{"update": 2}])
+    run.append("samples.jsonl", [{"update": 2}])
+    run.cut_logs(sizes)
+    assert run.read("metrics.jsonl") == [{"update": 1}] and run.read("samples.jsonl") == []
+    run.cut_logs({})
+    assert run.read("metrics.jsonl") == []
+
+
+def test_the_logs_are_on_disk_before_a_checkpoint_counts_on_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder(tmp_path)
+    run.append("metrics.jsonl", [{"update": 1}])
+    run.append("samples.jsonl", [{"update": 1}])
+    synced: set[int] = set()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+    sizes = run.log_sizes()
+    assert synced == {(tmp_path / log).stat().st_ino for log in sizes} and min(sizes.values()) > 0
+
+
+@pytest.mark.parametrize("text", ["\ud800 alone", "line\nbreak", "separators \u2028\u2029\x85\x0b", "\0", "😀"])
+def test_whatever_a_model_writes_comes_back_from_the_log(tmp_path: Path, text: str) -> None:
+    run = RunFolder(tmp_path)
+    run.append("samples.jsonl", [{"completion": text}, {"completion": "next"}])
+    assert [row["completion"] for row in run.read("samples.jsonl")] == [text, "next"]
+
+
+def test_a_full_disk_under_a_log_is_one_line(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    with largest_file(10), pytest.raises(InputError, match=r"metrics\.jsonl could not be written: .*checkpoint stands"):
+        run.append("metrics.jsonl", [{"update": 123456789}])
+
+
+def test_a_disk_that_fills_up_ends_a_run_with_2_and_the_rest_can_be_had_later(
+    tmp_path: Path, base: Path, warm: Warm, uninterrupted: dict[str, Any]
+) -> None:
+    run = write_project(tmp_path, base)
+    full = Strike("surefoot.train.checkpoint:save_file", 5, file_bytes=2_000)
+    ended = warm.run(tmp_path, "ppo", "ppo.yaml", strikes=[full])
+    assert ended.code == 2 and ended.stderr.startswith("surefoot: the checkpoint ") and ended.stderr.count("\n") == 1
+    assert not list((run / "checkpoints").glob("*.tmp"))
+    assert warm.run(tmp_path, "resume", "runs/run").code == 0
+    assert rows(run) == uninterrupted["metrics"]
+
+
+# Resuming what cannot be resumed
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, base: Path, warm: Warm) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    run = write_project(folder, base)
+    assert warm.run(folder, "ppo", "ppo.yaml").code == 0
+    return run
+
+
+def test_resuming_a_finished_run_says_so_and_changes_nothing(finished: Path, warm: Warm) -> None:
+    before = contents(finished)
+    ended = warm.run(finished.parent.parent, "resume", "runs/run")
+    assert ended.code == 0 and ended.stdout == "runs/run is finished; its model is runs/run/model\n" and ended.stderr == ""
+    assert contents(finished) == before
+
+
+def test_resuming_what_is_no_run_ends_with_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.yaml").write_text("ppo: {n_epoch")
+    for name in ("nowhere", "file", "empty", "damaged"):
+        with pytest.raises(SystemExit) as ended:
+            main(["resume", name])
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and said.startswith(f"surefoot: {name}") and said.count("\n") == 1
+    assert not list((tmp_path / "empty").iterdir())
+
+
+def test_a_run_in_use_cannot_be_resumed(finished: Path, warm: Warm) -> None:
+    holder = RunFolder(finished)
+    holder.hold()
+    before = contents(finished)
+    ended = warm.run(finished.parent.parent, "resume", "runs/run")
+    holder.release()
+    assert ended.code == 2 and "in use by another run" in ended.stderr and contents(finished) == before
+
+
+def test_a_checkpoint_without_its_optimiser_is_refused_not_resumed_without(finished: Path, tmp_path: Path, warm: Warm) -> None:
+    shutil.copytree(finished.parent.parent, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "runs" / "run" / "checkpoints").glob("0*"):
+        manifest = json.loads((path / "manifest.json").read_text())
+        del manifest["files"]["optimizer.safetensors"]
+        (path / "manifest.json").write_text(json.dumps(manifest))
+    ended = warm.run(tmp_path, "resume", "runs/run")
+    assert ended.code == 2 and "'optimizer'" in ended.stderr and ended.stderr.count("\n") == 1
+
+
+def test_a_python_run_is_not_resumed_without_its_task(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = python_ppo(base, tmp_path, **SHORT).learn()
+    with pytest.raises(SystemExit) as ended:
+        main(["resume", str(model.run_folder)])
+    assert ended.value.code == 2 and capsys.readouterr().err.endswith("with its task: PPO.load(folder, task)\n")
+
+
+# From Python
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches a SIGKILL."""
+
+
+@pytest.mark.parametrize("at", [3, 5, 8])
+def test_a_loaded_run_goes_on_bit_for_bit(tmp_path: Path, base: Path, at: int) -> None:
+    calls = 0
+
+    def deadly(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise Killed
+        return letters(prompts, completions)
+
+    whole = python_ppo(base, tmp_path / "whole").learn()
+    model = python_ppo(base, tmp_path, deadly)
+    with pytest.raises(Killed):
+        model.learn()
+    assert model.run_folder is not None and whole.run_folder is not None
+    loaded = PPO.load(model.run_folder, python_task(), verbose=0)
+    torch.manual_seed(at)  # what happens between loading and learning is no business of the run's
+    loaded.learn()
+    assert same_weights(loaded, whole)
+    for log in ("metrics.jsonl", "samples.jsonl"):
+        assert rows(model.run_folder, log) == rows(whole.run_folder, log)
+
+
+def test_two_learns_are_one_longer_learn(tmp_path: Path, base: Path) -> None:
+    whole = python_ppo(base, tmp_path / "whole", **SHORT).learn(24)
+    parts = python_ppo(base, tmp_path, **SHORT).learn(12)
+    after_one = weights(parts)
+    parts.learn(12)
+    assert same_weights(parts, whole) and not all(tensor.equal(after_one[name]) for name, tensor in weights(parts).items())
+    assert parts.run_folder is not None and whole.run_folder is not None
+    assert rows(parts.run_folder) == rows(whole.run_folder)
+    again = PPO.load(parts.run_folder, python_task(), verbose=0).learn(6)
+    assert rows(parts.run_folder)[-1]["update"] == 5 and same_weights(again, whole.learn(6))
+
+
+def test_learning_a_finished_run_again_does_nothing(tmp_path: Path, base: Path) -> None:
+    model = python_ppo(base, tmp_path, **SHORT).learn()
+    assert model.is_finished and model.run_folder is not None
+    before = contents(model.run_folder)
+    model.learn()
+    PPO.load(model.run_folder, python_task(), verbose=0).learn()
+    assert contents(model.run_folder) == before
+
+
+def test_of_two_models_of_one_run_only_one_goes_on(tmp_path: Path, base: Path) -> None:
+    first = python_ppo(base, tmp_path, **SHORT).learn()
+    assert first.run_folder is not None
+    second = PPO.load(first.run_folder, python_task(), verbose=0)
+    with pytest.raises(InputError, match="in use by another run"):
+        first.learn(6)
+    second.learn(6)
+    with pytest.raises(InputError, match=r"has gone on elsewhere, to 00000003; open it with PPO\.load"):
+        first.learn(6)
+    second.learn(6)
+
+
+def test_the_saved_model_gives_the_same_logits_and_values(tmp_path: Path, base: Path) -> None:
+    for adapter, tolerance in (({"rank": 2}, 1e-5), (None, 0.0)):  # merging the adapter rounds
+        model = python_ppo(base, tmp_path, name=f"adapter-{adapter is not None}", policy={"adapter": adapter}, **SHORT).learn()
+        out = tmp_path / f"out-{adapter is not None}"
+        model.save(out)
+        loaded = PPO.load(out, verbose=0)
+        with torch.no_grad():
+            ours, theirs = model.policy.evaluate(BATCH), loaded.policy.evaluate(BATCH)
+        torch.testing.assert_close(ours.logprobs_BT, theirs.logprobs_BT, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(ours.values_BT, theirs.values_BT, rtol=tolerance, atol=tolerance)
+        assert ours.values_BT.abs().max() > 0.01
+        assert loaded.config.ppo == model.config.ppo and loaded.config.seed == model.config.seed
+
+
+def test_a_saved_model_trains_in_a_run_of_its_own(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    python_ppo(base, tmp_path, **SHORT).learn(6).save("out")
+    again = PPO.load("out", python_task(), verbose=0).learn(6)
+    assert again.run_folder == Path("runs/ppo-1") and (tmp_path / "runs" / "run").is_dir()
+
+
+def test_a_saved_folder_is_whole_or_absent(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = python_ppo(base, tmp_path)
+    with largest_file(20_000), pytest.raises(InputError, match="out could not be written"):
+        model.save(tmp_path / "out")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
+    save = CausalLMPolicy.save
+
+    def killed(self: CausalLMPolicy, folder: Path) -> None:
+        save(self, folder)
+        raise Killed
+
+    monkeypatch.setattr(CausalLMPolicy, "save", killed)
+    with pytest.raises(Killed):
+        model.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    model.save(tmp_path / "out")
+    model.save(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out"]
+
+
+@pytest.mark.parametrize("critic", ["pickle", "half", "other names", "none"])
+def test_a_critic_that_is_none_is_refused(tmp_path: Path, base: Path, critic: str) -> None:
+    python_ppo(base, tmp_path).save(tmp_path / "out")
+    file = tmp_path / "out" / "surefoot_critic.safetensors"
+    bad = {
+        "pickle": poison(tmp_path / "canary"),
+        "half": file.read_bytes()[:-4],
+        "other names": header('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', data=b"1234"),
+    }
+    file.unlink()
+    if critic in bad:
+        file.write_bytes(bad[critic])
+    with pytest.raises(InputError, match=r"surefoot_critic\.safetensors") as error:
+        PPO.load(tmp_path / "out", verbose=0)
+    assert "\n" not in str(error.value) and not (tmp_path / "canary").exists()
+
+
+def test_generation_takes_the_best_checkpoint_and_survives_a_wild_pointer(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished.parent.parent, tmp_path, dirs_exist_ok=True)
+    run = tmp_path / "runs" / "run"
+
+    def saved(name: str) -> dict[str, torch.Tensor]:
+        return read_tensors(run / "checkpoints" / name / "policy.safetensors")
+
+    opened = weights(PPO.open(run))
+    assert all(tensor.equal(saved("00000004")[name]) for name, tensor in opened.items())
+    (run / "checkpoints" / "best").write_text("../../../../00000004")
+    opened = weights(PPO.open(run))
+    assert all(tensor.equal(saved("00000006")[name]) for name, tensor in opened.items())
+
+
+def test_a_run_says_what_it_was_run_with(finished: Path) -> None:
+    environment = json.loads((finished / "environment.json").read_text())
+    assert torch.__version__.startswith(environment["packages"]["torch"].split("+")[0])
+    assert yaml.safe_load((finished / "config.yaml").read_text())["ppo"]["kl_target"] == 0.05
