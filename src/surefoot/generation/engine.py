@@ -31,17 +31,31 @@ class KVCache(Protocol):
 
     window: Any  # a CacheWindow
 
-    def move_rows(self, sources: list[int], targets: list[int]) -> None: ...
-    def copy_from(self, other: Any, first_row: int, rows: int) -> None: ...
-    def shift_to(self, new_end: int) -> None: ...
+    def move_rows(self, sources: list[int], targets: list[int]) -> None:
+        """Copy whole rows over others."""
+        ...
+
+    def copy_from(self, other: Any, first_row: int, rows: int) -> None:
+        """Append rows of another cache so that they end where this one's window ends."""
+        ...
+
+    def shift_to(self, new_end: int) -> None:
+        """Move the columns in use so that they end at `new_end`."""
+        ...
 
 
 class TokenModel(Protocol):
     """What the engine needs of a model."""
 
     @property
-    def device(self) -> torch.device: ...
-    def new_cache(self, *, slots: int, columns: int) -> Any: ...
+    def device(self) -> torch.device:
+        """Where its inputs must be."""
+        ...
+
+    def new_cache(self, *, slots: int, columns: int) -> Any:
+        """An empty cache."""
+        ...
+
     def step(self, tokens_BT: Tensor, positions_BT: Tensor, attention_BS: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
         """Feed tokens; logits [B, V] float32 and values [B] float32 at the last column."""
         ...

@@ -67,8 +67,7 @@ class _FrozenHead(torch.autograd.Function):
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, actions_N: Tensor, temperature: float) -> Any:
         logprobs, entropies, slopes = [], [], []
         for hidden, actions in zip(hidden_ND.split(CHUNK), actions_N.split(CHUNK), strict=True):
-            hidden = hidden.to(weight_VD.dtype)
-            scaled = (hidden @ weight_VD.T).float()
+            scaled = (hidden.to(weight_VD.dtype) @ weight_VD.T).float()
             if temperature != 1.0:
                 scaled /= temperature
             top = scaled.amax(-1, keepdim=True)

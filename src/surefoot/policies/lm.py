@@ -48,18 +48,21 @@ class CausalLMPolicy:
         self._head = lm.get_output_embeddings()
         self._cap = getattr(lm.config, "final_logit_softcapping", None)
         width = self._head.weight.shape[1]
-        self.value_head = nn.Linear(width, 1, device=self.device, dtype=torch.float32)
         # Zero, so that the first values are 0 and the first advantages are the rewards' own.
+        self.value_head: nn.Linear = nn.utils.skip_init(nn.Linear, width, 1, device=self.device, dtype=torch.float32)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self._reference = None if adapter is not None else copy.deepcopy(lm).requires_grad_(False)
 
     @property
     def device(self) -> torch.device:
-        return next(self.lm.parameters()).device
+        """Where the weights are."""
+        device: torch.device = next(self.lm.parameters()).device
+        return device
 
     @property
     def context_length(self) -> int:
+        """Most tokens of prompt and answer together."""
         return int(getattr(self.lm.config, "max_position_embeddings", 1 << 30))
 
     @property
@@ -70,6 +73,7 @@ class CausalLMPolicy:
         return frozenset(int(i) for i in (*ids, self.tokenizer.eos_token_id) if i is not None)
 
     def named_parameters_to_train(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """The adapter's parameters, or all of the model's, then the critic's."""
         yield from ((name, p) for name, p in self.lm.named_parameters() if p.requires_grad)
         yield from ((f"value_head.{name}", p) for name, p in self.value_head.named_parameters())
 
@@ -91,6 +95,7 @@ class CausalLMPolicy:
             return head.logits(last_BD, self._head, self._cap), self._values(last_BD)
 
     def evaluate(self, batch: Batch, *, entropy_gradient: bool = False) -> Evaluation:
+        """What policy and critic think of the written tokens, from one forward pass over the whole rows."""
         mask_BT = batch.mask_BT
         with self._autocast():
             hidden_ND = _hidden_before(self._body, batch.observations, mask_BT)
@@ -111,6 +116,7 @@ class CausalLMPolicy:
 
     @torch.no_grad()
     def reference_logprobs(self, batch: Batch) -> Tensor:
+        """Log-probs of the written tokens under the model as it was before training."""
         reference = self.lm if self._reference is None else self._reference
         without_adapter = self.adapter.disable_adapter() if self.adapter is not None else contextlib.nullcontext()
         with without_adapter, self._autocast():
@@ -126,6 +132,7 @@ class CausalLMPolicy:
 
     @torch.no_grad()
     def fingerprint(self) -> int:
+        """Checksum of the frozen base, and of the frozen reference where all weights are trained."""
         frozen = [p for p in self.lm.parameters() if not p.requires_grad]
         frozen += [] if self._reference is None else list(self._reference.parameters())
         total = 0
@@ -149,7 +156,8 @@ class CausalLMPolicy:
     def _values(self, hidden: Tensor) -> Tensor:
         hidden = hidden.detach() if self.stop_gradient else hidden
         with torch.autocast(self.device.type, enabled=False):
-            return self.value_head(hidden.float()).squeeze(-1)
+            values: Tensor = self.value_head(hidden.float())
+            return values.squeeze(-1)
 
 
 def _hidden_before(body: nn.Module, observations: dict[str, Tensor], mask_BT: Tensor) -> Tensor:
@@ -157,8 +165,8 @@ def _hidden_before(body: nn.Module, observations: dict[str, Tensor], mask_BT: Te
     tokens_BT = observations["tokens"]
     positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
     # No attention mask: padding stands to the right, where causal attention never looks.
-    hidden = body(input_ids=tokens_BT, position_ids=positions_BT, use_cache=False)
-    return hidden.last_hidden_state[:, :-1][mask_BT[:, 1:]]
+    hidden_BTD: Tensor = body(input_ids=tokens_BT, position_ids=positions_BT, use_cache=False).last_hidden_state
+    return hidden_BTD[:, :-1][mask_BT[:, 1:]]
 
 
 def _scatter(values_N: Tensor, mask_BT: Tensor) -> Tensor:
@@ -169,31 +177,34 @@ def _scatter(values_N: Tensor, mask_BT: Tensor) -> Tensor:
 def load_policy(
     source: str, config: PolicyConfig | None = None, *, device: str = "cpu", temperature: float = 1.0, seed: int = 0
 ) -> CausalLMPolicy:
-    """Load a causal LM from a local folder or hub id (`assets.resolve_model` turns names into folders) and wrap it.
+    """Load a causal LM from a local folder or hub id (`assets.resolve` turns names into folders) and wrap it.
 
     Raises InputError for a folder that is missing, half-written, holds pickle weights, or is no causal LM; checks that
     the head found is the whole path from hidden state to logits.
     """
     config = config or PolicyConfig()
     check_model_folder(source)
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     dtype = resolve_dtype(config.dtype, device)
     frozen_base = config.adapter is not None
+    part = "tokenizer"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        part = "causal language model"
         lm, report = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype if frozen_base else torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with their names
         )
-    # RuntimeError is what transformers raises for weights of another shape than config.json says.
-    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        raise InputError(f"policy.model {source}: not a causal language model that can be loaded: {_one_line(error)}") from None
+    except Exception as error:  # what a broken folder makes transformers raise can be anything, a KeyError too
+        raise InputError(f"policy.model {source}: no {part} that can be loaded: {_one_line(error)}") from error
+    if report["mismatched_keys"]:
+        name, found, expected = sorted(report["mismatched_keys"])[0]
+        raise InputError(f"policy.model {source}: {name} is {list(found)}, and config.json says {list(expected)}")
     if report["missing_keys"]:
         # transformers fills the gap with random numbers and goes on.
         missing = sorted(report["missing_keys"])
@@ -204,7 +215,7 @@ def load_policy(
 
 
 def wrap_policy(
-    lm: nn.Module,
+    lm: Any,
     tokenizer: Any,
     *,
     config: PolicyConfig | None = None,
@@ -214,6 +225,10 @@ def wrap_policy(
 ) -> CausalLMPolicy:
     """Put adapter and critic on a transformers model that is already in memory."""
     config = config or PolicyConfig()
+    if dtype == torch.bfloat16 and lm.device.type == "cpu":
+        # The fused kernel rounds differently for every row length: old and new log-probs of the same tokens would
+        # differ by several percent. The plain one gives the same bits whatever the padding, as fast.
+        lm.set_attn_implementation("eager")
     if config.adapter is None:
         adapter = None
         lm.requires_grad_(True)
@@ -292,7 +307,7 @@ def check_model_folder(source: str) -> None:
     """Raise InputError if `source` looks like a local folder and is not a whole, safe model."""
     folder = Path(source)
     if not folder.is_dir():
-        if folder.is_absolute() or source.startswith(".") or source.count("/") > 1:
+        if folder.exists() or folder.is_absolute() or source.startswith(".") or source.count("/") > 1:
             raise InputError(f"policy.model: no folder {source}")
         return
     if not (folder / "config.json").is_file():
@@ -301,9 +316,11 @@ def check_model_folder(source: str) -> None:
     if index.is_file():
         try:
             shards = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError):
             raise InputError(f"{index}: damaged; fetch or save the model again") from None
         for name in shards:
+            if Path(name).name != name:
+                raise InputError(f"{index}: names {name!r}, which is not in the folder; fetch or save the model again")
             if not (folder / name).is_file():
                 raise InputError(f"policy.model {source}: half-written, {name} is missing")
             check_safetensors(folder / name)
@@ -329,12 +346,12 @@ def check_safetensors(path: Path) -> None:
             raise InputError(f"{path}: not a whole safetensors file ({size} bytes, header of {header_size})")
         try:
             header = json.loads(file.read(header_size))
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            end = max((int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"), default=0)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise InputError(f"{path}: not a safetensors file; its header is damaged") from None
     if 8 + header_size + end != size:
         raise InputError(f"{path}: half-written: {size} bytes of {8 + header_size + end}; fetch or save it again")
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,257 @@
+"""The engine against transformers' own forward pass, and against a twin without cache, batch or padding."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from surefoot.generation.engine import generate
+from surefoot.generation.sampling import request_uniforms
+from surefoot.policies.kv_cache import SlotCache
+from surefoot.policies.lm import CausalLMPolicy
+from surefoot.types import Completion, Request, SamplingParams, StopReason
+from tests.tiny import END, FAMILIES, plain_scores, random_tokens, tiny_lm, tiny_policy, written_batch
+
+# Short and long by turns; the longest come late, when the columns in use are narrower than they are.
+LENGTHS = (3, 1, 7, 2, 5, 9, 1, 4, 26, 6, 21, 1, 8)
+REQUESTS = tuple(Request(random_tokens(n, seed=n + i), seed=100 + i) for i, n in enumerate(LENGTHS))
+PARAMS = SamplingParams(max_new_tokens=9)
+ENDS = frozenset({END, 7, 19, 33, 48})  # enough of them that rows end at all lengths
+
+
+@functools.cache
+def policy_of(family: str) -> CausalLMPolicy:
+    return tiny_policy(family, moved=True)
+
+
+def run(policy, requests=REQUESTS, *, params=PARAMS, ends=ENDS, slots=3, poll=None) -> list[Completion]:
+    return generate(policy, requests, params=params, end_tokens=ends, slots=slots, poll=poll)
+
+
+def naive_twin(policy, request: Request, params: SamplingParams = PARAMS, ends: frozenset[int] = ENDS) -> list[int]:
+    """The same request with a whole forward pass for every token and a cumulative sum over all probabilities."""
+    tokens: list[int] = []
+    for uniform in request_uniforms(request.seed, params.max_new_tokens):
+        with torch.no_grad():
+            logits = policy.lm(input_ids=torch.tensor([[*request.prompt, *tokens]]), use_cache=False).logits[0, -1]
+        cumulative = torch.softmax(logits.double() / params.temperature, -1).cumsum(-1)
+        tokens.append(int((cumulative <= uniform).sum()))
+        if tokens[-1] in ends:
+            break
+    return tokens
+
+
+class Watched(CausalLMPolicy):
+    """A policy that counts what the engine asks of it."""
+
+    @classmethod
+    def of(cls, policy: CausalLMPolicy) -> Watched:
+        watched = cls.__new__(cls)
+        watched.__dict__.update(policy.__dict__)
+        watched.prefills, watched.decoded_rows = [], []
+        return watched
+
+    def step(self, tokens_BT, positions_BT, attention_BS, cache):
+        is_prefill = cache.window.end == cache.window.begin == 0
+        (self.prefills if is_prefill else self.decoded_rows).append(len(tokens_BT))
+        return super().step(tokens_BT, positions_BT, attention_BS, cache)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_engine_reports_is_what_a_full_forward_pass_computes(family):
+    policy = policy_of(family)
+    completions = run(policy)
+    view = policy.evaluate(written_batch((r.prompt, c.tokens) for r, c in zip(REQUESTS, completions, strict=True)))
+    for row, (request, completion) in enumerate(zip(REQUESTS, completions, strict=True)):
+        written = slice(len(request.prompt), len(request.prompt) + len(completion.tokens))
+        plain = plain_scores(policy, request.prompt, completion.tokens)
+        for name in ("logprobs", "values", "entropies"):
+            ours = torch.tensor(getattr(completion, name))
+            assert torch.allclose(ours, plain[name], atol=1e-4), f"{name} of request {row}, transformers"
+            assert torch.allclose(ours, getattr(view, f"{name}_BT")[row, written], atol=1e-4), (
+                f"{name} of request {row}, evaluate"
+            )
+
+
+def test_the_requests_above_exercise_every_move_of_the_cache(monkeypatch):
+    seen = {"moved": 0, "shifted": 0, "widened": 0, "reused": 0}
+
+    def watch(name, counter, happened):
+        original = getattr(SlotCache, name)
+
+        def watched(cache, *args):
+            seen[counter] += bool(happened(cache, *args))
+            return original(cache, *args)
+
+        monkeypatch.setattr(SlotCache, name, watched)
+
+    watch("move_rows", "moved", lambda cache, sources, targets: sources)
+    watch("shift_to", "shifted", lambda cache, end: cache.window.end > end)
+    watch("copy_from", "reused", lambda cache, other, first, rows: cache.layers[0].is_initialized)
+    copy_and_count = SlotCache.copy_from
+
+    def widening(cache, other, first, rows):
+        seen["widened"] += first > 0 and other.window.end > cache.window.end - cache.window.begin
+        return copy_and_count(cache, other, first, rows)
+
+    monkeypatch.setattr(SlotCache, "copy_from", widening)
+    completions = run(policy_of("llama"))
+    assert all(seen.values()), seen
+    assert len({len(c.tokens) for c in completions}) > 3
+    assert {c.stop_reason for c in completions} == {StopReason.END_TOKEN, StopReason.LENGTH}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma2"])
+def test_a_request_gets_the_same_tokens_whatever_its_neighbours_order_and_slots(family):
+    policy = policy_of(family)
+    expected = run(policy)
+    backwards = run(policy, REQUESTS[::-1], slots=4)[::-1]
+    for others in (run(policy, slots=1), run(policy, slots=64), backwards):
+        assert [c.tokens for c in others] == [c.tokens for c in expected]
+        assert [c.stop_reason for c in others] == [c.stop_reason for c in expected]
+        for one, other in zip(expected, others, strict=True):
+            assert other.logprobs == pytest.approx(one.logprobs, abs=1e-4)
+            assert other.values == pytest.approx(one.values, abs=1e-4)
+    assert run(policy, REQUESTS[8:9])[0].tokens == expected[8].tokens
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "phi"])
+def test_a_twin_without_cache_or_batch_writes_the_same(family):
+    policy = policy_of(family)
+    assert [c.tokens for c in run(policy)] == [naive_twin(policy, request) for request in REQUESTS]
+
+
+def test_a_twin_at_another_temperature_writes_the_same():
+    policy, params = policy_of("qwen3"), replace(PARAMS, temperature=0.6)
+    twins = [naive_twin(policy, request, params) for request in REQUESTS]
+    assert [c.tokens for c in run(policy, params=params)] == twins
+    assert twins != [c.tokens for c in run(policy)]
+
+
+def test_greedy_needs_no_seed():
+    policy, params = policy_of("llama"), replace(PARAMS, temperature=0.0)
+    reseeded = [replace(request, seed=0) for request in REQUESTS]
+    assert [c.tokens for c in run(policy, params=params)] == [c.tokens for c in run(policy, reseeded, params=params)]
+
+
+def test_truncated_sampling_stays_in_the_kept_set_and_reports_its_log_probs():
+    policy, params = policy_of("llama"), replace(PARAMS, top_k=2)
+    greedy = run(policy, params=replace(PARAMS, temperature=0.0))
+    assert [c.tokens for c in run(policy, params=replace(PARAMS, top_k=1))] == [c.tokens for c in greedy]
+    for request, completion in zip(REQUESTS, run(policy, params=params), strict=True):
+        full = plain_scores(policy, request.prompt, completion.tokens)["logprobs"]
+        assert (torch.tensor(completion.logprobs) > full).all()  # of two tokens, not of all
+        assert max(completion.entropies) <= torch.tensor(2.0).log()
+
+
+def test_prompts_that_differ_only_in_their_seed_are_answered_differently():
+    requests = [Request((9, 8, 7), seed) for seed in range(6)]
+    assert len({tuple(c.tokens) for c in run(policy_of("llama"), requests)}) > 1
+
+
+def certain_end_policy() -> CausalLMPolicy:
+    """A model that writes the end token with probability 1."""
+    lm = tiny_lm("phi")
+    with torch.no_grad():
+        lm.get_output_embeddings().bias[END] = 1e4
+    return tiny_policy(lm=lm)
+
+
+def test_generation_stops_at_the_end_token_and_not_at_the_limit():
+    policy = Watched.of(certain_end_policy())
+    completions = run(policy, params=replace(PARAMS, max_new_tokens=50))
+    assert all(c.tokens == [END] and c.stop_reason is StopReason.END_TOKEN for c in completions)
+    assert all(c.logprobs == pytest.approx([0.0], abs=1e-6) for c in completions)
+    assert policy.decoded_rows == []  # nothing is computed after the end
+
+
+def test_no_forward_pass_is_spent_on_rows_that_have_ended():
+    policy = Watched.of(policy_of("llama"))
+    completions = run(policy)
+    assert sum(policy.prefills) == len(REQUESTS)
+    assert sum(policy.decoded_rows) == sum(len(c.tokens) - 1 for c in completions)
+    assert max(policy.decoded_rows) <= 3
+
+
+def test_each_of_several_end_tokens_ends_an_answer_and_stays_its_last_token():
+    completions = run(policy_of("llama"), [Request((9, 8), seed) for seed in range(60)], slots=16)
+    ended = [c for c in completions if c.stop_reason is StopReason.END_TOKEN]
+    assert len({c.tokens[-1] for c in ended}) > 1
+    for completion in completions:
+        assert ENDS.isdisjoint(completion.tokens[:-1])
+        assert (completion.tokens[-1] in ENDS) == (completion.stop_reason is StopReason.END_TOKEN)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 9])
+def test_without_an_end_token_every_answer_has_the_length_limit(limit):
+    completions = run(policy_of("gpt2"), params=SamplingParams(max_new_tokens=limit), ends=frozenset())
+    for completion in completions:
+        columns = (completion.tokens, completion.logprobs, completion.values, completion.entropies)
+        assert [len(column) for column in columns] == [limit] * 4
+        assert completion.stop_reason is StopReason.LENGTH
+
+
+def test_a_stop_check_sees_the_tokens_so_far_and_ends_only_its_own_row():
+    requests = [replace(r, is_stopped=(lambda tokens: len(tokens) == 4) if i % 2 else None) for i, r in enumerate(REQUESTS)]
+    completions = run(policy_of("llama"), requests, ends=frozenset())
+    free = run(policy_of("llama"), ends=frozenset())
+    for i, completion in enumerate(completions):
+        expected = (4, StopReason.STOP_STRING) if i % 2 else (9, StopReason.LENGTH)
+        assert (len(completion.tokens), completion.stop_reason) == expected
+        assert completion.tokens == free[i].tokens[: expected[0]]
+
+
+def test_a_stop_at_the_very_last_token_counts_as_a_stop():
+    requests = [replace(r, is_stopped=lambda tokens: len(tokens) == 9) for r in REQUESTS]
+    assert {c.stop_reason for c in run(policy_of("llama"), requests, ends=frozenset())} == {StopReason.STOP_STRING}
+
+
+def test_an_end_token_goes_before_a_stop_string():
+    requests = [replace(r, is_stopped=lambda tokens: True) for r in REQUESTS]
+    assert {c.stop_reason for c in run(certain_end_policy(), requests)} == {StopReason.END_TOKEN}
+
+
+def test_poll_can_abandon_the_work_between_two_steps():
+    calls = []
+
+    def poll():
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(policy_of("llama"), poll=poll)
+    assert len(calls) == 3
+
+
+def test_an_empty_prompt_is_refused_and_no_request_is_no_work():
+    with pytest.raises(ValueError, match="no tokens"):
+        run(policy_of("llama"), [Request((5,), 0), Request((), 0)])
+    assert run(policy_of("llama"), []) == []
+
+
+def test_a_context_of_exactly_prompt_and_answer_is_enough():
+    # Learned positions end where the context ends; the last token written is never fed and needs none.
+    policy = tiny_policy("gpt2", max_position_embeddings=12)
+    assert policy.context_length == 12
+    completions = run(policy, [Request(random_tokens(n, seed=n), n) for n in (3, 1, 2, 3)], ends=frozenset(), slots=2)
+    assert [len(c.tokens) for c in completions] == [9] * 4
+
+
+def test_memory_that_was_never_written_does_not_leak_into_attention(monkeypatch):
+    # A masked column is multiplied by probability 0; were it NaN, as fresh memory may be, the sum would be NaN.
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *size, **_: self.new_full(*size, float("nan")))
+    policy = policy_of("llama")
+    cache, scratch = policy.new_cache(slots=2, columns=8), policy.new_cache(slots=1, columns=2)
+    policy.step(torch.tensor([[9, 8]]), torch.tensor([[0, 1]]), torch.ones(1, 2, dtype=torch.long), scratch)
+    scratch.window.end = 2
+    cache.window.begin = cache.window.end = 6
+    cache.copy_from(scratch, 0, 1)
+    cache.window.begin = 0
+    attention = torch.tensor([[0, 0, 0, 0, 1, 1, 1]])
+    logits, _ = policy.step(torch.tensor([[7]]), torch.tensor([[2]]), attention, cache)
+    plain = policy.lm(input_ids=torch.tensor([[9, 8, 7]]), use_cache=False).logits[0, -1]
+    assert torch.allclose(logits[0], plain, atol=1e-5)

@@ -1,0 +1,179 @@
+"""Tokens are drawn by inverting the cumulative distribution.
+
+With evenly spaced uniforms every count is known to within one, so frequencies are checked without chance.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from surefoot.generation.sampling import BLOCK, request_uniforms, sample
+from surefoot.types import SamplingParams
+
+LAST_UNIFORM = 1 - 2.0**-53  # the largest that torch.rand can give in float64
+PLAIN = SamplingParams()
+
+
+def even_counts(logits_V: Tensor, params: SamplingParams = PLAIN, count: int = 20_000) -> Tensor:
+    """How often each token is drawn by `count` evenly spaced uniforms."""
+    uniforms = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    tokens = torch.cat([sample(logits_V.expand(len(part), -1), part, params)[0] for part in uniforms.split(2000)])
+    return torch.bincount(tokens, minlength=len(logits_V))
+
+
+def only(weights: dict[int, float], vocabulary: int) -> Tensor:
+    """Logits that give the tokens named these weights and all others none."""
+    logits = torch.full((vocabulary,), float("-inf"))
+    for token, weight in weights.items():
+        logits[token] = math.log(weight)
+    return logits
+
+
+def draw(logits_V: Tensor, uniform: float, params: SamplingParams = PLAIN) -> int:
+    return int(sample(logits_V[None], torch.tensor([uniform], dtype=torch.float64), params)[0])
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 61, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 700])
+def test_every_token_is_drawn_as_often_as_its_probability_says(vocabulary):
+    logits = 2 * torch.randn(vocabulary, generator=torch.Generator().manual_seed(vocabulary))
+    expected = 20_000 * torch.softmax(logits.double(), -1)
+    assert (even_counts(logits) - expected).abs().max() <= 1.01
+
+
+def test_frequencies_of_independent_requests_follow_the_softmax():
+    logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5])
+    uniforms = torch.stack([request_uniforms(seed, 1)[0] for seed in range(4000)])
+    tokens = sample(logits.expand(4000, -1), uniforms, PLAIN)[0]
+    expected = 4000 * torch.softmax(logits, -1)
+    chi_squared = ((torch.bincount(tokens, minlength=5) - expected) ** 2 / expected).sum()
+    assert chi_squared < 18.5  # 4 degrees of freedom, p = 0.001; the seeds are fixed
+
+
+def test_temperature_sharpens_what_is_drawn_and_what_is_reported():
+    logits = torch.tensor([0.0, 1.0, -1.0, 2.0])
+    params = SamplingParams(temperature=0.6)
+    expected = torch.softmax(logits.double() / 0.6, -1)
+    assert (even_counts(logits, params) - 20_000 * expected).abs().max() <= 1.01
+    token, logprob, entropy = sample(logits[None], torch.tensor([0.5], dtype=torch.float64), params)
+    assert logprob.item() == pytest.approx(expected[token].log().item(), abs=1e-6)
+    assert entropy.item() == pytest.approx(-(expected * expected.log()).sum().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("params", [PLAIN, SamplingParams(temperature=1.7), SamplingParams(temperature=0.0)])
+def test_log_probs_and_entropies_are_those_of_the_distribution(params):
+    logits = 3 * torch.randn(50, 613, generator=torch.Generator().manual_seed(0))
+    tokens, logprobs, entropies = sample(logits, torch.rand(50, dtype=torch.float64), params)
+    expected = torch.distributions.Categorical(logits=logits.double() / (params.temperature or 1.0))
+    assert torch.allclose(logprobs.double(), expected.log_prob(tokens), atol=1e-5)
+    assert torch.allclose(entropies.double(), expected.entropy(), atol=1e-5)
+
+
+def test_uniform_0_takes_the_first_token_that_has_weight():
+    assert draw(only({0: 1.0, 5: 1.0}, 61), 0.0) == 0
+    assert draw(only({3: 1.0, 5: 1.0}, 61), 0.0) == 3
+    assert draw(only({BLOCK: 1.0, 5 * BLOCK + 7: 1.0}, 6 * BLOCK), 0.0) == BLOCK
+
+
+@pytest.mark.parametrize("last", [0, 60, BLOCK - 1, BLOCK, 2 * BLOCK - 1, 2 * BLOCK + 40])
+@pytest.mark.parametrize("first_weight", [1e-6, 0.1, 0.3, 1.0, 1e6])
+def test_the_largest_uniform_takes_the_last_token_that_has_weight(last, first_weight):
+    logits = only({0: first_weight, last: 1.0}, 2 * BLOCK + 88)
+    assert draw(logits, LAST_UNIFORM) == last
+
+
+def test_tokens_without_weight_beside_a_block_edge_are_never_drawn():
+    weights = {BLOCK - 1: 0.2, BLOCK: 0.3, 2 * BLOCK - 1: 0.1, 2 * BLOCK + 1: 0.4}
+    counts = even_counts(only(weights, 600), count=10_000)
+    assert counts.sum() == sum(counts[token] for token in weights)
+    for token, weight in weights.items():
+        assert counts[token] == pytest.approx(10_000 * weight, abs=2)
+
+
+def test_rounding_at_a_block_edge_never_leads_to_a_token_without_weight():
+    # Every block ends in tokens without weight, and uniforms stand as close to the blocks' ends as float64 allows.
+    blocks = 40
+    weights = torch.rand(blocks, BLOCK, generator=torch.Generator().manual_seed(3))
+    weights[:, -3:] = 0
+    logits = weights.flatten().log()
+    weights_as_sampled = torch.exp(logits - logits.max()).view(blocks, BLOCK)
+    edges = weights_as_sampled.sum(-1).double().cumsum(-1)
+    uniforms = torch.cat([edges / edges[-1] * (1 + i * 2.0**-52) for i in range(-4, 1)]).clamp(max=LAST_UNIFORM)
+    tokens = sample(logits.expand(len(uniforms), -1), uniforms, PLAIN)[0]
+    assert (weights.flatten()[tokens] > 0).all()
+
+
+def test_a_token_far_below_rounding_of_float32_still_has_its_share():
+    # 1e-9 beside 1 vanishes in a float32 sum, yet its slice of the unit interval must belong to it.
+    logits = only({3: 1.0, BLOCK + 4: 1e-9}, 2 * BLOCK)
+    assert draw(logits, 1 - 0.5e-9) == BLOCK + 4
+    assert draw(logits, 1 - 2e-9) == 3
+
+
+def test_greedy_takes_the_likeliest_whatever_the_uniform():
+    logits = torch.randn(700, generator=torch.Generator().manual_seed(1))
+    greedy = SamplingParams(temperature=0.0)
+    assert {draw(logits, u, greedy) for u in (0.0, 0.5, LAST_UNIFORM)} == {int(logits.argmax())}
+
+
+def test_top_k_keeps_k_tokens_and_renormalises():
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(2))
+    kept = logits.topk(7).indices
+    expected = torch.zeros(300).scatter(0, kept, torch.softmax(logits[kept], -1))
+    counts = even_counts(logits, SamplingParams(top_k=7))
+    assert set(counts.nonzero().flatten().tolist()) == set(kept.tolist())
+    assert (counts - 20_000 * expected).abs().max() <= 1.01
+    token, logprob, entropy = sample(logits[None], torch.tensor([0.9], dtype=torch.float64), SamplingParams(top_k=7))
+    assert logprob.item() == pytest.approx(expected[token].log().item(), abs=1e-5)
+    assert entropy.item() == pytest.approx(torch.distributions.Categorical(probs=expected).entropy().item(), abs=1e-5)
+
+
+def test_top_p_keeps_the_token_that_crosses_p():
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+    for top_p, kept in [
+        (0.3, [1]),
+        (0.5, [1, 3]),
+        (0.69, [1, 3]),
+        (0.75, [1, 2, 3]),
+        (0.95, [0, 1, 2, 3]),
+        (1.0, [0, 1, 2, 3]),
+    ]:
+        counts = even_counts(logits, SamplingParams(top_p=top_p), count=1000)
+        assert counts.nonzero().flatten().tolist() == kept, top_p
+    counts = even_counts(logits, SamplingParams(top_p=0.5))
+    assert counts.tolist() == pytest.approx([0, 20_000 * 4 / 7, 0, 20_000 * 3 / 7], abs=1.01)
+
+
+def test_a_tiny_top_p_still_leaves_one_token_with_log_prob_0():
+    logits = torch.randn(700, generator=torch.Generator().manual_seed(4))
+    token, logprob, entropy = sample(logits[None], torch.tensor([0.99], dtype=torch.float64), SamplingParams(top_p=1e-9))
+    assert (int(token), logprob.item(), entropy.item()) == (int(logits.argmax()), 0.0, 0.0)
+
+
+def test_top_k_beyond_the_vocabulary_changes_nothing():
+    logits = torch.randn(61, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(even_counts(logits, SamplingParams(top_k=100)), even_counts(logits))
+
+
+def test_temperature_comes_before_top_p():
+    # At temperature 1 the first token alone holds 0.6; at 3 it holds less and a second one is needed.
+    logits = torch.tensor([0.6, 0.2, 0.2]).log() + torch.tensor([0.0, 0.1, 0.0])
+    assert even_counts(logits, SamplingParams(top_p=0.55), count=100)[1] == 0
+    assert even_counts(logits, SamplingParams(top_p=0.55, temperature=3.0), count=100)[1] > 0
+
+
+def test_logits_of_a_diverged_model_give_a_token_that_exists():
+    tokens, logprobs, _ = sample(torch.full((1, 300), float("nan")), torch.tensor([0.7], dtype=torch.float64), PLAIN)
+    assert 0 <= int(tokens) < 300
+    assert math.isnan(logprobs.item())
+
+
+def test_uniforms_depend_on_the_seed_alone_and_not_on_the_length_limit():
+    assert torch.equal(request_uniforms(7, 5), request_uniforms(7, 40)[:5])
+    assert not torch.equal(request_uniforms(7, 5), request_uniforms(8, 5))
+    state = torch.random.get_rng_state()
+    request_uniforms(7, 5)
+    assert torch.equal(torch.random.get_rng_state(), state)

@@ -1,0 +1,305 @@
+"""A causal LM as policy, critic and reference."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+from surefoot.config import AdapterConfig, PolicyConfig
+from surefoot.errors import InputError
+from surefoot.policies.lm import wrap_policy
+from surefoot.types import Batch
+from tests.tiny import (
+    CONTEXT,
+    FAMILIES,
+    VOCABULARY,
+    move,
+    plain_scores,
+    random_tokens,
+    tiny_lm,
+    tiny_policy,
+    tiny_tokenizer,
+    written_batch,
+)
+
+# Prompts and answers of several lengths; longer than the sliding windows.
+PAIRS = [(random_tokens(p, seed=p), random_tokens(a, seed=40 + a)) for p, a in ((3, 5), (1, 1), (9, 4), (2, 12))]
+KINDS = ("logprobs", "values", "entropies")
+
+
+def brute_force(policy, prompt, answer) -> dict[str, torch.Tensor]:
+    """Scores of each token from a forward pass over nothing but what stood before it."""
+    steps = [plain_scores(policy, (*prompt, *answer[:t]), answer[t : t + 1]) for t in range(len(answer))]
+    return {kind: torch.cat([step[kind] for step in steps]) for kind in KINDS}
+
+
+def assert_scores_match(view, batch: Batch, expected, *, tolerance: float = 1e-4) -> None:
+    for kind in KINDS:
+        found = getattr(view, f"{kind}_BT")
+        assert torch.allclose(found[batch.mask_BT], torch.cat([row[kind] for row in expected]), atol=tolerance), kind
+        assert (found[~batch.mask_BT] == 0).all(), kind
+
+
+def padded(batch: Batch, columns: int, filler: int) -> Batch:
+    """The same batch with `columns` more to the right, holding `filler` and NaN."""
+    wide = copy.copy(batch)
+    rows = len(batch)
+    for name in ("mask_BT", "ends_BT"):
+        setattr(wide, name, torch.cat([getattr(batch, name), torch.zeros(rows, columns, dtype=torch.bool)], 1))
+    for name in ("logprobs_BT", "values_BT", "rewards_BT"):
+        setattr(wide, name, torch.cat([getattr(batch, name), torch.full((rows, columns), float("nan"))], 1))
+    tokens = torch.cat([batch.actions_BT, torch.full((rows, columns), filler)], 1)
+    tokens = torch.where(torch.arange(tokens.shape[1]) >= batch.observations["lengths"][:, None], filler, tokens)
+    wide.actions_BT = tokens
+    wide.observations = {"tokens": tokens, "lengths": batch.observations["lengths"]}
+    return wide
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_of_a_token_depend_on_what_stood_before_it_and_on_nothing_else(family):
+    policy = tiny_policy(family, moved=True)
+    batch = written_batch(PAIRS)
+    with torch.no_grad():
+        assert_scores_match(policy.evaluate(batch), batch, [brute_force(policy, *pair) for pair in PAIRS])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("columns", [0, 1, 7])
+def test_padding_and_neighbours_change_nothing(family, columns):
+    policy = tiny_policy(family, moved=True)
+    batch = written_batch(PAIRS)
+    with torch.no_grad():
+        together = policy.evaluate(padded(batch, columns, filler=VOCABULARY - 1))
+        for row, pair in enumerate(PAIRS):
+            alone_batch = written_batch([pair])
+            alone = policy.evaluate(alone_batch)
+            for kind in KINDS:
+                expected = getattr(alone, f"{kind}_BT")[alone_batch.mask_BT]
+                found = getattr(together, f"{kind}_BT")[row][: alone_batch.mask_BT.shape[1]][alone_batch.mask_BT[0]]
+                assert torch.allclose(found, expected, atol=1e-4), kind
+            assert torch.allclose(
+                policy.reference_logprobs(padded(alone_batch, columns, filler=5))[:, : alone_batch.mask_BT.shape[1]],
+                policy.reference_logprobs(alone_batch),
+                atol=1e-4,
+            )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_to_the_left_changes_no_logits(family):
+    # Learned positions (GPT-2) count from the first real token, not from the first column.
+    policy = tiny_policy(family, moved=True)
+    prompt = torch.tensor(random_tokens(8, seed=3))
+    results = []
+    for pads in (0, 1, 7):
+        offsets = torch.arange(pads + 8)[None] - pads
+        tokens = torch.cat([torch.zeros(pads, dtype=torch.long), prompt])[None]
+        cache = policy.new_cache(slots=1, columns=pads + 8)
+        with torch.no_grad():
+            results.append(policy.step(tokens, offsets.clamp(min=0), (offsets >= 0).long(), cache))
+    plain = policy.lm(input_ids=prompt[None], use_cache=False).logits[:, -1].float()
+    for logits, values in results:
+        assert torch.allclose(logits, plain, atol=1e-4)
+        assert torch.allclose(values, results[0][1], atol=1e-5)
+
+
+@pytest.mark.parametrize("adapter", [True, False], ids=["LoRA", "all weights"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "phi"])
+def test_temperature_divides_the_logits_of_policy_and_reference(family, adapter):
+    policy = tiny_policy(family, adapter=adapter, temperature=0.6)
+    base = copy.deepcopy(tiny_lm(family)).eval()
+    batch = written_batch(PAIRS)
+    # With all weights trained, the two take different paths through the head and may differ by rounding.
+    kl = policy.evaluate(batch).logprobs_BT - policy.reference_logprobs(batch)
+    assert kl.abs().max() <= (0 if adapter else 1e-5)
+    move(policy)
+    with torch.no_grad():
+        assert_scores_match(policy.evaluate(batch), batch, [brute_force(policy, *pair) for pair in PAIRS])
+    reference = torch.cat([plain_scores(policy, *pair, lm=base)["logprobs"] for pair in PAIRS])
+    assert torch.allclose(policy.reference_logprobs(batch)[batch.mask_BT], reference, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fresh_adapter_has_no_kl_to_the_reference(family):
+    policy = tiny_policy(family)
+    batch = written_batch(PAIRS)
+    before = policy.evaluate(batch).logprobs_BT
+    assert torch.equal(before, policy.reference_logprobs(batch))
+    assert (before[batch.mask_BT] < 0).all()
+    move(policy)
+    after = policy.evaluate(batch).logprobs_BT
+    assert (after - policy.reference_logprobs(batch))[batch.mask_BT].abs().mean() > 0.01
+    assert torch.equal(policy.reference_logprobs(batch), before)
+    assert torch.equal(policy.evaluate(batch).logprobs_BT, after)  # the adapter is on again after the reference
+
+
+DROPOUT = {
+    "llama": {"attention_dropout": 0.1},
+    "gpt2": {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
+    "gpt_neox": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
+    "phi": {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attention_dropout": 0.1},
+}
+
+
+@pytest.mark.parametrize("adapter", [True, False], ids=["LoRA", "all weights"])
+@pytest.mark.parametrize("family", DROPOUT)
+def test_dropout_of_the_model_is_off(family, adapter):
+    lm = tiny_lm(family, **DROPOUT[family])
+    assert lm.training
+    tokens = torch.tensor([PAIRS[3][0] + PAIRS[3][1]])
+    with torch.no_grad():
+        assert not torch.equal(lm(tokens).logits, lm(tokens).logits)  # it is there
+    policy = tiny_policy(lm=lm, adapter=adapter, moved=True)
+    batch = written_batch(PAIRS)
+    first, second = policy.evaluate(batch), policy.evaluate(batch)
+    for kind in KINDS:
+        assert torch.equal(getattr(first, f"{kind}_BT"), getattr(second, f"{kind}_BT"))
+    assert torch.equal(policy.reference_logprobs(batch), policy.reference_logprobs(batch))
+
+
+def test_the_value_head_is_float32_and_zero_at_the_start():
+    for dtype in (torch.float32, torch.bfloat16):
+        policy = tiny_policy(dtype=dtype)
+        assert {p.dtype for p in policy.value_head.parameters()} == {torch.float32}
+        assert (policy.evaluate(written_batch(PAIRS)).values_BT == 0).all()
+        move(policy)
+        values = policy.evaluate(written_batch(PAIRS)).values_BT
+        assert values.dtype == torch.float32
+        assert len(set(values[values != 0].tolist())) == sum(len(answer) for _, answer in PAIRS)
+
+
+@pytest.mark.parametrize("adapter", [True, False], ids=["LoRA", "all weights"])
+@pytest.mark.parametrize("stop_gradient", [True, False])
+def test_stop_gradient_keeps_the_value_loss_out_of_the_trunk(adapter, stop_gradient):
+    policy = tiny_policy(adapter=adapter, stop_gradient=stop_gradient, moved=True)
+    policy.evaluate(written_batch(PAIRS)).values_BT.square().sum().backward()
+    trunk = [p.grad for name, p in policy.named_parameters_to_train() if not name.startswith("value_head")]
+    reached = any(gradient is not None and gradient.abs().max() > 0 for gradient in trunk)
+    assert reached != stop_gradient
+    assert policy.value_head.weight.grad.abs().max() > 0
+    # The policy's own gradient reaches the trunk in either case.
+    policy.evaluate(written_batch(PAIRS)).logprobs_BT.sum().backward()
+    assert all(p.grad is not None for name, p in policy.named_parameters_to_train() if name.startswith("model."))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_gradient_through_the_frozen_head_is_the_gradient_of_the_plain_model(family):
+    policy = tiny_policy(family, moved=True, temperature=0.7)
+    batch = written_batch(PAIRS)
+    weights = torch.randn(batch.mask_BT.shape, generator=torch.Generator().manual_seed(0))
+    parameters = [p for name, p in policy.named_parameters_to_train() if not name.startswith("value_head")]
+    ours = torch.autograd.grad((weights * policy.evaluate(batch).logprobs_BT).sum(), parameters)
+    loss = torch.zeros(())
+    for row, (prompt, answer) in enumerate(PAIRS):
+        logits = policy.lm(input_ids=torch.tensor([[*prompt, *answer]]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        logprobs = torch.log_softmax(logits / 0.7, -1).gather(-1, torch.tensor(answer)[:, None]).squeeze(-1)
+        loss = loss + (weights[row][batch.mask_BT[row]] * logprobs).sum()
+    for one, other in zip(ours, torch.autograd.grad(loss, parameters), strict=True):
+        assert torch.allclose(one, other, atol=1e-5 * max(1.0, float(other.abs().max())))
+
+
+def test_what_is_trained_is_float32_and_the_reference_is_not_trained():
+    for adapter in (True, False):
+        for dtype in (torch.float32, torch.bfloat16):
+            policy = tiny_policy(adapter=adapter, dtype=dtype)
+            names, parameters = zip(*policy.named_parameters_to_train(), strict=True)
+            assert {p.dtype for p in parameters} == {torch.float32}
+            assert len(set(names)) == len(names)
+            assert all("lora" in name or name.startswith("value_head") for name in names) == adapter
+            assert names == tuple(name for name, _ in policy.named_parameters_to_train())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("adapter", [True, False], ids=["LoRA", "all weights"])
+def test_bfloat16_stays_close_to_float32(family, adapter):
+    batch = written_batch(PAIRS)
+    with torch.no_grad():
+        exact = tiny_policy(family, adapter=adapter).evaluate(batch).logprobs_BT
+        rough = tiny_policy(family, adapter=adapter, dtype=torch.bfloat16).evaluate(batch).logprobs_BT
+    assert rough.dtype == torch.float32
+    assert not torch.equal(rough, exact)
+    assert (rough - exact).abs().mean() < 0.1
+
+
+def test_the_models_end_tokens_are_the_tokenizers_and_the_generation_configs():
+    lm = tiny_lm()
+    lm.generation_config.eos_token_id = [7, 9]
+    assert tiny_policy(lm=lm).model_end_tokens == {1, 7, 9}
+    lm = tiny_lm()
+    lm.generation_config.eos_token_id = None
+    assert tiny_policy(lm=lm).model_end_tokens == {1}
+
+
+def test_the_context_length_is_the_configs():
+    assert [tiny_policy(family).context_length for family in ("llama", "gpt2", "gpt_neox")] == [CONTEXT] * 3
+
+
+@pytest.mark.parametrize("adapter", [True, False], ids=["LoRA", "all weights"])
+def test_the_fingerprint_knows_the_base_and_not_what_is_trained(adapter):
+    policy = tiny_policy(adapter=adapter)
+    before = policy.fingerprint()
+    assert before == tiny_policy(adapter=adapter).fingerprint()
+    move(policy)
+    assert policy.fingerprint() == before
+    lm = tiny_lm()
+    with torch.no_grad():
+        lm.model.layers[1].mlp.up_proj.weight[3, 4] += 1e-6
+    assert tiny_policy(lm=lm, adapter=adapter).fingerprint() != before
+
+
+def transformers_lm(name: str, **settings):
+    config = getattr(transformers, name)(vocab_size=VOCABULARY, initializer_range=0.5, **settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
+DECODER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+IDS = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("CohereConfig", {**DECODER, **IDS, "logit_scale": 0.5}),
+        ("GraniteConfig", {**DECODER, **IDS, "logits_scaling": 8.0}),
+        ("MambaConfig", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, **IDS}),
+        ("Lfm2Config", {**DECODER, **IDS, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}),
+        ("BertConfig", {**DECODER, **IDS, "is_decoder": False}),
+    ],
+    ids=["logits scaled up after the head", "logits scaled down", "a recurrent state", "convolutions", "looks ahead"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_would_be_trained_wrongly_is_refused(name, settings, dtype):
+    lm = transformers_lm(name, **settings)
+    with pytest.raises(InputError, match=type(lm).__name__):
+        tiny_policy(lm=lm, adapter=False, dtype=dtype)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seed", range(3))
+def test_no_sound_model_is_refused_in_bfloat16(family, seed):
+    for adapter in (True, False):
+        tiny_policy(adapter=adapter, dtype=torch.bfloat16, lm=tiny_lm(family, seed=seed))
+
+
+def test_adapter_targets_that_match_nothing_are_named():
+    config = PolicyConfig(adapter=AdapterConfig(targets=["nonesuch"]))
+    with pytest.raises(InputError, match=r"policy\.adapter\.targets"):
+        wrap_policy(tiny_lm(), tiny_tokenizer(), config=config)
+
+
+def test_the_adapters_start_depends_on_its_seed_alone():
+    def start(seed: int) -> torch.Tensor:
+        policy = wrap_policy(tiny_lm(), tiny_tokenizer(), seed=seed)
+        return torch.cat([p.flatten() for _, p in policy.named_parameters_to_train()])
+
+    torch.manual_seed(1)
+    first, state = start(5), torch.random.get_rng_state()
+    torch.manual_seed(2)
+    assert torch.equal(start(5), first)
+    assert not torch.equal(start(6), first)
+    torch.manual_seed(1)
+    assert torch.equal(torch.random.get_rng_state(), state)  # nothing was drawn from the global generator

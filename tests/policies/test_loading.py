@@ -1,0 +1,280 @@
+"""Writing a model for others, and refusing folders that are no whole, safe model."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from surefoot.config import AdapterConfig, PolicyConfig
+from surefoot.errors import InputError
+from surefoot.policies.lm import check_model_folder, load_policy, resolve_dtype
+from tests.tiny import FAMILIES, random_tokens, tiny_lm, tiny_policy, tiny_tokenizer, written_batch
+
+PAIRS = [(random_tokens(4, seed=1), random_tokens(6, seed=2))]
+WEIGHTS = "model.safetensors"
+FLOAT32 = PolicyConfig(adapter=AdapterConfig(rank=4), dtype="float32")
+
+
+@pytest.fixture(autouse=True)
+def _quiet_progress_bars():
+    transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def whole_model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    tiny_lm().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(whole_model, tmp_path) -> Path:
+    """A copy of a whole model, to be damaged."""
+    return Path(shutil.copytree(whole_model, tmp_path / "model"))
+
+
+@pytest.fixture
+def sharded(tmp_path) -> Path:
+    folder = tmp_path / "sharded"
+    tiny_lm().save_pretrained(folder, max_shard_size="20KB")
+    tiny_tokenizer().save_pretrained(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+def refusal(folder: Path | str) -> str:
+    with pytest.raises(InputError) as caught:
+        load_policy(str(folder), FLOAT32)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("adapter", [True, False], ids=["LoRA", "all weights"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_saved_opens_in_transformers_and_is_the_adapted_model(family, adapter, tmp_path):
+    policy = tiny_policy(family, adapter=adapter, moved=True)
+    tokens = torch.tensor([random_tokens(12, seed=0)])
+    before = policy.lm(tokens).logits
+    policy.save(tmp_path)
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.allclose(opened(tokens).logits, before, atol=1e-4)
+    assert not torch.allclose(tiny_lm(family).eval()(tokens).logits, before, atol=1e-2)  # it has moved
+    assert torch.equal(policy.lm(tokens).logits, before)  # saving changed nothing
+    assert not [p for p in tmp_path.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".pkl"}]
+
+
+def test_a_bfloat16_base_is_saved_with_the_adapter_merged_in_float32(tmp_path):
+    # Merged in bfloat16, a small adapter would be rounded away.
+    policy = tiny_policy(dtype=torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters_to_train():
+            if "lora_B" in name:
+                parameter.add_(1e-5)
+    base = {name: p.float() for name, p in tiny_lm().to(torch.bfloat16).named_parameters()}
+    policy.save(tmp_path)
+    saved = load_file(tmp_path / WEIGHTS)
+    moved = [name for name in saved if not torch.equal(saved[name], base[name])]
+    assert saved["model.layers.0.self_attn.q_proj.weight"].dtype == torch.float32
+    assert len(moved) == 14  # seven linear layers in each of two blocks
+
+
+def test_loading_a_saved_folder_gives_the_same_policy(folder):
+    loaded = load_policy(str(folder), FLOAT32, temperature=0.7)
+    made = tiny_policy(temperature=0.7)
+    assert torch.equal(loaded.evaluate(written_batch(PAIRS)).logprobs_BT, made.evaluate(written_batch(PAIRS)).logprobs_BT)
+    assert loaded.tokenizer("the end")["input_ids"] == made.tokenizer("the end")["input_ids"]
+    assert loaded.model_end_tokens == made.model_end_tokens
+    assert loaded.fingerprint() == made.fingerprint()
+
+
+def test_a_sharded_model_is_loaded(sharded):
+    expected = tiny_policy().evaluate(written_batch(PAIRS)).logprobs_BT
+    assert torch.equal(load_policy(str(sharded), FLOAT32).evaluate(written_batch(PAIRS)).logprobs_BT, expected)
+
+
+@pytest.mark.parametrize("adapter", [AdapterConfig(rank=4), None], ids=["LoRA", "all weights"])
+def test_bfloat16_stores_only_a_frozen_base_in_bfloat16(folder, adapter):
+    policy = load_policy(str(folder), PolicyConfig(adapter=adapter, dtype="bfloat16"))
+    frozen = {p.dtype for p in policy.lm.parameters() if not p.requires_grad}
+    assert frozen == ({torch.bfloat16} if adapter else set())
+    assert {p.dtype for _, p in policy.named_parameters_to_train()} == {torch.float32}
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    assert str(tmp_path / "nowhere") in refusal(tmp_path / "nowhere")
+    assert "./nowhere" in refusal("./nowhere")
+
+
+def test_a_config_alone_is_no_model(folder):
+    (folder / WEIGHTS).unlink()
+    assert f"no {WEIGHTS}" in refusal(folder)
+
+
+def test_weights_alone_are_no_model(folder):
+    (folder / "config.json").unlink()
+    assert "no config.json" in refusal(folder)
+
+
+@pytest.mark.parametrize("left", [0, 5, 8, 200, -1])
+def test_a_truncated_weight_file_is_refused(folder, left):
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[:left])
+    assert WEIGHTS in refusal(folder)
+
+
+def test_a_weight_file_with_more_than_it_says_is_refused(folder):
+    with (folder / WEIGHTS).open("ab") as file:
+        file.write(b"\0" * 64)
+    assert WEIGHTS in refusal(folder)
+
+
+@pytest.mark.parametrize("header_size", [2**63, 10**12, 99_999_999])
+def test_a_huge_header_is_refused_before_it_is_read(folder, header_size):
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(header_size.to_bytes(8, "little") + data[8:])
+    assert "header" in refusal(folder)
+
+
+DAMAGED_HEADERS = [
+    b"[]",
+    b'"x"',
+    b"{}{}",
+    b"\xff\xfe",
+    b'{"a": 1}',
+    b'{"a": {"data_offsets": [0]}}',
+    b'{"a": {"data_offsets": [0, "x"]}}',
+    b"[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("header", DAMAGED_HEADERS, ids=range(len(DAMAGED_HEADERS)))
+def test_a_damaged_header_is_refused(folder, header):
+    (folder / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header)
+    assert WEIGHTS in refusal(folder)
+
+
+def test_tensors_that_overlap_in_the_file_are_refused(folder):
+    data = (folder / WEIGHTS).read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    first, second = [name for name in header if name != "__metadata__"][:2]
+    header[first]["data_offsets"] = header[second]["data_offsets"]
+    text = json.dumps(header).encode()
+    (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+    assert str(folder) in refusal(folder)
+
+
+class _Canary:
+    """Unpickling this makes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth", "model.pkl"])
+def test_pickled_weights_are_refused_without_being_opened(folder, tmp_path, name):
+    canary = tmp_path / "canary"
+    (folder / WEIGHTS).unlink()
+    (folder / name).write_bytes(pickle.dumps(_Canary(canary)))
+    message = refusal(folder)
+    assert name in message and "safetensors" in message
+    assert not canary.exists()
+
+
+def test_a_pickle_under_a_safe_name_is_refused_without_being_opened(folder, tmp_path):
+    canary = tmp_path / "canary"
+    (folder / WEIGHTS).write_bytes(pickle.dumps(_Canary(canary)))
+    assert WEIGHTS in refusal(folder)
+    assert not canary.exists()
+
+
+def test_code_that_comes_with_a_model_is_not_run(folder, tmp_path):
+    canary = tmp_path / "canary"
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "their_own"
+    config["auto_map"] = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "theirs.py").write_text(f"import pathlib\npathlib.Path({str(canary)!r}).touch()\n")
+    assert str(folder) in refusal(folder)
+    assert not canary.exists()
+
+
+def test_a_missing_shard_is_named(sharded):
+    lost = sorted(sharded.glob("model-*.safetensors"))[1]
+    lost.unlink()
+    assert lost.name in refusal(sharded)
+
+
+def test_a_truncated_shard_is_named(sharded):
+    short = sorted(sharded.glob("model-*.safetensors"))[1]
+    short.write_bytes(short.read_bytes()[:-1])
+    assert short.name in refusal(sharded)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}'])
+def test_a_damaged_shard_index_is_named(sharded, text):
+    (sharded / "model.safetensors.index.json").write_text(text)
+    assert "index.json" in refusal(sharded)
+
+
+def test_weights_missing_from_a_sound_file_are_not_made_up(folder):
+    # transformers would fill the gap with random numbers and only warn.
+    weights = load_file(folder / WEIGHTS)
+    lost = "model.layers.1.mlp.up_proj.weight"
+    del weights[lost]
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    assert lost in refusal(folder)
+
+
+def test_weights_of_another_shape_than_the_config_says_are_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 48}))
+    message = refusal(folder)
+    assert "32" in message and "48" in message
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": "wide"}, {"model_type": "nonesuch"}, {"model_type": "t5"}])
+def test_a_config_that_is_no_causal_lm_is_refused(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    assert str(folder) in refusal(folder)
+
+
+def test_a_model_without_a_tokenizer_is_refused(folder):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    assert str(folder) in refusal(folder)
+
+
+def test_weights_that_are_not_numbers_are_refused(folder):
+    weights = load_file(folder / WEIGHTS)
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    assert "nan" in refusal(folder)
+
+
+def test_a_hub_id_is_left_to_transformers():
+    check_model_folder("someone/some-model")
+    check_model_folder("gpt2")
+
+
+def test_dtype_auto_takes_bfloat16_only_where_the_processor_has_it(monkeypatch):
+    assert resolve_dtype("float32", "cpu") == torch.float32
+    assert resolve_dtype("bfloat16", "cpu") == torch.bfloat16
+    for has_it, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has_it=has_it: has_it)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has_it=has_it: has_it)
+        assert resolve_dtype("auto", "cpu") == resolve_dtype("auto", "cuda") == expected
+    assert resolve_dtype("auto", "mps") == torch.float32

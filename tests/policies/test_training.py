@@ -1,0 +1,111 @@
+"""A policy in the hands of the update: the start is exact, and every mode of arithmetic learns."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from surefoot.config import GenerationConfig, PPOConfig
+from surefoot.envs.text import TextTask
+from surefoot.policies.lm import CausalLMPolicy
+from surefoot.rollout.text import collect
+from surefoot.train.update import UpdateResult, advantages, update
+from surefoot.types import Batch
+from tests.tiny import FAMILIES, tiny_policy
+
+PROMPTS = ["the", "a band in the sun.", "1, 2, 3", "who?", "an inner thing and another", "no"]
+# The token budgets differ on purpose: old and new log-probs come from batches of other shapes.
+PPO = PPOConfig(batch_size=4, n_epochs=1, learning_rate=1e-6, micro_batch_tokens=90, kl_coef=0.1)
+EXACT, ROUGH = torch.float32, torch.bfloat16
+MODES = [(adapter, dtype) for adapter in (True, False) for dtype in (EXACT, ROUGH)]
+
+
+def reward(prompts, completions, **columns):
+    return [float(len(set(text))) for text in completions]
+
+
+def rollout(policy: CausalLMPolicy, *, episodes: int = 12) -> Batch:
+    task = TextTask(PROMPTS, reward, held_out=0.0)
+    generation = GenerationConfig(max_new_tokens=10, slots=5, temperature=policy.temperature)
+    batch = collect(policy, task, episodes=episodes, generation=generation, ppo=PPOConfig(micro_batch_tokens=64), seed=3)
+    return advantages(batch, PPO)
+
+
+def first_minibatch(result: UpdateResult) -> dict[str, float]:
+    stats = result.first
+    assert stats is not None
+    names = ("ratio", "approx_kl", "clipped")
+    return {name: float(getattr(stats, name) / stats.steps) for name in names} | {"ratio_max": float(stats.ratio_max)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_before_the_first_step_the_ratio_is_1_and_nothing_is_clipped(family, temperature):
+    policy = tiny_policy(family, moved=True, temperature=temperature)
+    batch = rollout(policy)
+    seen = first_minibatch(update(policy, batch, config=PPO))
+    assert seen["ratio"] == pytest.approx(1, abs=1e-6)
+    assert seen["ratio_max"] == pytest.approx(1, abs=1e-4)
+    assert seen["approx_kl"] < 1e-10
+    assert seen["clipped"] == 0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_before_the_first_step_there_is_no_kl_to_the_reference(temperature):
+    batch = rollout(tiny_policy(temperature=temperature))
+    assert (batch.logprobs_BT - batch.reference_logprobs_BT).abs().max() < 1e-4
+    moved = rollout(tiny_policy(temperature=temperature, moved=True))
+    assert (moved.logprobs_BT - moved.reference_logprobs_BT).abs().max() > 0.01
+
+
+def test_a_temperature_on_one_side_only_would_be_seen_in_the_first_ratio():
+    policy = tiny_policy(temperature=0.6)
+    batch = rollout(policy)
+    policy.temperature = 1.0
+    assert abs(first_minibatch(update(policy, batch, config=PPO))["ratio"] - 1) > 0.1
+
+
+@pytest.mark.parametrize("adapter", [True, False], ids=["LoRA", "all weights"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_in_bfloat16_scoring_again_makes_the_first_ratio_1(family, adapter):
+    policy = tiny_policy(family, adapter=adapter, moved=True, dtype=ROUGH)
+    assert not policy.scores_like_sampler
+    batch = rollout(policy, episodes=32)
+    assert batch.behaviour_logprobs_BT is not None
+    assert (batch.behaviour_logprobs_BT - batch.logprobs_BT)[batch.mask_BT].abs().mean() < 0.05  # the sampler's own
+    seen = first_minibatch(update(policy, batch, config=PPO))
+    assert seen["ratio"] == pytest.approx(1, abs=1e-3)
+    assert seen["ratio_max"] == pytest.approx(1, abs=0.05)
+    assert seen["approx_kl"] < 1e-5
+    assert seen["clipped"] == 0
+
+
+@pytest.mark.parametrize(("adapter", "dtype"), MODES, ids=str)
+def test_one_step_at_learning_rate_1e_6_changes_every_parameter_it_should(adapter, dtype):
+    # Weights held in bfloat16 would round such a step away.
+    policy = tiny_policy(adapter=adapter, dtype=dtype, moved=True)
+    before = {name: p.detach().clone() for name, p in policy.named_parameters_to_train()}
+    frozen = policy.fingerprint()
+    batch = rollout(policy)
+    result = update(policy, batch, config=PPO.model_copy(update={"batch_size": 12}))
+    assert (result.steps, result.skipped) == (1, 0)
+    unchanged = [name for name, p in policy.named_parameters_to_train() if torch.equal(p, before[name])]
+    assert unchanged == []
+    steps = torch.cat([(p.detach() - before[name]).flatten() for name, p in policy.named_parameters_to_train()])
+    assert steps.abs().max() == pytest.approx(1e-6, rel=0.3)  # Adam's first step is the learning rate
+    assert policy.fingerprint() == frozen
+
+
+@pytest.mark.parametrize("dtype", [EXACT, ROUGH], ids=str)
+def test_the_reference_of_full_fine_tuning_does_not_move(dtype):
+    policy = tiny_policy(adapter=False, dtype=dtype)
+    batch = rollout(policy)
+    before = policy.reference_logprobs(batch)
+    weights = copy.deepcopy(policy.lm.state_dict())
+    for _ in range(3):
+        update(policy, batch, config=PPO.model_copy(update={"learning_rate": 1e-3}))
+    assert not any(torch.equal(value, weights[name]) for name, value in policy.lm.state_dict().items())
+    assert torch.equal(policy.reference_logprobs(batch), before)
+    assert (policy.evaluate(batch).logprobs_BT - before)[batch.mask_BT].abs().max() > 0.1

@@ -1,0 +1,383 @@
+"""From prompts to a scored batch: what the policy wrote, and nothing else, is what is trained."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+
+from surefoot.config import GenerationConfig, PPOConfig, make_config
+from surefoot.core.kl import kl_penalised_rewards
+from surefoot.core.losses import LossSettings, ppo_loss
+from surefoot.envs.text import TextTask
+from surefoot.errors import InputError
+from surefoot.rollout.score import score_batch, sequence_kl
+from surefoot.rollout.text import TextRollout, collect, completion_text, distinct_2, encode_prompt
+from surefoot.types import Batch, StopReason
+from tests.tiny import ASSISTANT, CONTEXT, END, SPECIAL, USER, plain_scores, tiny_lm, tiny_policy, tiny_tokenizer
+
+PROMPTS = ["the", "a band in the sun.", "1, 2, 3", "who?", "an inner thing and another", "no", "other", "thin ice"]
+GENERATION = GenerationConfig(max_new_tokens=9, slots=3)
+PPO = PPOConfig(micro_batch_tokens=60, kl_coef=0.3)
+
+
+def letters(prompts, completions, **columns):
+    return [len(prompt) + 10.0 * len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
+
+
+def task(prompts: Any = PROMPTS, reward=letters, **settings: Any) -> TextTask:
+    return TextTask(prompts, reward, **{"held_out": 0.0, **settings})
+
+
+def played(policy=None, env=None, *, episodes=16, first_episode=0, seed=0, generation=GENERATION, ppo=PPO) -> Batch:
+    policy = policy or tiny_policy(moved=True)
+    return collect(
+        policy, env or task(), episodes=episodes, first_episode=first_episode, seed=seed, generation=generation, ppo=ppo
+    )
+
+
+def end_often(lm=None, bias: float = 3.0):
+    """A model that writes the end token now and then."""
+    lm = lm or tiny_lm("phi")
+    with torch.no_grad():
+        lm.get_output_embeddings().bias[END] = bias
+    return lm
+
+
+def test_plain_text_is_encoded_as_the_tokenizer_does_it():
+    assert encode_prompt(tiny_tokenizer(), "the") == (tiny_tokenizer().convert_tokens_to_ids("the"),)
+
+
+def test_chat_prompts_go_through_the_template_with_the_assistants_turn_opened():
+    tokenizer = tiny_tokenizer(chat=True)
+    no = tuple(tokenizer("no")["input_ids"])
+    expected = (USER, *no, END, ASSISTANT)
+    assert encode_prompt(tokenizer, [{"role": "user", "content": "no"}]) == expected
+    assert encode_prompt(tokenizer, "no", chat=True) == expected
+    assert encode_prompt(tokenizer, "no") == no
+
+
+@pytest.mark.parametrize(("prompt", "chat"), [([{"role": "user", "content": "no"}], False), ("no", True)])
+def test_chat_without_a_template_is_refused(prompt, chat):
+    with pytest.raises(InputError, match="chat template"):
+        encode_prompt(tiny_tokenizer(), prompt, chat=chat)
+
+
+def test_a_prompt_that_leaves_no_room_for_the_answer_is_refused_at_the_start():
+    room = CONTEXT - GENERATION.max_new_tokens
+    longest = played(env=task(["x" * room]), episodes=1)
+    assert longest.observations["lengths"].item() <= CONTEXT
+    with pytest.raises(InputError, match=f"{room + 1} tokens.*context of {CONTEXT} leaves {room} beside 9"):
+        played(env=task(["no", "x" * (room + 1)]))
+
+
+def test_a_held_out_prompt_is_checked_at_the_start_too():
+    with pytest.raises(InputError, match="tokens"):
+        played(env=task(["no"], held_out=["x" * CONTEXT]))
+
+
+def test_a_prompt_that_has_no_tokens_is_refused_at_the_start():
+    with pytest.raises(InputError, match="no tokens"):
+        played(env=task(["no", "€"]))  # a character the tokenizer drops
+
+
+def test_prompt_tokens_cuts_the_prompt_and_the_reward_sees_what_is_left():
+    seen = []
+
+    def reward(prompts, completions, **columns):
+        seen.extend(prompts)
+        return [0.0] * len(prompts)
+
+    batch = played(env=task(["a band in the sun."], reward, prompt_tokens=3), episodes=2)
+    assert {len(t.prompt_tokens) for t in batch.trajectories} == {3}
+    assert seen == ["a b", "a b"]  # the tokens are a, space, b, and, …
+
+
+def test_distinct_2_counts_bigrams_of_tokens_over_all_sequences():
+    assert distinct_2([[1, 2, 3], [1, 2]]) == 2 / 3
+    assert distinct_2([[7, 7, 7]]) == 1 / 2
+    assert distinct_2([[1, 2], [2, 1]]) == 1.0
+    assert distinct_2([[5], []]) == 0.0
+    assert distinct_2([]) == 0.0
+
+
+def test_the_answers_text_has_neither_end_token_nor_other_special_ones():
+    tokenizer = tiny_tokenizer()
+    the, no = tokenizer("the")["input_ids"], tokenizer("no")["input_ids"]
+    ends = frozenset({END, *tokenizer("?")["input_ids"]})
+    assert completion_text(tokenizer, [*the, END], ends) == "the"
+    assert completion_text(tokenizer, the, ends) == "the"
+    assert completion_text(tokenizer, [*the, USER, *no], ends) == "theno"
+    assert completion_text(tokenizer, [*no, *tokenizer("?")["input_ids"]], ends) == "no"  # ended by a visible token
+    assert completion_text(tokenizer, [END], ends) == completion_text(tokenizer, [], ends) == ""
+
+
+def test_the_reward_function_sees_prompts_texts_and_columns_in_order():
+    seen: dict[str, list[Any]] = {}
+
+    def reward(prompts, completions, **columns):
+        seen.update(prompts=prompts, completions=completions, **columns)
+        return [float(i) for i in range(len(prompts))]
+
+    rows = [{"prompt": prompt, "answer": i} for i, prompt in enumerate(PROMPTS)]
+    batch = played(env=task(rows, reward))
+    assert seen["prompts"] == [t.prompt for t in batch.trajectories]
+    assert seen["completions"] == [t.text for t in batch.trajectories]
+    assert seen["answer"] == [PROMPTS.index(t.prompt) for t in batch.trajectories]
+    assert [t.score for t in batch.trajectories] == list(range(16))
+
+
+def test_chat_prompts_reach_the_reward_function_as_messages():
+    seen = []
+
+    def reward(prompts, completions, **columns):
+        seen.extend(zip(prompts, completions, strict=True))
+        return [0.0] * len(prompts)
+
+    messages = [{"role": "user", "content": "who?"}]
+    policy = tiny_policy(tokenizer=tiny_tokenizer(chat=True))
+    batch = played(policy, task([messages], reward), episodes=2)
+    assert seen == [(messages, [{"role": "assistant", "content": t.text}]) for t in batch.trajectories]
+
+
+def test_trained_tokens_are_the_sampled_ones_though_their_text_encodes_to_others():
+    policy = tiny_policy(moved=True)
+    batch = played(policy, episodes=32)
+    tokenizer = policy.tokenizer
+    encoded_otherwise = 0
+    for row, t in enumerate(batch.trajectories):
+        assert batch.actions_BT[row][batch.mask_BT[row]].tolist() == t.completion.tokens
+        assert batch.observations["tokens"][row][: len(t.prompt_tokens)].tolist() == list(t.prompt_tokens)
+        encoded_otherwise += tokenizer(t.text)["input_ids"] != [i for i in t.completion.tokens if i >= len(SPECIAL)]
+    assert encoded_otherwise > 3  # the trap is there
+
+
+def test_log_probs_and_values_in_the_batch_are_the_models_own_for_those_tokens():
+    policy = tiny_policy("gpt2", moved=True)
+    batch = played(policy)
+    for row, t in enumerate(batch.trajectories):
+        plain = plain_scores(policy, t.prompt_tokens, t.completion.tokens)
+        assert torch.allclose(batch.logprobs_BT[row][batch.mask_BT[row]], plain["logprobs"], atol=1e-4)
+        assert torch.allclose(batch.values_BT[row][batch.mask_BT[row]], plain["values"], atol=1e-4)
+
+
+def test_the_reward_lands_on_the_last_written_token_whatever_the_length():
+    batch = played(tiny_policy(lm=end_often(bias=6.0)), episodes=40)
+    lengths = batch.mask_BT.sum(1)
+    assert {1, 9} <= set(lengths.tolist())  # answers of one token, and cut off ones
+    assert torch.equal(batch.ends_BT.sum(1), torch.ones(40, dtype=torch.long))
+    for row, t in enumerate(batch.trajectories):
+        last = len(t.prompt_tokens) + len(t.completion.tokens) - 1
+        expected = torch.zeros(batch.mask_BT.shape[1])
+        expected[last] = len(t.prompt) + 10 * len(t.text)
+        assert torch.equal(batch.rewards_BT[row], expected)
+        assert batch.mask_BT[row].nonzero().max() == last
+
+
+def test_a_rows_rewards_sum_to_its_score_less_beta_times_its_kl():
+    batch = played(tiny_policy(lm=end_often(), moved=True), episodes=24)
+    assert batch.reference_logprobs_BT is not None
+    rewards = kl_penalised_rewards(batch.rewards_BT, batch.logprobs_BT, batch.reference_logprobs_BT, batch.mask_BT, coef=0.3)
+    kl = sequence_kl(batch)
+    assert kl.abs().min() > 0
+    assert torch.allclose(rewards.sum(1), torch.tensor([t.score for t in batch.trajectories]) - 0.3 * kl, atol=1e-3)
+    assert [t.kl for t in batch.trajectories] == pytest.approx(kl.tolist())
+
+
+@pytest.mark.parametrize("pad_is_eos", [True, False])
+def test_an_end_token_that_is_also_the_pad_token_is_trained_like_any_other(pad_is_eos):
+    tokenizer = tiny_tokenizer(pad_is_eos=pad_is_eos, chat=True)
+    assert (tokenizer.pad_token_id == tokenizer.eos_token_id) == pad_is_eos
+    policy = tiny_policy(lm=end_often(), tokenizer=tokenizer, moved=True)
+    batch = played(policy, task(chat=True), episodes=24)  # the prompts hold end tokens too
+    ended = [row for row, t in enumerate(batch.trajectories) if t.completion.stop_reason is StopReason.END_TOKEN]
+    assert 0 < len(ended) < 24
+    at_end = torch.zeros_like(batch.mask_BT)
+    for row in ended:
+        at_end[row] = batch.ends_BT[row]
+    assert (batch.actions_BT[at_end] == END).all()
+    assert batch.mask_BT[at_end].all()
+    assert (batch.logprobs_BT[at_end] < 0).all() and (batch.values_BT[at_end] != 0).all()
+    assert ((batch.logprobs_BT - batch.reference_logprobs_BT)[at_end] != 0).all()
+    assert int(batch.mask_BT.sum()) == sum(len(t.completion.tokens) for t in batch.trajectories)
+    # An advantage on the end tokens alone gives the policy a gradient, and a step along it makes the end likelier.
+    view = policy.evaluate(batch)
+    loss, stats = ppo_loss(
+        (view.logprobs_BT, view.values_BT, view.entropies_BT),
+        (batch.logprobs_BT, batch.values_BT),
+        advantages_BT=at_end.float(),
+        returns_BT=batch.values_BT,
+        mask_BT=batch.mask_BT,
+        denominator=float(batch.mask_BT.sum()),
+        settings=LossSettings(vf_coef=0.0),
+    )
+    assert int(stats.steps) == int(batch.mask_BT.sum())
+    loss.backward()
+    with torch.no_grad():
+        for _, parameter in policy.named_parameters_to_train():
+            if parameter.grad is not None:
+                parameter.sub_(1e-2 * parameter.grad)
+        assert policy.evaluate(batch).logprobs_BT[at_end].mean() > view.logprobs_BT[at_end].mean()
+
+
+def test_the_pad_token_of_the_tokenizer_changes_nothing():
+    batches = [
+        played(tiny_policy(lm=end_often(), tokenizer=tiny_tokenizer(pad_is_eos=pad_is_eos), moved=True))
+        for pad_is_eos in (True, False)
+    ]
+    assert_same(*batches)
+
+
+def assert_same(one: Batch, other: Batch) -> None:
+    for f in fields(Batch):
+        a, b = getattr(one, f.name), getattr(other, f.name)
+        assert not isinstance(a, torch.Tensor) or torch.equal(a, b), f.name
+    assert one.trajectories == other.trajectories
+
+
+def test_the_same_seed_gives_the_same_batch_and_another_seed_another():
+    one, same, other = (played(seed=seed) for seed in (4, 4, 5))
+    assert_same(one, same)
+    assert [t.completion.tokens for t in one.trajectories] != [t.completion.tokens for t in other.trajectories]
+
+
+def test_episodes_do_not_depend_on_how_they_are_grouped_or_on_the_speed_settings():
+    whole = played(episodes=12)
+    halves = [played(episodes=6, first_episode=first) for first in (0, 6)]
+    wide = played(episodes=12, generation=GENERATION.model_copy(update={"slots": 64}))
+    narrow = played(episodes=12, ppo=PPO.model_copy(update={"micro_batch_tokens": 1}))
+    expected = [(t.prompt, t.completion.tokens) for t in whole.trajectories]
+    assert [(t.prompt, t.completion.tokens) for half in halves for t in half.trajectories] == expected
+    for again in (wide, narrow):
+        assert [(t.prompt, t.completion.tokens) for t in again.trajectories] == expected
+        assert torch.allclose(again.logprobs_BT, whole.logprobs_BT, atol=1e-4)
+        assert torch.allclose(again.reference_logprobs_BT, whole.reference_logprobs_BT, atol=1e-4)
+
+
+def test_one_prompt_played_twice_is_answered_with_other_randomness():
+    batch = played(env=task(["no"]), episodes=8)
+    assert len({tuple(t.completion.tokens) for t in batch.trajectories}) > 4
+
+
+def test_every_pass_over_the_prompts_is_a_permutation_of_its_own():
+    env = task(PROMPTS)
+
+    def one_pass(number: int, seed: int) -> list[str]:
+        return [env.training_example(8 * number + i, seed).text for i in range(8)]
+
+    passes = [one_pass(number, seed) for seed in (0, 1) for number in range(3)]
+    assert all(sorted(order) == sorted(PROMPTS) for order in passes)
+    assert len({tuple(order) for order in passes}) == 6
+    assert one_pass(0, 0) == passes[0]  # asked again out of order, as after resuming
+
+
+def test_a_temperature_on_one_side_only_is_refused():
+    cold = GENERATION.model_copy(update={"temperature": 0.6})
+    with pytest.raises(InputError, match=r"temperature is 0\.6.*at 1"):
+        played(generation=cold)
+    batch = played(tiny_policy(temperature=0.6, moved=True), generation=cold)
+    assert torch.allclose(tiny_policy(temperature=0.6, moved=True).evaluate(batch).logprobs_BT, batch.logprobs_BT, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "value"), [("top_p", 0.9), ("top_k", 5)])
+def test_truncated_sampling_is_refused_in_training(name, value):
+    with pytest.raises(InputError, match=rf"generation\.{name} contradicts training"):
+        make_config({"generation": {name: value}}, where="test")
+    with pytest.raises(InputError, match=name):
+        played(generation=GENERATION.model_copy(update={name: value}))
+    with pytest.raises(InputError, match="greedy"):
+        make_config({"generation": {"temperature": 0.0}}, where="test")
+
+
+def test_a_stop_string_ends_the_answer_and_stays_part_of_it():
+    free = played(episodes=40)
+    stop = "e"
+    batch = played(episodes=40, generation=GENERATION.model_copy(update={"stop": [stop, "never written"]}))
+    stopped = [t for t in batch.trajectories if t.completion.stop_reason is StopReason.STOP_STRING]
+    assert 0 < len(stopped) < 40
+    for t, unstopped in zip(batch.trajectories, free.trajectories, strict=True):
+        length = len(t.completion.tokens)
+        assert t.completion.tokens == unstopped.completion.tokens[:length]
+        assert (stop in t.text) == (t.completion.stop_reason is StopReason.STOP_STRING)
+        assert stop not in completion_text(tiny_tokenizer(), t.completion.tokens[:-1], frozenset())
+
+
+def stop_check(*stops: str):
+    generation = GENERATION.model_copy(update={"stop": list(stops)})
+    return TextRollout(tiny_policy(), task(), generation=generation, ppo=PPO, seed=0)._stop_check()
+
+
+def test_a_stop_string_is_found_across_token_borders():
+    tokenizer = tiny_tokenizer()
+    is_stopped = stop_check("then")
+    tokens = tokenizer.convert_tokens_to_ids(["a", "t", "h", "e", "n"])
+    assert [is_stopped(tokens[: i + 1]) for i in range(5)] == [False, False, False, False, True]
+    assert is_stopped(tokenizer.convert_tokens_to_ids(["the", "n"]))
+    assert stop_check() is None
+
+
+def test_a_stop_string_does_not_match_the_name_of_a_special_token():
+    assert not stop_check("e", "user")([USER])
+
+
+def test_the_penalty_for_a_missing_end_is_for_cut_off_answers_alone_with_custom_end_tokens_too():
+    # A visible end token besides the model's own must count as an end.
+    question = tiny_tokenizer().convert_tokens_to_ids("?")
+    generation = GENERATION.model_copy(update={"stop_token_ids": [question, 20, 30, 40]})
+    ppo = PPO.model_copy(update={"missing_eos_penalty": 100.0})
+    batch = played(tiny_policy(lm=end_often(bias=1.0)), episodes=40, generation=generation, ppo=ppo)
+    last = {t.completion.tokens[-1] for t in batch.trajectories if t.completion.stop_reason is StopReason.END_TOKEN}
+    assert END in last and last & {question, 20, 30, 40}
+    assert last <= {END, question, 20, 30, 40}
+    for row, t in enumerate(batch.trajectories):
+        was_cut = t.completion.stop_reason is StopReason.LENGTH
+        assert batch.rewards_BT[row].sum().item() == pytest.approx(t.score - 100 * was_cut)
+
+
+def test_evaluation_reports_the_means_of_its_answers_and_repeats_itself():
+    env = task(["no"], held_out=PROMPTS, metric=lambda prompts, completions, **columns: [2.0] * len(prompts))
+    rollout = TextRollout(tiny_policy(lm=end_often(), moved=True), env, generation=GENERATION, ppo=PPO, seed=1)
+    assert rollout.can_evaluate
+    metrics, trajectories = rollout.evaluate(6)
+    assert [t.prompt for t in trajectories] == PROMPTS[:6]
+    lengths = [len(t.completion.tokens) for t in trajectories]
+    plain = [plain_scores(rollout.policy, t.prompt_tokens, t.completion.tokens)["logprobs"] for t in trajectories]
+    with rollout.policy.adapter.disable_adapter():
+        base = [plain_scores(rollout.policy, t.prompt_tokens, t.completion.tokens)["logprobs"] for t in trajectories]
+    kl = sum(float((p - b).sum()) for p, b in zip(plain, base, strict=True)) / 6
+    assert metrics == {
+        "eval/reward": pytest.approx(sum(letters([t.prompt for t in trajectories], [t.text for t in trajectories])) / 6),
+        "eval/metric": 2.0,
+        "eval/kl": pytest.approx(kl, abs=1e-3),
+        "eval/distinct_2": distinct_2([t.completion.tokens for t in trajectories]),
+        "eval/length": sum(lengths) / 6,
+        "eval/end_rate": sum(t.completion.tokens[-1] == END for t in trajectories) / 6,
+    }
+    rollout.collect(first_episode=0, episodes=4)
+    assert rollout.evaluate(6)[0] == metrics
+
+
+def test_nothing_held_out_means_nothing_to_evaluate():
+    assert not TextRollout(tiny_policy(), task(), generation=GENERATION, ppo=PPO, seed=0).can_evaluate
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("budget", [1, 50, 10_000])
+def test_scoring_fills_the_written_tokens_whatever_the_token_budget(dtype, budget):
+    policy = tiny_policy(moved=True, dtype=dtype)
+    batch = played(policy)
+    written, old = batch.logprobs_BT.clone(), batch.behaviour_logprobs_BT
+    score_batch(policy, batch, token_budget=budget)
+    exact = dtype == torch.float32
+    assert (batch.behaviour_logprobs_BT is None) == exact and (old is None) == exact
+    whole = policy.evaluate(batch)
+    for ours, expected in (
+        (batch.logprobs_BT, whole.logprobs_BT),
+        (batch.values_BT, whole.values_BT),
+        (batch.reference_logprobs_BT, policy.reference_logprobs(batch)),
+    ):
+        assert torch.allclose(ours, expected, atol=1e-4 if exact else 0.05)
+        assert (ours[~batch.mask_BT] == 0).all()
+    assert torch.allclose(written, batch.logprobs_BT, atol=1e-4 if exact else 0.05)

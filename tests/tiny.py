@@ -1,0 +1,146 @@
+"""Tiny random models of many families and a small real tokenizer, made in memory: nothing is fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models
+from torch import Tensor
+
+from surefoot.config import AdapterConfig, CriticConfig, PolicyConfig
+from surefoot.policies.lm import CausalLMPolicy, wrap_policy
+from surefoot.rollout.batch import text_batch
+from surefoot.types import Batch, Completion, StopReason, Trajectory
+
+# Weights are drawn wide, so that distributions are far from uniform and every token of the past matters.
+WIDE = 0.5
+PAD, END, USER, ASSISTANT = range(4)
+SPECIAL = ["<pad>", "<eos>", "<user>", "<assistant>"]
+CHARACTERS = list("abcdefghijklmnopqrstuvwxyz .,!?'-:0123456789\n")
+MERGES = [("t", "h"), ("th", "e"), ("a", "b"), ("i", "n"), ("e", "r"), ("o", "u"), ("a", "n"), ("an", "d")]
+VOCABULARY = 61  # four more than the tokenizer has, as padded vocabularies do; no multiple of anything
+CONTEXT = 96
+SLIDING_WINDOW = 5
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+_DECODER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+_GROUPED = {**_DECODER, "num_key_value_heads": 2}
+_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", _GROUPED),
+    "qwen2": ("Qwen2Config", _GROUPED),
+    "qwen3": ("Qwen3Config", {**_GROUPED, "head_dim": 8}),
+    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4}),
+    "gpt_neox": ("GPTNeoXConfig", _DECODER),
+    "gemma": ("GemmaConfig", {**_DECODER, "num_key_value_heads": 1, "head_dim": 8}),
+    "gemma2": ("Gemma2Config", {**_GROUPED, "head_dim": 8, "sliding_window": SLIDING_WINDOW, "final_logit_softcapping": 5.0}),
+    "mistral": ("MistralConfig", {**_GROUPED, "sliding_window": SLIDING_WINDOW}),
+    "phi": ("PhiConfig", _DECODER),
+}
+FAMILIES = tuple(_CONFIGS)
+
+
+def tiny_config(family: str, **overrides: Any) -> Any:
+    """A transformers config of `family`: two layers of width 32."""
+    name, settings = _CONFIGS[family]
+    common = {
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": CONTEXT,
+        "initializer_range": WIDE,
+        "tie_word_embeddings": family in ("gpt2", "gemma", "gemma2"),
+        "bos_token_id": None,
+        "eos_token_id": END,
+        "pad_token_id": PAD,
+    }
+    return getattr(transformers, name)(**{**common, **settings, **overrides})
+
+
+def tiny_lm(family: str = "llama", *, seed: int = 0, **overrides: Any) -> Any:
+    """A random causal LM of `family`, the same for the same seed; in training mode, as `from_config` leaves it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        lm = transformers.AutoModelForCausalLM.from_config(tiny_config(family, **overrides))
+        if lm.get_output_embeddings().bias is not None:  # transformers starts it at zero, where it would go unnoticed
+            torch.nn.init.normal_(lm.get_output_embeddings().bias)
+    return lm
+
+
+def tiny_tokenizer(*, pad_is_eos: bool = False, chat: bool = False) -> Any:
+    """Characters and a few merges, so that decoding and encoding again need not give the same tokens."""
+    pieces = [*SPECIAL, *CHARACTERS, *(left + right for left, right in MERGES)]
+    backend = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=MERGES))
+    backend.add_special_tokens(SPECIAL)
+    backend.decoder = decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<eos>",
+        pad_token="<eos>" if pad_is_eos else "<pad>",
+        chat_template=CHAT_TEMPLATE if chat else None,
+    )
+
+
+def tiny_policy(
+    family: str = "llama",
+    *,
+    adapter: bool = True,
+    moved: bool = False,
+    dtype: torch.dtype = torch.float32,
+    temperature: float = 1.0,
+    stop_gradient: bool = False,
+    tokenizer: Any = None,
+    lm: Any = None,
+    **overrides: Any,
+) -> CausalLMPolicy:
+    """A policy over `tiny_lm`; `moved` gives everything that is trained, the critic too, a random push."""
+    lm = tiny_lm(family, **overrides) if lm is None else lm
+    config = PolicyConfig(adapter=AdapterConfig(rank=4) if adapter else None, critic=CriticConfig(stop_gradient=stop_gradient))
+    if adapter and dtype == torch.bfloat16:
+        lm = lm.to(dtype)  # as `load_policy` stores a frozen base
+    policy = wrap_policy(lm, tokenizer or tiny_tokenizer(), config=config, dtype=dtype, temperature=temperature)
+    if moved:
+        move(policy)
+    return policy
+
+
+@torch.no_grad()
+def move(policy: CausalLMPolicy, *, seed: int = 1) -> None:
+    """Push everything that is trained away from its start, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in policy.named_parameters_to_train():
+        scale = 0.3 if name.startswith("value_head") else 0.05
+        parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def random_tokens(length: int, *, seed: int) -> tuple[int, ...]:
+    """`length` tokens that are none of the special ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(len(SPECIAL), VOCABULARY, (length,), generator=generator).tolist())
+
+
+def written_batch(rows: Iterable[tuple[Sequence[int], Sequence[int]]]) -> Batch:
+    """A batch of (prompt, answer) token pairs, with old log-probs and values 0."""
+    trajectories = []
+    for prompt, answer in rows:
+        zeros = [0.0] * len(answer)
+        completion = Completion(list(answer), zeros, zeros, zeros, StopReason.END_TOKEN)
+        trajectories.append(Trajectory("", tuple(prompt), completion, ""))
+    return text_batch(trajectories, device=torch.device("cpu"))
+
+
+@torch.no_grad()
+def plain_scores(policy: CausalLMPolicy, prompt: Sequence[int], answer: Sequence[int], *, lm: Any = None) -> dict[str, Tensor]:
+    """Log-probs, values and entropies of `answer` from transformers' own forward pass: one row, no cache, no padding."""
+    out = (lm or policy.lm)(input_ids=torch.tensor([[*prompt, *answer]]), use_cache=False, output_hidden_states=True)
+    before = slice(len(prompt) - 1, -1)  # the position before each written token
+    logprobs = torch.log_softmax(out.logits[0, before].float() / policy.temperature, dim=-1)
+    return {
+        "logprobs": logprobs.gather(-1, torch.tensor(answer)[:, None]).squeeze(-1),
+        "values": policy.value_head(out.hidden_states[-1][0, before].float()).squeeze(-1),
+        "entropies": -(logprobs.exp() * logprobs).sum(-1),
+    }
