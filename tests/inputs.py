@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 import yaml
 
 from surefoot import cli
@@ -76,6 +77,9 @@ class Outcome:
 
 def run_cli(*arguments: object) -> Outcome:
     """`surefoot arguments` in this process, as the shell sees it. A traceback is not caught."""
+    # A fresh process would learn this from the environment, as transformers is imported.
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     out, err = io.StringIO(), io.StringIO()
     code = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

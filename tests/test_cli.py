@@ -1,0 +1,356 @@
+"""The command line as a shell sees it: verbs, flags, exit codes, streams, and how soon it answers."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import surefoot
+from surefoot import assets, cli
+from surefoot.config import field_table, load_config
+from tests.inputs import Outcome, model_folder, run_cli, write_project
+
+HEAVY = ("torch", "transformers", "peft", "numpy", "safetensors", "rich", "tensorboard")
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """A folder with config.yaml, prompts, reward and model, which is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    write_project(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, Outcome]:
+    """A run that the command line has trained to its end, and what it said."""
+    folder = tmp_path_factory.mktemp("finished")
+    outcome = run_cli("ppo", write_project(folder), "--run.name", "mine", "--run.folder", folder / "runs")
+    return folder / "runs" / "mine", outcome
+
+
+@pytest.fixture
+def finished(trained) -> Path:
+    return trained[0]
+
+
+def python(*arguments: str, **settings: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60, check=False, **settings)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("statement", "seconds"),
+    [
+        ("import surefoot", 0.3),
+        ("from surefoot.cli import main; main(['--help'])", 0.7),
+        ("from surefoot.cli import main; main(['ppo', '--help'])", 0.7),
+    ],
+    ids=["import", "--help", "ppo --help"],
+)
+def test_what_needs_no_torch_imports_none_and_answers_at_once(statement, seconds):
+    check = f"import sys, atexit; atexit.register(lambda: print(sorted(set({HEAVY!r}) & set(sys.modules)), file=sys.stderr))"
+    fastest = 60.0
+    for _ in range(5):  # the best of several: another program may have had the processor
+        started = time.perf_counter()
+        result = python("-c", f"{check}\n{statement}")
+        fastest = min(fastest, time.perf_counter() - started)
+        assert (result.returncode, result.stderr) == (0, "[]\n")
+        if fastest < seconds:
+            break
+    assert fastest < seconds
+
+
+def test_a_wrong_file_is_refused_without_importing_torch(tmp_path):
+    result = python("-X", "importtime", "-m", "surefoot.cli", "ppo", str(tmp_path / "no.yaml"))
+    assert result.returncode == 2 and "no.yaml: no such file" in result.stderr
+    assert "surefoot.config" in result.stderr and "| torch" not in result.stderr
+
+
+def test_help_lists_every_verb_with_what_it_does():
+    outcome = run_cli("--help")
+    assert outcome.code == 0 and outcome.err == ""
+    for verb in ("ppo", "resume", "generate", "fetch", "demo"):
+        summary = (getattr(cli, verb).__doc__ or "").split(",")[0].split(".")[0]
+        assert f"    {verb} " in outcome.out and summary.split(" with")[0][:30] in " ".join(outcome.out.split())
+    for code in ("0 done", "2 bad input", "3 stopped", "130 Ctrl-C", "143 SIGTERM"):
+        assert code in " ".join(outcome.out.split())
+
+
+@pytest.mark.parametrize("verb", ["ppo", "resume", "generate", "fetch", "demo"])
+def test_every_verb_explains_itself(verb):
+    outcome = run_cli(verb, "--help")
+    assert outcome.code == 0 and outcome.out.startswith(f"usage: surefoot {verb} ")
+
+
+@pytest.mark.parametrize("verb", ["ppo", "demo"])
+def test_the_help_of_a_verb_that_takes_fields_lists_each_of_them(verb):
+    flags = {word for word in run_cli(verb, "--help").out.split() if word.startswith("--")}
+    assert flags >= {f"--{key.replace('_', '-')}" for key, *_ in field_table()}
+
+
+def test_the_version_is_told():
+    assert run_cli("--version").out == f"surefoot {surefoot.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "a verb is needed; there are ppo, resume, generate, fetch, demo"),
+        (["resum"], "unknown verb 'resum'; did you mean 'resume'?"),
+        (["train"], "unknown verb 'train'; there are ppo, resume, generate, fetch, demo"),
+        (["--nosuch"], "the following arguments are required: VERB; see surefoot --help"),
+        (["ppo"], "the following arguments are required: FILE; see surefoot ppo --help"),
+        (["ppo", "config.yaml", "more"], "unrecognized arguments: more; see surefoot --help"),
+        (["ppo", "config.yaml", "-x"], "unrecognized arguments: -x; see surefoot --help"),
+        (["ppo", "config.yaml", "--ppo.kl-coef"], "--ppo.kl-coef needs a value"),
+        (["ppo", "--run.name", "--seed", "3", "config.yaml"], "--run.name needs a value"),
+        (["ppo", "config.yaml", "--run.name="], "--run.name: the value is empty; write null for none"),
+        (["ppo", "config.yaml", "--kl-coef", "1"], "unknown flag '--kl-coef'; did you mean '--ppo.kl-coef'?"),
+        (["ppo", "config.yaml", "--nosuch=1"], "unknown flag '--nosuch'; surefoot ppo --help lists them"),
+        (["ppo", "config.yaml", "--ppo.kl-coef", "-1"], "--ppo.kl-coef: should be greater than or equal to 0, got -1"),
+        (["ppo", "no.yaml"], "no.yaml: no such file"),
+        (["ppo", "empty.yaml"], "empty.yaml: no task; name task.prompts and task.reward"),
+        (["ppo", "."], ".: cannot be read: Is a directory"),
+        (["resume"], "the following arguments are required: RUN; see surefoot resume --help"),
+        (["resume", "no"], "no is not a run folder: it has no config.yaml"),
+        (["resume", "model"], "model is not a run folder: it has no config.yaml"),
+        (["resume", "runs/x", "--seed", "3"], "unrecognized arguments: --seed 3; see surefoot --help"),
+        (["generate"], "the following arguments are required: RUN|MODEL, TEXT; see surefoot generate --help"),
+        (["generate", "model"], "the following arguments are required: TEXT; see surefoot generate --help"),
+        (["generate", "model", "x", "y"], "unrecognized arguments: y; see surefoot --help"),
+        (["generate", "model", ""], "generate: the text is empty; give it something to continue"),
+        (["generate", "model", "  "], "generate: the text is empty; give it something to continue"),
+        (["generate", "model", "x", "--seed", "a"], "argument --seed: invalid int value: 'a'; see surefoot generate --help"),
+        (
+            ["generate", "model", "x", "--temperature", "-1"],
+            "generate: temperature: should be greater than or equal to 0, got -1.0",
+        ),
+        (["generate", "model", "x", "--temperature", "nan"], "generate: temperature: should be a finite number, got nan"),
+        (["generate", "model", "x", "--max-new-tokens", "0"], "generate: max_new_tokens: should be greater than 0, got 0"),
+        (["generate", "model", "x", "--top-k", "-1"], "generate: top_k: should be greater than 0, got -1"),
+        (["generate", "model", "x", "--top-p", "2"], "generate: top_p: should be less than or equal to 1, got 2.0"),
+        (["generate", "./no", "x"], "policy.model: no folder ./no"),
+        (["generate", "config.yaml", "x"], "policy.model: no folder config.yaml"),
+        (["fetch"], "the following arguments are required: NAME; see surefoot fetch --help"),
+        (["demo", "more"], "unrecognized arguments: more; see surefoot --help"),
+        (["demo", "--nosuch", "1"], "unknown flag '--nosuch'; surefoot ppo --help lists them"),
+        (["demo", "--run.name", "../x"], "--run.name: '../x' is not a plain folder name"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_command_that_cannot_be_is_one_line_and_exit_code_2(project, monkeypatch, arguments, said):
+    monkeypatch.setattr("surefoot.build.load_policy", None)  # nothing of this may come as far as a model
+    (project / "empty.yaml").touch()
+    before = sorted(project.rglob("*"))
+    assert run_cli(*arguments).complaint.startswith(said)
+    assert sorted(project.rglob("*")) == before
+
+
+def test_fetch_prints_the_path_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(assets, "fetch", lambda name: assets.tell("fetching it") or tmp_path / name)
+    outcome = run_cli("fetch", "tweets")
+    assert (outcome.code, outcome.out, outcome.err) == (0, f"{tmp_path / 'tweets'}\n", "fetching it\n")
+
+
+def test_fetch_of_a_wrong_name_lists_the_names():
+    assert run_cli("fetch", "tweeets").complaint == f"no asset 'tweeets'; there are: {', '.join(sorted(assets.ASSETS))}"
+
+
+@pytest.mark.parametrize("order", ["after", "before"])
+def test_flags_may_stand_before_and_after_the_file(project, monkeypatch, order):
+    seen = []
+    monkeypatch.setattr("surefoot.ppo.PPO.__init__", lambda self, *_, config, **__: seen.append(config))
+    monkeypatch.setattr(cli, "_train", lambda model: None)
+    flags = ["--seed", "3", "--ppo.kl-coef=3e-1", "--ppo.gamma", "0.5", "--run.name", "7", "--ppo.gamma", "0.25"]
+    run_cli("ppo", *(["config.yaml", *flags] if order == "after" else [*flags, "config.yaml"]))
+    assert len(seen) == 1
+    assert (seen[0].seed, seen[0].ppo.kl_coef, seen[0].ppo.gamma, seen[0].run.name) == (3, 0.3, 0.25, "7")
+
+
+def test_a_run_says_what_it_does_what_it_left_and_what_to_do_next(trained):
+    folder, outcome = trained
+    assert outcome.code == 0 and outcome.err == ""
+    lines = outcome.out.splitlines()
+    starts = ("held-out after 0", "update 1/2", "update 2/2", "held-out after 2", "model: ", "run:   ", "next:  ")
+    assert len(lines) == len(starts) and all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
+    assert lines[-1] == f'next:  surefoot generate {folder} "your text"'
+
+
+def test_a_run_folder_holds_all_of_the_run(finished):
+    for part in ("config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "tensorboard", "model/config.json"):
+        assert (finished / part).exists(), part
+    stored = load_config(finished / "config.yaml")
+    assert stored.task is not None and Path(stored.task.prompts) == (finished.parent.parent / "prompts.jsonl").resolve()
+
+
+def test_a_second_run_of_the_same_name_is_refused_before_anything_is_read(project, monkeypatch):
+    (project / "runs" / "mine").mkdir(parents=True)
+    for heavy in ("load_policy", "TextTask", "load_function"):
+        monkeypatch.setattr(f"surefoot.build.{heavy}", None)
+    said = run_cli("ppo", "config.yaml", "--run.name", "mine", "--run.folder", "runs").complaint
+    assert said.startswith("the run folder runs/mine exists; continue it with 'surefoot resume runs/mine' or choose another")
+
+
+@pytest.mark.parametrize("taken", ["file", "dangling link"])
+def test_a_run_name_taken_by_anything_at_all_is_refused(project, taken):
+    (project / "runs").mkdir()
+    if taken == "file":
+        (project / "runs" / "mine").touch()
+    else:
+        (project / "runs" / "mine").symlink_to("nowhere")
+    assert (
+        "the run folder runs/mine exists"
+        in run_cli("ppo", "config.yaml", "--run.name", "mine", "--run.folder", "runs").complaint
+    )
+
+
+@pytest.mark.parametrize("folder", ["config.yaml", "config.yaml/deeper/still"])
+def test_a_run_folder_that_cannot_be_made_is_refused_before_the_model_is_loaded(project, monkeypatch, folder):
+    monkeypatch.setattr("surefoot.build.load_policy", None)
+    assert f"run.folder {folder}: no folder can be made in" in run_cli("ppo", "config.yaml", "--run.folder", folder).complaint
+
+
+def test_a_device_this_machine_lacks_is_refused_before_anything_is_fetched(project, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("surefoot.assets.fetch", None)
+    said = run_cli("ppo", "config.yaml", "--device", "cuda", "--task.prompts", "tweets").complaint
+    assert said == "device: cuda is not available here; use device: auto or cpu"
+    model = run_cli("ppo", "config.yaml", "--device", "cuda", "--policy.model", "smollm2-135m-instruct").complaint
+    assert model == said
+
+
+@pytest.mark.parametrize("source", ["run", "model of the run", "model folder", "asset"])
+def test_generate_continues_a_text_with_any_model(finished, monkeypatch, source):
+    monkeypatch.setattr(assets, "fetch", lambda name, say: model_folder())
+    names = {"run": finished, "model of the run": finished / "model", "model folder": model_folder()}
+    name = names.get(source, "smollm2-135m-instruct")
+    first = run_cli("generate", name, "the film", "--max-new-tokens", "5")
+    assert first.code == 0 and first.err == "" and first.out.strip()
+    assert run_cli("generate", name, "the film", "--max-new-tokens", "5").out == first.out
+    others = {run_cli("generate", name, "the film", "--max-new-tokens", "5", "--seed", seed).out for seed in range(4)}
+    assert len(others) > 1
+
+
+def test_generate_obeys_its_flags(finished):
+    greedy = {run_cli("generate", finished, "the film", "--temperature", "0", "--seed", seed).out for seed in range(3)}
+    narrow = {run_cli("generate", finished, "the film", "--top-k", "1", "--seed", seed).out for seed in range(3)}
+    assert len(greedy) == 1 and narrow == greedy
+
+
+def test_generate_sends_a_chat_through_the_template(finished, monkeypatch):
+    plain, chat = (
+        run_cli("generate", model_folder(chat=True), "the film", "--temperature", "0", *flag).out for flag in ([], ["--chat"])
+    )
+    assert plain != chat
+    said = run_cli("generate", finished, "the film", "--chat").complaint
+    assert said == "chat prompts need a tokenizer with a chat template; this model's has none"
+
+
+def test_generate_needs_a_checkpoint_of_a_run_that_has_just_begun(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "begun", ignore=shutil.ignore_patterns("checkpoints"))
+    # Answers of the untrained model must not pass for the run's.
+    assert (
+        run_cli("generate", tmp_path / "begun", "x").complaint
+        == f"{tmp_path / 'begun'} has no checkpoint yet; wait for its first one"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--max-new-tokens", "96"], "max_new_tokens (96) leaves no room for a prompt in the model's context of 96 tokens"),
+        (["--max-new-tokens", "95"], "has 6 tokens; the model's context of 96 leaves 1 beside 95 new ones"),
+    ],
+)
+def test_generate_refuses_what_does_not_fit_the_context(finished, flags, said):
+    assert said in run_cli("generate", finished, "the film", *flags).complaint
+
+
+def test_a_finished_run_has_nothing_to_resume(finished):
+    outcome = run_cli("resume", finished)
+    assert outcome.code == 0 and outcome.out == f"{finished} is finished; its model is {finished / 'model'}\n"
+
+
+def test_a_run_started_from_python_is_resumed_there(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "python")
+    stored = (tmp_path / "python" / "config.yaml").read_text()
+    start, end = stored.index("task:"), stored.index("generation:")
+    (tmp_path / "python" / "config.yaml").write_text(stored[:start] + stored[end:])
+    said = run_cli("resume", tmp_path / "python").complaint
+    assert said.endswith("was started from Python; continue it there with its task: PPO.load(folder, task)")
+
+
+def test_a_bug_is_a_traceback_and_not_a_line(project, monkeypatch):
+    monkeypatch.setattr("surefoot.build.build_task", lambda config: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_cli("ppo", "config.yaml")
+
+
+def test_ctrl_c_while_loading_is_one_line_and_130(project, monkeypatch):
+    def interrupt(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("surefoot.build.build_task", interrupt)
+    outcome = run_cli("ppo", "config.yaml")
+    assert (outcome.code, outcome.err) == (130, "surefoot: stopped\n")
+
+
+def test_a_message_of_several_lines_is_said_in_one(monkeypatch):
+    monkeypatch.setattr(assets, "fetch", lambda name: (_ for _ in ()).throw(surefoot.InputError("one\ntwo\n")))
+    assert run_cli("fetch", "tweets").complaint == "one two"
+
+
+def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A command line in a real shell, `surefoot` being this interpreter's."""
+    script = f'surefoot() {{ "{sys.executable}" -m surefoot.cli "$@"; }}; {command}'
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(surefoot.__file__).parent.parent)}
+    return subprocess.run(
+        ["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.parametrize("verb", ["--help", "ppo --help", "--version"])
+def test_help_into_a_closed_pipe_is_silent(tmp_path, verb):
+    result = shell(f"surefoot {verb} | true; echo ${{PIPESTATUS[0]}}", tmp_path)
+    assert (result.stdout, result.stderr) == ("0\n", "")
+
+
+def test_a_run_goes_on_when_nobody_reads_its_output_any_more(project):
+    # `surefoot ppo … | head -1` must cost neither the run nor its model.
+    result = shell("surefoot ppo config.yaml --run.name mine --run.folder runs | head -1; echo ${PIPESTATUS[0]}", project)
+    lines = result.stdout.splitlines()
+    assert len(lines) == 2 and lines[1] == "0" and result.stderr == ""
+    assert (project / "runs/mine/checkpoints/00000002/manifest.json").exists() and (
+        project / "runs/mine/model/config.json"
+    ).exists()
+
+
+def test_output_in_another_encoding_loses_a_character_and_not_the_run(project, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    cli.main(["ppo", "config.yaml", "--run.name", "mine", "--run.folder", "runs"])
+    terminal.seek(0)
+    shown = terminal.read()
+    assert "rollout" in shown and " ? score " in shown and shown.splitlines()[-1].startswith("next:")
+
+
+def test_output_to_a_full_disk_costs_its_words_and_not_the_run(project, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    err = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", err)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["ppo", "config.yaml", "--run.name", "mine", "--run.folder", "runs"])
+    assert end.value.code == 2 and err.getvalue() == "surefoot: the system refused: [Errno 28] No space left on device\n"
+    assert (project / "runs/mine/model/config.json").exists()
