@@ -6,6 +6,7 @@ it over processes changes neither loss nor gradient.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,11 @@ class LossStats:
     approx_kl: Tensor  # k3 of KL(old‖new): never negative, unlike mean(old - new)
     clipped: Tensor
     value_clipped: Tensor
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the losses are numbers."""
+        return math.isfinite(float(self.policy_loss + self.value_loss))
 
     def __add__(self, other: LossStats) -> LossStats:
         sums = {name: getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__}

@@ -29,7 +29,10 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     """
     values = torch.where(mask, values, torch.zeros_like(values))  # before any arithmetic, for the gradient's sake
     mean = masked_mean(values, mask)
-    whitened = (values - mean) * torch.rsqrt(masked_var(values, mask) + 1e-8)
+    centred = values - mean
+    # Once more: the mean of equal large values is rounded, and what is left would be scaled up by 1e4.
+    centred = centred - masked_mean(centred, mask)
+    whitened = centred * torch.rsqrt(masked_var(centred, mask) + 1e-8)
     if not shift_mean:
         whitened = whitened + mean
     return torch.where(mask, whitened, torch.zeros_like(whitened))

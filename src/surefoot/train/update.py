@@ -59,9 +59,10 @@ class UpdateResult:
     grad_norm: float = 0.0  # mean over the steps taken, before clipping
 
     def add(self, stats: LossStats) -> None:
-        """Count one minibatch in."""
-        self.first = self.first or stats
-        self.stats = stats if self.stats is None else self.stats + stats
+        """Count one minibatch in, unless its loss is not finite: one NaN would hide all the others."""
+        if stats.is_finite:
+            self.first = self.first or stats
+            self.stats = stats if self.stats is None else self.stats + stats
 
 
 class TokenBudget:
@@ -106,8 +107,9 @@ def update(
     for _ in range(config.n_epochs):
         for rows in minibatches(batch, config.batch_size, generator):
             stats = accumulate_gradient(policy, batch, rows, config=config, optimizer=optimizer, budget=budget)
-            if result.stats is None and before_first_step is not None:
+            if before_first_step is not None:
                 before_first_step(stats)
+                before_first_step = None
             result.add(stats)
             if config.target_kl is not None and float(stats.approx_kl / stats.steps) > config.target_kl:
                 result.stopped_early = True
@@ -161,7 +163,7 @@ def take_step(optimizer: torch.optim.Adam, stats: LossStats, config: PPOConfig, 
     """Clip the gradient and step, or skip the step if anything is not finite."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
-    if not (math.isfinite(norm) and math.isfinite(float(stats.policy_loss + stats.value_loss))):
+    if not (math.isfinite(norm) and stats.is_finite):
         optimizer.zero_grad(set_to_none=True)
         result.skipped += 1
         result.skipped_in_a_row += 1
