@@ -74,9 +74,10 @@ def build_task(config: Config, *, say: Callable[[str], None] = assets.tell) -> T
     )
 
 
-def build_training(config: Config, policy: CausalLMPolicy, task: TextTask, folder: RunFolder) -> loop.Training:
-    """A run at its beginning, or at its newest whole checkpoint if the folder has one."""
+def build_training(config: Config, policy: CausalLMPolicy, task: TextTask, folder: RunFolder | None = None) -> loop.Training:
+    """A run at its beginning, in a new folder where none is given, or at the newest whole checkpoint of its folder."""
     rollout = TextRollout(policy, task, generation=config.generation, ppo=config.ppo, seed=config.seed)
+    folder = folder or RunFolder.create(config)  # after the prompts were found to fit: a refused run leaves nothing
     training = loop.Training(
         config=config,
         policy=policy,

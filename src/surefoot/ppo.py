@@ -187,9 +187,8 @@ class PPO:
         if self._training is None:
             if self.env is None:
                 raise InputError("there is no task to train on; give PPO a TextTask as its second argument")
-            if self._folder is None:
-                self._folder = RunFolder.create(self.config)
             self._training = build.build_training(self.config, self.policy, self.env, self._folder)
+            self._folder = self._training.folder
         return self._training
 
     def _hold_again(self, training: loop.Training) -> None:

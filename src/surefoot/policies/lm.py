@@ -184,16 +184,19 @@ def load_policy(
     """
     config = config or PolicyConfig()
     check_model_folder(source)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     dtype = resolve_dtype(config.dtype, device)
     frozen_base = config.adapter is not None
-    part = "tokenizer"
+    part = "configuration"
     try:
+        model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        part = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         part = "causal language model"
         lm, report = AutoModelForCausalLM.from_pretrained(
             source,
+            config=model_config,
             dtype=dtype if frozen_base else torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
