@@ -11,9 +11,9 @@ each of them a function below, and `train` at the end repeats them:
     5. improve     gradient steps make good tokens likelier, but none by more than a trusted range;
     6. adapt       on request, the price of leaving the reference follows a target.
 
-What a serious implementation adds is left out on purpose, since it should change no number: key/value cache, batches
-with padding and masks, adapters, low precision, checkpoints. In float32 on a CPU, the `surefoot` package gives the
-same losses and the same weights as this page, to rounding; `tests/oracle` holds both to it.
+Left out is what should change no number (key/value cache, batches with padding and masks, micro-batches), and adapters,
+low precision and checkpoints. In float32 on a CPU, the `surefoot` package gives the same losses and the same weights
+as this page, to rounding; `tests/oracle` holds both to it.
 
     python ppo_lm.py                            # a tiny random model learns to write vowels, in some ten seconds
     python ppo_lm.py --model path/or/hub-id     # the same with a real model: two updates in a minute
