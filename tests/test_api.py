@@ -213,6 +213,14 @@ def test_a_folder_can_be_given_as_text_or_path(policy):
     assert PPO(policy(model_folder())).policy.lm.config.vocab_size == 61
 
 
+def test_a_device_this_machine_lacks_is_refused_before_the_model_is_fetched(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("surefoot.assets.fetch", None)
+    said = "device: cuda is not available here; use device: auto or cpu"
+    assert refusal(lambda: PPO("smollm2-135m-instruct", device="cuda")) == said
+    assert refusal(lambda: PPO("smollm2-135m-instruct", task(), device="cuda")) == said
+
+
 def test_a_broken_reward_is_refused_before_the_model_is_loaded(monkeypatch):
     monkeypatch.setattr("surefoot.build.load_policy", None)
     env = TextTask(PROMPTS, lambda prompts, completions, **_: [None] * len(prompts))

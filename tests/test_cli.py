@@ -312,6 +312,7 @@ def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """A command line in a real shell, `surefoot` being this interpreter's."""
     script = f'surefoot() {{ "{sys.executable}" -m surefoot.cli "$@"; }}; {command}'
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(surefoot.__file__).parent.parent)}
+    environment.pop("PYTHONUNBUFFERED", None)  # a pipe is noticed to be closed when the buffer is written, at the end
     return subprocess.run(
         ["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
     )

@@ -63,7 +63,7 @@ def read(path: Path) -> Any:
     if len(text) > MAX_BYTES:
         raise InputError(f"{path}: larger than {MAX_BYTES:,} bytes; this is no configuration")
     try:
-        return parse(text.decode("utf-8-sig"))
+        return parse(text.decode())
     except UnicodeDecodeError as error:
         line = text.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None

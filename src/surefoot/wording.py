@@ -47,12 +47,14 @@ def first_problem(
 
 
 def suggestion(name: str, candidates: Collection[str], otherwise: str) -> str:
-    """'; did you mean …?' with the closest candidate: an equal last part first, then a like whole, then a like last part."""
+    """'; did you mean …?' with the closest candidate: a very like last part first, then a like whole, then a like last part."""
     candidates = [candidate for candidate in candidates if not name.startswith(f"{candidate}.")]
     by_leaf = {_leaf(candidate): candidate for candidate in candidates}
-    close = [by_leaf[_leaf(name)]] if _leaf(name) in by_leaf else difflib.get_close_matches(name, candidates, n=1)
-    if not close:
-        close = [by_leaf[match] for match in difflib.get_close_matches(_leaf(name), by_leaf, n=1)]
+
+    def like_leaf(cutoff: float) -> list[str]:
+        return [by_leaf[match] for match in difflib.get_close_matches(_leaf(name), by_leaf, n=1, cutoff=cutoff)]
+
+    close = like_leaf(0.75) or difflib.get_close_matches(name, candidates, n=1) or like_leaf(0.6)
     return f"; did you mean {close[0]!r}?" if close else f"; {otherwise}"
 
 
