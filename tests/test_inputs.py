@@ -395,7 +395,8 @@ def test_a_disk_full_in_the_middle_of_a_run_is_one_line_and_leaves_the_checkpoin
     write_project(project)
     with monkeypatch.context() as patches:
         fill_disk(patches, file, after=writes_before)
-        assert_a_full_disk_is_one_line(run_cli(*RUN), "runs/mine/")
+        place = "runs/mine/tensorboard" if file == "events.out" else f"runs/mine/{file}"
+        assert_a_full_disk_is_one_line(run_cli(*RUN), f"{place} could not be written")
     if writes_before == 2:  # the evaluation's and the first update's line are there; so is the first update's checkpoint
         saved = checkpoint.newest_checkpoint(project / "runs/mine/checkpoints")
         assert saved is not None and saved.name == "00000001"
