@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from surefoot.build import build_task, check_places
@@ -48,10 +52,11 @@ def run_demo(overrides: dict[str, str]) -> None:
 def show_change(run: RunFolder, console: Console, minutes: float) -> None:
     """Print the table of held-out metrics, five prompts with both answers, and where to go next."""
     evaluations = [row for row in run.read("metrics.jsonl") if "eval/reward" in row]
+    if not evaluations:  # task.held_out 0 leaves nothing to compare
+        console.print(f"run    {run.path}", highlight=False, soft_wrap=True)
+        return
     before, after = evaluations[0], evaluations[-1]
-    table = Table(
-        title=f"Before and after {after['update']} updates ({minutes:.1f} minutes, evaluations included)", title_justify="left"
-    )
+    table = Table(title=f"Before and after {after['update']} updates, {minutes:.1f} minutes", title_justify="left")
     for heading in ("", "base", "tuned", "change"):
         table.add_column(heading, justify="left" if not heading else "right")
     for label, (name, form) in ROWS.items():
@@ -62,12 +67,21 @@ def show_change(run: RunFolder, console: Console, minutes: float) -> None:
     path = run.path
     console.print(f"model  {path / 'model'}   (AutoModelForCausalLM.from_pretrained opens it)", highlight=False, soft_wrap=True)
     console.print(f"run    {path}   (config, metrics, samples, checkpoints)\n\nNext:", highlight=False, soft_wrap=True)
+    here = _programs_folder()
     for command in (
-        f'surefoot generate {path} "The film"',
-        f"tensorboard --logdir {path.parent}",
-        "surefoot demo --ppo.kl-coef 0.2 --seed 1",
+        f'{here}surefoot generate {path} "The film"',
+        f"{here}tensorboard --logdir {path.parent}",
+        f"{here}surefoot demo --ppo.kl-coef 0.2 --seed 1",
     ):
-        console.print(f"  {command}", highlight=False, soft_wrap=True)
+        console.print(f"  {command}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _programs_folder() -> str:
+    """What to type before `surefoot`: nothing where the shell finds it, else the folder this program was started from."""
+    if shutil.which("surefoot"):
+        return ""
+    folder = Path(sys.argv[0]).parent
+    return f"{os.path.relpath(folder)}/" if (folder / "surefoot").exists() else ""
 
 
 def _answers(run: RunFolder, before: int, after: int) -> Table:
@@ -79,10 +93,11 @@ def _answers(run: RunFolder, before: int, after: int) -> Table:
     for base, tuned in list(pairs)[:5]:
         table.add_row(
             _plain(base["prompt"]),
-            *(f"{_plain(s['completion'])} [{s['reward']['score']:+.2f}]".replace("[", "\\[") for s in (base, tuned)),
+            *(f"{_plain(s['completion'])} [{s['reward']['score']:+.2f}]" for s in (base, tuned)),
         )
     return table
 
 
 def _plain(text: Any) -> str:
-    return " ".join(str(text).split())
+    """On one line, and with nothing in it that rich would take for markup."""
+    return escape(" ".join(str(text).split()))
