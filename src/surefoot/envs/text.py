@@ -64,6 +64,8 @@ class TextTask:
             raise InputError(f"prompt_tokens: expected a whole number above 0, or None, got {prompt_tokens!r}")
         if isinstance(held_out, (int, float)) and not 0 <= held_out < 1:
             raise InputError(f"held_out: expected a fraction from 0 to below 1, or a list of prompts, got {held_out!r}")
+        if chat and prompt_tokens is not None:
+            raise InputError("task.prompt_tokens would cut the chat template's text; use it with plain prompts only")
         self.reward, self.metric = reward, metric
         self.prompt_tokens, self.chat = prompt_tokens, chat
         examples = _read_examples(prompts, prompt_column, name="prompts")
