@@ -200,7 +200,9 @@ class PPOConfig(Section):
 class EvaluateConfig(Section):
     """Evaluation on held-out prompts."""
 
-    every: Positive | None = Field(10, description="Updates between two evaluations; `null`: never.")
+    every: Positive | None = Field(
+        10, description="Updates between evaluations, besides those at start and end; `null`: no others."
+    )
     episodes: Positive = Field(64, description="Held-out prompts used, the same each time.")
 
 

@@ -19,7 +19,7 @@ from surefoot.envs.text import TextTask, checked_prompt
 from surefoot.errors import InputError
 from surefoot.generation.engine import generate
 from surefoot.policies.lm import CausalLMPolicy
-from surefoot.rollout.text import check_length, completion_text, encode_prompt
+from surefoot.rollout.text import check_length, completion_text, encode_prompt, stop_check
 from surefoot.run import RunFolder
 from surefoot.train import checkpoint, loop
 from surefoot.train.display import Display, TensorBoard
@@ -119,7 +119,8 @@ class PPO:
         """Continue one prompt or several; a string each. `sampling` overrides the run's `max_new_tokens`,
         `temperature`, `top_k` and `top_p`.
         """
-        return generate_text(self.policy, prompts, config=self.config, seed=seed, **sampling)
+        task = self.env or self.config.task
+        return generate_text(self.policy, prompts, config=self.config, chat=task.chat if task else False, seed=seed, **sampling)
 
     def save(self, folder: str | Path) -> None:
         """Write a Hugging Face folder: `AutoModelForCausalLM.from_pretrained(folder)` opens it.
@@ -180,8 +181,7 @@ class PPO:
             model = cls(config.policy.model, config=config, verbose=0)
             build.restore_for_generation(model.policy, run)
             return model
-        # No adapter: nothing is trained, so no second set of weights is needed either.
-        return cls(str(source), adapter=None, verbose=0)
+        return cls(str(source), verbose=0)
 
     def _prepare_training(self) -> loop.Training:
         if self._training is None:
@@ -202,21 +202,23 @@ class PPO:
             raise InputError(f"{training.folder.path} has gone on elsewhere, to {newest.name}; open it with PPO.load")
 
 
-def generate_text(policy: CausalLMPolicy, prompts: Any, *, config: Config, seed: int = 0, **sampling: Any) -> str | list[str]:
+def generate_text(
+    policy: CausalLMPolicy, prompts: Any, *, config: Config, chat: bool = False, seed: int = 0, **sampling: Any
+) -> str | list[str]:
     """Continue a prompt (a string comes back) or a list of prompts, strings or messages (a list comes back)."""
     settings = with_sampling(config.generation, sampling)
     params = SamplingParams(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
     if not isinstance(prompts, (str, Sequence)):
         raise InputError(f"prompts: expected a string or a list of prompts, got {type(prompts).__name__}")
     many = [prompts] if isinstance(prompts, str) else prompts
-    chat = config.task.chat if config.task else False
+    is_stopped = stop_check(policy.tokenizer, settings.stop)
     ends = policy.model_end_tokens | frozenset(settings.stop_token_ids)
     requests = []
     for number, prompt in enumerate(many):
         checked = checked_prompt(prompt, "generate" if isinstance(prompts, str) else f"generate, prompt {number + 1}")
         tokens = encode_prompt(policy.tokenizer, checked, chat=chat)
         check_length(tokens, str(checked), context=policy.context_length, new_tokens=params.max_new_tokens)
-        requests.append(Request(tokens, derived_seed(seed, "generate", number)))
+        requests.append(Request(tokens, derived_seed(seed, "generate", number), is_stopped))
     completions = generate(policy, requests, params=params, end_tokens=ends, slots=settings.slots)
     texts = [completion_text(policy.tokenizer, completion.tokens, ends) for completion in completions]
     return texts[0] if isinstance(prompts, str) else texts

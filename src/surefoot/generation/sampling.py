@@ -27,7 +27,7 @@ def sample(logits_BV: Tensor, uniforms_B: Tensor, params: SamplingParams) -> tup
         logits_BV = _truncated(logits_BV / params.temperature if params.temperature != 1 else logits_BV, params)
     top_B1 = logits_BV.amax(-1, keepdim=True)
     weights_BV = torch.exp(logits_BV - top_B1)
-    tokens_B = logits_BV.argmax(-1) if params.temperature == 0 else _invert(weights_BV, uniforms_B.to(logits_BV.device))
+    tokens_B = logits_BV.argmax(-1) if params.temperature == 0 else _invert(weights_BV, uniforms_B)
     total_B = weights_BV.sum(-1)
     log_total_B = top_B1.squeeze(-1) + total_B.log()
     logprobs_B = logits_BV.gather(-1, tokens_B[:, None]).squeeze(-1) - log_total_B
@@ -43,6 +43,9 @@ def _invert(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     In float64, since in float32 rounding would decide rare tokens of a large vocabulary; in two steps, first the block
     of tokens, then the token in it, since a float64 sum over the whole vocabulary costs as much as the model.
     """
+    if weights_BV.device.type == "mps":  # it has no float64
+        return _invert(weights_BV.cpu(), uniforms_B).to(weights_BV.device)
+    uniforms_B = uniforms_B.to(weights_BV.device)
     rows, vocabulary = weights_BV.shape
     blocks = -(-vocabulary // BLOCK)
     padded = torch.nn.functional.pad(weights_BV, (0, blocks * BLOCK - vocabulary)).view(rows, blocks, BLOCK)

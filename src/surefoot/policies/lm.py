@@ -301,7 +301,11 @@ def _check_model(policy: CausalLMPolicy) -> None:
 def resolve_dtype(name: str, device: str) -> torch.dtype:
     """The arithmetic `policy.dtype` means on this device. `auto` takes bfloat16 only where hardware has it."""
     if name == "auto":
-        fast = torch.cuda.is_bf16_supported() if device == "cuda" else device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        fast = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if device == "cuda"
+            else device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        )
         return torch.bfloat16 if fast else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 

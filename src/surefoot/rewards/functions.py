@@ -32,6 +32,10 @@ def load_function(reference: str, *, key: str) -> RewardFunction:
     place, separator, name = reference.rpartition(":")
     if not separator or not place or not name.isidentifier():
         raise InputError(f"{key}: expected 'file.py:function' or 'package.module:function', got {reference!r}")
+    # Its folder, or for a module the working directory, as if it were run there: siblings can be imported.
+    folder = str(Path(place).resolve().parent) if place.endswith(".py") else os.getcwd()
+    if folder not in sys.path:
+        sys.path.append(folder)
     if place.endswith(".py"):
         path = Path(place)
         if not path.is_file():

@@ -114,7 +114,8 @@ class TextRollout:
     def play(self, examples: Sequence[Example], seeds: Sequence[int], poll: Callable[[], None] | None) -> list[Trajectory]:
         """Write one answer per example; unscored trajectories."""
         requests = [
-            Request(self.encode(example), seed, self._stop_check()) for example, seed in zip(examples, seeds, strict=True)
+            Request(self.encode(example), seed, stop_check(self.policy.tokenizer, self.generation.stop))
+            for example, seed in zip(examples, seeds, strict=True)
         ]
         completions = generate(
             self.policy, requests, params=self.params, end_tokens=self.end_tokens, slots=self.generation.slots, poll=poll
@@ -159,12 +160,13 @@ class TextRollout:
             return example.prompt
         return self.policy.tokenizer.decode(request.prompt, skip_special_tokens=True)
 
-    def _stop_check(self) -> Callable[[Sequence[int]], bool] | None:
-        stops, tokenizer = self.generation.stop, self.policy.tokenizer
-        if not stops:
-            return None
-        # In the text as the answer will show it: the name of a special token does not count.
-        return lambda tokens: any(stop in tokenizer.decode(tokens, skip_special_tokens=True) for stop in stops)
+
+def stop_check(tokenizer: Any, stops: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
+    """Whether the tokens written so far hold one of the strings; None without strings."""
+    if not stops:
+        return None
+    # In the text as the answer will show it: the name of a special token does not count.
+    return lambda tokens: any(stop in tokenizer.decode(tokens, skip_special_tokens=True) for stop in stops)
 
 
 def collect(
@@ -177,7 +179,10 @@ def collect(
     generation: GenerationConfig | None = None,
     ppo: PPOConfig | None = None,
 ) -> Batch:
-    """Let `policy` play `episodes` episodes of `env`: a `Batch` with rewards and the reference's log-probs."""
+    """Let `policy` play `episodes` episodes of `env`: a `Batch` with rewards and the reference's log-probs.
+
+    Each call stands alone: keep a `TextRollout` instead where `reward_scale` should remember earlier scores.
+    """
     rollout = TextRollout(policy, env, generation=generation or GenerationConfig(), ppo=ppo or PPOConfig(), seed=seed)
     return rollout.collect(first_episode=first_episode, episodes=episodes)
 

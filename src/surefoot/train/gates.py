@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from surefoot.core.losses import LossStats
@@ -28,11 +29,40 @@ FLOAT32 = Tolerance(ratio=1e-5, ratio_max=1e-4, approx_kl=1e-10, noise=0.0)
 BFLOAT16 = Tolerance(ratio=1e-3, ratio_max=0.5, approx_kl=5e-3, noise=0.2)
 
 
+# Updates in a row with a KL that is surely negative before the run stops.
+NEGATIVE_KL_LIMIT = 3
+
+
+def is_surely_negative(kls: Sequence[float]) -> bool:
+    """Whether the mean of the episodes' KL estimates is more than three standard errors below 0.
+
+    The estimates may be negative, their expectation may not: KL(p‖p_ref) ≥ 0 if the samples are p's.
+    """
+    n = len(kls)
+    if n < 2:
+        return False
+    mean = sum(kls) / n
+    variance = sum((kl - mean) ** 2 for kl in kls) / (n - 1)
+    return mean < -3.0 * (variance / n) ** 0.5 and mean < 0.0
+
+
+def check_kl_sign(negative_in_a_row: int) -> None:
+    """Raise GateError once the KL to the reference was surely negative for three updates in a row."""
+    if negative_in_a_row >= NEGATIVE_KL_LIMIT:
+        raise GateError(
+            f"the KL to the reference has been surely negative for {negative_in_a_row} updates, which no policy's own samples "
+            "give: what is scored is not what was sampled. Likely causes: sampling and scoring differ (temperature, a "
+            "truncated distribution, dropout); a reference that is quantised or not the model the adapter started from."
+        )
+
+
 def check_first_minibatch(stats: LossStats, *, exact: bool) -> None:
     """Before the first step of a run old and new policy are one: ratio 1, KL(old‖new) 0, nothing clipped.
 
     `exact` is float32. Raises GateError otherwise.
     """
+    if not stats.is_finite:
+        return  # the update skips such a step and counts it
     tolerance = FLOAT32 if exact else BFLOAT16
     steps = float(stats.steps)
     ratio, clipped = float(stats.ratio) / steps, float(stats.clipped) / steps
@@ -48,6 +78,6 @@ def check_first_minibatch(stats: LossStats, *, exact: bool) -> None:
             f"the policy that is trained is not the one that wrote the samples: before any step the ratio is {ratio:.7f} "
             f"(largest {ratio_max:.5f}), KL(old‖new) {approx_kl:.2e}, clip fraction {clipped:.3f}; they must be 1, 0 and 0. "
             "Likely causes: dropout or another random layer left on; a temperature on one side only; a model whose "
-            "positions or attention depend on padding; weights changed between rollout and update; a low-precision kernel "
-            "that depends on the batch (try policy.dtype: float32)."
+            "positions or attention depend on padding; weights changed between rollout and update"
+            + ("." if exact else "; a low-precision kernel that depends on the batch (try policy.dtype: float32).")
         )

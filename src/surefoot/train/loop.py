@@ -18,9 +18,10 @@ from surefoot.core.schedules import schedule
 from surefoot.core.seeds import derived_seed
 from surefoot.errors import InputError, Interrupted, NonFiniteError, SurefootError
 from surefoot.policies.base import Policy
+from surefoot.rollout.score import sequence_kl
 from surefoot.run import RunFolder
 from surefoot.train import checkpoint
-from surefoot.train.gates import check_first_minibatch
+from surefoot.train.gates import NEGATIVE_KL_LIMIT, check_first_minibatch, check_kl_sign, is_surely_negative
 from surefoot.train.metrics import batch_metrics, update_metrics
 from surefoot.train.signals import Abandon, StopRequest
 from surefoot.train.update import TokenBudget, advantages, update
@@ -73,6 +74,7 @@ class Progress:
     episodes: int = 0
     bad_steps: int = 0
     bad_steps_in_a_row: int = 0
+    negative_kl_in_a_row: int = 0  # updates whose KL to the reference was surely below 0
     best_metric: float | None = None
     best_update: int | None = None  # number of updates at the best evaluation
     seconds: float = 0.0
@@ -188,6 +190,7 @@ def improve(t: Training, batch: Batch, *, budget: TokenBudget, check_itself: boo
     )
     p.updates += 1
     p.episodes += len(batch)
+    p.negative_kl_in_a_row = p.negative_kl_in_a_row + 1 if is_surely_negative(sequence_kl(batch).tolist()) else 0
     p.bad_steps += result.skipped
     p.bad_steps_in_a_row = result.skipped_in_a_row + (0 if result.steps else p.bad_steps_in_a_row)
     if ppo.kl_target is not None:
@@ -302,6 +305,9 @@ def _checkpoint_is_due(t: Training) -> bool:
 
 
 def _stop_if_diverged(t: Training) -> None:
+    if t.progress.negative_kl_in_a_row >= NEGATIVE_KL_LIMIT:
+        save(t, _undone_by_giving_up(t))
+        check_kl_sign(t.progress.negative_kl_in_a_row)
     if t.progress.bad_steps_in_a_row >= t.ppo.max_bad_steps:
         save(t, _undone_by_giving_up(t))
         raise NonFiniteError(

@@ -1,0 +1,56 @@
+"""Gates: what a healthy policy's own samples cannot show stops the run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from surefoot.core.losses import LossStats
+from surefoot.errors import GateError
+from surefoot.train.gates import check_first_minibatch, check_kl_sign, is_surely_negative
+
+
+def stats(*, ratio: float = 1.0, ratio_max: float = 1.0, kl: float = 0.0, clipped: float = 0.0, steps: int = 400) -> LossStats:
+    """Means of a minibatch of `steps` tokens, as the sums that travel."""
+    means = {"ratio": ratio, "approx_kl": kl, "clipped": clipped}
+    sums = {name: torch.tensor(means.get(name, 0.0) * steps, dtype=torch.float64) for name in LossStats.__dataclass_fields__}
+    return LossStats(**{**sums, "steps": torch.tensor(steps), "ratio_max": torch.tensor(ratio_max, dtype=torch.float64)})
+
+
+def test_old_and_new_policy_being_one_passes() -> None:
+    check_first_minibatch(stats(), exact=True)
+    check_first_minibatch(stats(ratio=1 + 5e-7, ratio_max=1 + 2e-5, kl=9e-12), exact=True)  # seen on SmolLM2 in float32
+    check_first_minibatch(stats(ratio=1.004, ratio_max=1.2, kl=1e-3), exact=False)  # seen with fused kernels in bfloat16
+
+
+@pytest.mark.parametrize("wrong", [{"ratio": 1 + 1e-4}, {"ratio_max": 1.001}, {"kl": 1e-8}, {"clipped": 0.01}], ids=str)
+def test_a_small_difference_in_float32_stops_the_run(wrong: dict[str, float]) -> None:
+    with pytest.raises(GateError, match="Likely causes"):
+        check_first_minibatch(stats(**wrong), exact=True)
+
+
+@pytest.mark.parametrize("wrong", [{"ratio": 1.05}, {"ratio_max": 2.0}, {"kl": 0.05}, {"clipped": 0.1}], ids=str)
+def test_a_bug_in_bfloat16_stops_the_run(wrong: dict[str, float]) -> None:
+    with pytest.raises(GateError, match="float32"):
+        check_first_minibatch(stats(**wrong), exact=False)
+
+
+def test_a_loss_that_is_no_number_is_left_to_the_update_that_skips_it() -> None:
+    broken = stats()
+    check_first_minibatch(LossStats(**{**vars(broken), "policy_loss": torch.tensor(float("nan"))}), exact=True)
+
+
+def test_a_kl_is_surely_negative_only_beyond_three_standard_errors() -> None:
+    spread = [-1.0, 1.0] * 50  # standard error 0.1005
+    assert not is_surely_negative(spread)
+    assert not is_surely_negative([kl - 0.29 for kl in spread])
+    assert is_surely_negative([kl - 0.31 for kl in spread])
+    assert not is_surely_negative([kl + 5 for kl in spread])
+    assert not is_surely_negative([0.0] * 64)  # a fresh adapter
+    assert not is_surely_negative([-5.0])  # one episode shows nothing
+
+
+def test_three_negative_kls_in_a_row_stop_the_run() -> None:
+    check_kl_sign(2)
+    with pytest.raises(GateError, match="not what was sampled"):
+        check_kl_sign(3)
