@@ -200,9 +200,7 @@ class PPOConfig(Section):
 class EvaluateConfig(Section):
     """Evaluation on held-out prompts."""
 
-    every: Positive | None = Field(
-        10, description="Updates between evaluations, besides those at start and end; `null`: no others."
-    )
+    every: Positive | None = Field(10, description="Updates between evaluations; `null`: only at start and end.")
     episodes: Positive = Field(64, description="Held-out prompts used, the same each time.")
 
 
