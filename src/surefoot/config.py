@@ -251,8 +251,7 @@ def load_config(path: Path | str, overrides: Mapping[str, str] | None = None) ->
     """
     path = Path(path)
     data = strict_yaml.read(path)
-    if data is None:
-        data = {}
+    data = {} if data is None else data
     if not isinstance(data, dict):
         raise InputError(f"{path}: expected sections such as 'ppo:' at the top, found {short(data)}")
     data = {key: value for key, value in data.items() if value is not None}  # a section whose lines are all comments
@@ -301,8 +300,7 @@ def with_sampling(generation: GenerationConfig, changes: Mapping[str, Any]) -> G
 def setting_keys() -> dict[str, str]:
     """Flat setting name -> dotted key, for keyword arguments: `{"learning_rate": "ppo.learning_rate", "seed": "seed", …}`."""
     keys: dict[str, str] = {}
-    for name, info in Config.model_fields.items():
-        section = info.annotation
+    for name, section in ((name, info.annotation) for name, info in Config.model_fields.items()):
         if isinstance(section, type) and issubclass(section, Section):
             prefix = f"{name}_" if name in ("run", "evaluate") else ""
             keys |= {prefix + inner: f"{name}.{inner}" for inner in section.model_fields}
@@ -320,10 +318,8 @@ def nested(settings: dict[str, Any]) -> dict[str, Any]:
             is_the_tasks = name in TaskConfig.model_fields
             hint = "; it is TextTask's" if is_the_tasks else suggestion(name, keys, "docs/config.md lists them")
             raise InputError(f"unknown setting {name!r}{hint}")
-        *parents, leaf = keys[name].split(".")
-        target = data
-        for parent in parents:
-            target = target.setdefault(parent, {})
+        section, _, leaf = keys[name].rpartition(".")
+        target = data.setdefault(section, {}) if section else data
         target[leaf] = value.model_dump() if isinstance(value, Section) else value
     return data
 
