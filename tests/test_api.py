@@ -315,6 +315,24 @@ def weights(model: PPO) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.policy.named_parameters_to_train()}
 
 
+def test_generating_stops_at_the_strings_the_policy_was_trained_to_stop_at():
+    prompts = ["one"] * 20
+    free = small(max_new_tokens=20).generate(prompts)
+    stopped = small(max_new_tokens=20, stop=["e"]).generate(prompts)
+    assert any(text.count("e") > 1 for text in free)
+    for before, after in zip(free, stopped, strict=True):
+        assert before.startswith(after) and ("e" in before) == ("e" in after)
+        assert "e" not in after[:-3]  # the longest token has three letters
+
+
+def test_generating_goes_through_the_template_of_a_task_that_was_trained_through_it():
+    policy = tiny_policy(tokenizer=tiny_tokenizer(chat=True))
+    prompt = "one"
+    as_chat = small(policy, task(chat=True)).generate(prompt)
+    assert as_chat == small(policy).generate([[{"role": "user", "content": prompt}]])[0]
+    assert as_chat != small(policy).generate(prompt)
+
+
 def test_a_run_is_loaded_where_it_stopped():
     model = PPO(model_folder(), task(), verbose=0, run_name="mine", **SMALL)
     model.learn(4)

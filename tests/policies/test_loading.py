@@ -275,6 +275,9 @@ def test_dtype_auto_takes_bfloat16_only_where_the_processor_has_it(monkeypatch):
     assert resolve_dtype("bfloat16", "cpu") == torch.bfloat16
     for has_it, expected in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has_it=has_it: has_it)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has_it=has_it: has_it)
+        # Emulated bfloat16, as on older GPUs, is slower than float32 and does not count.
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True, has_it=has_it: has_it or including_emulation
+        )
         assert resolve_dtype("auto", "cpu") == resolve_dtype("auto", "cuda") == expected
     assert resolve_dtype("auto", "mps") == torch.float32

@@ -14,7 +14,7 @@ from surefoot.core.losses import LossSettings, ppo_loss
 from surefoot.envs.text import TextTask
 from surefoot.errors import InputError
 from surefoot.rollout.score import score_batch, sequence_kl
-from surefoot.rollout.text import TextRollout, collect, completion_text, distinct_2, encode_prompt
+from surefoot.rollout.text import TextRollout, collect, completion_text, distinct_2, encode_prompt, stop_check
 from surefoot.types import Batch, StopReason
 from tests.tiny import ASSISTANT, CONTEXT, END, SPECIAL, USER, plain_scores, tiny_lm, tiny_policy, tiny_tokenizer
 
@@ -304,22 +304,17 @@ def test_a_stop_string_ends_the_answer_and_stays_part_of_it():
         assert stop not in completion_text(tiny_tokenizer(), t.completion.tokens[:-1], frozenset())
 
 
-def stop_check(*stops: str):
-    generation = GENERATION.model_copy(update={"stop": list(stops)})
-    return TextRollout(tiny_policy(), task(), generation=generation, ppo=PPO, seed=0)._stop_check()
-
-
 def test_a_stop_string_is_found_across_token_borders():
     tokenizer = tiny_tokenizer()
-    is_stopped = stop_check("then")
+    is_stopped = stop_check(tokenizer, ["then"])
     tokens = tokenizer.convert_tokens_to_ids(["a", "t", "h", "e", "n"])
     assert [is_stopped(tokens[: i + 1]) for i in range(5)] == [False, False, False, False, True]
     assert is_stopped(tokenizer.convert_tokens_to_ids(["the", "n"]))
-    assert stop_check() is None
+    assert stop_check(tokenizer, []) is None
 
 
 def test_a_stop_string_does_not_match_the_name_of_a_special_token():
-    assert not stop_check("e", "user")([USER])
+    assert not stop_check(tiny_tokenizer(), ["e", "user"])([USER])
 
 
 def test_the_penalty_for_a_missing_end_is_for_cut_off_answers_alone_with_custom_end_tokens_too():
