@@ -26,7 +26,7 @@ ALLOWED = {
     "rewards": {"core"},
     "rollout": {"core", "policies", "envs", "generation", "rewards", "rollout"},
     "train": {"core", "run", "rollout", "policies", "train"},
-    "assets": set(),
+    "assets": {"policies"},
     "build": {"core", "run", "policies", "envs", "rewards", "rollout", "train", "assets"},
     "ppo": {"core", "run", "policies", "envs", "generation", "rollout", "train", "build"},
     "demo": {"run", "ppo", "build"},

