@@ -14,7 +14,7 @@ setup: $(READY)  ## Make .venv with pinned dependencies
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Surefoot needs Python 3.10 or newer; name one with: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev,games,play]'
 	@touch $(READY)
 
 demo: $(READY)  ## PPO fine-tunes a real model towards a real reward: about 5 minutes on 2 cores

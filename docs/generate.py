@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 CONFIG_INTRO = """\
 # Configuration
 
-Written by `make docs` from the models in `src/surefoot/config.py`; change it there.
+Written by `make docs` from the models in `src/surefoot/config/sections.py`; change it there.
 
 A run is one YAML file; every field is also a flag (`--ppo.kl-coef 0.02`) and, without its section, a keyword of
 `PPO(...)` (`kl_coef=0.02`; fields of `run` and `evaluate` keep their section as a prefix: `run_name`,

@@ -20,6 +20,9 @@ class BigramPolicy(nn.Module):
     """Logits and value are the table rows of the token before: the same bits whatever the padding and the neighbours."""
 
     scores_like_sampler = True
+    reads_whole_rows = True
+    accumulate = None
+    threads = None
 
     def __init__(self, *, seed: int = 0, reference: Tensor | None = None, off_mask: float = 0.0):
         super().__init__()

@@ -51,7 +51,7 @@ def refusal(call: Callable[[], object]) -> str:
 def test_the_public_names_are_sorted_and_complete():
     by_kind = sorted(surefoot.__all__, key=lambda name: (not name.isupper(), not name[0].isupper(), name))
     assert surefoot.__all__ == by_kind and len(set(by_kind)) == len(by_kind)
-    promised = {"PPO", "TextTask", "advantages", "collect", "load_policy", "update"}
+    promised = {"BaseCallback", "PPO", "TextTask", "advantages", "collect", "evaluate_policy", "load_policy", "update"}
     errors = {name for name, value in vars(surefoot.errors).items() if isinstance(value, type) and issubclass(value, Exception)}
     assert set(surefoot.__all__) == promised | errors
 
@@ -81,12 +81,13 @@ def plain_signature(function: Callable[..., object]) -> str:
 
 SIGNATURES = {
     PPO.__init__: "(self, policy, env=None, *, config=None, verbose=1, run=None, **settings)",
-    PPO.learn: "(self, total_episodes=None)",
+    PPO.learn: "(self, total=None, /, callback=None, progress_bar=False, *, total_episodes=None, total_timesteps=None)",
     PPO.evaluate: "(self, episodes=None)",
     PPO.generate: "(self, prompts, *, seed=0, **sampling)",
+    PPO.predict: "(self, observation, state=None, episode_start=None, deterministic=False)",
     PPO.save: "(self, folder)",
-    PPO.load: "(folder, env=None, *, verbose=1)",
-    PPO.open: "(source)",
+    PPO.load: "(folder, env=None, *, verbose=1, **given)",
+    PPO.open: "(source, env=None)",
     TextTask.__init__: (
         "(self, prompts, reward, *, metric=None, held_out=0.1, prompt_column='prompt', prompt_tokens=None, chat=False)"
     ),
@@ -364,7 +365,7 @@ def test_relative_names_in_a_run_folder_are_found_from_anywhere(monkeypatch, tmp
 
 def test_a_run_without_its_task_is_refused():
     small(run_name="mine").learn(4)
-    assert refusal(lambda: PPO.load("runs/mine")).endswith("continue it there with its task: PPO.load(folder, task)")
+    assert refusal(lambda: PPO.load("runs/mine")).endswith("go on there with its task: PPO.load(folder, task)")
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty", "plain"])

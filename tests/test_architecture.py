@@ -15,23 +15,26 @@ FILES = sorted(SOURCE.rglob("*.py"))
 ALLOWED = {
     "errors": set(),
     "types": set(),
-    "config": {"strict_yaml", "wording"},
+    "config": {"config", "strict_yaml", "wording"},
     "strict_yaml": set(),
     "wording": set(),
     "core": {"core"},
+    "tensors": set(),
     "run": {"config"},
-    "policies": {"core", "policies"},
+    "policies": {"core", "policies", "tensors"},
     "generation": {"generation"},
-    "envs": {"core", "rewards"},
+    "envs": {"core", "rewards", "envs"},
     "rewards": {"core"},
     "rollout": {"core", "policies", "envs", "generation", "rewards", "rollout"},
-    "train": {"core", "run", "rollout", "policies", "train"},
+    "train": {"core", "run", "rollout", "policies", "train", "tensors"},
     "assets": {"policies"},
     "build": {"core", "run", "policies", "envs", "rewards", "rollout", "train", "assets"},
-    "ppo": {"core", "run", "policies", "envs", "generation", "rollout", "train", "build"},
+    "sb3": {"envs", "policies", "rollout", "train", "build", "ppo"},
+    "ppo": {"core", "run", "policies", "envs", "generation", "rollout", "train", "build", "sb3"},
+    "play": {"run", "ppo", "build", "envs", "rollout"},
     "demo": {"run", "ppo", "build"},
-    "cli": {"run", "ppo", "build", "demo", "assets"},
-    "__init__": {"ppo", "envs", "policies", "rollout", "train"},
+    "cli": {"run", "ppo", "build", "demo", "play", "assets"},
+    "__init__": {"ppo", "sb3", "envs", "policies", "rollout", "train"},
 }
 NOUNS = {"errors", "types", "config"}
 # Of the policies, rollout and train know the protocol alone.
@@ -44,11 +47,16 @@ HOMES = {
     "rich": {"train", "demo"},
     "vaderSentiment": {"rewards"},
     "pydantic": {"config"},
+    "gymnasium": {"envs"},
+    "pettingzoo": {"envs"},
+    "matplotlib": {"play"},
+    "PIL": {"play"},
+    "imageio_ffmpeg": {"play"},
 }
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 8
-MAX_SOURCE_LINES = 8_500
+MAX_SOURCE_LINES = 10_000
 
 
 def room_of(path: Path) -> str:
@@ -94,7 +102,9 @@ def test_imports_go_one_way(source_file: Path) -> None:
 def test_core_imports_torch_alone(source_file: Path) -> None:
     if room_of(source_file) == "core":
         outside = {name.split(".")[0] for name in imports_of(ast.parse(source_file.read_text()))}
-        assert outside <= {"torch", "surefoot", "__future__", "collections", "dataclasses", "hashlib", "math"}, outside
+        assert outside <= {"torch", "surefoot", "__future__", "collections", "dataclasses", "hashlib", "math", "typing"}, (
+            outside
+        )
 
 
 def test_each_heavy_library_has_one_home(source_file: Path) -> None:

@@ -103,9 +103,9 @@ def test_the_version_is_told():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "a verb is needed; there are ppo, resume, generate, fetch, demo"),
+        ([], "a verb is needed; there are ppo, resume, generate, play, fetch, demo"),
         (["resum"], "unknown verb 'resum'; did you mean 'resume'?"),
-        (["train"], "unknown verb 'train'; there are ppo, resume, generate, fetch, demo"),
+        (["train"], "unknown verb 'train'; there are ppo, resume, generate, play, fetch, demo"),
         (["--nosuch"], "the following arguments are required: VERB; see surefoot --help"),
         (["ppo"], "the following arguments are required: FILE; see surefoot ppo --help"),
         (["ppo", "config.yaml", "more"], "unrecognized arguments: more; see surefoot --help"),
@@ -117,7 +117,7 @@ def test_the_version_is_told():
         (["ppo", "config.yaml", "--nosuch=1"], "unknown flag '--nosuch'; surefoot ppo --help lists them"),
         (["ppo", "config.yaml", "--ppo.kl-coef", "-1"], "--ppo.kl-coef: should be greater than or equal to 0, got -1"),
         (["ppo", "no.yaml"], "no.yaml: no such file"),
-        (["ppo", "empty.yaml"], "empty.yaml: no task; name task.prompts and task.reward"),
+        (["ppo", "empty.yaml"], "empty.yaml: no task (task.prompts and task.reward) and no environment (env.id); name one"),
         (["ppo", "."], ".: cannot be read: Is a directory"),
         (["resume"], "the following arguments are required: RUN; see surefoot resume --help"),
         (["resume", "no"], "no is not a run folder: it has no config.yaml"),
@@ -285,7 +285,7 @@ def test_a_run_started_from_python_is_resumed_there(finished, tmp_path):
     start, end = stored.index("task:"), stored.index("generation:")
     (tmp_path / "python" / "config.yaml").write_text(stored[:start] + stored[end:])
     said = run_cli("resume", tmp_path / "python").complaint
-    assert said.endswith("was started from Python; continue it there with its task: PPO.load(folder, task)")
+    assert said.endswith("was started from Python; go on there with its task: PPO.load(folder, task)")
 
 
 def test_a_bug_is_a_traceback_and_not_a_line(project, monkeypatch):

@@ -421,7 +421,9 @@ def test_a_disk_full_while_a_checkpoint_is_written_leaves_the_one_before(project
 def test_a_disk_full_while_the_model_is_written_leaves_a_run_that_can_go_on(project, monkeypatch):
     write_project(project)
     with monkeypatch.context() as patches:
-        patches.setattr("surefoot.ppo.save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patches.setattr(
+            "surefoot.policies.lm.save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
         assert_a_full_disk_is_one_line(run_cli(*RUN), "runs/mine/model could not be written")
     assert not (project / "runs/mine/model").exists()
     assert run_cli("resume", "runs/mine").code == 0 and (project / "runs/mine/model/config.json").exists()

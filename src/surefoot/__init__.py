@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from surefoot.policies.lm import load_policy
     from surefoot.ppo import PPO
     from surefoot.rollout.text import collect
+    from surefoot.sb3 import BaseCallback, evaluate_policy
     from surefoot.train.update import advantages, update
 
 _HOMES = {
@@ -21,8 +22,10 @@ _HOMES = {
     "PPO": "ppo",
     "SurefootError": "errors",
     "TextTask": "envs.text",
+    "BaseCallback": "sb3",
     "advantages": "train.update",
     "collect": "rollout.text",
+    "evaluate_policy": "sb3",
     "load_policy": "policies.lm",
     "update": "train.update",
 }
@@ -30,6 +33,7 @@ _HOMES = {
 __version__ = "0.1.0"
 __all__ = [
     "PPO",
+    "BaseCallback",
     "GateError",
     "InputError",
     "Interrupted",
@@ -38,6 +42,7 @@ __all__ = [
     "TextTask",
     "advantages",
     "collect",
+    "evaluate_policy",
     "load_policy",
     "update",
 ]

@@ -5,17 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from surefoot import assets
-from surefoot.config import Config
+from surefoot.config import Config, EnvConfig, SelfPlayConfig
 from surefoot.core.seeds import derived_seed
+from surefoot.envs.games import GameVectorEnv, make_games
+from surefoot.envs.record import Frame, recorded_vector
 from surefoot.envs.text import TextTask
+from surefoot.envs.vector import Vector, make_vector, wrap_vector
 from surefoot.errors import InputError
-from surefoot.policies.lm import CausalLMPolicy, check_model_folder, load_policy
-from surefoot.rewards.functions import load_function, score
+from surefoot.policies.control import ControlPolicy
+from surefoot.policies.lm import CausalLMPolicy, check_model_folder, load_policy, resolve_dtype
+from surefoot.rewards.functions import is_function, load_function, score
+from surefoot.rollout.league import League
 from surefoot.rollout.text import TextRollout
+from surefoot.rollout.vector import VectorRollout
 from surefoot.run import RunFolder
 from surefoot.train import checkpoint, loop
 from surefoot.train.update import make_optimizer
@@ -36,7 +44,7 @@ def check_places(config: Config) -> None:
     """What a new run can be refused for before anything is fetched or loaded: run name, device, model folder."""
     RunFolder.check_free(config)
     build_device(config.device)
-    if config.policy.model not in assets.ASSETS:
+    if config.env is None and config.policy.model not in assets.ASSETS:
         check_model_folder(config.policy.model)
 
 
@@ -74,9 +82,79 @@ def build_task(config: Config, *, say: Callable[[str], None] = assets.tell) -> T
     )
 
 
-def build_training(config: Config, policy: CausalLMPolicy, task: TextTask, folder: RunFolder | None = None) -> loop.Training:
+def build_vector(config: Config, env: Any = None, *, for_evaluation: bool = False) -> Vector:
+    """The environment of a run: what the user made, or copies of what `env.id` names."""
+    assert config.env is not None
+    settings = config.env
+    seed = derived_seed(config.seed, "evaluation" if for_evaluation else "environment", 0)
+    if env is not None and not isinstance(env, str):
+        return wrap_vector(env, seed=seed)
+    if settings.id is None:
+        raise InputError("the environment was made in Python; give it again: PPO.load(folder, env)")
+    kwargs = settings.kwargs | (settings.eval_kwargs if for_evaluation else {})
+    make = _maker(settings.id)
+    if _has_two_players(settings):
+        if settings.vectorization != "sync":
+            raise InputError("env.vectorization: two-player games are stepped in one process, for one opponent; leave it out")
+        return make_games(make, n_envs=settings.n_envs, kwargs=kwargs, seed=seed)
+    vectorization = "sync" if for_evaluation and settings.vectorization == "async" else settings.vectorization
+    return make_vector(make, n_envs=settings.n_envs, vectorization=vectorization, kwargs=kwargs, seed=seed)
+
+
+def build_recorded(config: Config, show: Callable[[Frame, float], None]) -> Vector:
+    """One copy of what a run is evaluated in, begun from the same seeds; `show` gets its first episode's frames."""
+    assert config.env is not None and config.env.id is not None
+    kwargs = config.env.kwargs | config.env.eval_kwargs
+    seed = derived_seed(config.seed, "evaluation", 0)
+    return recorded_vector(_maker(config.env.id), kwargs=kwargs, seed=seed, show=show)
+
+
+def _has_two_players(env: EnvConfig) -> bool:
+    return env.self_play is not None or (env.id or "").startswith("classic/")
+
+
+def _maker(name: str) -> Any:
+    return load_function(name, key="env.id") if is_function(name) else name
+
+
+def build_control_policy(config: Config, env: Vector, extractor: nn.Module | None = None) -> ControlPolicy:
+    """A network for the environment's spaces; `extractor` is the user's own part of it."""
+    assert config.env is not None
+    device = build_device(config.device)
+    # Only convolutions are large enough to gain from half precision.
+    wanted = config.policy.dtype if "Cnn" in config.policy.model or config.policy.dtype != "auto" else "float32"
+    policy = ControlPolicy(
+        env.observation_spaces,
+        env.action_space,
+        extractor=extractor,
+        config=config.policy.network,
+        kind=config.policy.model,
+        normalize=config.env.normalize_observations,
+        dtype=resolve_dtype(wanted, device),
+        seed=derived_seed(config.seed, "network", 0),
+    )
+    return policy.to(device)
+
+
+def build_rollout(config: Config, policy: Any, env: TextTask | Vector) -> loop.Rollout:
+    """What collects the batches of a run."""
+    if isinstance(env, TextTask):
+        return TextRollout(policy, env, generation=config.generation, ppo=config.ppo, seed=config.seed)
+    assert config.env is not None
+    make = None if config.env.id is None else lambda: build_vector(config, for_evaluation=True)
+    league = None
+    if _has_two_players(config.env):
+        if not isinstance(env.env, GameVectorEnv):
+            raise InputError("env.self_play needs a two-player game: a GameVectorEnv, or the env.id of one")
+        league = League(policy, env.env, config.env.self_play or SelfPlayConfig())
+    return VectorRollout(
+        policy, env, settings=config.env, ppo=config.ppo, seed=config.seed, make_evaluation=make, league=league
+    )
+
+
+def build_training(config: Config, policy: Any, env: TextTask | Vector, folder: RunFolder | None = None) -> loop.Training:
     """A run at its beginning, in a new folder where none is given, or at the newest whole checkpoint of its folder."""
-    rollout = TextRollout(policy, task, generation=config.generation, ppo=config.ppo, seed=config.seed)
+    rollout = build_rollout(config, policy, env)
     folder = folder or RunFolder.create(config)  # after the prompts were found to fit: a refused run leaves nothing
     training = loop.Training(
         config=config,
@@ -85,7 +163,7 @@ def build_training(config: Config, policy: CausalLMPolicy, task: TextTask, folde
         optimizer=make_optimizer(policy, config.ppo),
         folder=folder,
         progress=loop.Progress(kl_coef=config.ppo.kl_coef),
-        total_episodes=config.ppo.total_episodes,
+        total=config.ppo.total_episodes if config.env is None else config.ppo.total_timesteps,
     )
     newest = checkpoint.newest_checkpoint(folder.checkpoints)
     if newest is not None:
@@ -118,14 +196,16 @@ def probe_functions(task: TextTask) -> None:
     checkpoint.restore_generators(generators)
 
 
-def restore_for_generation(policy: CausalLMPolicy, folder: RunFolder) -> Path:
+def restore_best(policy: Any, folder: RunFolder) -> Path:
     """Load the run's best weights (by the held-out metric), else its newest; the checkpoint they came from.
 
-    Raises InputError if the run has none yet: untrained answers must not pass for its own.
+    Raises InputError if the run has none yet: what is untrained must not pass for its own.
     """
     path = checkpoint.pointed_checkpoint(folder.checkpoints, "best") or checkpoint.newest_checkpoint(folder.checkpoints)
     if path is None:
         raise InputError(f"{folder.path} has no checkpoint yet; wait for its first one")
-    tensors, _ = checkpoint.load_checkpoint(path)
+    tensors, state = checkpoint.load_checkpoint(path)
     checkpoint.restore_policy(policy, tensors["policy"])
+    if isinstance(policy, ControlPolicy):
+        policy.restore(state["rollout"]["policy"])
     return path

@@ -47,13 +47,13 @@ def ppo(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from surefoot.config import load_config
 
     config = load_config(options.file, overrides)
-    if config.task is None:
-        raise InputError(f"{options.file}: no task; name task.prompts and task.reward")
+    if config.task is None and config.env is None:
+        raise InputError(f"{options.file}: no task (task.prompts and task.reward) and no environment (env.id); name one")
     from surefoot.build import build_task, check_places
     from surefoot.ppo import PPO
 
     check_places(config)
-    _train(PPO(config.policy.model, build_task(config), config=config))
+    _train(PPO(config.policy.model, build_task(config) if config.env is None else None, config=config))
 
 
 def resume(options: argparse.Namespace, overrides: dict[str, str]) -> None:
@@ -85,6 +85,13 @@ def generate(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     print(PPO.open(options.model).generate([prompt], seed=options.seed, **sampling)[0])
 
 
+def play(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    """Play a run's best policy in its environment: returns, a film of one episode, a plot."""
+    from surefoot.play import play_run
+
+    play_run(options.run, episodes=options.episodes, output=options.output, kind=options.format)
+
+
 def fetch(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     """Get a pinned model or data set into the cache and print its path."""
     from surefoot import assets
@@ -111,7 +118,8 @@ def _train(model: PPO) -> None:
     assert model.run_folder is not None
     model.save(model.run_folder / "model")
     print(f"model: {model.run_folder / 'model'}\nrun:   {model.run_folder}")
-    print(f'next:  surefoot generate {shlex.quote(str(model.run_folder))} "your text"')
+    run = shlex.quote(str(model.run_folder))
+    print(f'next:  surefoot generate {run} "your text"' if model.config.env is None else f"next:  surefoot play {run}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -178,6 +186,11 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     writer.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
     writer.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
     writer.add_argument("--top-p", type=float, metavar="P", help="sample from the smallest set with this probability")
+    player = verb(play, "RUN [options]")
+    player.add_argument("run", metavar="RUN", help="run folder")
+    player.add_argument("--episodes", type=int, default=10, metavar="N", help="how many to play; default 10")
+    player.add_argument("--output", metavar="FOLDER", help="where film and plot go; default RUN/play")
+    player.add_argument("--format", choices=("gif", "mp4"), default="gif", help="of the film; mp4 needs imageio-ffmpeg")
     verb(fetch, "NAME").add_argument("name", metavar="NAME", help="name of the asset; a wrong one lists them")
     verb(demo, "[--section.field value ...]", takes_fields=True)
     return parser, verbs

@@ -9,40 +9,56 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, overload
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from torch import nn
 
-from surefoot import build
-from surefoot.config import Config, absolute_paths, dump_config, load_config, make_config, nested, with_sampling
+from surefoot import build, sb3
+from surefoot.config import (
+    NETWORKS,
+    Config,
+    absolute_paths,
+    dump_config,
+    load_config,
+    make_config,
+    nested,
+    with_sampling,
+)
 from surefoot.core.seeds import derived_seed
 from surefoot.envs.text import TextTask, checked_prompt
+from surefoot.envs.vector import batched
 from surefoot.errors import InputError
 from surefoot.generation.engine import generate
 from surefoot.policies.lm import CausalLMPolicy
 from surefoot.rollout.text import check_length, completion_text, encode_prompt, stop_check
+from surefoot.rollout.vector import env_actions
 from surefoot.run import RunFolder
 from surefoot.train import checkpoint, loop
 from surefoot.train.display import Display, TensorBoard
 from surefoot.types import Request, SamplingParams
 
 # Written beside the weights by `save`, so that `load` gives back critic and settings too.
-SETTINGS, CRITIC = "surefoot.yaml", "surefoot_critic.safetensors"
+SETTINGS = "surefoot.yaml"
 
 
 class PPO:
-    """Train a policy on a task with PPO.
+    """Train a policy in an environment with PPO.
 
-    `policy` is an asset's name, a local model folder, a Hugging Face hub id or a loaded `CausalLMPolicy`; `env` a
-    `TextTask`. Settings are the fields of the configuration by their plain names: `learning_rate=1e-4`,
-    `max_new_tokens=32`, `adapter=None`, `seed=3`, `run_name="mine"`; `config` gives them all at once. `verbose=0`
-    shows nothing; `run` is an existing run folder to go on in (`PPO.load` passes it). Raises
-    InputError for anything unusable, before the model is loaded where that can be known.
+    For language: `policy` is an asset's name, a local model folder, a Hugging Face hub id or a loaded `CausalLMPolicy`;
+    `env` a `TextTask`. For control: `policy` is `"MlpPolicy"`, `"CnnPolicy"`, `"MultiInputPolicy"`, `"MlpLstmPolicy"`,
+    `"CnnLstmPolicy"`, or an `nn.Module` with a `features_dim` that turns observations into features; `env` a Gymnasium
+    id, environment or vector environment.
+
+    Settings are the fields of the configuration by their plain names: `learning_rate=1e-4`, `max_new_tokens=32`,
+    `n_steps=128`, `seed=3`, `run_name="mine"`; `config` gives them all at once. Stable-Baselines3's keywords work as they
+    do there (docs/from-sb3.md). `verbose=0` shows nothing; `run` is an existing run folder to go on in (`PPO.load`
+    passes it). Raises InputError for anything unusable, before a model is loaded where that can be known.
     """
 
     def __init__(
         self,
-        policy: str | Path | CausalLMPolicy,
-        env: TextTask | None = None,
+        policy: str | Path | CausalLMPolicy | nn.Module,
+        env: Any = None,
         *,
         config: Config | None = None,
         verbose: int = 1,
@@ -50,24 +66,43 @@ class PPO:
         **settings: Any,
     ):
         data = config.model_dump() if config is not None else {}
+        is_module = isinstance(policy, nn.Module) and not isinstance(env, TextTask)
+        is_control = data.get("env") is not None or str(policy) in NETWORKS or is_module
+        settings, self._schedules = sb3.translated(settings, verbose=verbose) if is_control else (settings, {})
         _merge(data, nested(settings))
+        if is_control:
+            data["env"] = {"id": env if isinstance(env, str) else None} | (data.get("env") or {})
         if isinstance(policy, (str, Path)):
             data.setdefault("policy", {})["model"] = str(policy)
-        elif not isinstance(policy, CausalLMPolicy):
+        elif not isinstance(policy, nn.Module if is_control else CausalLMPolicy):
             kind = type(policy).__name__
             raise InputError(f"policy: expected a model's name or folder, or what load_policy gives, got a {kind}")
-        if not isinstance(env, (TextTask, type(None))):
-            raise InputError(f"env: expected a TextTask(prompts, reward), got {env!r:.60}")
+        if not is_control and not isinstance(env, (TextTask, type(None))):
+            raise InputError(f"env: expected a TextTask(prompts, reward), got {env!r:.60}; for Gymnasium name {NETWORKS[0]}")
         self.config = make_config(data, where="PPO(...)")
-        self.env, self.verbose = env, verbose
-        if env is not None:
-            if run is None:
-                build.check_places(self.config)
-            build.probe_functions(env)
-        self.policy = policy if isinstance(policy, CausalLMPolicy) else build.build_policy(self.config)
-        self.policy.temperature = self.config.generation.temperature
+        self.verbose = verbose
+        if run is None and (env is not None or is_control):
+            build.check_places(self.config)
+        self.policy: Any
+        self.env: Any
+        if is_control:
+            self.env = build.build_vector(self.config, env)
+            self.policy = build.build_control_policy(self.config, self.env, policy if isinstance(policy, nn.Module) else None)
+        else:
+            self.env = env
+            if env is not None:
+                build.probe_functions(env)
+            self.policy = policy if isinstance(policy, CausalLMPolicy) else build.build_policy(self.config)
+            self.policy.temperature = self.config.generation.temperature
         self._folder = run
         self._training: loop.Training | None = None
+        self.num_timesteps = 0  # seen by callbacks
+        self._random = torch.Generator().manual_seed(derived_seed(self.config.seed, "predict", 0))
+
+    @property
+    def n_envs(self) -> int:
+        """Copies of the environment that are stepped together."""
+        return int(self.env.num_envs) if self.config.env is not None else 1
 
     @property
     def run_folder(self) -> Path | None:
@@ -79,16 +114,34 @@ class PPO:
         """Whether the run that `learn` began has been trained to its end."""
         return self._training is not None and self._training.is_finished
 
-    def learn(self, total_episodes: int | None = None) -> PPO:
-        """Train for `total_episodes` more, or, without a number, to the end that was asked for last.
+    def learn(
+        self,
+        total: int | None = None,
+        /,
+        callback: Any = None,
+        progress_bar: bool = False,
+        *,
+        total_episodes: int | None = None,
+        total_timesteps: int | None = None,
+    ) -> PPO:
+        """Train for `total_episodes` (a task) or `total_timesteps` (an environment) more, or, without a number, to the end
+        that was asked for last.
 
-        Everything the run leaves is in `run_folder`. A new run starts Python's, NumPy's and torch's global generators
-        from its seed. Raises Interrupted after SIGTERM or Ctrl-C, once it has saved; `learn()` then goes on.
+        `callback` is a function `(locals, globals) -> bool | None`, an `sb3.BaseCallback` or a list of them;
+        `progress_bar` shows the display even where `verbose` is 0. Everything the run leaves is in `run_folder`. A new
+        run starts Python's, NumPy's and torch's global generators from its seed. Raises Interrupted after SIGTERM or Ctrl-C,
+        once it has saved; `learn()` then goes on.
         """
-        _check_count("total_episodes", total_episodes)
+        name, named, other = ("total_episodes", total_episodes, total_timesteps)
+        if self.config.env is not None:
+            name, named, other = ("total_timesteps", total_timesteps, total_episodes)
+        if other is not None:
+            raise InputError(f"learn: this run counts {name.removeprefix('total_')}; say learn({name}=...)")
+        more = total if named is None else named
+        _check_count(name, more)
         training = self._prepare_training()
-        if total_episodes is not None:
-            training.total_episodes = training.progress.episodes + total_episodes
+        if more is not None:
+            training.total = training.progress.collected + more
         with ExitStack() as stack:
             self._hold_again(training)
             stack.callback(training.folder.release)
@@ -97,17 +150,21 @@ class PPO:
             board = TensorBoard(training.folder.path / "tensorboard", purge_from=training.progress.updates + 1)
             stack.callback(board.close)
             training.observers = [board]
-            if self.verbose:
+            if self.verbose or progress_bar:
                 training.observers.append(stack.enter_context(Display(training.total_updates)))
-            loop.run(training)
+            with sb3.calling(callback, self, training):
+                loop.run(training)
+        self.num_timesteps = training.progress.collected if self.config.env is not None else 0
         return self
 
     def evaluate(self, episodes: int | None = None) -> dict[str, float]:
         """`eval/…` metrics of the current policy on held-out prompts. Raises InputError without any."""
         _check_count("episodes", episodes)
-        if self.env is not None and not self.env.held_out:
+        if isinstance(self.env, TextTask) and not self.env.held_out:
             raise InputError("no held-out prompts to evaluate on; give TextTask more prompts, or a held_out fraction or list")
         training = self._prepare_training()
+        if not training.rollout.can_evaluate:
+            raise InputError("evaluate needs an environment of its own: give PPO an id, or use evaluate_policy(model, env)")
         metrics, _ = training.rollout.evaluate(episodes or self.config.evaluate.episodes)
         return metrics
 
@@ -119,11 +176,28 @@ class PPO:
         """Continue one prompt or several; a string each. `sampling` overrides the run's `max_new_tokens`,
         `temperature`, `top_k` and `top_p`.
         """
-        task = self.env or self.config.task
-        return generate_text(self.policy, prompts, config=self.config, chat=task.chat if task else False, seed=seed, **sampling)
+        if self.config.env is not None:
+            raise InputError("generate is for language models; a policy for an environment has predict")
+        chat = bool(getattr(self.env or self.config.task, "chat", False))
+        return generate_text(self.policy, prompts, config=self.config, chat=chat, seed=seed, **sampling)
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[Any, Any]:
+        """The action for one observation, or actions [N, ...] for N of them, and the memory to hand in next time.
+
+        `state` is what the last call gave, `episode_start` [N] says where an episode begins (an LSTM forgets there).
+        """
+        if self.config.env is None:
+            raise InputError("predict is for environments; a language model has generate")
+        observations, is_one = batched(self.env.observation_spaces, observation)
+        noise_from = None if deterministic else self._random
+        actions, state = self.policy.predict(observations, state, episode_start, noise_from=noise_from)
+        actions = env_actions(self.env.action_space, actions)
+        return (actions[0] if is_one else actions), state
 
     def save(self, folder: str | Path) -> None:
-        """Write a Hugging Face folder: `AutoModelForCausalLM.from_pretrained(folder)` opens it.
+        """Write the policy: for a language model a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` opens.
 
         Critic and settings lie beside the weights for `PPO.load`. Raises InputError if the disk does not take it.
         """
@@ -135,8 +209,6 @@ class PPO:
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir(parents=True)
             self.policy.save(aside)
-            self.policy.tokenizer.save_pretrained(aside)
-            save_file({name: p.data.contiguous() for name, p in self.policy.value_head.state_dict().items()}, aside / CRITIC)
             # Without `run`: what is trained from it is another run.
             (aside / SETTINGS).write_text(dump_config(absolute_paths(self.config), exclude={"run"}), encoding="utf-8")
             os.replace(aside, folder)
@@ -146,40 +218,48 @@ class PPO:
             raise InputError(f"{folder} could not be written: {getattr(error, 'strerror', None) or error}") from error
 
     @classmethod
-    def load(cls, folder: str | Path, env: TextTask | None = None, *, verbose: int = 1) -> PPO:
+    def load(cls, folder: str | Path, env: Any = None, *, verbose: int = 1, **given: Any) -> PPO:
         """Go on from a run folder (bit for bit, with its optimiser and counters) or from a folder that `save` wrote.
 
-        After `save` the adapter is merged in, so the saved weights are the new reference. `env` is the task; a run
-        that was started from a file builds its own.
+        After `save` a language model's adapter is merged in, so the saved weights are the new reference. `env` is the task
+        or environment; a run that was started from a file or an id builds its own. `given` is what a file cannot hold: a
+        schedule that was a function (`learning_rate=...`), a network of your own (`policy=...`).
         """
         folder = Path(folder)
         if (folder / "config.yaml").is_file():
             run = RunFolder.open(folder)
             config = run.config()
-            if env is None and config.task is None:
-                raise InputError(f"{folder} was started from Python; continue it there with its task: PPO.load(folder, task)")
-            env = env or build.build_task(config)
+            if env is None and config.env is None:
+                if config.task is None:
+                    raise InputError(f"{folder} was started from Python; go on there with its task: PPO.load(folder, task)")
+                env = build.build_task(config)
             run.hold()
-            model = cls(config.policy.model, env, config=config, verbose=verbose, run=run)
-            model._prepare_training()
+            try:
+                model = cls(given.pop("policy", config.policy.model), env, config=config, verbose=verbose, run=run, **given)
+                model._prepare_training()
+            except BaseException:
+                run.release()
+                raise
             return model
         if not (folder / SETTINGS).is_file():
             raise InputError(f"{folder} is neither a run folder (config.yaml) nor a model that Surefoot saved ({SETTINGS})")
-        model = cls(str(folder), env, config=load_config(folder / SETTINGS), verbose=verbose)
-        try:
-            model.policy.value_head.load_state_dict(checkpoint.read_tensors(folder / CRITIC))
-        except RuntimeError as error:  # torch's, for other names or shapes
-            raise InputError(f"{folder / CRITIC} does not fit this model: {' '.join(str(error).split())}") from None
+        config = load_config(folder / SETTINGS)
+        name = str(folder) if config.env is None else config.policy.model
+        model = cls(given.pop("policy", name), env, config=config, verbose=verbose, **given)
+        model.policy.load_extras(folder)
         return model
 
     @classmethod
-    def open(cls, source: str | Path) -> PPO:
-        """A policy to write with: the best checkpoint of a run (by its held-out metric), or any model `PPO` takes."""
+    def open(cls, source: str | Path, env: Any = None) -> PPO:
+        """A policy to use: the best checkpoint of a run (by its held-out metric), or any model `PPO` takes.
+
+        `env` is for a run whose environment was made in Python.
+        """
         if (Path(source) / "config.yaml").is_file():
             run = RunFolder.open(source)
             config = run.config()
-            model = cls(config.policy.model, config=config, verbose=0)
-            build.restore_for_generation(model.policy, run)
+            model = cls(config.policy.model, env, config=config, verbose=0, run=run if config.env is not None else None)
+            build.restore_best(model.policy, run)
             return model
         return cls(str(source), verbose=0)
 
@@ -188,7 +268,9 @@ class PPO:
             if self.env is None:
                 raise InputError("there is no task to train on; give PPO a TextTask as its second argument")
             self._training = build.build_training(self.config, self.policy, self.env, self._folder)
+            self._training.schedules = self._schedules
             self._folder = self._training.folder
+            self.num_timesteps = self._training.progress.collected if self.config.env is not None else 0
         return self._training
 
     def _hold_again(self, training: loop.Training) -> None:

@@ -7,7 +7,7 @@ language model: tokens of prompt and answer), V vocabulary, N written tokens, D 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -85,6 +85,34 @@ class Trajectory:
     reward_parts: dict[str, float] = field(default_factory=dict)  # what became of it: penalty, scaling, clipping
     kl: float = 0.0  # log p - log p_ref summed over the written tokens, nats
 
+    def record(self) -> dict[str, Any]:
+        """Its line in samples.jsonl."""
+        return {
+            "prompt": self.prompt,
+            "completion": self.text,
+            "tokens": len(self.completion.tokens),
+            "stop_reason": self.completion.stop_reason.value,
+            "reward": self.reward_parts or {"score": self.score},
+            "kl": self.kl,
+        }
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One finished episode of an environment.
+
+    Example: `Episode(total=500.0, steps=500, truncated=True)`, a pole held up until the time limit.
+    """
+
+    total: float  # sum of the rewards, undiscounted, as the environment gave them
+    steps: int
+    truncated: bool  # cut off by a limit: it did not end by itself
+    info: dict[str, float] = field(default_factory=dict)  # numbers from the environment's last info, such as `is_success`
+
+    def record(self) -> dict[str, Any]:
+        """Its line in samples.jsonl."""
+        return {"return": self.total, "steps": self.steps, "truncated": self.truncated, **self.info}
+
 
 @dataclass
 class Batch:
@@ -112,32 +140,48 @@ class Batch:
     behaviour_logprobs_BT: Tensor | None = None  # the sampler's own, kept when logprobs_BT was scored again
     advantages_BT: Tensor | None = None
     returns_BT: Tensor | None = None
-    trajectories: list[Trajectory] = field(default_factory=list)
+    trajectories: list[Trajectory] | list[Episode] = field(default_factory=list)
+    row_size: int = 1  # what a row counts for in `batch_size`: an episode 1, a sequence its timesteps
+    collected: int | None = None  # units of the run's budget in it; None: its rows
+    needs_scores: bool = False  # logprobs_BT and values_BT are still to be filled in
     version: int = 0  # number of updates the policy had seen when it wrote this
     metrics: dict[str, float] = field(default_factory=dict)  # measured while collecting
 
     def __len__(self) -> int:
         return self.mask_BT.shape[0]
 
-    def rows(self, indices: Tensor) -> Batch:
-        """The rows at `indices` (int64, [b]), cut to the longest of them."""
-        length = int(self.mask_BT[indices].any(0).nonzero().max()) + 1 if self.mask_BT[indices].any() else 1
+    def rows(self, indices: Tensor | slice) -> Batch:
+        """The rows at `indices` (int64, [b], or a slice), cut to the longest of them. Without their trajectories."""
+        longest = self.mask_BT.shape[1]
+        if longest > 1:
+            written_T = self.mask_BT[indices].any(0)
+            longest = int(written_T.nonzero().max()) + 1 if written_T.any() else 1
 
         def take(value: Tensor) -> Tensor:
             picked = value[indices]
-            return picked[:, :length] if picked.dim() > 1 else picked
+            return picked[:, :longest] if picked.dim() > 1 and picked.shape[1] > longest else picked
 
-        changes: dict[str, Any] = {
-            f.name: take(getattr(self, f.name)) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)
-        }
-        changes["observations"] = {name: take(value) for name, value in self.observations.items()}
-        changes["trajectories"] = [self.trajectories[i] for i in indices.tolist()] if self.trajectories else []
-        return replace(self, **changes)
+        return self._changed(take)
+
+    def steps(self) -> Batch:
+        """Every masked step as a row of its own, [N, 1], each counting 1 in `batch_size`."""
+        mask_BT, (rows, length) = self.mask_BT, self.mask_BT.shape
+
+        def take(value: Tensor) -> Tensor:
+            is_per_step = value.dim() > 1 and value.shape[:2] == (rows, length)
+            return value[mask_BT][:, None] if is_per_step else value.repeat_interleave(mask_BT.sum(1), 0)
+
+        return replace(self._changed(take), row_size=1)
+
+    def _changed(self, take: Callable[[Tensor], Tensor]) -> Batch:
+        changes: dict[str, Any] = {name: take(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        observations = {name: take(value) for name, value in self.observations.items()}
+        return replace(self, **changes, observations=observations, trajectories=[])
 
 
 @dataclass
 class Evaluation:
-    """A policy's view of a batch: log-probs, values and (where asked for) entropies, [B, T] float32, 0 off the mask."""
+    """A policy's view of a batch: log-probs, values and entropies, [B, T] float32; anything off the mask."""
 
     logprobs_BT: Tensor
     values_BT: Tensor

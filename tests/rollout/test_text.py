@@ -350,7 +350,7 @@ def test_evaluation_reports_the_means_of_its_answers_and_repeats_itself():
         "eval/length": sum(lengths) / 6,
         "eval/end_rate": sum(t.completion.tokens[-1] == END for t in trajectories) / 6,
     }
-    rollout.collect(first_episode=0, episodes=4)
+    rollout.collect(first=0, count=4)
     assert rollout.evaluate(6)[0] == metrics
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import save
 from surefoot.errors import InputError
 from surefoot.policies.lm import load_policy
 from surefoot.run import RunFolder
+from surefoot.tensors import read_tensors
 from surefoot.train import checkpoint
 from surefoot.train.checkpoint import load_checkpoint, newest_checkpoint, point, pointed_checkpoint, save_checkpoint
 from tests.fakes import BigramPolicy
@@ -559,6 +560,6 @@ def test_the_same_seed_starts_every_generator_the_same() -> None:
 
 def test_a_whole_file_of_tensors_reads_as_itself(tmp_path: Path) -> None:
     (tmp_path / "t.safetensors").write_bytes(save({"a": torch.arange(3)}))
-    assert checkpoint.read_tensors(tmp_path / "t.safetensors")["a"].tolist() == [0, 1, 2]
+    assert read_tensors(tmp_path / "t.safetensors")["a"].tolist() == [0, 1, 2]
     with pytest.raises(InputError, match=r"missing\.safetensors"):
-        checkpoint.read_tensors(tmp_path / "missing.safetensors")
+        read_tensors(tmp_path / "missing.safetensors")

@@ -16,7 +16,7 @@ from surefoot.config import load_config, make_config
 from surefoot.errors import InputError
 from surefoot.policies.lm import CausalLMPolicy
 from surefoot.run import RunFolder
-from surefoot.train.checkpoint import read_tensors
+from surefoot.tensors import read_tensors
 from tests.tiny import written_batch
 from tests.train.small_run import letters, python_ppo, python_task, rows, weights, write_project
 from tests.train.test_checkpoint import header, largest_file, poison

@@ -26,18 +26,21 @@ def gae(
     reward and cost no γ or λ. After a step with `ends_BT` the carry stops, and V(s') is `bootstrap_BT`: 0 where the
     episode terminated, V(final observation) where it was only truncated or the rollout stopped.
     """
-    advantages_BT = torch.zeros_like(rewards_BT)
-    next_value_B = torch.zeros_like(rewards_BT[:, 0])
-    next_advantage_B = torch.zeros_like(next_value_B)
-    zeros_B = torch.zeros_like(next_value_B)
-    for t in reversed(range(rewards_BT.shape[1])):
-        ends_B, mask_B, value_B = ends_BT[:, t], mask_BT[:, t], values_BT[:, t]
-        successor_B = torch.where(ends_B, bootstrap_BT[:, t], next_value_B)
-        carried_B = torch.where(ends_B, zeros_B, next_advantage_B)
-        delta_B = rewards_BT[:, t] + gamma * successor_B - value_B
-        advantage_B = delta_B + gamma * lam * carried_B
-        advantages_BT[:, t] = torch.where(mask_B, advantage_B, zeros_B)
-        next_advantage_B = torch.where(mask_B, advantage_B, next_advantage_B)
-        next_value_B = torch.where(mask_B, value_B, next_value_B)
-    returns_BT = torch.where(mask_BT, advantages_BT + values_BT, torch.zeros_like(values_BT))
+    zero = torch.zeros((), device=rewards_BT.device)
+    steps = mask_BT.shape[1]
+    # The index of the next masked step after each one; `steps` where there is none.
+    index_BT = torch.where(mask_BT, torch.arange(steps, device=mask_BT.device), steps)
+    following_BT = index_BT.flip(1).cummin(1).values.flip(1)
+    following_BT = torch.cat([following_BT[:, 1:], torch.full_like(following_BT[:, :1], steps)], 1)
+    padded_BT = torch.cat([torch.where(mask_BT, values_BT, zero), torch.zeros_like(values_BT[:, :1])], 1)
+    successor_BT = torch.where(ends_BT, bootstrap_BT, padded_BT.gather(1, following_BT))
+    delta_BT = torch.where(mask_BT, rewards_BT + gamma * successor_BT - values_BT, zero)
+    # Off the mask the advantage to come is handed on as it is; after an end nothing is.
+    carried_BT = torch.where(mask_BT, torch.where(ends_BT, 0.0, gamma * lam), 1.0)
+    advantage_B, backwards = torch.zeros_like(delta_BT[:, 0]), []
+    for delta_B, carried_B in zip(reversed(delta_BT.unbind(1)), reversed(carried_BT.unbind(1)), strict=True):
+        advantage_B = torch.addcmul(delta_B, carried_B, advantage_B)
+        backwards.append(advantage_B)
+    advantages_BT = torch.where(mask_BT, torch.stack(backwards[::-1], 1), zero)
+    returns_BT = torch.where(mask_BT, advantages_BT + values_BT, zero)
     return advantages_BT, returns_BT

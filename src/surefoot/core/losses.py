@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from surefoot.core.kl import MAX_LOG_RATIO
-from surefoot.core.masked import masked_sum
 
 
 @dataclass(frozen=True)
@@ -28,30 +28,31 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class LossStats:
-    """Sums over the masked steps of one micro-batch; they add up over micro-batches. Scalars, detached.
+    """Sums over the masked steps of one micro-batch, in the order of `NAMES`; they add up over micro-batches. Detached.
 
-    `ratio_max` takes the maximum instead. Means are these divided by `steps`.
+    Each name is also an attribute, a scalar tensor; means are these divided by `steps`. `ratio_max` is a maximum.
     """
 
-    steps: Tensor
-    policy_loss: Tensor
-    value_loss: Tensor
-    entropy: Tensor
-    ratio: Tensor
+    NAMES = ("policy_loss", "value_loss", "entropy", "ratio", "approx_kl", "clipped", "value_clipped", "steps")
+    policy_loss = property(lambda self: self.sums[0])
+    value_loss = property(lambda self: self.sums[1])
+    entropy = property(lambda self: self.sums[2])
+    ratio = property(lambda self: self.sums[3])
+    approx_kl = property(lambda self: self.sums[4])  # k3 of KL(old‖new): never negative, unlike mean(old - new)
+    clipped = property(lambda self: self.sums[5])
+    value_clipped = property(lambda self: self.sums[6])
+    steps = property(lambda self: self.sums[7])
+
+    sums: Tensor  # [8] float32
     ratio_max: Tensor
-    approx_kl: Tensor  # k3 of KL(old‖new): never negative, unlike mean(old - new)
-    clipped: Tensor
-    value_clipped: Tensor
 
     @property
     def is_finite(self) -> bool:
         """Whether the losses are numbers."""
-        return math.isfinite(float(self.policy_loss + self.value_loss))
+        return math.isfinite(float(self.sums[:2].sum()))
 
     def __add__(self, other: LossStats) -> LossStats:
-        sums = {name: getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__}
-        sums["ratio_max"] = torch.maximum(self.ratio_max, other.ratio_max)
-        return LossStats(**sums)
+        return LossStats(self.sums + other.sums, torch.maximum(self.ratio_max, other.ratio_max))
 
 
 def clipped_policy_loss(log_ratio: Tensor, advantages: Tensor, *, clip_range: float) -> Tensor:
@@ -59,8 +60,7 @@ def clipped_policy_loss(log_ratio: Tensor, advantages: Tensor, *, clip_range: fl
 
     `log_ratio` is log π_new - log π_old in nats; it is clamped to ±20 before `exp` so that no ratio overflows.
     """
-    ratio = torch.exp(log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1.0 - clip_range, 1.0 + clip_range))
+    return _policy_terms(torch.exp(log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)), advantages, clip_range)[0]
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip_range: float | None) -> Tensor:
@@ -69,11 +69,27 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip_rang
     Clipping is OpenAI baselines' (`ppo2/model.py`). Mind its known trap: where the clipped branch is the larger, the
     gradient is exactly 0, even if V is far from R.
     """
-    loss = (values - returns) ** 2
-    if clip_range is not None:
-        clipped = torch.minimum(torch.maximum(values, old_values - clip_range), old_values + clip_range)
-        loss = torch.maximum(loss, (clipped - returns) ** 2)
-    return 0.5 * loss
+    return _value_terms(values, old_values, returns, clip_range)[0]
+
+
+def _policy_terms(ratio: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The clipped surrogate per step; its derivative by log π_new, -A r where that branch counts, else 0; the clipped ratio."""
+    within = ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
+    unclipped, clipped = -advantages * ratio, -advantages * within
+    return torch.maximum(unclipped, clipped), torch.where(unclipped >= clipped, unclipped, 0.0), within
+
+
+def _value_terms(
+    values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The value loss per step; its derivative by V, V - R where that branch counts, else 0; whether V left the clip range."""
+    error = values - returns
+    squares = error * error
+    if clip_range is None:
+        return 0.5 * squares, error, torch.zeros_like(error)
+    within = torch.minimum(torch.maximum(values, old_values - clip_range), old_values + clip_range)
+    clipped = (within - returns) ** 2
+    return 0.5 * torch.maximum(squares, clipped), torch.where(squares >= clipped, error, 0.0), within != values
 
 
 def ppo_loss(
@@ -91,33 +107,67 @@ def ppo_loss(
     `new` is (logprobs, values, entropies) with gradient, `old` is (logprobs, values) from before the update, all
     [B, T] float32. Returns the scalar loss and the statistics of this micro-batch.
     """
-    # Masked entries are replaced before any arithmetic: a NaN behind `where` would still poison the gradient.
-    zero = torch.zeros_like(mask_BT, dtype=torch.float32)
-    logprobs, values, entropies = (torch.where(mask_BT, x, zero) for x in new)
-    old_logprobs, old_values = (torch.where(mask_BT, x, zero) for x in old)
-    advantages, returns = torch.where(mask_BT, advantages_BT, zero), torch.where(mask_BT, returns_BT, zero)
+    fixed = (*(x.detach() for x in old), advantages_BT, returns_BT)
+    loss, sums, ratio_max = _PPOLoss.apply(*new, *fixed, mask_BT, denominator, settings)
+    return loss, LossStats(sums, ratio_max)
 
+
+@torch.no_grad()
+def loss_and_gradients(
+    new: tuple[Tensor, Tensor, Tensor],
+    old: tuple[Tensor, Tensor],
+    targets: tuple[Tensor, Tensor],
+    *,
+    mask_BT: Tensor,
+    denominator: float | Tensor,
+    settings: LossSettings,
+) -> tuple[Tensor, LossStats, tuple[Tensor, Tensor, Tensor | None]]:
+    """The loss, and its gradients by log-probs, values and entropies [B, T] (None for the last without `ent_coef`).
+
+    Arguments as `ppo_loss`; `targets` are (advantages, returns). What is masked is replaced last, in the sums and in the
+    gradients: a NaN there reaches neither.
+    """
+    (logprobs, values, entropies), (old_logprobs, old_values), (advantages, returns) = new, old, targets
     log_ratio = logprobs - old_logprobs
-    per_step_policy = clipped_policy_loss(log_ratio, advantages, clip_range=settings.clip_range)
-    per_step_value = value_loss(values, old_values, returns, clip_range=settings.clip_range_vf)
-    per_step = per_step_policy + settings.vf_coef * per_step_value
+    bounded = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio = torch.exp(bounded)
+    policy, by_logprob, within = _policy_terms(ratio, advantages, settings.clip_range)
+    value, by_value, moved = _value_terms(values, old_values, returns, settings.clip_range_vf)
+    # One sum for all of them: a small network spends more time on starting operations than on numbers.
+    summed = (policy, value, entropies, ratio, torch.expm1(bounded) - bounded, ratio != within, moved, mask_BT)
+    masked = torch.where(mask_BT, torch.stack(summed), 0.0)
+    sums, scale = masked.sum((1, 2)), 1.0 / denominator
+    loss = (sums[0] + settings.vf_coef * sums[1]) * scale
+    by_entropy = None
     if settings.ent_coef:
-        per_step = per_step - settings.ent_coef * entropies
-    loss = masked_sum(per_step, mask_BT) / denominator
+        loss = loss - settings.ent_coef * scale * sums[2]
+        by_entropy = mask_BT * (-settings.ent_coef * scale)
+    gradients = (
+        torch.where(mask_BT & (bounded == log_ratio), by_logprob * scale, 0.0),
+        torch.where(mask_BT, by_value * (settings.vf_coef * scale), 0.0),
+        by_entropy,
+    )
+    return loss, LossStats(sums, masked[3].max()), gradients
 
-    with torch.no_grad():
-        bounded = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        ratio = torch.exp(bounded)
-        value_moved = (values - old_values).abs() > (settings.clip_range_vf or float("inf"))
-        stats = LossStats(
-            steps=mask_BT.sum(),
-            policy_loss=masked_sum(per_step_policy, mask_BT),
-            value_loss=masked_sum(per_step_value, mask_BT),
-            entropy=masked_sum(entropies, mask_BT),
-            ratio=masked_sum(ratio, mask_BT),
-            ratio_max=torch.where(mask_BT, ratio, zero).max(),
-            approx_kl=masked_sum(torch.expm1(bounded) - bounded, mask_BT),
-            clipped=masked_sum(((ratio - 1.0).abs() > settings.clip_range).float(), mask_BT),
-            value_clipped=masked_sum(value_moved.float(), mask_BT),
+
+class _PPOLoss(torch.autograd.Function):
+    """`loss_and_gradients` as one node of autograd, instead of thirty."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        *tensors, mask, denominator, settings = arguments
+        loss, stats, ctx.gradients = loss_and_gradients(
+            tuple(tensors[:3]),
+            tuple(tensors[3:5]),
+            tuple(tensors[5:]),
+            mask_BT=mask,
+            denominator=denominator,
+            settings=settings,
         )
-    return loss, stats
+        ctx.mark_non_differentiable(stats.sums, stats.ratio_max)
+        return loss, stats.sums, stats.ratio_max
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return (*(None if own is None else own * gradients[0] for own in ctx.gradients), *[None] * 7)

@@ -27,15 +27,13 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     `(x - mean) * rsqrt(var + 1e-8)` with population variance, as OpenAI's lm-human-preferences does
     (`lm_human_preferences/utils/core.py: whiten`). One value or equal values give 0 (plus the mean without the shift).
     """
-    values = torch.where(mask, values, torch.zeros_like(values))  # before any arithmetic, for the gradient's sake
-    mean = masked_mean(values, mask)
-    centred = values - mean
+    count = mask.sum().clamp(min=1)
+    mean = torch.where(mask, values, 0.0).sum() / count
+    centred = torch.where(mask, values - mean, 0.0)
     # Once more: the mean of equal large values is rounded, and what is left would be scaled up by 1e4.
-    centred = centred - masked_mean(centred, mask)
-    whitened = centred * torch.rsqrt(masked_var(centred, mask) + 1e-8)
-    if not shift_mean:
-        whitened = whitened + mean
-    return torch.where(mask, whitened, torch.zeros_like(whitened))
+    centred = torch.where(mask, centred - centred.sum() / count, 0.0)
+    whitened = centred * torch.rsqrt((centred * centred).sum() / count + 1e-8)
+    return whitened if shift_mean else torch.where(mask, whitened + mean, 0.0)
 
 
 def explained_variance(predictions: Tensor, targets: Tensor, mask: Tensor) -> Tensor:

@@ -1,9 +1,13 @@
-"""Running mean and variance as plain numbers that can be saved and merged."""
+"""Running mean and variance, of numbers and of tensors, that can be saved and merged."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -38,3 +42,43 @@ class RunningStats:
             mean=self.mean + delta * n / total,
             squared_deviations=self.squared_deviations + deviations + delta**2 * self.count * n / total,
         )
+
+
+@dataclass
+class RunningMoments:
+    """Count, mean and population variance of tensors, element by element, in float64.
+
+    Starts from a count of 1e-4 with mean 0 and variance 1, as OpenAI baselines' `RunningMeanStd` does: the first batch
+    outweighs it. Example: after `update([[1.0], [3.0]])` the mean is 1.9999 and the variance 1.0001.
+    """
+
+    count: float
+    mean: Tensor
+    variance: Tensor
+
+    @classmethod
+    def of(cls, shape: Sequence[int]) -> RunningMoments:
+        """Moments of values of one shape."""
+        return cls(1e-4, torch.zeros(*shape, dtype=torch.float64), torch.ones(*shape, dtype=torch.float64))
+
+    def update(self, values: Tensor) -> None:
+        """Count in a batch [N, ...]; merged as `RunningStats`."""
+        values = values.double()
+        n, mean = len(values), values.mean(0)
+        delta, total = mean - self.mean, self.count + n
+        deviations = self.variance * self.count + ((values - mean) ** 2).sum(0) + delta**2 * (self.count * n / total)
+        self.mean, self.variance, self.count = self.mean + delta * (n / total), deviations / total, total
+
+    def normalized(self, values: Tensor, *, clip: float) -> Tensor:
+        """(values - mean) / deviation, within ± clip; float32."""
+        return ((values - self.mean) * torch.rsqrt(self.variance + 1e-8)).clamp(-clip, clip).float()
+
+    def state(self) -> dict[str, Any]:
+        """All of it by name; `update` makes new tensors and leaves these alone."""
+        return {"count": self.count, "mean": self.mean, "variance": self.variance}
+
+    @classmethod
+    def restored(cls, state: dict[str, Any]) -> RunningMoments:
+        """From `state`."""
+        mean, variance = (torch.as_tensor(state[name], dtype=torch.float64) for name in ("mean", "variance"))
+        return cls(float(state["count"]), mean, variance)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from surefoot.core.losses import LossStats
 from surefoot.types import Batch, Evaluation
 
 
@@ -20,6 +21,19 @@ class Policy(Protocol):
 
     scores_like_sampler: bool
     """True where `evaluate` repeats the sampler's log-probs to rounding (float32), so that they serve as the old ones."""
+
+    threads: int | None
+    """How many threads its arithmetic gains from while it is trained; None: as many as torch takes by itself."""
+
+    reads_whole_rows: bool
+    """True where a step can only be evaluated with the steps before it; else a minibatch may hold single steps."""
+
+    @property
+    def accumulate(self) -> Callable[..., LossStats] | None:
+        """The gradient in closed form, `accumulate(batch, advantages_BT, denominator=..., settings=...)`, for a policy that
+        knows it; None: autograd finds it through `evaluate`.
+        """
+        ...
 
     @property
     def device(self) -> torch.device:

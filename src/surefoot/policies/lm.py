@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from surefoot.config import PolicyConfig
@@ -17,7 +18,11 @@ from surefoot.errors import InputError
 from surefoot.policies import head
 from surefoot.policies.kv_cache import SlotCache
 from surefoot.policies.quiet import quiet_transformers
+from surefoot.tensors import check_safetensors, read_tensors
 from surefoot.types import Batch, Evaluation
+
+# Written beside the weights by `save`.
+CRITIC = "surefoot_critic.safetensors"
 
 
 class CausalLMPolicy:
@@ -27,6 +32,10 @@ class CausalLMPolicy:
     before the first step. With an adapter the reference is the same model with the adapter off; without one it is a
     frozen copy. Temperature divides the logits wherever a log-prob is computed, the reference's too.
     """
+
+    reads_whole_rows = True
+    accumulate = None
+    threads = None
 
     def __init__(
         self,
@@ -143,10 +152,20 @@ class CausalLMPolicy:
         return total
 
     def save(self, folder: Path) -> None:
-        """Write plain transformers weights (the adapter merged in) that `AutoModelForCausalLM.from_pretrained` opens."""
+        """Write plain transformers weights (the adapter merged in) that `AutoModelForCausalLM.from_pretrained` opens, the
+        tokenizer, and the critic beside them."""
         plain = self.lm if self.adapter is None else copy.deepcopy(self.adapter).float().merge_and_unload()
         with quiet_transformers():
             plain.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        save_file({name: p.data.contiguous() for name, p in self.value_head.state_dict().items()}, folder / CRITIC)
+
+    def load_extras(self, folder: Path) -> None:
+        """The critic that `save` wrote beside the weights. Raises InputError if it does not fit."""
+        try:
+            self.value_head.load_state_dict(read_tensors(folder / CRITIC))
+        except RuntimeError as error:  # torch's, for other names or shapes
+            raise InputError(f"{folder / CRITIC} does not fit this model: {_one_line(error)}") from None
 
     @contextlib.contextmanager
     def _autocast(self) -> Iterator[None]:
@@ -345,22 +364,6 @@ def check_model_folder(source: str) -> None:
             )
         raise InputError(f"policy.model {source}: no model.safetensors there; is it a whole model folder?")
     check_safetensors(weights)
-
-
-def check_safetensors(path: Path) -> None:
-    """Raise InputError unless the file's header is sound and the file as long as the header says."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        if size < 8 or header_size > min(size - 8, 100_000_000):
-            raise InputError(f"{path}: not a whole safetensors file ({size} bytes, header of {header_size})")
-        try:
-            header = json.loads(file.read(header_size))
-            end = max((int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise InputError(f"{path}: not a safetensors file; its header is damaged") from None
-    if 8 + header_size + end != size:
-        raise InputError(f"{path}: half-written: {size} bytes of {8 + header_size + end}; fetch or save it again")
 
 
 def _one_line(error: Exception) -> str:

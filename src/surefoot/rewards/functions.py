@@ -27,6 +27,12 @@ class RewardFunction(Protocol):
         ...
 
 
+def is_function(reference: str) -> bool:
+    """Whether a name has the form of `load_function`; a Gymnasium id such as `package:Maze-v0` has not."""
+    place, _, name = reference.rpartition(":")
+    return bool(place) and name.isidentifier()
+
+
 def load_function(reference: str, *, key: str) -> RewardFunction:
     """The function that `file.py:function` or `package.module:function` names. Raises InputError naming `key`."""
     place, separator, name = reference.rpartition(":")

@@ -51,10 +51,23 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return batch
 
 
-def minibatches(batch: Batch, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Row indices [batch_size] of one shuffled pass; the last may be smaller. The generator is a CPU one."""
+def minibatches(batch: Batch, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Batch, Tensor]]:
+    """One shuffled pass: a batch and the indices [batch_size] of a minibatch's rows in it; the last may be smaller.
+
+    Single steps are shuffled once and then cut, which is cheaper than picking each minibatch's. The generator is a CPU one.
+    """
     order = torch.randperm(len(batch), generator=generator)
-    yield from order.split(batch_size)
+    if batch_size >= len(batch):  # all of it: their order does not matter
+        yield batch, torch.arange(len(batch))
+        return
+    if batch.mask_BT.shape[1] > 1:
+        for rows in order.split(batch_size):
+            yield batch, rows
+        return
+    shuffled = batch.rows(order)
+    for start in range(0, len(batch), batch_size):
+        piece = shuffled.rows(slice(start, start + batch_size))
+        yield piece, torch.arange(len(piece))
 
 
 def micro_batches(batch: Batch, rows: Tensor, token_budget: int) -> list[Tensor]:
@@ -62,6 +75,8 @@ def micro_batches(batch: Batch, rows: Tensor, token_budget: int) -> list[Tensor]
 
     Rows of like length are grouped, longest first, so that padding is small.
     """
+    if len(rows) * batch.mask_BT.shape[1] <= token_budget:
+        return [rows]
     lengths = _row_lengths(batch)
     groups: list[list[int]] = []
     longest = 0

@@ -15,11 +15,12 @@ from surefoot.types import Batch
 def score_batch(policy: Policy, batch: Batch, *, token_budget: int) -> None:
     """Fill `reference_logprobs_BT`, and where sampler and trainer differ by more than rounding (bfloat16), the old
     log-probs and values too: they must come from the code that will compute the new ones, or the first ratio isn't 1.
+    A batch whose sampler wrote no log-probs at all (`needs_scores`) gets them here.
     """
-    rescore = not policy.scores_like_sampler
+    rescore = batch.needs_scores or not policy.scores_like_sampler
     references: list[tuple[Tensor, Tensor]] = []
     if rescore:
-        batch.behaviour_logprobs_BT = batch.logprobs_BT
+        batch.behaviour_logprobs_BT = None if batch.needs_scores else batch.logprobs_BT
         batch.logprobs_BT, batch.values_BT = batch.logprobs_BT.clone(), batch.values_BT.clone()
     for rows in micro_batches(batch, torch.arange(len(batch)), token_budget):
         part = batch.rows(rows)
@@ -31,6 +32,7 @@ def score_batch(policy: Policy, batch: Batch, *, token_budget: int) -> None:
             view = policy.evaluate(part)
             batch.logprobs_BT[rows, :length] = view.logprobs_BT
             batch.values_BT[rows, :length] = view.values_BT
+    batch.needs_scores = False
     if references:
         batch.reference_logprobs_BT = torch.zeros_like(batch.logprobs_BT)
         for rows, reference in references:

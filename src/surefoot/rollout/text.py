@@ -21,7 +21,7 @@ from surefoot.rewards.functions import score
 from surefoot.rewards.shaping import shape_rewards
 from surefoot.rollout.batch import text_batch
 from surefoot.rollout.score import score_batch, sequence_kl
-from surefoot.types import Batch, Request, SamplingParams, Trajectory
+from surefoot.types import Batch, Request, SamplingParams, StopReason, Trajectory
 
 
 class LanguagePolicy(Policy, TokenModel, Protocol):
@@ -64,9 +64,17 @@ class TextRollout:
         for example in (*task.train, *task.held_out):
             self.encode(example)
 
-    def collect(self, *, first_episode: int, episodes: int, version: int = 0, poll: Callable[[], None] | None = None) -> Batch:
-        """Play `episodes` episodes, the first of them number `first_episode` of the run; a scored, shaped batch."""
-        numbers = range(first_episode, first_episode + episodes)
+    unit = "episodes"
+    throughput = "throughput/tokens_per_s"
+
+    @property
+    def per_update(self) -> int:
+        """Episodes in one update."""
+        return self.ppo.episodes_per_update
+
+    def collect(self, *, first: int, count: int, version: int = 0, poll: Callable[[], None] | None = None) -> Batch:
+        """Play `count` episodes, the first of them number `first` of the run; a scored, shaped batch."""
+        numbers = range(first, first + count)
         examples = [self.task.training_example(number, self.seed) for number in numbers]
         seeds = [derived_seed(self.seed, "sampling", number) for number in numbers]
         started = time.perf_counter()
@@ -79,7 +87,8 @@ class TextRollout:
         # On the last written token, the action that ended the episode.
         batch.rewards_BT = torch.where(batch.ends_BT, totals[:, None], batch.rewards_BT)
         self._compare_with_reference(batch)
-        batch.metrics = {"time/rollout_s": played - started, "time/score_s": time.perf_counter() - played}
+        batch.metrics = episode_metrics(batch)
+        batch.metrics |= {"time/rollout_s": played - started, "time/score_s": time.perf_counter() - played}
         return batch
 
     def evaluate(self, episodes: int, *, poll: Callable[[], None] | None = None) -> tuple[dict[str, float], list[Trajectory]]:
@@ -152,6 +161,7 @@ class TextRollout:
     def _compare_with_reference(self, batch: Batch) -> None:
         score_batch(self.policy, batch, token_budget=self.ppo.micro_batch_tokens)
         for trajectory, kl in zip(batch.trajectories, sequence_kl(batch).tolist(), strict=True):
+            assert isinstance(trajectory, Trajectory)
             trajectory.kl = kl
 
     def _shown_prompt(self, example: Example, request: Request) -> Any:
@@ -159,6 +169,25 @@ class TextRollout:
         if self.task.prompt_tokens is None or not isinstance(example.prompt, str) or self.task.chat:
             return example.prompt
         return self.policy.tokenizer.decode(request.prompt, skip_special_tokens=True)
+
+
+@torch.no_grad()
+def episode_metrics(batch: Batch) -> dict[str, float]:
+    """What the episodes of a text batch were like: their scores and lengths."""
+    mask_BT = batch.mask_BT
+    acted_B = mask_BT.any(1)  # rows in which the policy did nothing are not counted
+    rows = acted_B.sum().clamp(min=1)
+    totals_B = torch.where(mask_BT, batch.rewards_BT, 0.0).sum(1)
+    trajectories = [t for t in batch.trajectories if isinstance(t, Trajectory)]
+    scores = torch.tensor([t.score for t in trajectories])
+    ended = [t.completion.stop_reason is not StopReason.LENGTH for t in trajectories]
+    return {
+        "reward/mean": float(scores.mean()),
+        "reward/std": float(scores.std(unbiased=False)),
+        "reward/total": float(totals_B[acted_B].sum() / rows),
+        "length/mean": float(mask_BT.sum() / rows),
+        "length/end_rate": sum(ended) / max(len(ended), 1),
+    }
 
 
 def stop_check(tokenizer: Any, stops: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
@@ -184,7 +213,7 @@ def collect(
     Each call stands alone: keep a `TextRollout` instead where `reward_scale` should remember earlier scores.
     """
     rollout = TextRollout(policy, env, generation=generation or GenerationConfig(), ppo=ppo or PPOConfig(), seed=seed)
-    return rollout.collect(first_episode=first_episode, episodes=episodes)
+    return rollout.collect(first=first_episode, count=episodes)
 
 
 def encode_prompt(tokenizer: Any, prompt: Any, *, chat: bool = False) -> tuple[int, ...]:

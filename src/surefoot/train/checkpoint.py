@@ -26,12 +26,13 @@ from typing import Any
 import numpy
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from surefoot.errors import InputError
 from surefoot.policies.base import Policy
 from surefoot.run import sync, write_durably
+from surefoot.tensors import read_tensors
 
 FORMAT = 1
 ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}
@@ -67,7 +68,7 @@ def _write(aside: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapp
     aside.mkdir()
     for name, contents in tensors.items():
         save_file({key: value.detach().contiguous().cpu() for key, value in contents.items()}, aside / f"{name}.safetensors")
-    (aside / "state.json").write_text(json.dumps(state))
+    (aside / "state.json").write_text(json.dumps(state, default=lambda values: values.tolist()))  # arrays and tensors
     files = {}
     for file in sorted(aside.iterdir()):
         sync(file)
@@ -163,14 +164,6 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     if not isinstance(state, dict):
         raise InputError(f"{path / 'state.json'} is a {type(state).__name__}, not an object")
     return tensors, state
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, in memory of their own. Raises InputError for anything that is no such file."""
-    try:
-        return {name: tensor.clone() for name, tensor in load_file(file).items()}
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{file} is not a safetensors file that can be read: {error}") from None
 
 
 def policy_tensors(policy: Policy) -> dict[str, Tensor]:

@@ -22,13 +22,38 @@ if TYPE_CHECKING:
 # Metric -> how the table shows it.
 SHOWN = {
     "reward/mean": ("reward", "{:+.3f}"),
+    "rollout/ep_rew_mean": ("return", "{:.2f}"),
+    "rollout/ep_len_mean": ("episode length", "{:.1f} steps"),
     "kl/reference": ("KL to reference", "{:.2f} nats"),
     "policy/entropy": ("entropy", "{:.2f} nats"),
     "ppo/clip_fraction": ("clipped", "{:.1%}"),
     "critic/explained_variance": ("critic explains", "{:.0%}"),
     "length/mean": ("length", "{:.1f} tokens"),
     "throughput/tokens_per_s": ("speed", "{:.0f} tokens/s"),
+    "throughput/steps_per_s": ("speed", "{:.0f} steps/s"),
 }
+
+# The same where each update is one line.
+IN_A_LINE = {
+    "reward/mean": "reward {:+.3f}",
+    "rollout/ep_rew_mean": "return {:.2f}",
+    "rollout/ep_len_mean": "length {:.1f}",
+    "kl/reference": "KL {:.2f}",
+    "policy/entropy": "entropy {:.2f}",
+    "ppo/clip_fraction": "clipped {:.1%}",
+    "throughput/tokens_per_s": "{:.0f} tokens/s",
+    "throughput/steps_per_s": "{:.0f} steps/s",
+}
+# Metric of an evaluation -> the same.
+EVALUATED = {
+    "eval/reward": "reward {:+.3f}",
+    "eval/reward_std": "± {:.3f}",
+    "eval/metric": "metric {:+.3f}",
+    "eval/kl": "KL {:.2f} nats",
+    "eval/distinct_2": "distinct-2 {:.2f}",
+    "eval/length": "length {:.1f}",
+}
+LINE_SECONDS = 1.0  # an update of control takes milliseconds; nobody reads a line for each
 
 
 class Display:
@@ -39,6 +64,7 @@ class Display:
         self.total_updates = total_updates
         self._metrics: dict[str, float] = {}
         self._evaluation = ""
+        self._said_at = 0.0
         self._bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[eta]}"))
         self._task = self._bar.add_task("starting", total=total_updates, eta="")
         self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4)
@@ -64,14 +90,14 @@ class Display:
             self._say(self._evaluation)
             return
         self._metrics = metrics
+        is_last, now = progress.updates == self.total_updates, time.monotonic()
+        if now - self._said_at < LINE_SECONDS and not is_last:
+            return
+        self._said_at = now
         eta = self._eta(progress.updates)
         self._bar.update(self._task, completed=progress.updates, eta=f"{progress.updates}/{self.total_updates} · ETA {eta}")
-        self._say(
-            f"update {progress.updates}/{self.total_updates}  reward {metrics.get('reward/mean', float('nan')):+.3f}  "
-            f"KL {metrics['kl/reference']:.2f}  entropy {metrics.get('policy/entropy', float('nan')):.2f}  "
-            f"clipped {metrics.get('ppo/clip_fraction', 0):.1%}  {metrics['throughput/tokens_per_s']:.0f} tokens/s  "
-            f"{_time_shares(metrics)}  ETA {eta}"
-        )
+        shown = "  ".join(form.format(metrics[name]) for name, form in IN_A_LINE.items() if name in metrics)
+        self._say(f"update {progress.updates}/{self.total_updates}  {shown}  {_time_shares(metrics)}  ETA {eta}")
         if metrics.get("ppo/skipped_steps"):
             self._say(f"  {metrics['ppo/skipped_steps']:.0f} optimiser steps skipped so far (non-finite loss or gradient)")
 
@@ -158,8 +184,5 @@ def _time_shares(metrics: dict[str, float]) -> str:
 
 
 def _evaluation_line(metrics: dict[str, float], updates: int) -> str:
-    return (
-        f"held-out after {updates} updates: reward {metrics['eval/reward']:+.3f}  metric {metrics['eval/metric']:+.3f}  "
-        f"KL {metrics['eval/kl']:.2f} nats  distinct-2 {metrics['eval/distinct_2']:.2f}  "
-        f"length {metrics['eval/length']:.1f} tokens"
-    )
+    shown = "  ".join(form.format(metrics[name]) for name, form in EVALUATED.items() if name in metrics)
+    return f"held-out after {updates} updates: {shown}"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from surefoot.config import Config, PPOConfig
 from surefoot.core.kl import adapted_kl_coef
@@ -25,17 +27,30 @@ from surefoot.train.gates import NEGATIVE_KL_LIMIT, check_first_minibatch, check
 from surefoot.train.metrics import batch_metrics, update_metrics
 from surefoot.train.signals import Abandon, StopRequest
 from surefoot.train.update import TokenBudget, advantages, update
-from surefoot.types import Batch, Trajectory
+from surefoot.types import Batch, Episode, Trajectory
 
 
 class Rollout(Protocol):
-    """Where batches come from: a policy in an environment. All its randomness follows from episode numbers."""
+    """Where batches come from: a policy in an environment. All its randomness follows from counters."""
 
-    def collect(self, *, first_episode: int, episodes: int, version: int = 0, poll: Callable[[], None] | None = None) -> Batch:
-        """Play `episodes` episodes; a batch with rewards and reference log-probs. `poll` may raise to abandon it."""
+    unit: str
+    """What the run's budget counts: episodes or timesteps."""
+
+    throughput: str
+    """The metric of masked steps a second."""
+
+    @property
+    def per_update(self) -> int:
+        """Units in one update."""
         ...
 
-    def evaluate(self, episodes: int, *, poll: Callable[[], None] | None = None) -> tuple[dict[str, float], list[Trajectory]]:
+    def collect(self, *, first: int, count: int, version: int = 0, poll: Callable[[], None] | None = None) -> Batch:
+        """Play `count` units; a batch with rewards and reference log-probs. `poll` may raise to abandon it."""
+        ...
+
+    def evaluate(
+        self, episodes: int, *, poll: Callable[[], None] | None = None
+    ) -> tuple[dict[str, float], Sequence[Trajectory | Episode]]:
         """`eval/…` metrics on held-out episodes, and the episodes."""
         ...
 
@@ -45,7 +60,7 @@ class Rollout(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold, as JSON."""
+        """What a checkpoint must hold, as JSON; large tensors by name in `tensors`, which have a file of their own."""
         ...
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -71,7 +86,7 @@ class Progress:
 
     kl_coef: float
     updates: int = 0
-    episodes: int = 0
+    collected: int = 0  # units of the budget: episodes of a task, timesteps of an environment
     bad_steps: int = 0
     bad_steps_in_a_row: int = 0
     negative_kl_in_a_row: int = 0  # updates whose KL to the reference was surely below 0
@@ -91,9 +106,11 @@ class Training:
     optimizer: torch.optim.Adam
     folder: RunFolder
     progress: Progress
-    total_episodes: int
+    total: int  # units of the budget
+    schedules: dict[str, Callable[[float], float]] = field(default_factory=dict)  # of Python: share of the run left -> value
     observers: list[Observer] = field(default_factory=list)
     stop: StopRequest = field(default_factory=StopRequest)
+    watch: Callable[[], None] = lambda: None  # called between steps of a rollout; may raise Abandon to end the run
     saved_at: int | None = None  # number of updates in the newest checkpoint
     generators: dict[str, Any] | None = None  # from a checkpoint, put back when the loop starts
 
@@ -105,17 +122,22 @@ class Training:
     @property
     def total_updates(self) -> int:
         """Updates in the whole run."""
-        return -(-self.total_episodes // self.ppo.episodes_per_update)
+        return -(-self.total // self.rollout.per_update)
 
     @property
     def is_done(self) -> bool:
-        """Whether the run has played all its episodes."""
-        return self.progress.episodes >= self.total_episodes
+        """Whether the run has used up its budget."""
+        return self.progress.collected >= self.total
 
     @property
     def is_finished(self) -> bool:
         """Whether nothing is left to do: the last evaluation and checkpoint are there too."""
         return self.is_done and not _evaluation_is_due(self) and not _checkpoint_is_due(self)
+
+    def poll(self) -> None:
+        """Called often while episodes are played. Raises Abandon if the run should end here."""
+        self.stop.raise_if_set()
+        self.watch()
 
     def tell_phase(self, name: str) -> None:
         """Tell the observers what the run is at."""
@@ -124,7 +146,7 @@ class Training:
 
 
 def run(training: Training) -> None:
-    """Train until `total_episodes`.
+    """Train until the budget is used up.
 
     Raises Interrupted after a signal, and whatever is the user's to mend; in each case the state as it was after the
     last whole update is saved first, and stands in memory too.
@@ -133,7 +155,7 @@ def run(training: Training) -> None:
     _start_generators(t)
     budget = TokenBudget(t.ppo.micro_batch_tokens)
     check_itself = True
-    with t.stop.listening():
+    with t.stop.listening(), _threads(t.policy.threads):
         while True:
             before = _undone_by_giving_up(t)
             try:
@@ -154,6 +176,8 @@ def run(training: Training) -> None:
                 if t.saved_at != t.progress.updates:
                     save(t, before)
                 if isinstance(error, Abandon):
+                    if t.stop.signal_number is None:  # a callback has seen enough
+                        return
                     raise _interrupted(t) from None
                 raise
             check_itself = False
@@ -162,19 +186,31 @@ def run(training: Training) -> None:
 
 
 def collect(t: Training) -> Batch:
-    """The next update's episodes."""
+    """What the next update learns from."""
     t.tell_phase("rollout")
     p = t.progress
-    return t.rollout.collect(
-        first_episode=p.episodes, episodes=t.ppo.episodes_per_update, version=p.updates, poll=t.stop.raise_if_set
-    )
+    return t.rollout.collect(first=p.collected, count=t.rollout.per_update, version=p.updates, poll=t.poll)
+
+
+def scheduled(t: Training, name: str, kind: str) -> float:
+    """`learning_rate` or `clip_range` for the next update, by the schedule of that `kind`."""
+    if kind == "function":
+        if name not in t.schedules:
+            raise InputError(f"ppo.{name} was a Python function; give it again: PPO.load(folder, env, {name}=...)")
+        return float(t.schedules[name](1.0 - t.progress.collected / t.total))
+    warmup = t.ppo.lr_warmup if name == "learning_rate" else 0.0
+    return float(getattr(t.ppo, name)) * schedule(kind, t.progress.updates, t.total_updates, warmup=warmup)
 
 
 def improve(t: Training, batch: Batch, *, budget: TokenBudget, check_itself: bool) -> dict[str, float]:
     """Advantages and one update; moves `progress` on and returns the update's metrics."""
     t.tell_phase("update")
     p, ppo, started = t.progress, t.ppo, time.perf_counter()
-    learning_rate = ppo.learning_rate * schedule(ppo.lr_schedule, p.updates, t.total_updates, warmup=ppo.lr_warmup)
+    learning_rate = scheduled(t, "learning_rate", ppo.lr_schedule)
+    if ppo.clip_schedule != "constant":
+        ppo = ppo.model_copy(update={"clip_range": scheduled(t, "clip_range", ppo.clip_schedule)})
+    if ppo.ent_schedule != "constant":
+        ppo = ppo.model_copy(update={"ent_coef": scheduled(t, "ent_coef", ppo.ent_schedule)})
     advantages(batch, ppo, kl_coef=p.kl_coef)
     metrics = batch_metrics(batch) | {"kl/coef": p.kl_coef, "ppo/learning_rate": learning_rate}
     gate = functools.partial(check_first_minibatch, exact=t.policy.scores_like_sampler)
@@ -189,7 +225,7 @@ def improve(t: Training, batch: Batch, *, budget: TokenBudget, check_itself: boo
         before_first_step=gate if check_itself else None,
     )
     p.updates += 1
-    p.episodes += len(batch)
+    p.collected += len(batch) if batch.collected is None else batch.collected
     p.negative_kl_in_a_row = p.negative_kl_in_a_row + 1 if is_surely_negative(sequence_kl(batch).tolist()) else 0
     p.bad_steps += result.skipped
     p.bad_steps_in_a_row = result.skipped_in_a_row + (0 if result.steps else p.bad_steps_in_a_row)
@@ -197,10 +233,10 @@ def improve(t: Training, batch: Batch, *, budget: TokenBudget, check_itself: boo
         p.kl_coef = adapted_kl_coef(
             p.kl_coef, metrics["kl/reference"], target=ppo.kl_target, horizon=ppo.kl_horizon, episodes=len(batch)
         )
-    metrics |= update_metrics(result) | {"ppo/skipped_steps": float(p.bad_steps), "episodes": float(p.episodes)}
+    metrics |= update_metrics(result) | {"ppo/skipped_steps": float(p.bad_steps), t.rollout.unit: float(p.collected)}
     metrics["time/update_s"] = time.perf_counter() - started
     seconds = metrics["time/rollout_s"] + metrics["time/score_s"] + metrics["time/update_s"]
-    metrics["throughput/tokens_per_s"] = float(batch.mask_BT.sum()) / seconds
+    metrics[t.rollout.throughput] = float(batch.mask_BT.sum()) / seconds
     p.seconds += seconds
     return metrics
 
@@ -213,7 +249,7 @@ def evaluate(t: Training) -> None:
     p.evaluated_at = p.updates
     t.saved_at = None  # a checkpoint of this update, from before a resume, doesn't know of it
     t.folder.append("metrics.jsonl", [{"update": p.updates, **metrics}])
-    t.folder.append("samples.jsonl", [_sample(p.updates, "held_out", trajectory) for trajectory in trajectories])
+    t.folder.append("samples.jsonl", _samples(p.updates, "held_out", trajectories))
     for observer in t.observers:
         observer.log(metrics, p)
     if p.best_metric is None or metrics["eval/metric"] > p.best_metric:
@@ -224,7 +260,7 @@ def log(t: Training, batch: Batch, metrics: dict[str, float]) -> None:
     """Write one update's metrics and samples."""
     p = t.progress
     t.folder.append("metrics.jsonl", [{"update": p.updates, **metrics}])
-    t.folder.append("samples.jsonl", [_sample(p.updates, "train", trajectory) for trajectory in batch.trajectories])
+    t.folder.append("samples.jsonl", _samples(p.updates, "train", batch.trajectories))
     for observer in t.observers:
         observer.log(metrics, p)
 
@@ -232,17 +268,21 @@ def log(t: Training, batch: Batch, metrics: dict[str, float]) -> None:
 def save(t: Training, drawn: dict[str, Any]) -> Path:
     """Write a checkpoint of everything the run's future depends on; `drawn` is from `_undone_by_giving_up`."""
     t.tell_phase("save")
+    rollout = dict(drawn["rollout"])
+    large = {"rollout": rollout.pop("tensors")} if "tensors" in rollout else {}
     path = checkpoint.save_checkpoint(
         t.folder.checkpoints,
         t.progress.updates,
         tensors={
             "policy": checkpoint.policy_tensors(t.policy),
             "optimizer": checkpoint.optimizer_tensors(t.policy, t.optimizer),
+            **large,
         },
         state={
             "progress": asdict(t.progress),
-            "total_episodes": t.total_episodes,
+            "total": t.total,
             **drawn,
+            "rollout": rollout,
             "base_fingerprint": t.policy.fingerprint(),
             "log_sizes": t.folder.log_sizes(),
         },
@@ -262,14 +302,30 @@ def restore(t: Training, path: Path) -> None:
         checkpoint.restore_policy(t.policy, tensors["policy"])
         checkpoint.restore_optimizer(t.policy, t.optimizer, tensors["optimizer"])
         t.progress = Progress(**state["progress"])
-        t.total_episodes = state["total_episodes"]
-        t.rollout.restore(state["rollout"])
+        t.total = state["total"]
+        large = {"tensors": tensors["rollout"]} if "rollout" in tensors else {}
+        t.rollout.restore(state["rollout"] | large)
         t.folder.cut_logs(state["log_sizes"])
         t.generators = state["generators"]
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} is not a checkpoint of this version of Surefoot: {error!r}") from error
     t.saved_at = t.progress.updates
     _point_to_best(t)  # a kill may have come between the best checkpoint and its pointer
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Let torch and NumPy use `count` threads inside the block; None leaves them alone."""
+    if count is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    with threadpool_limits(count):
+        torch.set_num_threads(count)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 def _point_to_best(t: Training) -> None:
@@ -293,7 +349,7 @@ def _undone_by_giving_up(t: Training) -> dict[str, Any]:
 
 def _evaluation_is_due(t: Training) -> bool:
     p, every = t.progress, t.config.evaluate.every
-    if p.evaluated_at == p.updates or not t.rollout.can_evaluate:
+    if p.evaluated_at == p.updates or not t.rollout.can_evaluate or not t.config.evaluate.episodes:
         return False
     return p.updates == 0 or t.is_done or (every is not None and p.updates % every == 0)
 
@@ -319,20 +375,13 @@ def _stop_if_diverged(t: Training) -> None:
 def _interrupted(t: Training) -> Interrupted:
     assert t.stop.signal_number is not None
     path = str(t.folder.path)
-    # A task that was made in Python is not in the configuration.
-    how = f"surefoot resume {shlex.quote(path)}" if t.config.task else f"PPO.load({path!r}, task).learn()"
+    # What was made in Python is not in the configuration.
+    is_in_config = t.config.task is not None or (t.config.env is not None and t.config.env.id is not None)
+    what = "task" if t.config.env is None else "env"
+    how = f"surefoot resume {shlex.quote(path)}" if is_in_config else f"PPO.load({path!r}, {what}).learn()"
     return Interrupted(t.stop.signal_number, f"stopped after update {t.progress.updates}, saved; continue with: {how}")
 
 
-def _sample(updates: int, split: str, trajectory: Trajectory) -> dict[str, Any]:
-    """One line of samples.jsonl."""
-    return {
-        "update": updates,
-        "split": split,
-        "prompt": trajectory.prompt,
-        "completion": trajectory.text,
-        "tokens": len(trajectory.completion.tokens),
-        "stop_reason": trajectory.completion.stop_reason.value,
-        "reward": trajectory.reward_parts or {"score": trajectory.score},
-        "kl": trajectory.kl,
-    }
+def _samples(updates: int, split: str, played: Sequence[Trajectory | Episode]) -> list[dict[str, Any]]:
+    """Lines of samples.jsonl."""
+    return [{"update": updates, "split": split, **one.record()} for one in played]

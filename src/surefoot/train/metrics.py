@@ -8,7 +8,7 @@ from surefoot.core.kl import k3
 from surefoot.core.masked import explained_variance, masked_mean
 from surefoot.rollout.score import sequence_kl
 from surefoot.train.update import UpdateResult
-from surefoot.types import Batch, StopReason
+from surefoot.types import Batch
 
 # Name -> meaning. docs/metrics.md is written from this; a metric that is not here cannot be logged.
 METRICS = {
@@ -42,8 +42,16 @@ METRICS = {
     "time/score_s": "Seconds spent on the reward function, the reference and old log-probs.",
     "time/update_s": "Seconds spent on advantages and optimiser steps.",
     "throughput/tokens_per_s": "Written tokens per second of rollout, score and update together.",
+    "throughput/steps_per_s": "Timesteps per second of rollout, score and update together.",
+    "timesteps": "Timesteps played so far in the run, all copies of the environment together.",
+    "rollout/ep_rew_mean": "Mean return (sum of rewards as the environment gave them) of the last 100 finished episodes.",
+    "rollout/ep_len_mean": "Mean length of those episodes, timesteps.",
+    "selfplay/games": "With self-play: games finished in this update.",
+    "selfplay/win_rate": "Mean score of the learner in those games, whoever the opponent: 1 won, ½ drawn or cut off, 0 lost.",
+    "selfplay/elo": "The learner's Elo by its games against past selves and the random player, who is held at 0.",
     "eval/reward": "Mean score of the reward function on held-out prompts.",
     "eval/metric": "Mean of the task's metric on held-out prompts; the reward if the task has none. The best checkpoint is kept by it.",
+    "eval/reward_std": "Population standard deviation of the returns of the evaluated episodes.",
     "eval/kl": "KL to the reference on held-out prompts, as `kl/reference`; nats.",
     "eval/distinct_2": "Distinct token bigrams over all token bigrams in the held-out answers: 1 is no repetition at all.",
     "eval/length": "Written tokens per held-out answer.",
@@ -55,17 +63,12 @@ METRICS = {
 def batch_metrics(batch: Batch) -> dict[str, float]:
     """What the rollout and the advantages say, before the update."""
     mask_BT = batch.mask_BT
-    acted_B = mask_BT.any(1)  # rows in which the policy did nothing are not counted
-    rows = acted_B.sum().clamp(min=1)
-    totals_B = torch.where(mask_BT, batch.rewards_BT, 0.0).sum(1)
-    metrics = {
-        "reward/total": float(totals_B[acted_B].sum() / rows),
-        "length/mean": float(mask_BT.sum() / rows),
-        "kl/reference": float(sequence_kl(batch)[acted_B].sum() / rows),
-        "critic/value_mean": float(masked_mean(batch.values_BT, mask_BT)),
-    }
+    metrics = {"critic/value_mean": float(masked_mean(batch.values_BT, mask_BT))}
     if batch.reference_logprobs_BT is not None:
+        acted_B = mask_BT.any(1)  # rows in which the policy did nothing are not counted
+        rows = acted_B.sum().clamp(min=1)
         per_token = k3(batch.logprobs_BT, batch.reference_logprobs_BT)
+        metrics["kl/reference"] = float(sequence_kl(batch)[acted_B].sum() / rows)
         metrics["kl/reference_k3"] = float(torch.where(mask_BT, per_token, 0.0).sum() / rows)
     if batch.returns_BT is not None:
         metrics["critic/explained_variance"] = float(explained_variance(batch.values_BT, batch.returns_BT, mask_BT))
@@ -74,34 +77,23 @@ def batch_metrics(batch: Batch) -> dict[str, float]:
         difference = torch.where(mask_BT, batch.logprobs_BT - batch.behaviour_logprobs_BT, 0.0).abs()
         metrics["sampler/mismatch_mean"] = float(difference.sum() / mask_BT.sum().clamp(min=1))
         metrics["sampler/mismatch_max"] = float(difference.max())
-    return metrics | _episode_metrics(batch) | batch.metrics
+    return metrics | batch.metrics
 
 
 def update_metrics(result: UpdateResult) -> dict[str, float]:
     """What the optimiser did; means over all minibatches seen."""
     metrics = {"ppo/stopped_early": float(result.stopped_early), "ppo/grad_norm": result.grad_norm}
     if result.stats is not None:
-        stats, steps = result.stats, result.stats.steps.clamp(min=1)
+        named = dict(zip(result.stats.NAMES, result.stats.sums.tolist(), strict=True))
+        means = {name: value / max(named["steps"], 1.0) for name, value in named.items()}
         metrics |= {
-            "ppo/policy_loss": float(stats.policy_loss / steps),
-            "ppo/approx_kl": float(stats.approx_kl / steps),
-            "ppo/clip_fraction": float(stats.clipped / steps),
-            "ppo/ratio_mean": float(stats.ratio / steps),
-            "ppo/ratio_max": float(stats.ratio_max),
-            "critic/value_loss": float(stats.value_loss / steps),
-            "critic/clip_fraction": float(stats.value_clipped / steps),
-            "policy/entropy": float(stats.entropy / steps),
+            "ppo/policy_loss": means["policy_loss"],
+            "ppo/approx_kl": means["approx_kl"],
+            "ppo/clip_fraction": means["clipped"],
+            "ppo/ratio_mean": means["ratio"],
+            "ppo/ratio_max": float(result.stats.ratio_max),
+            "critic/value_loss": means["value_loss"],
+            "critic/clip_fraction": means["value_clipped"],
+            "policy/entropy": means["entropy"],
         }
     return metrics
-
-
-def _episode_metrics(batch: Batch) -> dict[str, float]:
-    if not batch.trajectories:
-        return {}
-    scores = torch.tensor([t.score for t in batch.trajectories])
-    ended = [t.completion.stop_reason is not StopReason.LENGTH for t in batch.trajectories]
-    return {
-        "reward/mean": float(scores.mean()),
-        "reward/std": float(scores.std(unbiased=False)),
-        "length/end_rate": sum(ended) / len(ended),
-    }

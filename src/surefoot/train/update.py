@@ -22,7 +22,7 @@ from surefoot.types import Batch
 def make_optimizer(policy: Policy, config: PPOConfig) -> torch.optim.Adam:
     """Adam over everything the policy trains."""
     parameters = [parameter for _, parameter in policy.named_parameters_to_train()]
-    return torch.optim.Adam(parameters, lr=config.learning_rate, eps=config.adam_epsilon)
+    return torch.optim.Adam(parameters, lr=config.learning_rate, eps=config.adam_epsilon, fused=True)
 
 
 def advantages(batch: Batch, config: PPOConfig | None = None, *, kl_coef: float | None = None) -> Batch:
@@ -102,11 +102,14 @@ def update(
     generator = generator or torch.Generator().manual_seed(0)
     budget = budget or TokenBudget(config.micro_batch_tokens)
     result = UpdateResult()
+    if not policy.reads_whole_rows:
+        batch = batch.steps()
+    rows_per_minibatch = max(1, config.batch_size // batch.row_size)
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate if learning_rate is None else learning_rate
     for _ in range(config.n_epochs):
-        for rows in minibatches(batch, config.batch_size, generator):
-            stats = accumulate_gradient(policy, batch, rows, config=config, optimizer=optimizer, budget=budget)
+        for piece, rows in minibatches(batch, rows_per_minibatch, generator):
+            stats = accumulate_gradient(policy, piece, rows, config=config, optimizer=optimizer, budget=budget)
             if before_first_step is not None:
                 before_first_step(stats)
                 before_first_step = None
@@ -132,28 +135,38 @@ def accumulate_gradient(
 
 def _accumulate(policy: Policy, batch: Batch, rows: Tensor, config: PPOConfig, token_budget: int) -> LossStats:
     assert batch.advantages_BT is not None and batch.returns_BT is not None, "call advantages(batch) first"
-    denominator = batch.mask_BT[rows].sum().clamp(min=1)
+    is_whole = len(rows) == len(batch)  # then the order of the rows does not matter: nothing need be picked
+    steps = int((batch.mask_BT if is_whole else batch.mask_BT[rows]).sum())
     advantages_BT = batch.advantages_BT
-    if config.normalize_advantage:
+    if config.normalize_advantage and steps > 1:  # one advantage alone has no spread to divide by
         # Over the minibatch, before it is split: a micro-batch's own mean and variance would change the gradient.
-        advantages_BT = advantages_BT.clone()
-        advantages_BT[rows] = whiten(advantages_BT[rows], batch.mask_BT[rows])
-    settings = LossSettings(config.clip_range, config.clip_range_vf, config.vf_coef, config.ent_coef)
+        if is_whole:
+            advantages_BT = whiten(advantages_BT, batch.mask_BT)
+        else:
+            advantages_BT = advantages_BT.clone()
+            advantages_BT[rows] = whiten(advantages_BT[rows], batch.mask_BT[rows])
+    vf_coef = config.vf_coef * (2.0 if config.value_loss == "squared" else 1.0)  # of ½ (V - R)²
+    settings = LossSettings(config.clip_range, config.clip_range_vf, vf_coef, config.ent_coef)
     total: LossStats | None = None
     for micro in micro_batches(batch, rows, token_budget):
-        part = batch.rows(micro)
+        part = batch if len(micro) == len(batch) else batch.rows(micro)
         length = part.mask_BT.shape[1]
-        new = policy.evaluate(part, entropy_gradient=config.ent_coef > 0)
-        loss, stats = ppo_loss(
-            (new.logprobs_BT, new.values_BT, new.entropies_BT),
-            (part.logprobs_BT, part.values_BT),
-            advantages_BT=advantages_BT[micro, :length],
-            returns_BT=batch.returns_BT[micro, :length],
-            mask_BT=part.mask_BT,
-            denominator=denominator,
-            settings=settings,
-        )
-        loss.backward()
+        assert part.returns_BT is not None
+        targets = (advantages_BT if part is batch else advantages_BT[micro, :length], part.returns_BT)
+        if (in_closed_form := policy.accumulate) is not None:
+            stats = in_closed_form(part, targets[0], denominator=max(steps, 1), settings=settings)
+        else:
+            new = policy.evaluate(part, entropy_gradient=config.ent_coef > 0)
+            loss, stats = ppo_loss(
+                (new.logprobs_BT, new.values_BT, new.entropies_BT),
+                (part.logprobs_BT, part.values_BT),
+                advantages_BT=targets[0],
+                returns_BT=targets[1],
+                mask_BT=part.mask_BT,
+                denominator=max(steps, 1),
+                settings=settings,
+            )
+            loss.backward()
         total = stats if total is None else total + stats
     assert total is not None
     return total
@@ -162,12 +175,16 @@ def _accumulate(policy: Policy, batch: Batch, rows: Tensor, config: PPOConfig, t
 def take_step(optimizer: torch.optim.Adam, stats: LossStats, config: PPOConfig, result: UpdateResult) -> None:
     """Clip the gradient and step, or skip the step if anything is not finite."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gradients))
     if not (math.isfinite(norm) and stats.is_finite):
         optimizer.zero_grad(set_to_none=True)
         result.skipped += 1
         result.skipped_in_a_row += 1
         return
+    if norm > config.max_grad_norm:
+        for gradient in gradients:
+            gradient.mul_(config.max_grad_norm / (norm + 1e-6))
     if config.adam_style == "tf1":
         _set_tf1_epsilon(optimizer, config)
     optimizer.step()

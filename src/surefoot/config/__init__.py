@@ -1,0 +1,326 @@
+"""The whole configuration as typed, strict models. Imports no torch.
+
+A run is one `Config`: read from YAML, overridden by flags, checked here before anything heavy starts, and written back
+whole into the run folder. Every field's description is the text of `docs/config.md` and of `--help`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from surefoot import strict_yaml
+from surefoot.config.sections import (
+    AdapterConfig,
+    CriticConfig,
+    EnvConfig,
+    EvaluateConfig,
+    GenerationConfig,
+    NetworkConfig,
+    PolicyConfig,
+    PPOConfig,
+    RunConfig,
+    Section,
+    SelfPlayConfig,
+    TaskConfig,
+)
+from surefoot.errors import InputError
+from surefoot.wording import as_flag, first_problem, short, suggestion
+
+__all__ = [
+    "NETWORKS",
+    "AdapterConfig",
+    "Config",
+    "CriticConfig",
+    "EnvConfig",
+    "EvaluateConfig",
+    "GenerationConfig",
+    "NetworkConfig",
+    "PPOConfig",
+    "PolicyConfig",
+    "RunConfig",
+    "Section",
+    "SelfPlayConfig",
+    "TaskConfig",
+    "absolute_paths",
+    "dump_config",
+    "field_table",
+    "load_config",
+    "make_config",
+    "nested",
+    "setting_keys",
+    "with_sampling",
+]
+
+
+class Config(Section):
+    """Everything a run needs."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="Every generator of the run starts from it.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="`auto`: cuda, else mps, else cpu.")
+    run: RunConfig = Field(default_factory=RunConfig, description=RunConfig.__doc__)
+    policy: PolicyConfig = Field(default_factory=PolicyConfig, description=PolicyConfig.__doc__)
+    task: TaskConfig | None = Field(None, description=TaskConfig.__doc__)
+    env: EnvConfig | None = Field(None, description=EnvConfig.__doc__)
+    generation: GenerationConfig = Field(default_factory=GenerationConfig, description=GenerationConfig.__doc__)
+    ppo: PPOConfig = Field(default_factory=PPOConfig, description=PPOConfig.__doc__)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description=EvaluateConfig.__doc__)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_environments(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("env") is None:
+            return data
+        filled = dict(data)
+        for section, defaults in ENV_DEFAULTS.items():
+            given = filled.get(section)
+            if given is None or isinstance(given, dict):
+                filled[section] = {**defaults, **(given or {})}
+        return filled
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        _check_algorithm(self.ppo)
+        if self.env is None:
+            _check_text(self)
+        else:
+            _check_environment(self)
+        return self
+
+
+# What control has found to work, and Stable-Baselines3 has as its defaults: used with `env` where nothing else is said.
+ENV_DEFAULTS: dict[str, dict[str, Any]] = {
+    "run": {"checkpoint_every": 100},
+    "policy": {"model": "MlpPolicy"},
+    "ppo": {
+        "batch_size": 64,
+        "n_epochs": 10,
+        "max_grad_norm": 0.5,
+        "gamma": 0.99,
+        "vf_coef": 0.5,
+        "value_loss": "squared",
+        "kl_coef": 0.0,
+    },
+    "evaluate": {"every": None, "episodes": 10},
+}
+NETWORKS = ("MlpPolicy", "CnnPolicy", "MultiInputPolicy", "MlpLstmPolicy", "CnnLstmPolicy", "MultiInputLstmPolicy")
+# Settings of the algorithm that mean something for one side only.
+TEXT_ONLY = ("total_episodes", "episodes_per_update", "missing_eos_penalty", "missing_eos_mode", "reward_scale")
+ENV_ONLY = ("total_timesteps", "n_steps")
+
+
+def _check_algorithm(ppo: PPOConfig) -> None:
+    if ppo.kl_target is not None and ppo.kl_coef == 0:
+        raise ValueError("ppo.kl_target adapts ppo.kl_coef, which is 0 and would stay 0; give kl_coef a positive start")
+    if ppo.missing_eos_mode == "replace" and ppo.missing_eos_penalty is None:
+        raise ValueError("ppo.missing_eos_mode: replace needs a ppo.missing_eos_penalty to put in the score's place")
+
+
+def _check_text(config: Config) -> None:
+    ppo, generation = config.ppo, config.generation
+    _check_unused(ppo, ENV_ONLY, "needs an env section; a text task counts episodes")
+    if ppo.episodes_per_update % ppo.batch_size:
+        raise ValueError(
+            f"ppo.batch_size ({ppo.batch_size}) does not divide ppo.episodes_per_update ({ppo.episodes_per_update}); "
+            f"try {_nearest_divisor(ppo.episodes_per_update, ppo.batch_size)}"
+        )
+    for name in ("top_k", "top_p"):
+        if getattr(generation, name) is not None:
+            raise ValueError(f"generation.{name} contradicts training: log-probs are over the full vocabulary; leave it out")
+    if generation.temperature == 0:
+        raise ValueError("generation.temperature 0 is greedy and cannot be trained on; use a positive temperature")
+
+
+def _check_environment(config: Config) -> None:
+    assert config.env is not None
+    ppo, model = config.ppo, config.policy.model
+    if config.task is not None:
+        raise ValueError("a run has a task (text) or an env (Gymnasium), not both; leave one out")
+    _check_unused(ppo, TEXT_ONLY, "is for text tasks; an environment counts timesteps")
+    if ppo.kl_coef or ppo.kl_target is not None:
+        raise ValueError("ppo.kl_coef needs a reference model, which a network that starts from nothing has not; leave it out")
+    if model not in NETWORKS:
+        raise ValueError(f"policy.model is {short(model)}; with env it is one of {', '.join(NETWORKS)}")
+    if "Lstm" in model and ppo.batch_size % ppo.n_steps:
+        raise ValueError(
+            f"ppo.batch_size ({ppo.batch_size}) is not a multiple of ppo.n_steps ({ppo.n_steps}): {model} is trained on whole "
+            f"sequences; try {ppo.n_steps * max(1, round(ppo.batch_size / ppo.n_steps))}"
+        )
+
+
+def _check_unused(ppo: PPOConfig, names: tuple[str, ...], why: str) -> None:
+    for name in names:
+        if getattr(ppo, name) != PPOConfig.model_fields[name].default:
+            raise ValueError(f"ppo.{name} {why}")
+
+
+def _nearest_divisor(whole: int, wanted: int) -> int:
+    small = [d for d in range(1, math.isqrt(whole) + 1) if whole % d == 0]
+    return min((*small, *(whole // d for d in small)), key=lambda d: (abs(d - wanted), d))
+
+
+def load_config(path: Path | str, overrides: Mapping[str, str] | None = None) -> Config:
+    """Read a YAML file, apply `overrides` (dotted key -> YAML scalar, as from flags), check everything.
+
+    Relative paths in the file are relative to the file; those in overrides to the working directory.
+    Raises InputError with one line: what, where, how to mend it.
+    """
+    path = Path(path)
+    data = strict_yaml.read(path)
+    data = {} if data is None else data
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: expected sections such as 'ppo:' at the top, found {short(data)}")
+    data = {key: value for key, value in data.items() if value is not None}  # a section whose lines are all comments
+    _make_paths_relative_to(path.parent, data)
+    flags = {key.replace("-", "_"): text for key, text in (overrides or {}).items()}
+    for key, text in flags.items():
+        _set(data, key, text)
+    return make_config(data, where=str(path), flags=flags)
+
+
+def make_config(data: dict[str, Any], *, where: str, flags: Collection[str] = ()) -> Config:
+    """Check nested `data` against the models. Raises InputError naming the key, and the nearest real one.
+
+    `flags` are the dotted keys that came from the command line: a problem with one of them names the flag.
+    """
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise InputError(first_problem(error.errors(), where=where, kinds=_kinds(), flags=flags)) from None
+
+
+def dump_config(config: Config, *, exclude: Collection[str] = ()) -> str:
+    """The resolved configuration as YAML, without the sections in `exclude`."""
+    return strict_yaml.dump(config.model_dump(mode="json", exclude=set(exclude)))
+
+
+def absolute_paths(config: Config) -> Config:
+    """The same configuration with its local files named from the root: it means the same wherever it is read."""
+    data = config.model_dump()
+    _make_paths_relative_to(Path.cwd(), data)
+    return make_config(data, where="config")
+
+
+def with_sampling(generation: GenerationConfig, changes: Mapping[str, Any]) -> GenerationConfig:
+    """`generation` with other settings for writing text. Raises InputError for an unknown name or a wrong value."""
+    allowed = ("max_new_tokens", "temperature", "top_k", "top_p")
+    for name in changes:
+        if name not in allowed:
+            raise InputError(f"unknown sampling setting {name!r}; there are {', '.join(allowed)}")
+    try:
+        return GenerationConfig.model_validate(generation.model_dump() | dict(changes))
+    except ValidationError as error:
+        raise InputError(first_problem(error.errors(), where="generate", kinds=_kinds())) from None
+
+
+def setting_keys() -> dict[str, str]:
+    """Flat setting name -> dotted key, for keyword arguments: `{"learning_rate": "ppo.learning_rate", "seed": "seed", …}`."""
+    keys: dict[str, str] = {}
+    for name, section in ((name, info.annotation) for name, info in Config.model_fields.items()):
+        if isinstance(section, type) and issubclass(section, Section):
+            prefix = f"{name}_" if name in ("run", "evaluate") else ""
+            keys |= {prefix + inner: f"{name}.{inner}" for inner in section.model_fields}
+        elif name not in ("task", "env"):
+            keys[name] = name
+    named_alike = {"id", "kwargs"}
+    return keys | {("env_" if inner in named_alike else "") + inner: f"env.{inner}" for inner in EnvConfig.model_fields}
+
+
+def nested(settings: dict[str, Any]) -> dict[str, Any]:
+    """Flat settings -> nested data for `make_config`. Raises InputError for a name that does not exist."""
+    keys = setting_keys()
+    data: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name not in keys:
+            is_the_tasks = name in TaskConfig.model_fields
+            hint = "; it is TextTask's" if is_the_tasks else suggestion(name, keys, "docs/config.md lists them")
+            raise InputError(f"unknown setting {name!r}{hint}")
+        section, _, leaf = keys[name].rpartition(".")
+        target = data.setdefault(section, {}) if section else data
+        target[leaf] = value.model_dump() if isinstance(value, Section) else value
+    return data
+
+
+def _set(data: dict[str, Any], key: str, text: str) -> None:
+    """Set `section.field` from a command-line string."""
+    if not text.strip():
+        raise InputError(f"{as_flag(key)}: the value is empty; write null for none")
+    value = strict_yaml.scalar(text)
+    if "str" in _kinds().get(key, "") and not isinstance(value, (str, list, type(None))):
+        value = text  # a run may be called 7
+    *parents, leaf = key.split(".")
+    if not all((*parents, leaf)):
+        raise InputError(f"{as_flag(key)} is no flag; surefoot ppo --help lists them")
+    for parent in parents:
+        if data.get(parent) is None:
+            data[parent] = {}
+        data = data[parent]
+        if not isinstance(data, dict):
+            raise InputError(f"{as_flag(key)}: {parent} is {short(data)} in the file, not a section")
+    data[leaf] = value
+
+
+def _make_paths_relative_to(folder: Path, data: dict[str, Any]) -> None:
+    """Rewrite relative paths in place. Names of assets, hub ids and modules stay."""
+    for section, key in (
+        ("run", "folder"),
+        ("policy", "model"),
+        ("task", "prompts"),
+        ("task", "reward"),
+        ("task", "metric"),
+        ("env", "id"),
+    ):
+        values = data.get(section)
+        value = values.get(key) if isinstance(values, dict) else None
+        if values and isinstance(value, str) and value[:1] not in ("", "~") and _is_path(key, value, folder):
+            values[key] = os.path.normpath(folder / value)
+
+
+def _is_path(key: str, value: str, folder: Path) -> bool:
+    if key in {"reward", "metric", "id"}:
+        return ".py:" in value
+    # A prompt file that is not there yet must not be found elsewhere by accident.
+    is_file_name = key == "prompts" and ("/" in value or ".json" in value)
+    return key == "folder" or is_file_name or value.startswith(".") or os.path.exists(folder / value)
+
+
+@functools.cache
+def _kinds() -> dict[str, str]:
+    """Type of every field by its dotted key; a section's is empty."""
+    kinds = {key: kind for key, kind, _, _ in field_table()}
+    sections = {key.rsplit(".", depth)[0] for key in kinds for depth in range(1, key.count(".") + 1)}
+    return kinds | dict.fromkeys(sections, "")
+
+
+def field_table() -> list[tuple[str, str, str, str]]:
+    """Every field that is not a section: (dotted key, type, default, description), in the order of the models."""
+
+    def walk(model: type[BaseModel], prefix: str) -> list[tuple[str, str, str, str]]:
+        rows = []
+        for name, info in model.model_fields.items():
+            inner = [t for t in (info.annotation, *get_args(info.annotation)) if isinstance(t, type) and issubclass(t, Section)]
+            if inner:
+                rows += walk(inner[0], f"{prefix}{name}.")
+                continue
+            kind = _type_name(info.annotation)
+            default = "required" if info.is_required() else strict_yaml.dump(info.get_default(call_default_factory=True))
+            rows.append((prefix + name, kind, default.removesuffix("...\n").strip(), info.description or ""))
+        return rows
+
+    return walk(Config, "")
+
+
+def _type_name(annotation: Any) -> str:
+    if get_origin(annotation) is Annotated:
+        return _type_name(get_args(annotation)[0])
+    if get_origin(annotation) is Literal:
+        return " | ".join(get_args(annotation))
+    if get_origin(annotation) not in (None, list, dict):
+        return " | ".join(_type_name(a) for a in get_args(annotation))
+    return "null" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))

@@ -1,0 +1,370 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from surefoot.errors import InputError
+from tests.recipes import tictactoe as oracle
+
+pytest.importorskip("gymnasium")
+pytest.importorskip("pettingzoo")
+
+from gymnasium.vector import AutoresetMode
+
+from surefoot.envs.games import GameVectorEnv, game_factory, random_opponent
+from surefoot.envs.gtp import GTPPlayer, action_of, vertex_of
+
+Views = dict[str, np.ndarray]
+TICTACTOE = game_factory("classic/tictactoe-v3")
+
+
+def scripted(moves: list[int]) -> Callable[[Views, np.ndarray], np.ndarray]:
+    """An opponent of one game, that plays these moves in this order."""
+    left = iter(moves)
+    return lambda views, indices: np.array([next(left)])
+
+
+def lowest(views: Views, indices: np.ndarray) -> np.ndarray:
+    """Each game's first legal move."""
+    return views["action_mask"].argmax(axis=1)
+
+
+def play(env: GameVectorEnv, actions: list[int]) -> list[tuple[float, bool, dict[str, Any]]]:
+    """One game's learner plays these; its rewards, ends and infos."""
+    steps = [env.step(np.array([action])) for action in actions]
+    return [(float(rewards[0]), bool(terminated[0]), infos) for _, rewards, terminated, _, infos in steps]
+
+
+def test_random_games_end_as_often_as_enumeration_says():
+    games = 4_000
+    env = GameVectorEnv(TICTACTOE, games)
+    learner, everyone = random_opponent([np.random.default_rng(i) for i in range(games)]), np.arange(games)
+    views, _ = env.reset(seed=7)
+    seats, outcomes = env.seats.copy(), np.full(games, 9)
+    while (outcomes == 9).any():
+        views, rewards, terminated, truncated, infos = env.step(learner(views, everyone))
+        assert not truncated.any()
+        if terminated.any():
+            assert np.array_equal(rewards[terminated], infos["outcome"][terminated])
+            new = terminated & (outcomes == 9)
+            outcomes[new] = infos["outcome"][new]
+            views, _ = env.reset(options={"reset_mask": terminated})
+    as_x = np.where(seats == 0, outcomes, -outcomes)
+    for outcome, chance in zip((1, -1, 0), oracle.random_play(), strict=True):
+        assert abs((as_x == outcome).mean() - chance) < 4 * (chance * (1 - chance) / games) ** 0.5
+
+
+def test_spaces_and_first_view():
+    env = GameVectorEnv(TICTACTOE, 2)
+    views, infos = env.reset(seed=0)
+    assert env.metadata["autoreset_mode"] is AutoresetMode.DISABLED
+    assert env.observation_space.contains(views) and infos == {}
+    assert (env.single_action_space.n, views["observation"].shape) == (9, (2, 3, 3, 2))
+    assert views["observation"][0].sum() == 0 and views["action_mask"][0].sum() == 9  # the learner opens
+    assert views["observation"][1, :, :, 1].sum() == 1 and views["action_mask"][1].sum() == 8  # the opponent has
+
+
+def test_planes_are_the_board_as_the_learner_sees_it():
+    env = GameVectorEnv(TICTACTOE, 1, opponents=scripted([5]))
+    env.reset(seed=0)
+    views = env.step(np.array([1]))[0]
+    assert oracle.board_of(views["observation"][0]) == (0, 1, 0, 0, 0, 2, 0, 0, 0)
+    assert views["action_mask"].tolist() == [[1, 0, 1, 1, 1, 0, 1, 1, 1]]
+
+
+def test_learner_wins_before_the_opponent_can_answer():
+    env = GameVectorEnv(TICTACTOE, 1, opponents=scripted([3, 4]))
+    env.reset(seed=0)
+    *before, (reward, terminated, infos) = play(env, [0, 1, 2])
+    assert before == [(0.0, False, {})] * 2
+    assert (reward, terminated, infos["seat"].tolist(), infos["outcome"].tolist()) == (1.0, True, [0], [1])
+
+
+def test_learner_loses_by_the_opponents_answer():
+    env = GameVectorEnv(TICTACTOE, 1, opponents=scripted([3, 4, 5]))
+    env.reset(seed=0)
+    reward, terminated, infos = play(env, [0, 1, 8])[-1]
+    assert (reward, terminated, infos["outcome"].tolist()) == (-1.0, True, [-1])
+
+
+def test_draw_and_a_mask_of_ones_at_the_end():
+    env = GameVectorEnv(TICTACTOE, 1, opponents=scripted([1, 4, 5, 6]))
+    env.reset(seed=0)
+    play(env, [0, 2, 7, 3])
+    views, rewards, terminated, truncated, infos = env.step(np.array([8]))
+    assert (rewards[0], terminated[0], truncated[0], infos["outcome"][0]) == (0.0, True, False, 0)
+    assert views["action_mask"].tolist() == [[1] * 9]
+
+
+def test_seats_alternate_from_episode_to_episode():
+    env = GameVectorEnv(TICTACTOE, 3, opponents=lowest)
+    seats = []
+    for _ in range(3):
+        views, _ = env.reset()
+        seats.append(env.seats.tolist())
+        assert views["observation"].sum(axis=(1, 2, 3)).tolist() == seats[-1]  # one mark is there in the second seat
+    assert seats == [[0, 1, 0], [1, 0, 1], [0, 1, 0]]
+
+
+def test_a_seed_decides_the_seat_so_that_it_repeats_the_episode():
+    env = GameVectorEnv(TICTACTOE, 2, opponents=lowest)
+    env.reset(seed=[4, 7])
+    assert env.seats.tolist() == [0, 1]
+    env.reset(seed=[6, None], options={"reset_mask": np.array([True, False])})
+    assert env.seats.tolist() == [0, 1]
+    env.reset(options={"reset_mask": np.array([True, True])})
+    assert env.seats.tolist() == [1, 0]
+
+
+def test_reset_mask_leaves_the_other_games_alone():
+    env = GameVectorEnv(TICTACTOE, 3, opponents=lowest)
+    env.reset(seed=0)
+    before = env.step(np.array([8, 8, 8]))[0]
+    views, _ = env.reset(options={"reset_mask": np.array([False, True, False])})
+    assert env.seats.tolist() == [0, 0, 0] and views["observation"][1].sum() == 0  # game 1's seat has changed
+    for name in views:
+        assert np.array_equal(views[name][[0, 2]], before[name][[0, 2]])
+
+
+def games_of(env: GameVectorEnv, seed: int | list[int]) -> list[np.ndarray]:
+    views = [env.reset(seed=seed)[0]]
+    for _ in range(2):
+        views.append(env.step(lowest(views[-1], np.arange(env.num_envs)))[0])
+    return [view["observation"] for view in views]
+
+
+def test_same_seed_same_games():
+    env = GameVectorEnv(TICTACTOE, 16)
+    first = games_of(env, 3)
+    for again in (games_of(env, 3), games_of(GameVectorEnv(TICTACTOE, 16), list(range(3, 19)))):
+        assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(first, games_of(env, 100), strict=True))
+
+
+def test_a_game_does_not_depend_on_which_others_are_in_the_batch():
+    wide = games_of(GameVectorEnv(TICTACTOE, 5), 3)
+    narrow = games_of(GameVectorEnv(TICTACTOE, 1), 3)
+    assert all(np.array_equal(a[:1], b) for a, b in zip(wide, narrow, strict=True))
+
+
+def test_opponents_are_asked_once_a_round_for_just_the_games_that_wait():
+    asked: list[list[int]] = []
+
+    def opponents(views: Views, indices: np.ndarray) -> np.ndarray:
+        asked.append(indices.tolist())
+        assert views["observation"].shape == (len(indices), 3, 3, 2)
+        assert np.array_equal(views["action_mask"] == 0, views["observation"].any(axis=-1).reshape(-1, 9))
+        marks = views["observation"].sum(axis=(1, 2))  # [M, 2]: the opponent's own, the learner's
+        assert np.array_equal(marks[:, 1] - marks[:, 0], np.asarray(indices) % 2 == 0)
+        return lowest(views, indices)
+
+    env = GameVectorEnv(TICTACTOE, 4, opponents=opponents)
+    env.reset(seed=0)
+    env.step(np.array([8, 8, 8, 8]))
+    assert asked == [[1, 3], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("actions", "message"),
+    [
+        ([8, 0], r"learner: action 0 is illegal in game 1; legal there: \[1, 2, 3, 4, 5, 6, 7, 8\]"),
+        ([9, 1], "learner: action 9 is illegal in game 0"),
+        ([0, -1], "learner: action -1 is illegal in game 1"),
+        ([0], "learner: expected 2 whole-numbered actions"),
+        ([0.0, 1.0], "learner: expected 2 whole-numbered actions, got float64"),
+    ],
+)
+def test_illegal_actions_are_refused_before_any_game_moves(actions, message):
+    env = GameVectorEnv(TICTACTOE, 2, opponents=lowest)
+    env.reset(seed=0)
+    with pytest.raises(InputError, match=message):
+        env.step(np.array(actions))
+    env.step(np.array([8, 8]))  # neither game has moved, so 8 is still free in both
+
+
+def test_illegal_opponent_is_named():
+    env = GameVectorEnv(TICTACTOE, 1, opponents=scripted([4]))
+    env.reset(seed=0)
+    with pytest.raises(InputError, match="opponent: action 4 is illegal in game 0"):
+        env.step(np.array([4]))
+
+
+def test_a_view_without_a_legal_move_is_refused(monkeypatch):
+    def make():
+        game = TICTACTOE()
+        monkeypatch.setattr(game, "observe", lambda agent: {"observation": 0, "action_mask": np.zeros(9, np.int8)})
+        return game
+
+    with pytest.raises(InputError, match="game 0: player_1 is to move but its action_mask has no legal move"):
+        GameVectorEnv(make, 1).reset(seed=0)
+
+
+def test_a_finished_game_must_be_reset():
+    env = GameVectorEnv(TICTACTOE, 1, opponents=scripted([3, 4]))
+    for ready in (lambda: None, lambda: (env.reset(seed=0), play(env, [0, 1, 2]))):
+        ready()
+        with pytest.raises(InputError, match=r"games \[0\] are over"):
+            env.step(np.array([8]))
+
+
+def test_max_moves_cuts_a_game_off_on_the_learners_turn():
+    env = GameVectorEnv(TICTACTOE, 2, opponents=lowest, max_moves=3)
+    env.reset(seed=0)
+    ends = []
+    for actions in ([8, 8], [7, 7]):
+        views, rewards, terminated, truncated, infos = env.step(np.array(actions))
+        assert not terminated.any() and not rewards.any()
+        ends.append(truncated.tolist())
+        if truncated.any():
+            env.reset(options={"reset_mask": truncated})
+    assert ends == [[False, True], [True, False]]  # games of 2 and 3 moves; then 4, and 2 in the next episode
+    assert infos["outcome"][0] == 0 and views["action_mask"][0].tolist() == [0, 0, 1, 1, 1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (game_factory("classic/no-such-game-v1"), "classic/no-such-game-v1.*not found"),
+        (game_factory("classic/go-v5", size=5), "unexpected keyword argument 'size'"),
+        (lambda: GameVectorEnv(TICTACTOE, 0), "num_envs >= 1"),
+        (lambda: GameVectorEnv(TICTACTOE, 2).reset(seed=[1]), "1 seeds for 2 games"),
+        (lambda: GameVectorEnv(TICTACTOE, 2).reset(options={"reset_mask": np.array([1, 0])}), "expected bool"),
+        (lambda: GameVectorEnv(game_factory("classic/rps-v2"), 1), "'observation' and 'action_mask'"),
+    ],
+)
+def test_bad_input_gets_one_line(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def test_go_ends_by_two_passes_and_white_has_the_komi():
+    for komi, reward in ((0.5, 1.0), (25.5, -1.0)):
+        env = GameVectorEnv(game_factory("classic/go-v5", board_size=5, komi=komi), 1, opponents=scripted([25, 25]))
+        env.reset(seed=0)
+        (first, over, _), (last, ended, infos) = play(env, [12, 25])  # black's one stone owns the 25 points
+        assert (first, over, last, ended, infos["outcome"][0]) == (0.0, False, reward, True, reward)
+
+
+def test_go_planes_are_the_last_movers_stones_first():
+    """Unlike PettingZoo's documentation: plane 0 is the opponent's stones, plane 1 one's own, plane 16 is 1 for white."""
+    env = GameVectorEnv(game_factory("classic/go-v5", board_size=5, komi=0.5), 1, opponents=scripted([24]))
+    env.reset(seed=0)
+    planes = env.step(np.array([0]))[0]["observation"][0]
+    assert planes.shape == (5, 5, 17)
+    assert (planes[4, 4, 0], planes[0, 0, 1], planes[:, :, :2].sum(), planes[:, :, 16].sum()) == (1, 1, 2, 0)
+
+
+FAKE_GO = """
+import sys, time
+for line in sys.stdin:
+    words = line.split()
+    if words[0] == "genmove":
+        print("= c3\\n", flush=True)
+    elif words[0] == "final_score":
+        print("= W+2.5\\n", flush=True)
+    elif words[0] == "hang":
+        time.sleep(60)
+    elif words[0] == "die":
+        sys.exit(3)
+    elif words[:3] == ["play", "black", "A1"]:
+        print("? illegal move\\n", flush=True)
+    elif words[0] == "quit":
+        break
+    else:
+        print("= " + line.strip() + "\\n", flush=True)
+"""
+
+
+@pytest.fixture
+def fake_go(tmp_path: Path) -> tuple[str, str]:
+    (tmp_path / "fake_go.py").write_text(FAKE_GO)
+    return (sys.executable, str(tmp_path / "fake_go.py"))
+
+
+def test_gtp_answers(fake_go):
+    with GTPPlayer(fake_go) as player:
+        player.clear_board(5, 0.5)
+        player.play("white", "pass")
+        assert action_of(player.genmove("black"), 5) == 12
+        assert player.final_score() == -2.5
+        assert player.send("komi 6.5") == "komi 6.5"
+        with pytest.raises(InputError, match="refused 'play black A1': illegal move"):
+            player.play("black", "A1")
+    with pytest.raises(InputError, match="the program has ended"):
+        player.genmove("black")
+    player.close()
+
+
+def test_gtp_program_that_dies_hangs_or_is_missing(fake_go):
+    with GTPPlayer(fake_go) as player, pytest.raises(InputError, match="ended at 'die' with exit code 3"):
+        player.send("die")
+    with GTPPlayer(fake_go, timeout=0.1) as player, pytest.raises(InputError, match=r"no answer to 'hang' in 0\.1 s"):
+        player.send("hang")
+    with pytest.raises(InputError, match=r"'no-such-go' not found; .*apt install gnugo"):
+        GTPPlayer(("no-such-go",))
+
+
+def test_vertices():
+    assert [vertex_of(a, 5) for a in (0, 4, 20, 24, 25)] == ["A5", "E5", "A1", "E1", "pass"]
+    assert (vertex_of(8, 9), vertex_of(360, 19)) == ("J9", "T1")  # no I
+    for size in (5, 9, 19):
+        assert [action_of(vertex_of(a, size), size) for a in range(size**2 + 1)] == list(range(size**2 + 1))
+    for bad in ("I3", "A6", "A0", "F1", "resign", "", "3"):
+        with pytest.raises(InputError, match="is not on a board"):
+            action_of(bad, 5)
+    with pytest.raises(InputError, match="action 26"):
+        vertex_of(26, 5)
+
+
+def test_gnu_go_and_pettingzoo_agree_on_every_board():
+    try:
+        player = GTPPlayer()
+    except InputError as error:
+        pytest.skip(str(error))
+    game, rng, captured = game_factory("classic/go-v5", board_size=5, komi=0.5)(), np.random.default_rng(0), 0
+    game.reset()
+    with player:
+        player.clear_board(5, 0.5)
+        for move in range(60):
+            mask = game.observe(game.agent_selection)["action_mask"][:-1]
+            action, colour = int(rng.choice(np.flatnonzero(mask))), ("black", "white")[move % 2]
+            player.play(colour, vertex_of(action, 5))
+            game.step(action)
+            planes = game.observe(game.agent_selection)["observation"]  # plane 0: of the player who has just moved
+            for plane, side in zip((0, 1), (colour, "white" if colour == "black" else "black"), strict=True):
+                stones = sorted(action_of(vertex, 5) for vertex in player.send(f"list_stones {side}").split())
+                assert stones == np.flatnonzero(planes[:, :, plane]).tolist()
+            captured = sum(int(player.send(f"captures {side}")) for side in ("black", "white"))
+    assert captured > 0
+
+
+def test_oracle():
+    """Known: 5,478 boards, a draw under perfect play. The values against random play were worked out by enumeration."""
+    x, o = oracle.X, oracle.O
+    assert len(oracle.reachable()) == 5478 and oracle.minimax(oracle.EMPTY, x) == 0
+    assert oracle.random_play() == pytest.approx((0.58492, 0.28810, 0.12698), abs=5e-6)
+    value = partial(oracle.best_response, oracle.EMPTY)
+    assert [value(x), value(o)] == pytest.approx([191 / 192, 874 / 945])
+    assert [value(x, True), value(o, True)] == pytest.approx([191 / 192, 866 / 945])
+    for safe, worst in ((False, [0, -1]), (True, [0, 0])):  # as O, the best against random play can be beaten
+        policy = oracle.best_policy(safe)
+        assert [oracle.value_against_random(policy, p) for p in (x, o)] == pytest.approx([value(p, safe) for p in (x, o)])
+        assert [oracle.worst_value(policy, p) for p in (x, o)] == worst
+
+
+def test_oracle_board_and_planes():
+    game = TICTACTOE()
+    game.reset()
+    for action in (4, 1, 6):
+        game.step(action)
+    board = (0, 2, 0, 0, 1, 0, 1, 0, 0)
+    planes = game.observe(game.agent_selection)["observation"]
+    assert oracle.board_of(planes) == board and planes.tolist() == oracle.planes_of(board)
+    for board in oracle.reachable():
+        assert oracle.board_of(oracle.planes_of(board)) == board

@@ -1,0 +1,399 @@
+"""Environments with a script: what is trained on, what a cut-off episode is worth, and what a broken one says."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium
+import numpy
+import pytest
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+
+from surefoot import PPO, InputError, advantages
+from surefoot.config import EnvConfig, NetworkConfig, PPOConfig
+from surefoot.envs.vector import Vector, make_vector, wrap_vector
+from surefoot.policies.control import ControlPolicy
+from surefoot.rollout.vector import VectorRollout, play
+from surefoot.types import Batch
+
+MODES = list(AutoresetMode)
+BOTH = [SyncVectorEnv, AsyncVectorEnv]
+# Copies by the length of their episodes and how those end.
+COPIES = [(3, "truncated"), (3, "terminated"), (2, "truncated"), (3, "both")]
+ONE_BOX = spaces.Box(0.0, 1.0, (1,))
+
+
+class Counter(gymnasium.Env):
+    """The observation counts steps, leaving state c pays c + 1, and `steps` counts every transition made."""
+
+    observation_space = spaces.Box(0.0, 100.0, (1,))
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, length: int, end: str):
+        self.length, self.end, self.steps, self.count = length, end, 0, 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.count = 0
+        return self._observation(), {}
+
+    def step(self, action: int) -> Any:
+        assert self.count < self.length, "stepped after its end"
+        self.steps += 1
+        self.count += 1
+        over = self.count == self.length
+        return self._observation(), float(self.count), over and self.end != "truncated", over and self.end != "terminated", {}
+
+    def _observation(self) -> Any:
+        return numpy.array([self.count], dtype=numpy.float32)
+
+
+def counters(kind: Any, mode: AutoresetMode, copies: Any = COPIES) -> Vector:
+    return wrap_vector(kind([lambda c=c: Counter(*c) for c in copies], autoreset_mode=mode), seed=0)
+
+
+def linear_critic(env: Vector, *, slope: float, at_zero: float, model: str = "MlpPolicy") -> ControlPolicy:
+    """V(s) = at_zero + slope · s."""
+    config = NetworkConfig(net_arch={"pi": [4], "vf": []}, lstm_hidden_size=4)
+    policy = ControlPolicy(env.observation_spaces, env.action_space, config=config, kind=model)
+    with torch.no_grad():
+        policy.value_head.weight.fill_(slope)
+        policy.value_head.bias.fill_(at_zero)
+    return policy
+
+
+def rollout_of(policy: ControlPolicy, env: Vector, n_steps: int, **settings: Any) -> VectorRollout:
+    ppo = PPOConfig(n_steps=n_steps, batch_size=n_steps, gamma=0.9)
+    return VectorRollout(policy, env, settings=EnvConfig(**settings), ppo=ppo, seed=0)
+
+
+def collect(rollout: VectorRollout, version: int = 0) -> Batch:
+    return rollout.collect(first=0, count=rollout.per_update, version=version)
+
+
+def script(copy: tuple[int, str], mode: AutoresetMode, n_steps: int, rollouts: int) -> list[list[tuple[float, ...]]]:
+    """What one copy is to be trained on, rollout by rollout: (state, reward, whether cut here, bootstrap)."""
+    length, end = copy
+    found: list[list[tuple[float, ...]]] = []
+    state = 0
+    for _ in range(rollouts):
+        rows: list[tuple[float, ...]] = []
+        for _ in range(n_steps):
+            if state == length:  # NEXT_STEP's step that only resets
+                state = 0
+                continue
+            over = state + 1 == length
+            rows.append((state, state + 1, over, 10 + 100 * length if over and end == "truncated" else 0))
+            state = 0 if over and mode != AutoresetMode.NEXT_STEP else state + 1
+        if rows and not rows[-1][2]:
+            rows[-1] = (*rows[-1][:2], True, 10 + 100 * state)
+        found.append(rows)
+    return found
+
+
+@pytest.mark.parametrize("n_steps", [1, 2, 3, 4, 7, 8])
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+def test_only_what_happened_is_trained_on_in_every_autoreset_mode(mode: AutoresetMode, n_steps: int) -> None:
+    check_script(counters(SyncVectorEnv, mode), mode, n_steps)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+def test_only_what_happened_is_trained_on_with_workers(mode: AutoresetMode) -> None:
+    check_script(counters(AsyncVectorEnv, mode), mode, 7)
+
+
+def check_script(env: Vector, mode: AutoresetMode, n_steps: int) -> None:
+    rollout = rollout_of(linear_critic(env, slope=100.0, at_zero=10.0), env, n_steps)
+    expected = [script(copy, mode, n_steps, rollouts=3) for copy in COPIES]
+    trained = 0
+    for number in range(3):
+        batch = collect(rollout, number)
+        for b in range(len(COPIES)):
+            mask_T = batch.mask_BT[b]
+            rows = zip(
+                batch.observations["obs"][b, mask_T, 0].tolist(),
+                batch.rewards_BT[b, mask_T].tolist(),
+                batch.ends_BT[b, mask_T].tolist(),
+                torch.where(batch.ends_BT, batch.bootstrap_BT, 0)[b, mask_T].tolist(),
+                strict=True,
+            )
+            assert [*map(list, rows)] == [[*map(float, row)] for row in expected[b][number]], (b, number)
+        steps = batch.steps()
+        assert len(steps) == int(batch.mask_BT.sum()) and bool(steps.mask_BT.all())
+        assert steps.observations["obs"].max() < 3  # a state that ends an episode is never acted on
+        assert torch.equal(steps.values_BT[:, 0], 10 + 100 * steps.observations["obs"][:, 0, 0])
+        trained += len(steps)
+    assert trained == sum(env.env.get_attr("steps"))
+    env.close()
+
+
+@pytest.mark.parametrize("model", ["MlpPolicy", "MlpLstmPolicy"])
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+def test_a_time_limit_does_not_change_what_a_state_is_worth(mode: AutoresetMode, model: str) -> None:
+    """Reward 1 for ever, cut every 8 steps: V = 1 / (1 - γ) is GAE's fixed point, at every step."""
+    env = counters(SyncVectorEnv, mode, [(8, "truncated"), (5, "truncated")])
+    rollout = rollout_of(linear_critic(env, slope=0.0, at_zero=10.0, model=model), env, 19)
+    for number in range(3):
+        batch = collect(rollout, number)
+        batch.rewards_BT = batch.mask_BT.float()
+        advantages(batch, rollout.ppo)
+        assert batch.returns_BT is not None and batch.advantages_BT is not None
+        assert torch.allclose(batch.returns_BT[batch.mask_BT], torch.tensor(10.0), atol=1e-5)
+        assert batch.advantages_BT.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+def test_episodes_are_reported_as_they_were_played(mode: AutoresetMode) -> None:
+    env = counters(SyncVectorEnv, mode)
+    rollout = rollout_of(linear_critic(env, slope=0.0, at_zero=0.0), env, 5)
+    found = [episode for number in range(4) for episode in collect(rollout, number).trajectories]
+    kinds = {(episode.total, episode.steps, episode.truncated) for episode in found}
+    assert kinds == {(6.0, 3, True), (6.0, 3, False), (3.0, 2, True)}
+    played = play(rollout.policy, counters(SyncVectorEnv, mode), 6)
+    # Two for each of the first two copies and one for each of the others, although the third's are over first.
+    assert [episode.steps for episode in played] == [3, 3, 3, 3, 2, 3]
+
+
+def test_rewards_are_scaled_by_the_deviation_of_the_discounted_return() -> None:
+    env = counters(SyncVectorEnv, AutoresetMode.NEXT_STEP, [(3, "terminated")])
+    rollout = rollout_of(linear_critic(env, slope=0.0, at_zero=0.0), env, 6, normalize_rewards=True)
+    batch = collect(rollout)
+    # Rewards 1 2 3 (reset) 1 2; discounted by 0.9: 1, 2.9, 5.61, then anew 1, 2.9. The reset is no return.
+    returns, expected = [1.0, 2.9, 5.61, 1.0, 2.9], []
+    for n, reward in enumerate([1.0, 2.0, 3.0, 1.0, 2.0], start=1):
+        deviation = float(numpy.std(returns[:n]))
+        expected.append(min(reward / (deviation or 1.0), 10.0))
+    assert batch.rewards_BT[batch.mask_BT].tolist() == pytest.approx(expected, rel=1e-5)
+    assert rollout.finished[0].total == 6.0
+
+
+# Environments that are wrong
+
+
+class Odd(Counter):
+    """A counter that does one thing it should not, at its second step."""
+
+    def __init__(self, fault: str = "", at: int = 2):
+        super().__init__(5, "terminated")
+        self.fault, self.at = fault, at
+
+    def step(self, action: int) -> Any:
+        observation, reward, *rest = super().step(action)
+        if self.steps == self.at and self.fault == "raises":
+            raise RuntimeError("the wheel\ncame off")
+        if self.steps == self.at and self.fault == "observation":
+            observation[:] = numpy.nan
+        return observation, numpy.inf if self.steps == self.at and self.fault == "reward" else reward, *rest
+
+
+class Masked(gymnasium.Env):
+    """Three actions; a state after which none is legal, at the end or before it."""
+
+    observation_space = spaces.Dict({"obs": ONE_BOX, "action_mask": spaces.MultiBinary(3)})
+    action_space = spaces.Discrete(3)
+
+    def __init__(self, none_at: int, length: int = 3):
+        self.none_at, self.length, self.count = none_at, length, 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.count = 0
+        return self._observation(), {}
+
+    def step(self, action: int) -> Any:
+        assert self._observation()["action_mask"][action], "illegal"
+        self.count += 1
+        return self._observation(), 0.0, self.count == self.length, False, {}
+
+    def _observation(self) -> Any:
+        mask = numpy.array([0, 1, 0], dtype=numpy.int8) * (self.count != self.none_at)
+        return {"obs": numpy.zeros(1, dtype=numpy.float32), "action_mask": mask}
+
+
+class OtherSpaces(Counter):
+    def __init__(self, observation: Any = None, action: Any = None):
+        super().__init__(3, "terminated")
+        self.observation_space = observation or Counter.observation_space
+        self.action_space = action or Counter.action_space
+
+
+def refusal(call: Callable[[], object]) -> str:
+    with pytest.raises(InputError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def ppo(env: Any, policy: Any = "MlpPolicy", **settings: Any) -> PPO:
+    return PPO(policy, env, **{"verbose": 0, "device": "cpu", "n_steps": 8, "batch_size": 8, "n_epochs": 1, **settings})
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: ppo("CartPol-v1"), "did you mean 'CartPole-v1'?"),
+        (lambda: ppo("CartPole-v1", "MlpPolcy"), "MlpPolicy"),
+        (lambda: ppo("CartPole-v1", n_envs=2, env_kwargs={"wheels": 3}), "wheels"),
+        (lambda: ppo(5), "expected a Gymnasium id, environment or vector environment, got int"),
+        (lambda: ppo(OtherSpaces(spaces.Tuple((ONE_BOX, ONE_BOX)))), "the observation space Tuple is not supported"),
+        (lambda: ppo(OtherSpaces(spaces.Text(5))), "the observation space Text is not supported"),
+        (lambda: ppo(OtherSpaces(spaces.Dict(a=spaces.Dict(b=spaces.Text(5))))), "the observation space Text is not supported"),
+        (lambda: ppo(OtherSpaces(action=spaces.Box(0, 1, (2, 2)))), "the action space Box(0.0, 1.0, (2, 2), float32) is not"),
+        (lambda: ppo(OtherSpaces(action=spaces.Tuple((ONE_BOX,)))), "the action space Tuple("),
+        (lambda: ppo("CartPole-v1", "CnnPolicy"), "policy.model: CnnPolicy needs images"),
+        (
+            lambda: ppo("CartPole-v1", "MlpLstmPolicy", n_steps=8, batch_size=12),
+            "ppo.batch_size (12) is not a multiple of ppo.n_steps (8): MlpLstmPolicy is trained on whole sequences; try 16",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_on_is_one_line(make: Callable[[], object], said: str) -> None:
+    assert said in refusal(make)
+
+
+@pytest.mark.filterwarnings("ignore:.*ERROR:UserWarning")  # Gymnasium's log of what a worker raised
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("raises", "env Odd failed: RuntimeError: the wheel came off"),
+        ("observation", "env: the observation obs of copy 0 is not finite; mend it in the environment"),
+        ("reward", "env: the reward of copy 0 is not a finite number"),
+    ],
+)
+def test_an_environment_that_fails_is_one_line_and_leaves_no_worker(vectorization: str, fault: str, said: str) -> None:
+    env = make_vector(Odd, n_envs=2, vectorization=vectorization, kwargs={"fault": fault}, seed=0)
+    rollout = rollout_of(linear_critic(env, slope=0.0, at_zero=0.0), env, 8)
+    line = refusal(lambda: collect(rollout))
+    assert line == said
+    if vectorization == "async":
+        workers = list(env.env.processes)
+        if fault != "raises":
+            env.close()
+        for worker in workers:
+            worker.join(5)
+        assert len(workers) == 2 and not any(worker.is_alive() for worker in workers)
+
+
+def test_a_worker_that_is_killed_is_one_line_and_takes_the_others_with_it() -> None:
+    env = make_vector(Odd, n_envs=3, vectorization="async", kwargs={}, seed=0)
+    rollout, workers = rollout_of(linear_critic(env, slope=0.0, at_zero=0.0), env, 8), list(env.env.processes)
+    collect(rollout)
+    os.kill(workers[1].pid, signal.SIGKILL)
+    assert refusal(lambda: collect(rollout, 1)).startswith("env Odd failed: ")
+    for worker in workers:
+        worker.join(5)
+    assert not any(worker.is_alive() for worker in workers)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+def test_no_legal_action_is_an_error_before_the_end_and_none_at_it(mode: AutoresetMode) -> None:
+    def rollout(none_at: int) -> VectorRollout:
+        env = wrap_vector(SyncVectorEnv([lambda: Masked(none_at)], autoreset_mode=mode), seed=0)
+        return rollout_of(ControlPolicy(env.observation_spaces, env.action_space), env, 8)
+
+    assert refusal(lambda: collect(rollout(1))) == (
+        "env: copy 0 has no legal action in its action_mask; an episode that is over must end"
+    )
+    batch = collect(rollout(3))  # when all is over there is nothing to do, and nobody asks for it
+    assert set(batch.actions_BT[batch.mask_BT].tolist()) == {1}
+    assert batch.logprobs_BT[batch.mask_BT].abs().max() < 1e-6
+
+
+def test_masks_by_method_are_asked_for_as_sb3_contrib_does() -> None:
+    class ByMethod(Counter):
+        def action_masks(self) -> Any:
+            return numpy.array([self.count == 0, self.count != 0])
+
+        def step(self, action: int) -> Any:
+            assert self.action_masks()[action], "illegal"
+            return super().step(action)
+
+    for env in (
+        wrap_vector(ByMethod(3, "truncated"), seed=0),
+        make_vector(ByMethod, n_envs=2, vectorization="sync", kwargs={"length": 3, "end": "truncated"}, seed=0),
+    ):
+        policy = ControlPolicy(env.observation_spaces, env.action_space)
+        batch = collect(rollout_of(policy, env, 12))
+        assert torch.equal(batch.actions_BT, (batch.observations["obs"][..., 0] != 0).long())
+
+
+def test_counts_that_do_not_start_at_0_are_counts_all_the_same() -> None:
+    class Started(Counter):
+        observation_space = spaces.Discrete(4, start=1)
+        action_space = spaces.Discrete(2, start=5)
+
+        def step(self, action: int) -> Any:
+            assert action in self.action_space
+            return super().step(action)
+
+        def _observation(self) -> Any:
+            return self.count + 1
+
+    env = wrap_vector(Started(3, "truncated"), seed=0)
+    policy = ControlPolicy(env.observation_spaces, env.action_space)
+    batch = collect(rollout_of(policy, env, 12))
+    values = {int(state): float(value) for state, value in zip(batch.observations["obs"][0], batch.values_BT[0], strict=True)}
+    assert len(values) == len(set(values.values())) == 3
+
+
+@pytest.mark.parametrize("space", [spaces.Discrete(3), spaces.MultiDiscrete([3, 3])], ids=str)
+def test_an_observation_outside_its_space_is_one_line(space: Any) -> None:
+    class Outside(Counter):
+        observation_space = space
+
+        def _observation(self) -> Any:
+            return self.count if isinstance(space, spaces.Discrete) else numpy.array([0, self.count])
+
+    env = wrap_vector(Outside(5, "truncated"), seed=0)
+    policy = ControlPolicy(env.observation_spaces, env.action_space)
+    assert "obs" in refusal(lambda: collect(rollout_of(policy, env, 12)))
+
+
+def test_observations_in_a_buffer_that_is_written_again_are_kept() -> None:
+    env = wrap_vector(
+        SyncVectorEnv([lambda: Counter(3, "truncated")], copy=False, autoreset_mode=AutoresetMode.DISABLED), seed=0
+    )
+    batch = collect(rollout_of(linear_critic(env, slope=100.0, at_zero=10.0), env, 5))
+    assert batch.observations["obs"][0, :, 0].tolist() == [0, 1, 2, 0, 1]
+    assert batch.bootstrap_BT[0, [2, 4]].tolist() == [310, 210]
+
+
+def test_continuous_actions_are_clipped_to_the_space_on_their_way_and_trained_on_as_drawn() -> None:
+    class Narrow(Counter):
+        action_space = spaces.Box(-0.01, 0.01, (2,))
+
+        def step(self, action: Any) -> Any:
+            assert action in self.action_space and action.dtype == numpy.float32
+            return super().step(0)
+
+    env = wrap_vector(Narrow(3, "truncated"), seed=0)
+    batch = collect(rollout_of(ControlPolicy(env.observation_spaces, env.action_space), env, 12))
+    assert batch.actions_BT.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_episodes_under_way_are_played_again_from_their_seeds(kind: str) -> None:
+    env, again = (make_vector("CartPole-v1", n_envs=3, vectorization=kind, kwargs={}, seed=4) for _ in range(2))
+    actions = numpy.random.default_rng(0).integers(0, 2, (60, 3))
+    env.reset()
+    for row in actions[:47]:
+        observations = env.step(row).observations
+    assert len({len(history) for history in env.actions}) > 1 and env.episodes.min() > 1
+    restored = again.restore(env.state())
+    assert restored is not None and numpy.array_equal(restored["obs"], observations["obs"])
+    for row in actions[47:]:
+        step, other = env.step(row), again.step(row)
+        assert numpy.array_equal(step.observations["obs"], other.observations["obs"])
+    env.close()
+    again.close()

@@ -1,0 +1,119 @@
+"""`surefoot play`: the film, the plot and the numbers of a trained policy, and what it says where there is none."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+from PIL import Image
+
+from surefoot import PPO, InputError
+from surefoot.play import MAX_FRAMES, MAX_WIDTH, Film, play_run
+from tests.inputs import run_cli
+
+SEES_NOTHING = """
+import gymnasium
+
+def make(**settings):
+    settings.pop("render_mode", None)
+    return gymnasium.make("CartPole-v1", **settings)
+"""
+
+
+def trained(folder: Path, env: object = "CartPole-v1") -> Path:
+    """The folder of a run of two updates."""
+    model = PPO("MlpPolicy", env, n_steps=32, batch_size=32, n_epochs=1, run_folder=str(folder), verbose=0)
+    model.learn(total_timesteps=64)
+    assert model.run_folder is not None
+    return model.run_folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return trained(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Pretend that a module is not installed."""
+    find = importlib.util.find_spec
+
+    def hide(name: str) -> None:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda asked, *rest: None if asked == name else find(asked, *rest))
+
+    return hide
+
+
+def test_a_run_is_played_filmed_and_plotted(run):
+    outcome = run_cli("play", run, "--episodes", 3)
+    assert outcome.code == 0
+    assert "CartPole-v1: 3 episodes" in outcome.out and "return" in outcome.out and "±" in outcome.out
+    film = Image.open(run / "play" / "episode.gif")
+    assert film.n_frames > 1 and film.width <= MAX_WIDTH
+    with Image.open(run / "play" / "returns.png") as plot:
+        assert plot.width > 1000
+
+
+def test_the_film_is_of_the_first_episode_that_was_played(run, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Film, "show", lambda self, frame, fps: seen.append((frame.shape, fps)))
+    first = play_run(run, episodes=1, output=tmp_path)[0]
+    assert seen == [((400, 600, 3), 50.0)] * (first.steps + 1)  # what was reset to, and every step's outcome
+
+
+def test_long_films_are_thinned_evenly_and_keep_their_time(tmp_path):
+    film = Film()
+    for value in range(MAX_FRAMES + 100):
+        film.show(np.full((4, 960, 3), value % 256, dtype=np.uint8), fps=50.0)
+    assert len(film.frames) == (MAX_FRAMES + 100) // 2 and film.frames[0].size == (480, 2)
+    film.save(tmp_path / "film.gif")
+    lasts = 0
+    with Image.open(tmp_path / "film.gif") as gif:
+        for frame in range(gif.n_frames):
+            gif.seek(frame)
+            lasts += gif.info["duration"]
+    assert lasts == 1000 * (MAX_FRAMES + 100) / 50.0
+
+
+def test_without_pictures_the_plot_is_drawn_all_the_same(tmp_path, capsys):
+    (tmp_path / "env.py").write_text(SEES_NOTHING)
+    run = trained(tmp_path / "runs", f"{tmp_path / 'env.py'}:make")
+    play_run(run, episodes=1)
+    assert "no film: env make cannot be made: it has no render_mode rgb_array" in capsys.readouterr().out
+    assert [path.name for path in (run / "play").iterdir()] == ["returns.png"]
+
+
+def test_a_missing_library_is_named_with_how_to_get_it(run, without):
+    without("matplotlib")
+    outcome = run_cli("play", run)
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+    assert "pip install 'surefoot[play]'" in outcome.err
+
+
+def test_mp4_needs_a_library_of_its_own(run, without):
+    without("imageio_ffmpeg")
+    outcome = run_cli("play", run, "--format", "mp4")
+    assert outcome.code == 2 and "pip install imageio-ffmpeg" in outcome.err
+
+
+def test_a_language_models_run_is_sent_to_generate(tmp_path):
+    (tmp_path / "config.yaml").write_text("task: {prompts: p.jsonl, reward: r.py:reward}\n")
+    outcome = run_cli("play", tmp_path)
+    assert outcome.code == 2 and f"surefoot generate {tmp_path}" in outcome.err and outcome.err.count("\n") == 1
+
+
+def test_an_environment_made_in_python_is_not_made_again(tmp_path):
+    env = gymnasium.make("CartPole-v1")
+    run = trained(tmp_path / "runs", env)
+    with pytest.raises(InputError, match="made in Python"):
+        play_run(run)
+    assert PPO.open(run, env).predict(env.reset(seed=0)[0], deterministic=True)[0] in (0, 1)
+
+
+@pytest.mark.parametrize("episodes", [0, -3])
+def test_there_is_something_to_play(run, episodes):
+    with pytest.raises(InputError, match="--episodes"):
+        play_run(run, episodes=episodes)

@@ -1,0 +1,371 @@
+"""Whole runs on environments: exact to the bit however they were interrupted, and what Stable-Baselines3's users write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy
+import pytest
+import torch
+from gymnasium import spaces
+from gymnasium.vector import SyncVectorEnv
+from torch import nn
+
+from surefoot import PPO, BaseCallback, InputError, evaluate_policy
+from surefoot.train import loop
+from tests.train.small_run import rows, weights
+
+N_ENVS, N_STEPS, UPDATES = 3, 16, 6
+BATCH = N_ENVS * N_STEPS
+SMALL: dict[str, Any] = {
+    "n_envs": N_ENVS,
+    "n_steps": N_STEPS,
+    "batch_size": N_STEPS,
+    "n_epochs": 2,
+    "learning_rate": 0.01,
+    "seed": 5,
+    "device": "cpu",
+    "verbose": 0,
+    "run_checkpoint_every": 2,
+    "evaluate_episodes": 0,
+}
+RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "plain": ("MlpPolicy", "CartPole-v1", {"evaluate_episodes": 2, "evaluate_every": 2, "lr_schedule": "linear"}),
+    "workers": ("MlpPolicy", "CartPole-v1", {"vectorization": "async"}),
+    "normalised": (
+        "MlpPolicy",
+        "Pendulum-v1",
+        {"normalize_observations": True, "normalize_rewards": True, "env_kwargs": {"max_episode_steps": 13}},
+    ),
+    "memory": ("MlpLstmPolicy", "CartPole-v1", {"policy_kwargs": {"lstm_hidden_size": 8}}),
+}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def small(policy: Any = "MlpPolicy", env: Any = "CartPole-v1", **settings: Any) -> PPO:
+    return PPO(policy, env, **{**SMALL, **settings})
+
+
+def refusal(call: Callable[[], object]) -> str:
+    with pytest.raises(InputError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+class Killed(BaseException):
+    """Nothing of ours catches it."""
+
+
+def killing(at_step: int) -> Callable[..., bool]:
+    left = iter(range(at_step))
+
+    def callback(locals_: Any, globals_: Any) -> bool:
+        if next(left, None) is None:
+            raise Killed
+        return True
+
+    return callback
+
+
+class Constant(gymnasium.Env):
+    """Three steps, each paid the same; `seen` is the position."""
+
+    observation_space = spaces.Box(0, 9, (1,))
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, reward: float = 1.0):
+        self.reward, self.count = reward, 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.count = 0
+        return numpy.zeros(1, dtype=numpy.float32), {}
+
+    def step(self, action: Any) -> Any:
+        self.count += 1
+        return numpy.full(1, self.count, dtype=numpy.float32), self.reward, self.count == 3, False, {"is_success": True}
+
+
+def same_weights(a: PPO, b: PPO) -> bool:
+    first, second = weights(a), weights(b)
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_that_was_killed_goes_on_bit_for_bit(kind: str) -> None:
+    policy, env, settings = RUNS[kind]
+    whole = small(policy, env, run_name="whole", **settings).learn(UPDATES * BATCH)
+    killed = small(policy, env, run_name="killed", **settings)
+    with pytest.raises(Killed):  # in the rollout after update 3, one ahead of the newest checkpoint
+        killed.learn(UPDATES * BATCH, callback=killing(3 * N_STEPS + 7))
+    assert [row["update"] for row in rows(Path("runs/killed")) if "loss/policy" in row or "timesteps" in row][-1] == 3
+    resumed = PPO.load("runs/killed", verbose=0).learn()
+    assert resumed.is_finished and same_weights(whole, resumed)
+    assert rows(Path("runs/whole")) == rows(Path("runs/killed"))
+    assert Path("runs/whole/samples.jsonl").read_text() == Path("runs/killed/samples.jsonl").read_text() != ""
+    assert whole.policy.state().keys() == resumed.policy.state().keys()
+    assert not same_weights(whole, killed)
+
+
+@pytest.mark.parametrize("kind", ["plain", "normalised", "memory"])
+def test_learning_twice_is_learning_once_for_longer(kind: str) -> None:
+    policy, env, settings = RUNS[kind]
+    settings = {**settings, "lr_schedule": "constant", "evaluate_episodes": 0}
+    once = small(policy, env, run_name="once", **settings).learn(total_timesteps=4 * BATCH)
+    twice = small(policy, env, run_name="twice", **settings).learn(2 * BATCH).learn(total_timesteps=2 * BATCH)
+    assert same_weights(once, twice) and rows(Path("runs/once")) == rows(Path("runs/twice"))
+
+
+def test_an_environment_that_cannot_be_saved_begins_anew_and_the_run_goes_on() -> None:
+    def env() -> Any:
+        return SyncVectorEnv([lambda: gymnasium.make("CartPole-v1")] * 2)  # it resets itself, from no seed of ours
+
+    first = small(env=env(), run_name="own").learn(2 * BATCH)
+    assert "PPO.load(folder, env)" in refusal(lambda: PPO.load("runs/own", verbose=0))
+    second = PPO.load("runs/own", env(), verbose=0)
+    assert same_weights(first, second)
+    second.learn(2 * BATCH)
+    assert second.is_finished and not same_weights(first, second)
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_before_the_first_step_old_and_new_policy_are_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, env, settings = RUNS[kind]
+    seen = []
+    monkeypatch.setattr(loop, "check_first_minibatch", lambda stats, *, exact: seen.append((stats, exact)))
+    model = small(policy, env, **settings).learn(2 * BATCH)
+    ((stats, exact),) = seen  # once a run
+    assert exact and float(stats.approx_kl) < 1e-10
+    training = model._training
+    assert training is not None
+    batch = loop.collect(training)
+    part = batch if model.policy.reads_whole_rows else batch.steps()
+    part = part.rows(torch.randperm(len(part), generator=torch.Generator().manual_seed(0)))
+    ratios = (model.policy.evaluate(part).logprobs_BT - part.logprobs_BT)[part.mask_BT].exp()
+    assert (ratios - 1).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("policy", ["MlpPolicy", "MlpLstmPolicy"])
+@pytest.mark.parametrize("reward", [0.0, 1.0])
+def test_equal_rewards_and_minibatches_of_one_step_stay_finite(reward: float, policy: str) -> None:
+    steps = 5 if policy == "MlpPolicy" else 1
+    model = small(policy, Constant(reward), n_steps=steps, batch_size=1, normalize_rewards=True, normalize_observations=True)
+    model.learn(10)
+    assert all(value.isfinite().all() for value in weights(model).values())
+    found = rows(Path("runs/ppo-1"))
+    assert len(found) == 10 // steps and all(numpy.isfinite(value) for row in found for value in row.values())
+    assert found[-1]["ppo/skipped_steps"] == 0
+
+
+@pytest.mark.parametrize("kind", ["plain", "normalised", "memory"])
+def test_a_saved_policy_predicts_the_same(kind: str) -> None:
+    policy, env, settings = RUNS[kind]
+    model = small(policy, env, **settings).learn(2 * BATCH)
+    model.save("saved")
+    loaded = PPO.load("saved", verbose=0)
+    best = PPO.load("runs/ppo-1", verbose=0)
+    observations = numpy.random.default_rng(0).normal(size=(7, *model.env.observation_spaces["obs"].shape)).astype("f4")
+    expected = model.predict(observations, deterministic=True)[0]
+    for other in (loaded, best):
+        assert numpy.array_equal(expected, other.predict(observations, deterministic=True)[0])
+    assert loaded.config.ppo == model.config.ppo
+    loaded.learn(BATCH)  # and can be trained on, as a run of its own
+    assert loaded.run_folder == Path("runs/ppo-2") or str(loaded.run_folder).endswith("ppo-2")
+
+
+@pytest.mark.parametrize(
+    ("env", "shape"),
+    [("CartPole-v1", ()), ("Pendulum-v1", (1,))],
+)
+def test_predict_takes_one_observation_or_many(env: str, shape: tuple[int, ...]) -> None:
+    model = small(env=env)
+    space = model.env.observation_spaces["obs"]
+    one, state = model.predict(numpy.zeros(space.shape, dtype="f4"))
+    assert numpy.shape(one) == shape and state is None and one in model.env.action_space
+    many, _ = model.predict(numpy.zeros((4, *space.shape), dtype="f4"), deterministic=True)
+    assert many.shape == (4, *shape) and numpy.array_equal(many, many[:1].repeat(4, 0))
+    drawn, _ = model.predict(numpy.zeros((64, *space.shape), dtype="f4"))
+    assert len(numpy.unique(drawn)) > 1
+    said = refusal(lambda: model.predict(numpy.zeros(17)))
+    assert said.startswith("predict: the observation obs has shape [17]; one is [")
+
+
+def test_predict_remembers_by_its_state_and_forgets_at_a_start() -> None:
+    model = small("MlpLstmPolicy", "Pendulum-v1", policy_kwargs={"lstm_hidden_size": 8, "ortho_init": False})
+    seen = numpy.random.default_rng(0).normal(size=(2, 3)).astype("f4")
+    fresh, state = model.predict(seen, deterministic=True)
+    assert [part.shape for part in state] == [(2, 8)] * 4
+    later, _ = model.predict(seen, state, deterministic=True)
+    begun, _ = model.predict(seen, state, numpy.array([True, False]), deterministic=True)
+    assert not numpy.allclose(fresh, later)
+    assert numpy.allclose(begun[0], fresh[0]) and numpy.allclose(begun[1], later[1])
+
+
+def test_evaluation_is_the_mean_of_whole_episodes() -> None:
+    model = small(env=Constant(2.0))
+    copies = SyncVectorEnv([lambda: Constant(2.0), lambda: Constant(4.0)])
+    assert evaluate_policy(model, Constant(2.0), n_eval_episodes=3) == (6.0, 0.0)
+    assert evaluate_policy(model, copies, n_eval_episodes=4) == (9.0, 3.0)
+    assert evaluate_policy(model, copies, 3, return_episode_rewards=True) == ([6.0, 6.0, 12.0], [3, 3, 3])
+    with pytest.raises(AssertionError, match=r"Constant: mean return 6\.00, not above 7\.00"):
+        evaluate_policy(model, Constant(2.0), reward_threshold=7)
+    assert "pass one to evaluate in" in refusal(lambda: evaluate_policy(model))
+
+
+# Schedules and callbacks
+
+
+def test_a_learning_rate_may_be_a_function_of_what_is_left() -> None:
+    def rate(left: float) -> float:
+        return 1e-3 * left
+
+    model = small(learning_rate=rate, run_name="mine")
+    with pytest.raises(Killed):
+        model.learn(4 * BATCH, callback=killing(2 * N_STEPS + 1))
+    said = refusal(lambda: PPO.load("runs/mine", verbose=0).learn())
+    assert said == "ppo.learning_rate was a Python function; give it again: PPO.load(folder, env, learning_rate=...)"
+    PPO.load("runs/mine", verbose=0, learning_rate=rate).learn()
+    found = [row["ppo/learning_rate"] for row in rows(Path("runs/mine"))]
+    assert found == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+
+
+def test_a_clip_range_may_be_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, update = [], loop.update
+    monkeypatch.setattr(
+        loop, "update", lambda *a, config, **k: (seen.append(config.clip_range), update(*a, config=config, **k))[1]
+    )
+    small(clip_range=lambda left: 0.4 * left).learn(2 * BATCH)
+    assert seen == pytest.approx([0.4, 0.2])
+
+
+class Recorder(BaseCallback):
+    def __init__(self, stop_at: int | None = None):
+        super().__init__()
+        self.heard: list[str] = []
+        self.dones: list[Any] = []
+        self.stop_at = stop_at
+
+    def _init_callback(self) -> None:
+        self.heard.append("init")
+
+    def _on_training_start(self) -> None:
+        self.heard.append("training start")
+
+    def _on_rollout_start(self) -> None:
+        self.heard.append("rollout start")
+
+    def _on_step(self) -> bool:
+        self.heard.append("step")
+        self.dones.append(self.locals["dones"])
+        assert self.locals["rewards"].shape == (self.training_env.num_envs,)
+        return self.n_calls != self.stop_at
+
+    def _on_rollout_end(self) -> None:
+        self.heard.append("rollout end")
+
+    def _on_training_end(self) -> None:
+        self.heard.append("training end")
+
+
+def test_callbacks_hear_of_everything_in_its_order() -> None:
+    recorder = Recorder()
+    model = small(env=Constant(), n_steps=4, batch_size=4).learn(8, callback=recorder)
+    rollout = ["rollout start", *["step"] * 4, "rollout end"]
+    assert recorder.heard == ["init", "training start", *rollout, *rollout, "training end"]
+    assert [bool(done[0]) for done in recorder.dones] == [False, False, True, False, False, True, False, False]
+    assert recorder.model is model and (recorder.n_calls, recorder.num_timesteps, model.num_timesteps) == (8, 8, 8)
+    again = Recorder()
+    model.learn(4, callback=[again, lambda *_: True])
+    assert again.heard == ["init", "training start", *rollout, "training end"] and model.num_timesteps == 12
+
+
+def test_steps_are_counted_without_a_callback_too() -> None:
+    model = small(run_name="mine").learn(2 * BATCH)
+    assert model.num_timesteps == 2 * BATCH
+    assert PPO.load("runs/mine", verbose=0).num_timesteps == 2 * BATCH
+
+
+@pytest.mark.parametrize("stop_at", [6, 8])
+def test_a_callback_that_returns_false_ends_the_training(stop_at: int) -> None:
+    recorder = Recorder(stop_at)
+    model = small(env=Constant(), n_steps=4, batch_size=4, run_name="mine").learn(100, callback=recorder)
+    assert recorder.heard.count("step") == stop_at and recorder.heard[-1] == "training end"
+    assert [row["update"] for row in rows(Path("runs/mine"))] == [1]
+    assert not model.is_finished
+    PPO.load("runs/mine", Constant(), verbose=0).learn(4)
+
+
+def test_what_is_no_callback_is_refused() -> None:
+    assert refusal(lambda: small().learn(BATCH, callback=5)).startswith("callback: expected a function or a ")
+
+
+# Keywords
+
+
+def test_stable_baselines3s_keywords_mean_what_they_mean_there(tmp_path: Path) -> None:
+    model = PPO(
+        "MlpPolicy",
+        "Pendulum-v1",
+        learning_rate=1e-3,
+        n_steps=32,
+        batch_size=16,
+        n_epochs=3,
+        gamma=0.9,
+        gae_lambda=0.8,
+        clip_range=0.3,
+        clip_range_vf=None,
+        normalize_advantage=False,
+        ent_coef=0.01,
+        vf_coef=0.7,
+        max_grad_norm=0.9,
+        use_sde=True,
+        sde_sample_freq=4,
+        target_kl=None,
+        tensorboard_log=str(tmp_path / "board"),
+        policy_kwargs={"activation_fn": nn.ReLU, "net_arch": {"pi": [8, 6], "vf": [4]}, "log_std_init": -2.0},
+        verbose=0,
+        seed=None,
+        device="cpu",
+        _init_setup_model=True,
+    )
+    ppo = model.config.ppo
+    assert (ppo.learning_rate, ppo.n_steps, ppo.batch_size, ppo.n_epochs) == (1e-3, 32, 16, 3)
+    assert (ppo.gamma, ppo.gae_lambda, ppo.clip_range, ppo.clip_range_vf) == (0.9, 0.8, 0.3, None)
+    assert (ppo.normalize_advantage, ppo.ent_coef, ppo.vf_coef, ppo.max_grad_norm) == (False, 0.01, 0.7, 0.9)
+    assert ppo.value_loss == "squared" and ppo.target_kl is None and model.config.run.folder == str(tmp_path / "board")
+    layers = model.policy.layers
+    widths = [
+        [layer.out_features for layer in tower if isinstance(layer, nn.Linear)] for tower in (layers.policy, layers.value)
+    ]
+    assert widths == [[8, 6], [4]] and isinstance(layers.policy[1], nn.ReLU)
+    assert type(model.policy.head).__name__ == "StateDependentHead" and model.policy.head.sample_freq == 4
+    assert model.policy.head.log_std.detach().unique().tolist() == [-2.0]
+    model.learn(32)
+    assert (tmp_path / "board" / "ppo-1" / "metrics.jsonl").is_file()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"policy_kwargs": {"optimizer_class": torch.optim.SGD}}, "policy_kwargs.optimizer_class has no counterpart ("),
+        ({"policy_kwargs": {"activation_fn": nn.Softmax}}, "policy_kwargs.activation_fn: "),
+        ({"policy_kwargs": {"net_arch": {"q": [3]}}}, "PPO(...): policy.network.net_arch"),
+        ({"policy_kwargs": {"net_arch": [0]}}, "PPO(...): policy.network.net_arch"),
+        ({"clip_range_vf": lambda left: left}, "clip_range_vf: a number is expected"),
+        ({"stats_window_size": 7}, "stats_window_size: "),
+        ({"learning_rat": 1.0}, "unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
+        ({"total_episodes": 7}, "PPO(...): ppo.total_episodes is for text tasks"),
+        ({"kl_coef": 0.1}, "PPO(...): ppo.kl_coef needs a reference model"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_keyword_without_a_counterpart_is_one_line(settings: dict[str, Any], said: str) -> None:
+    assert refusal(lambda: small(**settings)).startswith(said)
