@@ -1,7 +1,7 @@
 """The gradient of two small tanh towers written out in NumPy: what autograd would find, in a third of the time.
 
 A network of two layers of 64 spends its update on starting operations, not on numbers, and NumPy starts them faster. It is
-used where `supports` says so: float32 on a CPU, plain observations, tanh towers, one choice or independent Gaussians.
+used where `supports` says so: float32 on a CPU, plain observations, tanh towers, one choice or Gaussians.
 Everything else goes through autograd, which is also its slow twin in the tests. The loss is the same one (`core/losses.py`).
 """
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from surefoot.core.losses import LossSettings, LossStats, loss_and_gradients
-from surefoot.policies.actions import LOG_2PI, CategoricalHead, GaussianHead
+from surefoot.policies.actions import LOG_2PI, CategoricalHead, GaussianHead, StateDependentHead
 from surefoot.policies.networks import Extractor, Tower
 from surefoot.types import Batch
 
@@ -37,7 +37,7 @@ def supports(policy: ControlPolicy) -> bool:
         and not policy.has_masks
         and not layers.is_shared
         and all(isinstance(tower, Tower) and tower.is_tanh for tower in (layers.policy, layers.value))
-        and isinstance(policy.head, (CategoricalHead, GaussianHead))
+        and isinstance(policy.head, (CategoricalHead, GaussianHead, StateDependentHead))
     )
 
 
@@ -51,7 +51,9 @@ class ClosedForm:
         layers = policy.layers
         self.actor = [_Linear(linear) for linear in (*list(layers.policy)[::2], policy.head.linear)]
         self.critic = [_Linear(linear) for linear in (*list(layers.value)[::2], policy.value_head)]
-        self.log_std = _Parameter(policy.head.log_std) if isinstance(policy.head, GaussianHead) else None
+        self.is_discrete = isinstance(policy.head, CategoricalHead)
+        self.log_std = None if self.is_discrete else _Parameter(policy.head.log_std)
+        self.scorer: Any = _Gaussian if isinstance(policy.head, GaussianHead) else _StateDependent
 
     def __call__(self, batch: Batch, advantages_BT: Tensor, *, denominator: float, settings: LossSettings) -> LossStats:
         """Add the gradient of the PPO loss on `batch` ([N, 1] rows) to the parameters' `grad`; its statistics."""
@@ -60,7 +62,10 @@ class ClosedForm:
         observations = values.reshape(len(values), -1).float().numpy()
         actor, critic = _forward(self.actor, observations), _forward(self.critic, observations)
         actions = batch.actions_BT[:, 0].numpy()
-        scored: Any = _Categorical(actor[-1], actions) if self.log_std is None else _Gaussian(actor[-1], actions, self.log_std)
+        if self.is_discrete:
+            scored: Any = _Categorical(actor[-1], actions)
+        else:
+            scored = self.scorer(actor[-1], actions, self.log_std, actor[-2])
         _, stats, gradients = loss_and_gradients(
             (_column(scored.logprobs), torch.from_numpy(critic[-1]), _column(scored.entropies)),
             (batch.logprobs_BT, batch.values_BT),
@@ -118,7 +123,7 @@ class _Categorical:
 class _Gaussian:
     """log density of independent Gaussians with means [N, D] at the actions [N, D], and its derivative."""
 
-    def __init__(self, means: Array, actions: Array, log_std_parameter: _Parameter):
+    def __init__(self, means: Array, actions: Array, log_std_parameter: _Parameter, latent: Array):
         self.parameter, log_std = log_std_parameter, log_std_parameter.array
         self.inverse = numpy.exp(-log_std)
         self.standard = (actions - means) * self.inverse
@@ -133,6 +138,29 @@ class _Gaussian:
             by_log_std = by_log_std + by_entropy.sum()
         self.parameter.add(numpy.asarray(by_log_std, dtype=numpy.float32))
         gradient: Array = by_logprob * self.standard * self.inverse
+        return gradient
+
+
+class _StateDependent:
+    """The same with a variance of its own for each state, features² [N, F] · σ² [F, D]; no gradient by those features."""
+
+    def __init__(self, means: Array, actions: Array, log_std_parameter: _Parameter, latent: Array):
+        self.parameter, self.squares = log_std_parameter, latent * latent
+        self.sigma_squared = numpy.exp(2.0 * log_std_parameter.array)
+        self.variance = self.squares @ self.sigma_squared + 1e-6
+        self.off = actions - means
+        logs = 0.5 * (numpy.log(self.variance) + LOG_2PI)
+        self.logprobs = (-0.5 * self.off**2 / self.variance - logs).sum(1)
+        self.entropies = (logs + 0.5).sum(1)
+
+    def backward(self, by_logprob: Array, by_entropy: Array | None) -> Array:
+        """[N, D]: ∂ by the mean is (a - μ)/v; by the variance ½ ((a - μ)²/v - 1)/v, and ½/v for the entropy."""
+        by_variance = by_logprob * (self.off**2 / self.variance - 1.0)
+        if by_entropy is not None:
+            by_variance = by_variance + by_entropy
+        by_variance *= 0.5 / self.variance
+        self.parameter.add(2.0 * self.sigma_squared * (self.squares.T @ by_variance))
+        gradient: Array = by_logprob * self.off / self.variance
         return gradient
 
 
