@@ -21,7 +21,6 @@ class BigramPolicy(nn.Module):
 
     scores_like_sampler = True
     reads_whole_rows = True
-    accumulate = None
     threads = None
 
     def __init__(self, *, seed: int = 0, reference: Tensor | None = None, off_mask: float = 0.0):
@@ -38,6 +37,9 @@ class BigramPolicy(nn.Module):
     @property
     def device(self) -> torch.device:
         return CPU
+
+    def closed_form(self, optimizer: torch.optim.Optimizer) -> None:
+        return None
 
     def named_parameters_to_train(self) -> Iterable[tuple[str, nn.Parameter]]:
         return [("logits", self.logits_VV), ("values", self.values_V)]

@@ -84,7 +84,7 @@ SIGNATURES = {
     PPO.learn: "(self, total=None, /, callback=None, progress_bar=False, *, total_episodes=None, total_timesteps=None)",
     PPO.evaluate: "(self, episodes=None)",
     PPO.generate: "(self, prompts, *, seed=0, **sampling)",
-    PPO.predict: "(self, observation, state=None, episode_start=None, deterministic=False)",
+    PPO.predict: "(self, observation, state=None, episode_start=None, deterministic=False, *, action_masks=None)",
     PPO.save: "(self, folder)",
     PPO.load: "(folder, env=None, *, verbose=1, **given)",
     PPO.open: "(source, env=None)",

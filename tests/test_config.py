@@ -540,7 +540,8 @@ def test_every_field_has_a_type_a_default_and_a_description():
 
 def test_every_field_is_a_flag(written):
     """Each default, written as the table shows it, can be given back as a flag."""
-    text, control = "task: {prompts: p.jsonl, reward: 'r:r'}", "env: {id: CartPole-v1, self_play: {}}"
+    text = "task: {prompts: p.jsonl, reward: 'r:r'}"
+    control = "{env: {id: CartPole-v1, self_play: {}}, run: {checkpoint_every: 10}}"
     # What an environment has as its defaults stands beside the models, not in the table.
     other = {f"{section}.{name}" for section, values in ENV_DEFAULTS.items() for name in values} | {"env.id"}
     for key, _, default, _ in field_table():

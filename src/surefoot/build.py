@@ -88,7 +88,13 @@ def build_vector(config: Config, env: Any = None, *, for_evaluation: bool = Fals
     settings = config.env
     seed = derived_seed(config.seed, "evaluation" if for_evaluation else "environment", 0)
     if env is not None and not isinstance(env, str):
-        return wrap_vector(env, seed=seed)
+        vector = wrap_vector(env, seed=seed)
+        if settings.n_envs not in (1, vector.num_envs):
+            raise InputError(
+                f"n_envs: the environment given has {vector.num_envs}, not {settings.n_envs}; give an id, or a Gymnasium "
+                "vector environment of so many copies"
+            )
+        return vector
     if settings.id is None:
         raise InputError("the environment was made in Python; give it again: PPO.load(folder, env)")
     kwargs = settings.kwargs | (settings.eval_kwargs if for_evaluation else {})

@@ -12,7 +12,8 @@ import numpy
 from numpy.typing import NDArray
 
 from surefoot.build import build_recorded, build_vector
-from surefoot.envs.vector import OBSERVATION, VectorStep
+from surefoot.envs.observations import OBSERVATION
+from surefoot.envs.vector import VectorStep
 from surefoot.errors import InputError
 from surefoot.ppo import PPO
 from surefoot.rollout.vector import play

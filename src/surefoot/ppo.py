@@ -25,8 +25,8 @@ from surefoot.config import (
     with_sampling,
 )
 from surefoot.core.seeds import derived_seed
+from surefoot.envs.observations import batched
 from surefoot.envs.text import TextTask, checked_prompt
-from surefoot.envs.vector import batched
 from surefoot.errors import InputError
 from surefoot.generation.engine import generate
 from surefoot.policies.lm import CausalLMPolicy
@@ -71,7 +71,13 @@ class PPO:
         settings, self._schedules = sb3.translated(settings, verbose=verbose) if is_control else (settings, {})
         _merge(data, nested(settings))
         if is_control:
-            data["env"] = {"id": env if isinstance(env, str) else None} | (data.get("env") or {})
+            if env is None and config is None:
+                raise InputError(f"env: PPO({policy!r:.40}) needs one: a Gymnasium id, environment or vector environment")
+            data["env"] = {"id": None} | (data.get("env") or {})
+            if isinstance(env, str):  # what is given goes before what the configuration names
+                data["env"]["id"] = env
+            elif env is not None:
+                data["env"] |= {"id": None, "n_envs": settings.get("n_envs", 1)}
         if isinstance(policy, (str, Path)):
             data.setdefault("policy", {})["model"] = str(policy)
         elif not isinstance(policy, nn.Module if is_control else CausalLMPolicy):
@@ -152,9 +158,9 @@ class PPO:
             training.observers = [board]
             if self.verbose or progress_bar:
                 training.observers.append(stack.enter_context(Display(training.total_updates)))
+            stack.callback(self._count_timesteps)
             with sb3.calling(callback, self, training):
                 loop.run(training)
-        self.num_timesteps = training.progress.collected if self.config.env is not None else 0
         return self
 
     def evaluate(self, episodes: int | None = None) -> dict[str, float]:
@@ -182,15 +188,22 @@ class PPO:
         return generate_text(self.policy, prompts, config=self.config, chat=chat, seed=seed, **sampling)
 
     def predict(
-        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+        self,
+        observation: Any,
+        state: Any = None,
+        episode_start: Any = None,
+        deterministic: bool = False,
+        *,
+        action_masks: Any = None,
     ) -> tuple[Any, Any]:
         """The action for one observation, or actions [N, ...] for N of them, and the memory to hand in next time.
 
-        `state` is what the last call gave, `episode_start` [N] says where an episode begins (an LSTM forgets there).
+        `state` is what the last call gave, `episode_start` [N] says where an episode begins (an LSTM forgets there),
+        `action_masks` [A] or [N, A] which actions are legal, for a policy trained with masks.
         """
         if self.config.env is None:
             raise InputError("predict is for environments; a language model has generate")
-        observations, is_one = batched(self.env.observation_spaces, observation)
+        observations, is_one = batched(self.env.observation_spaces, observation, action_masks)
         noise_from = None if deterministic else self._random
         actions, state = self.policy.predict(observations, state, episode_start, noise_from=noise_from)
         actions = env_actions(self.env.action_space, actions)
@@ -270,8 +283,18 @@ class PPO:
             self._training = build.build_training(self.config, self.policy, self.env, self._folder)
             self._training.schedules = self._schedules
             self._folder = self._training.folder
-            self.num_timesteps = self._training.progress.collected if self.config.env is not None else 0
+            self._count_timesteps()
         return self._training
+
+    def _count_timesteps(self) -> None:
+        """Callbacks count steps as they go; a rollout that was given up leaves its steps out."""
+        if self._training is not None and self.config.env is not None:
+            self.num_timesteps = self._training.progress.collected
+
+    def _start_over(self) -> None:
+        """Let training begin new episodes: its environment was used for something else."""
+        if self._training is not None:
+            self._training.rollout.start_over()  # type: ignore[attr-defined]
 
     def _hold_again(self, training: loop.Training) -> None:
         """Take the run folder, which is free between two `learn`s. Raises InputError if it was used in between."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surefoot.envs.vector import make_vector, wrap_vector
+from surefoot.envs.vector import make_vector, share_copies, wrap_vector
 from surefoot.errors import InputError
 from surefoot.policies.networks import ACTIVATIONS
 from surefoot.rollout.vector import play
@@ -25,6 +25,7 @@ NETWORK_KEYS = {
     "log_std_init": "log_std_init",
     "lstm_hidden_size": "lstm_hidden_size",
 }
+LSTM_DEFAULTS = {"shared_lstm": False, "enable_critic_lstm": True}  # of sb3-contrib
 SCHEDULED = {"learning_rate": "lr_schedule", "clip_range": "clip_schedule"}
 
 
@@ -65,8 +66,12 @@ def _network(policy_kwargs: Mapping[str, Any]) -> dict[str, Any]:
             if not found:
                 raise InputError(f"policy_kwargs.activation_fn: {value!r} is not one of {', '.join(ACTIVATIONS)}")
             network["activation"] = found[0]
-        elif name in ("shared_lstm", "enable_critic_lstm"):
-            network["share"] = bool(value) if name == "shared_lstm" else not value
+        elif name in LSTM_DEFAULTS:
+            if value is not LSTM_DEFAULTS[name]:
+                raise InputError(
+                    f"policy_kwargs.{name}: actor and critic have an LSTM each here; network={{'share': True}} gives them one, "
+                    "and one set of layers after it"
+                )
         elif name in NETWORK_KEYS:
             network[NETWORK_KEYS[name]] = value
         else:
@@ -199,12 +204,15 @@ def evaluate_policy(
     returns and lengths.
 
     `env` is a Gymnasium id, environment or vector environment; without one, fresh copies of what the model was made with.
-    Raises AssertionError below `reward_threshold`, as Stable-Baselines3 does.
+    After an evaluation in the environment it is trained in, training begins new episodes there. Raises InputError for an
+    environment with other spaces, AssertionError below `reward_threshold`, as Stable-Baselines3 does.
     """
     if n_eval_episodes < 1:
         raise InputError(f"evaluate_policy: n_eval_episodes is {n_eval_episodes}; play at least one")
+    if model.config.env is None:
+        raise InputError("evaluate_policy is for environments; a language model has evaluate")
     if env is None:
-        if model.config.env is None or model.config.env.id is None:
+        if model.config.env.id is None:
             raise InputError("evaluate_policy: the model's environment was made in Python; pass one to evaluate in")
         from surefoot.build import build_vector
 
@@ -213,7 +221,14 @@ def evaluate_policy(
         vector = make_vector(env, n_envs=1, vectorization="sync", kwargs={}, seed=seed)
     else:
         vector = wrap_vector(env, seed=seed)
-    episodes = play(model.policy, vector, n_eval_episodes, seed=None if deterministic else seed)
+    try:
+        vector.check_same_spaces(model.env)
+        episodes = play(model.policy, vector, n_eval_episodes, seed=None if deterministic else seed)
+    finally:
+        if env is None or isinstance(env, str):
+            vector.close()
+        elif share_copies(vector, model.env):
+            model._start_over()
     returns, lengths = [e.total for e in episodes], [e.steps for e in episodes]
     mean = sum(returns) / len(returns)
     if reward_threshold is not None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy
@@ -26,6 +27,7 @@ BOTH = [SyncVectorEnv, AsyncVectorEnv]
 # Copies by the length of their episodes and how those end.
 COPIES = [(3, "truncated"), (3, "terminated"), (2, "truncated"), (3, "both")]
 ONE_BOX = spaces.Box(0.0, 1.0, (1,))
+WITH_MASK = spaces.Dict({"obs": ONE_BOX, "action_mask": spaces.MultiBinary(3)})
 
 
 class Counter(gymnasium.Env):
@@ -215,6 +217,35 @@ class Masked(gymnasium.Env):
         return {"obs": numpy.zeros(1, dtype=numpy.float32), "action_mask": mask}
 
 
+class ByMethod(Counter):
+    """Its legal actions are what sb3-contrib's `action_masks` says: 0 at first, 1 from then on."""
+
+    def action_masks(self) -> Any:
+        if self.end == "no mask":
+            raise RuntimeError("no mask today")
+        return numpy.array([self.count == 0, self.count != 0])
+
+    def step(self, action: int) -> Any:
+        assert self.action_masks()[action], "illegal"
+        return super().step(action)
+
+
+class TwoChoices(Counter):
+    """A mask over 2 + 3 actions; in the second choice nothing but the last is ever legal, or nothing at all."""
+
+    observation_space = spaces.Dict({"obs": ONE_BOX, "action_mask": spaces.MultiBinary(5)})
+    action_space = spaces.MultiDiscrete([2, 3])
+
+    def step(self, action: Any) -> Any:
+        assert action[1] == 2, "illegal"
+        return super().step(action[0])
+
+    def _observation(self) -> Any:
+        stuck = self.end == "stuck" and self.count == 1
+        mask = numpy.array([1, 1, 0, 0, not stuck], dtype=numpy.int8)
+        return {"obs": numpy.zeros(1, dtype=numpy.float32), "action_mask": mask}
+
+
 class OtherSpaces(Counter):
     def __init__(self, observation: Any = None, action: Any = None):
         super().__init__(3, "terminated")
@@ -251,6 +282,11 @@ def elsewhere(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: ppo(OtherSpaces(action=spaces.Box(0, 1, (2, 2)))), "the action space Box(0.0, 1.0, (2, 2), float32) is not"),
         (lambda: ppo(OtherSpaces(action=spaces.Tuple((ONE_BOX,)))), "the action space Tuple("),
         (lambda: ppo("CartPole-v1", "CnnPolicy"), "policy.model: CnnPolicy needs images"),
+        (lambda: ppo(None), "env: PPO('MlpPolicy') needs one: a Gymnasium id, environment or vector environment"),
+        (lambda: ppo(Counter(3, ""), n_envs=4), "n_envs: the environment given has 1, not 4"),
+        (lambda: ppo(OtherSpaces(WITH_MASK, ONE_BOX)), "env: action masks are for Discrete and MultiDiscrete actions, not Box"),
+        (lambda: ppo(OtherSpaces(WITH_MASK)), "env: the action_mask has shape [3]; Discrete(2) has 2 actions to name"),
+        (lambda: ppo("broken.py:make"), "env make cannot be made: the engine is missing"),
         (
             lambda: ppo("CartPole-v1", "MlpLstmPolicy", n_steps=8, batch_size=12),
             "ppo.batch_size (12) is not a multiple of ppo.n_steps (8): MlpLstmPolicy is trained on whole sequences; try 16",
@@ -258,6 +294,7 @@ def elsewhere(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_what_cannot_be_trained_on_is_one_line(make: Callable[[], object], said: str) -> None:
+    Path("broken.py").write_text("def make():\n    raise RuntimeError('the engine is missing')\n")
     assert said in refusal(make)
 
 
@@ -311,21 +348,85 @@ def test_no_legal_action_is_an_error_before_the_end_and_none_at_it(mode: Autores
 
 
 def test_masks_by_method_are_asked_for_as_sb3_contrib_does() -> None:
-    class ByMethod(Counter):
-        def action_masks(self) -> Any:
-            return numpy.array([self.count == 0, self.count != 0])
-
-        def step(self, action: int) -> Any:
-            assert self.action_masks()[action], "illegal"
-            return super().step(action)
-
     for env in (
         wrap_vector(ByMethod(3, "truncated"), seed=0),
         make_vector(ByMethod, n_envs=2, vectorization="sync", kwargs={"length": 3, "end": "truncated"}, seed=0),
+        *(wrap_vector(kind([lambda: ByMethod(3, "truncated")], autoreset_mode=MODES[2]), seed=0) for kind in BOTH),
     ):
         policy = ControlPolicy(env.observation_spaces, env.action_space)
         batch = collect(rollout_of(policy, env, 12))
         assert torch.equal(batch.actions_BT, (batch.observations["obs"][..., 0] != 0).long())
+        env.close()
+
+
+def test_masks_of_several_choices_leave_an_action_in_each() -> None:
+    def rollout(end: str) -> VectorRollout:
+        env = make_vector(TwoChoices, n_envs=2, vectorization="sync", kwargs={"length": 4, "end": end}, seed=0)
+        return rollout_of(ControlPolicy(env.observation_spaces, env.action_space), env, 12)
+
+    batch = collect(rollout("truncated"))
+    first, second = (set(actions.flatten().tolist()) for actions in batch.actions_BT.unbind(-1))
+    assert (first, second) == ({0, 1}, {2})
+    assert refusal(lambda: collect(rollout("stuck"))).startswith("env: copy 0 has no legal action in its action_mask")
+
+
+@pytest.mark.parametrize("kind", [ByMethod, TwoChoices, Masked])
+def test_masked_episodes_are_played_again_by_legal_actions(kind: Any) -> None:
+    """Copies of unlike history: while the shorter one waits for its replay it must do nothing illegal."""
+    kwargs: Any = {"none_at": -1} if kind is Masked else {"length": 7, "end": "terminated"}
+    env, again = (make_vector(kind, n_envs=3, vectorization="sync", kwargs=kwargs, seed=1) for _ in range(2))
+    collect(rollout_of(ControlPolicy(env.observation_spaces, env.action_space), env, 3))
+    env.actions[1] = env.actions[1][:1]  # as if its episode had begun two steps later
+    restored = again.restore(env.state())
+    assert restored is not None
+    if kind is not Masked:
+        assert [copy.count for copy in again.env.envs] == [3, 1, 3]
+
+
+def test_an_episode_too_long_to_be_played_again_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("surefoot.envs.vector.LONGEST_REPLAY", 5)
+    env = make_vector(Counter, n_envs=2, vectorization="sync", kwargs={"length": 9, "end": "truncated"}, seed=0)
+    env.reset()
+    for step in range(1, 13):
+        env.step(numpy.zeros(2, dtype=numpy.int64))
+        kept, into_episode = env.state()["actions"], step % 9
+        assert kept is None if into_episode > 5 else [len(history) for history in kept] == [into_episode] * 2
+        assert len(env.actions[0]) <= 6
+
+
+def test_values_beyond_their_bounds_are_said_once_and_used(capsys: pytest.CaptureFixture[str]) -> None:
+    class Beyond(Counter):
+        observation_space = spaces.Box(0.0, 2.0, (1,))
+
+    env = wrap_vector(Beyond(5, "truncated"), seed=0)
+    batch = collect(rollout_of(ControlPolicy(env.observation_spaces, env.action_space), env, 12))
+    assert batch.observations["obs"].max() == 4
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["surefoot: env Beyond: the observation obs lies up to 1 outside its space; used as it is"]
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_a_final_observation_that_is_not_finite_is_an_error(as_dict: bool) -> None:
+    class Ends(gymnasium.vector.VectorEnv):
+        metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": AutoresetMode.SAME_STEP}
+        num_envs, single_action_space = 1, spaces.Discrete(2)
+        single_observation_space: Any = spaces.Dict(a=spaces.Dict(b=ONE_BOX)) if as_dict else ONE_BOX
+
+        def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+            return self._shown(0.0), {}
+
+        def step(self, actions: Any) -> Any:
+            final = self._shown(numpy.nan) if as_dict else [numpy.array([numpy.nan], "f4")]
+            yes, no = numpy.ones(1, dtype=bool), numpy.zeros(1, dtype=bool)
+            return self._shown(0.0), numpy.zeros(1), no, yes, {"final_obs": final}
+
+        def _shown(self, value: float) -> Any:
+            values = numpy.full((1, 1), value, dtype="f4")
+            return {"a": {"b": values}} if as_dict else values
+
+    env = wrap_vector(Ends(), seed=0)
+    rollout = rollout_of(ControlPolicy(env.observation_spaces, env.action_space), env, 3)
+    assert refusal(lambda: collect(rollout)).endswith("of copy 0 is not finite; mend it in the environment")
 
 
 def test_counts_that_do_not_start_at_0_are_counts_all_the_same() -> None:

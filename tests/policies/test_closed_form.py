@@ -8,15 +8,18 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from surefoot.config import NetworkConfig
+from surefoot.config import NetworkConfig, PPOConfig
 from surefoot.core.losses import LossSettings, LossStats, ppo_loss
 from surefoot.policies import closed_form
 from surefoot.policies.control import ControlPolicy
+from surefoot.train.checkpoint import optimizer_tensors, policy_tensors
+from surefoot.train.update import make_optimizer, update
 from surefoot.types import Batch
 
 ROWS = 40
 ACTIONS = {
     "one choice": spaces.Discrete(5),
+    "masked choice": spaces.Discrete(5),
     "gaussian": spaces.Box(-2.0, 2.0, (3,)),
     "state-dependent": spaces.Box(-2.0, 2.0, (3,)),
 }
@@ -26,7 +29,10 @@ def policy_for(action: str) -> ControlPolicy:
     layers: dict[str, list[int]] = {"pi": [16, 8], "vf": [12]}
     use_sde = action == "state-dependent"
     config = NetworkConfig(net_arch=layers, ortho_init=False, log_std_init=-0.3, use_sde=use_sde)  # type: ignore[arg-type]
-    return ControlPolicy({"obs": spaces.Box(-1.0, 1.0, (2, 3))}, ACTIONS[action], config=config, seed=1)
+    observed: dict[str, spaces.Space] = {"obs": spaces.Box(-1.0, 1.0, (2, 3))}
+    if action == "masked choice":
+        observed |= {"last": spaces.Discrete(3), "action_mask": spaces.MultiBinary(5)}
+    return ControlPolicy(observed, ACTIONS[action], config=config, seed=1)
 
 
 def played(policy: ControlPolicy, action: str) -> Batch:
@@ -36,11 +42,16 @@ def played(policy: ControlPolicy, action: str) -> Batch:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    discrete = action == "one choice"
+    discrete = isinstance(ACTIONS[action], spaces.Discrete)
     actions = torch.randint(0, 5, (ROWS, 1), generator=generator) if discrete else normal(ROWS, 1, 3)
+    observations = {"obs": normal(ROWS, 1, 2, 3)}
+    if action == "masked choice":
+        legal = torch.rand(ROWS, 1, 5, generator=generator) < 0.5
+        last = torch.randint(0, 3, (ROWS, 1), generator=generator)
+        observations |= {"last": last, "action_mask": legal.scatter(-1, actions[..., None], True)}
     zeros = torch.zeros(ROWS, 1)
     batch = Batch(
-        observations={"obs": normal(ROWS, 1, 2, 3)},
+        observations=observations,
         actions_BT=actions,
         mask_BT=torch.ones(ROWS, 1, dtype=torch.bool),
         logprobs_BT=zeros,
@@ -72,6 +83,20 @@ def by_autograd(policy: ControlPolicy, batch: Batch, settings: LossSettings) -> 
     return stats
 
 
+def in_closed_form(
+    policy: ControlPolicy, batch: Batch, settings: LossSettings, calls: int = 1
+) -> tuple[LossStats, dict[str, torch.Tensor]]:
+    """Statistics, and the gradient by parameter."""
+    lent = policy.closed_form(make_optimizer(policy, PPOConfig()))
+    assert lent is not None and batch.advantages_BT is not None
+    with lent as (accumulate, optimizer):
+        for _ in range(calls):
+            stats = accumulate(batch, batch.advantages_BT.numpy(), denominator=ROWS, settings=settings)
+        parameters = dict(policy.named_parameters_to_train())
+        parts = optimizer.param_groups[0]["params"][0].grad.split([p.numel() for p in parameters.values()])
+        return stats, {name: part.reshape(p.shape) for (name, p), part in zip(parameters.items(), parts, strict=True)}
+
+
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize(
     "settings",
@@ -83,13 +108,9 @@ def test_closed_form_and_autograd_find_the_same_gradient(action: str, settings: 
     batch = played(policy, action)
     expected_stats = by_autograd(policy, batch, settings)
     expected = {name: p.grad.clone() for name, p in policy.named_parameters_to_train() if p.grad is not None}
-    for _, parameter in policy.named_parameters_to_train():
-        parameter.grad = None
-    assert policy.accumulate is not None and batch.advantages_BT is not None
-    stats = policy.accumulate(batch, batch.advantages_BT, denominator=ROWS, settings=settings)
-    torch.testing.assert_close(stats.sums, expected_stats.sums, rtol=1e-5, atol=1e-5)
+    stats, found = in_closed_form(policy, batch, settings)
+    torch.testing.assert_close(torch.from_numpy(stats.sums), expected_stats.sums, rtol=1e-5, atol=1e-5)
     assert 0 < float(stats.clipped) < ROWS  # both branches were there
-    found = {name: p.grad for name, p in policy.named_parameters_to_train() if p.grad is not None}
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0, name
@@ -99,27 +120,48 @@ def test_closed_form_and_autograd_find_the_same_gradient(action: str, settings: 
 def test_two_calls_add_up() -> None:
     policy = policy_for("gaussian")
     batch = played(policy, "gaussian")
-    assert policy.accumulate is not None and batch.advantages_BT is not None
-    for _ in range(2):
-        policy.accumulate(batch, batch.advantages_BT, denominator=ROWS, settings=LossSettings())
-    twice = {name: p.grad.clone() for name, p in policy.named_parameters_to_train() if p.grad is not None}
-    by_autograd_policy = policy_for("gaussian")
-    by_autograd(by_autograd_policy, batch, LossSettings())
-    for name, parameter in by_autograd_policy.named_parameters_to_train():
+    _, twice = in_closed_form(policy, batch, LossSettings(), calls=2)
+    by_autograd(policy, batch, LossSettings())
+    for name, parameter in policy.named_parameters_to_train():
         assert parameter.grad is not None
         torch.testing.assert_close(twice[name], 2 * parameter.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("style", ["torch", "tf1"])
+def test_updates_on_one_vector_are_updates_on_the_parameters(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and Adam's moments after three updates, clipping included: those of autograd and torch's Adam."""
+    config = PPOConfig(batch_size=16, n_epochs=2, adam_style=style, max_grad_norm=0.2, ent_coef=0.01)  # type: ignore[arg-type]
+    policies, optimizers = [policy_for("one choice"), policy_for("one choice")], []
+    batch = played(policies[0], "one choice")
+    monkeypatch.setattr(policies[1], "closed_form", lambda optimizer: None)
+    for policy in policies:
+        optimizers.append(make_optimizer(policy, config))
+        for number in range(3):
+            generator = torch.Generator().manual_seed(number)
+            result = update(policy, batch, optimizer=optimizers[-1], config=config, generator=generator)
+            assert result.steps == 6 and result.grad_norm > 0.2
+    ours, theirs = (
+        policy_tensors(policy) | optimizer_tensors(policy, o) for policy, o in zip(policies, optimizers, strict=True)
+    )
+    assert ours.keys() == theirs.keys() and len(ours) == 4 * 10
+    for name, values in theirs.items():
+        torch.testing.assert_close(ours[name], values, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def test_what_is_not_written_out_goes_through_autograd() -> None:
     space, action = {"obs": spaces.Box(-1.0, 1.0, (3,))}, spaces.Discrete(2)
-    assert closed_form.supports(ControlPolicy(space, action))
+    mask = {"action_mask": spaces.MultiBinary(2)}
+    assert all(closed_form.supports(ControlPolicy(s, action)) for s in (space, space | mask, {"obs": spaces.Discrete(3)}))
+    frozen = ControlPolicy(space, action)
+    frozen.value_head.requires_grad_(False)
     others = [
         ControlPolicy(space, action, kind="MlpLstmPolicy"),
         ControlPolicy(space, action, config=NetworkConfig(activation="relu")),
         ControlPolicy(space, action, config=NetworkConfig(share=True)),
         ControlPolicy(space, action, dtype=torch.bfloat16),
-        ControlPolicy({"obs": spaces.Discrete(3)}, action),
+        ControlPolicy({"obs": spaces.Box(0, 255, (36, 36, 3), "uint8")}, action, kind="CnnPolicy"),
         ControlPolicy(space, spaces.MultiDiscrete([2, 2])),
-        ControlPolicy({**space, "action_mask": spaces.MultiBinary(2)}, action),
+        frozen,
     ]
-    assert [policy.accumulate for policy in others] == [None] * len(others)
+    for policy in others:
+        assert policy.closed_form(make_optimizer(policy, PPOConfig())) is None

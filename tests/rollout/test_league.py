@@ -17,7 +17,8 @@ from surefoot.errors import InputError
 pytest.importorskip("pettingzoo")
 
 from surefoot.envs.games import GameVectorEnv, game_factory
-from surefoot.envs.vector import Vector, leaves
+from surefoot.envs.observations import leaves
+from surefoot.envs.vector import Vector
 from surefoot.policies.control import ControlPolicy
 from surefoot.rollout.league import ELO_STEP, RANDOM, League, elo_gain, thinned
 from surefoot.types import Episode

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def small(policy: Any = "MlpPolicy", env: Any = "CartPole-v1", **settings: Any) -> PPO:
-    return PPO(policy, env, **{**SMALL, **settings})
+    made_here = {} if isinstance(env, str) else {"n_envs": 1}
+    return PPO(policy, env, **{**SMALL, **made_here, **settings})
 
 
 def refusal(call: Callable[[], object]) -> str:
@@ -92,6 +94,26 @@ class Constant(gymnasium.Env):
     def step(self, action: Any) -> Any:
         self.count += 1
         return numpy.full(1, self.count, dtype=numpy.float32), self.reward, self.count == 3, False, {"is_success": True}
+
+
+ODD = """
+import gymnasium, numpy, pathlib
+
+class Odd(gymnasium.Env):
+    observation_space, action_space = gymnasium.spaces.Box(0, 99, (1,)), gymnasium.spaces.Discrete(2)
+    steps = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count = 0
+        return numpy.zeros(1, "f4"), {}
+
+    def step(self, action):
+        self.count, self.steps = self.count + 1, self.steps + 1
+        if self.steps >= int(pathlib.Path("fail_at").read_text()):
+            raise RuntimeError("the wheel came off")
+        return numpy.full(1, self.count, "f4"), float(action), self.count == 7, False, {}
+"""
 
 
 def same_weights(a: PPO, b: PPO) -> bool:
@@ -207,6 +229,125 @@ def test_predict_remembers_by_its_state_and_forgets_at_a_start() -> None:
     begun, _ = model.predict(seen, state, numpy.array([True, False]), deterministic=True)
     assert not numpy.allclose(fresh, later)
     assert numpy.allclose(begun[0], fresh[0]) and numpy.allclose(begun[1], later[1])
+
+
+def test_predict_needs_the_masks_it_was_trained_with_and_its_own_state() -> None:
+    class Masked(Constant):
+        def action_masks(self) -> Any:
+            return numpy.array([self.count % 2 == 0, self.count % 2 == 1])
+
+    model = small(env=Masked())
+    seen = numpy.zeros((3, 1), dtype="f4")
+    masks = numpy.array([[True, False], [False, True], [True, True]])
+    assert model.predict(seen, action_masks=masks)[0][:2].tolist() == [0, 1]
+    assert model.predict(seen[0], action_masks=[False, True])[0] == 1
+    for wrong in (None, masks[:2], [True]):
+        assert "give action_masks [3, 2]" in refusal(lambda wrong=wrong: model.predict(seen, action_masks=wrong))
+    lstm = small("MlpLstmPolicy", "Pendulum-v1", policy_kwargs={"lstm_hidden_size": 8})
+    _, state = lstm.predict(numpy.zeros((2, 3), dtype="f4"))
+    for one in (state[:2], [part[:1] for part in state]):
+        assert "the state is not one that predict gave" in refusal(lambda one=one: lstm.predict(numpy.zeros((2, 3)), one))
+
+
+def test_predict_checks_every_part_of_an_observation() -> None:
+    class Parts(Constant):
+        observation_space = spaces.Dict({"box": spaces.Box(0, 9, ()), "count": spaces.Discrete(3, start=1)})
+
+        def reset(self, **kwargs: Any) -> Any:
+            return {"box": numpy.float32(0), "count": 1}, {}
+
+        def step(self, action: Any) -> Any:
+            _, *rest = super().step(action)
+            return {"box": numpy.float32(0), "count": 3}, *rest
+
+    model = small(env=Parts()).learn(BATCH)
+    assert model.predict({"box": numpy.float32(0), "count": 2})[0] in (0, 1)
+    assert model.predict({"box": numpy.zeros(4, dtype="f4"), "count": numpy.ones(4, dtype=int)})[0].shape == (4,)
+    for bad, said in (
+        ({"box": numpy.float32(0)}, "lacks 'count'"),
+        ({"box": numpy.float32(0), "count": 4}, "the observation count lies outside its space"),
+        ({"box": numpy.zeros(4, dtype="f4"), "count": numpy.ones(3, dtype=int)}, "the observation count has shape [3]"),
+    ):
+        assert said in refusal(lambda bad=bad: model.predict(bad))
+
+
+def test_evaluating_in_the_training_environment_begins_new_episodes_there() -> None:
+    env = Constant(2.0)
+    model = small(env=env, n_steps=16).learn(16)  # ends one step into its sixth episode
+    for where in (env, model.env):
+        assert env.count == 1
+        assert evaluate_policy(model, where, 2) == (6.0, 0.0)
+        model.learn(16)
+    assert model.run_folder is not None
+    trained = [json.loads(line) for line in (model.run_folder / "samples.jsonl").read_text().splitlines()]
+    assert {(row["return"], row["steps"]) for row in trained} == {(6.0, 3)}
+    assert "the policy is for Box(0.0, 9.0, (1,)" in refusal(lambda: evaluate_policy(model, "CartPole-v1"))
+
+
+def test_an_environment_that_is_given_goes_before_the_one_in_the_file() -> None:
+    small(env="CartPole-v1").save("saved")
+    short = gymnasium.make("CartPole-v1", max_episode_steps=7)
+    model = PPO.load("saved", short, verbose=0)
+    assert model.env.env.envs[0] is short and model.config.env is not None and model.config.env.id is None
+    assert "does not fit this environment's policy" in refusal(lambda: PPO.load("saved", "Pendulum-v1", verbose=0))
+
+
+def test_a_network_of_ones_own_keeps_its_weights_and_what_is_frozen_stays() -> None:
+    class Mine(nn.Module):
+        features_dim = 3
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.frozen = nn.Linear(4, 3), nn.Linear(3, 3).requires_grad_(False)
+
+        def forward(self, observations: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(self.frozen(self.linear(observations)))
+
+    mine = Mine()
+    before = {name: value.clone() for name, value in mine.state_dict().items()}
+    model = small(mine, "CartPole-v1")
+    assert all(torch.equal(value, mine.state_dict()[name]) for name, value in before.items())
+    model.learn(2 * BATCH)
+    changed = {name for name, value in before.items() if not torch.equal(value, mine.state_dict()[name])}
+    assert changed == {"linear.weight", "linear.bias"}
+    assert PPO.load("runs/ppo-1", verbose=0, policy=mine).num_timesteps == 2 * BATCH
+
+
+def test_the_deviation_of_the_rewards_is_saved_with_the_model() -> None:
+    model = small(env="Pendulum-v1", normalize_rewards=True).learn(2 * BATCH)
+    assert model.policy.reward_stats.count == 2 * BATCH
+    model.save("saved")
+    loaded = PPO.load("saved", verbose=0)
+    assert loaded.policy.reward_stats == model.policy.reward_stats
+    loaded.learn(BATCH)
+    assert loaded.policy.reward_stats.count == 3 * BATCH
+
+
+def test_a_run_for_another_number_of_copies_says_so() -> None:
+    env = SyncVectorEnv([Constant] * 2)
+    small(env=env, run_name="two").learn(2 * N_STEPS)
+    said = refusal(lambda: PPO.load("runs/two", SyncVectorEnv([Constant] * 3), verbose=0))
+    assert said == "env: the run has 2 copies, the environment given has 3"
+
+
+@pytest.mark.filterwarnings("ignore:.*ERROR:UserWarning")  # Gymnasium's log of what a worker raised
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_an_environment_that_fails_in_the_middle_of_a_run_leaves_a_checkpoint(vectorization: str) -> None:
+    Path("odd.py").write_text(ODD)
+    model = small(env="odd.py:Odd", vectorization=vectorization, run_checkpoint_every=100, n_envs=2, run_name="odd")
+    Path("fail_at").write_text(str(3 * N_STEPS + 5))
+    assert refusal(lambda: model.learn(UPDATES * 2 * N_STEPS)) == "env Odd failed: RuntimeError: the wheel came off"
+    Path("fail_at").write_text("1000000")
+    resumed = PPO.load("runs/odd", verbose=0)
+    assert resumed.num_timesteps == 3 * 2 * N_STEPS
+    whole = small(env="odd.py:Odd", vectorization=vectorization, n_envs=2, run_name="whole").learn(UPDATES * 2 * N_STEPS)
+    assert same_weights(whole, resumed.learn())
+
+
+def test_steps_of_a_rollout_that_was_given_up_are_not_counted() -> None:
+    model = small(n_envs=1)
+    model.learn(4 * N_STEPS, callback=lambda locals_, globals_: model.num_timesteps < N_STEPS + 3)
+    assert model.num_timesteps == N_STEPS
 
 
 def test_evaluation_is_the_mean_of_whole_episodes() -> None:
@@ -357,6 +498,8 @@ def test_stable_baselines3s_keywords_mean_what_they_mean_there(tmp_path: Path) -
     [
         ({"policy_kwargs": {"optimizer_class": torch.optim.SGD}}, "policy_kwargs.optimizer_class has no counterpart ("),
         ({"policy_kwargs": {"activation_fn": nn.Softmax}}, "policy_kwargs.activation_fn: "),
+        ({"policy_kwargs": {"shared_lstm": True}}, "policy_kwargs.shared_lstm: actor and critic have an LSTM each"),
+        ({"policy_kwargs": {"enable_critic_lstm": False}}, "policy_kwargs.enable_critic_lstm: actor and critic have"),
         ({"policy_kwargs": {"net_arch": {"q": [3]}}}, "PPO(...): policy.network.net_arch"),
         ({"policy_kwargs": {"net_arch": [0]}}, "PPO(...): policy.network.net_arch"),
         ({"clip_range_vf": lambda left: left}, "clip_range_vf: a number is expected"),

@@ -77,12 +77,10 @@ class Config(Section):
     def _defaults_of_environments(cls, data: Any) -> Any:
         if not isinstance(data, dict) or data.get("env") is None:
             return data
-        filled = dict(data)
-        for section, defaults in ENV_DEFAULTS.items():
-            given = filled.get(section)
-            if given is None or isinstance(given, dict):
-                filled[section] = {**defaults, **(given or {})}
-        return filled
+        given = {section: data.get(section) or {} for section in ("env", *ENV_DEFAULTS)}
+        if not all(isinstance(part, dict) for part in given.values()):
+            return data  # which is refused elsewhere
+        return data | {section: defaults | given[section] for section, defaults in _defaults_for(given).items()}
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -96,7 +94,7 @@ class Config(Section):
 
 # What control has found to work, and Stable-Baselines3 has as its defaults: used with `env` where nothing else is said.
 ENV_DEFAULTS: dict[str, dict[str, Any]] = {
-    "run": {"checkpoint_every": 100},
+    "run": {},
     "policy": {"model": "MlpPolicy"},
     "ppo": {
         "batch_size": 64,
@@ -109,10 +107,27 @@ ENV_DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "evaluate": {"every": None, "episodes": 10},
 }
+CHECKPOINT_TIMESTEPS = 25_600  # between two checkpoints
+LSTM_DEFAULTS = {"n_steps": 128, "batch_size": 128}  # with memory: sb3-contrib's
 NETWORKS = ("MlpPolicy", "CnnPolicy", "MultiInputPolicy", "MlpLstmPolicy", "CnnLstmPolicy", "MultiInputLstmPolicy")
 # Settings of the algorithm that mean something for one side only.
 TEXT_ONLY = ("total_episodes", "episodes_per_update", "missing_eos_penalty", "missing_eos_mode", "reward_scale")
 ENV_ONLY = ("total_timesteps", "n_steps")
+
+
+def _defaults_for(given: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Sections of defaults that suit the environment and network of the sections `given`."""
+    defaults = {section: dict(values) for section, values in ENV_DEFAULTS.items()}
+    if "Lstm" in str(given["policy"].get("model")):
+        defaults["ppo"] |= LSTM_DEFAULTS
+    sizes = (
+        given["env"].get("n_envs", 1),
+        (defaults["ppo"] | given["ppo"]).get("n_steps", PPOConfig.model_fields["n_steps"].default),
+    )
+    if all(isinstance(size, int) and size > 0 for size in sizes):
+        # A checkpoint is worth losing no more than seconds for: small updates need not have one each.
+        defaults["run"]["checkpoint_every"] = min(max(CHECKPOINT_TIMESTEPS // math.prod(sizes), 1), 100)
+    return defaults
 
 
 def _check_algorithm(ppo: PPOConfig) -> None:

@@ -34,7 +34,9 @@ class RunConfig(Section):
 
     name: str | None = Field(None, description="Name of the run's folder; default: `ppo-1`, `ppo-2`, … the first free one.")
     folder: PathText = Field("runs", description="Folder that holds run folders; the default is in the working directory.")
-    checkpoint_every: Positive = Field(10, description="Updates between two checkpoints.")
+    checkpoint_every: Positive = Field(
+        10, description="Updates between two checkpoints; with `env` by default about 25,600 timesteps, 100 updates at most."
+    )
     keep_checkpoints: int = Field(2, ge=2, description="How many of the newest checkpoints stay (the best one stays besides).")
 
     @field_validator("name")
@@ -216,7 +218,7 @@ class PPOConfig(Section):
     total_timesteps: Positive = Field(
         100_000, description="With `env`: steps in the whole run, all copies together; rounded up to whole updates."
     )
-    n_steps: Positive = Field(2048, description="With `env`: steps of each copy in one update.")
+    n_steps: Positive = Field(2048, description="With `env`: steps of each copy in one update; with an LSTM 128 by default.")
     batch_size: Positive = Field(
         16, description="Episodes (with `env`: timesteps) in a minibatch, one optimiser step. Divides episodes_per_update."
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from surefoot.core.kl import MAX_LOG_RATIO
+from surefoot.core.masked import library_of
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class LossStats:
     value_clipped = property(lambda self: self.sums[6])
     steps = property(lambda self: self.sums[7])
 
-    sums: Tensor  # [8] float32
-    ratio_max: Tensor
+    sums: Any  # [8] float32, a tensor or an array
+    ratio_max: Any
 
     @property
     def is_finite(self) -> bool:
@@ -52,7 +53,7 @@ class LossStats:
         return math.isfinite(float(self.sums[:2].sum()))
 
     def __add__(self, other: LossStats) -> LossStats:
-        return LossStats(self.sums + other.sums, torch.maximum(self.ratio_max, other.ratio_max))
+        return LossStats(self.sums + other.sums, library_of(self.sums).maximum(self.ratio_max, other.ratio_max))
 
 
 def clipped_policy_loss(log_ratio: Tensor, advantages: Tensor, *, clip_range: float) -> Tensor:
@@ -60,7 +61,8 @@ def clipped_policy_loss(log_ratio: Tensor, advantages: Tensor, *, clip_range: fl
 
     `log_ratio` is log π_new - log π_old in nats; it is clamped to ±20 before `exp` so that no ratio overflows.
     """
-    return _policy_terms(torch.exp(log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)), advantages, clip_range)[0]
+    loss: Tensor = _policy_terms(torch.exp(log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)), advantages, clip_range)[0]
+    return loss
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip_range: float | None) -> Tensor:
@@ -69,27 +71,28 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip_rang
     Clipping is OpenAI baselines' (`ppo2/model.py`). Mind its known trap: where the clipped branch is the larger, the
     gradient is exactly 0, even if V is far from R.
     """
-    return _value_terms(values, old_values, returns, clip_range)[0]
+    loss: Tensor = _value_terms(values, old_values, returns, clip_range)[0]
+    return loss
 
 
-def _policy_terms(ratio: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor, Tensor]:
+def _policy_terms(ratio: Any, advantages: Any, clip_range: float) -> tuple[Any, Any, Any]:
     """The clipped surrogate per step; its derivative by log π_new, -A r where that branch counts, else 0; the clipped ratio."""
-    within = ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
+    xp = library_of(ratio)
+    within = xp.clip(ratio, 1.0 - clip_range, 1.0 + clip_range)
     unclipped, clipped = -advantages * ratio, -advantages * within
-    return torch.maximum(unclipped, clipped), torch.where(unclipped >= clipped, unclipped, 0.0), within
+    return xp.maximum(unclipped, clipped), xp.where(unclipped >= clipped, unclipped, 0.0), within
 
 
-def _value_terms(
-    values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _value_terms(values: Any, old_values: Any, returns: Any, clip_range: float | None) -> tuple[Any, Any, Any]:
     """The value loss per step; its derivative by V, V - R where that branch counts, else 0; whether V left the clip range."""
+    xp = library_of(values)
     error = values - returns
     squares = error * error
     if clip_range is None:
-        return 0.5 * squares, error, torch.zeros_like(error)
-    within = torch.minimum(torch.maximum(values, old_values - clip_range), old_values + clip_range)
+        return 0.5 * squares, error, xp.zeros_like(error)
+    within = xp.minimum(xp.maximum(values, old_values - clip_range), old_values + clip_range)
     clipped = (within - returns) ** 2
-    return 0.5 * torch.maximum(squares, clipped), torch.where(squares >= clipped, error, 0.0), within != values
+    return 0.5 * xp.maximum(squares, clipped), xp.where(squares >= clipped, error, 0.0), within != values
 
 
 def ppo_loss(
@@ -114,28 +117,29 @@ def ppo_loss(
 
 @torch.no_grad()
 def loss_and_gradients(
-    new: tuple[Tensor, Tensor, Tensor],
-    old: tuple[Tensor, Tensor],
-    targets: tuple[Tensor, Tensor],
+    new: tuple[Any, Any, Any],
+    old: tuple[Any, Any],
+    targets: tuple[Any, Any],
     *,
-    mask_BT: Tensor,
+    mask_BT: Any,
     denominator: float | Tensor,
     settings: LossSettings,
-) -> tuple[Tensor, LossStats, tuple[Tensor, Tensor, Tensor | None]]:
+) -> tuple[Any, LossStats, tuple[Any, Any, Any]]:
     """The loss, and its gradients by log-probs, values and entropies [B, T] (None for the last without `ent_coef`).
 
-    Arguments as `ppo_loss`; `targets` are (advantages, returns). What is masked is replaced last, in the sums and in the
-    gradients: a NaN there reaches neither.
+    Arguments as `ppo_loss`, tensors or NumPy arrays, all of one kind; `targets` are (advantages, returns). What is masked
+    is replaced last, in the sums and in the gradients: a NaN there reaches neither.
     """
     (logprobs, values, entropies), (old_logprobs, old_values), (advantages, returns) = new, old, targets
+    xp = library_of(logprobs)
     log_ratio = logprobs - old_logprobs
-    bounded = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    ratio = torch.exp(bounded)
+    bounded = xp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio = xp.exp(bounded)
     policy, by_logprob, within = _policy_terms(ratio, advantages, settings.clip_range)
     value, by_value, moved = _value_terms(values, old_values, returns, settings.clip_range_vf)
     # One sum for all of them: a small network spends more time on starting operations than on numbers.
-    summed = (policy, value, entropies, ratio, torch.expm1(bounded) - bounded, ratio != within, moved, mask_BT)
-    masked = torch.where(mask_BT, torch.stack(summed), 0.0)
+    summed = (policy, value, entropies, ratio, xp.expm1(bounded) - bounded, ratio != within, moved, mask_BT)
+    masked = xp.where(mask_BT, xp.stack(summed), 0.0)
     sums, scale = masked.sum((1, 2)), 1.0 / denominator
     loss = (sums[0] + settings.vf_coef * sums[1]) * scale
     by_entropy = None
@@ -143,8 +147,8 @@ def loss_and_gradients(
         loss = loss - settings.ent_coef * scale * sums[2]
         by_entropy = mask_BT * (-settings.ent_coef * scale)
     gradients = (
-        torch.where(mask_BT & (bounded == log_ratio), by_logprob * scale, 0.0),
-        torch.where(mask_BT, by_value * (settings.vf_coef * scale), 0.0),
+        xp.where(mask_BT & (bounded == log_ratio), by_logprob * scale, 0.0),
+        xp.where(mask_BT, by_value * (settings.vf_coef * scale), 0.0),
         by_entropy,
     )
     return loss, LossStats(sums, masked[3].max()), gradients

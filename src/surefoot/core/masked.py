@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy
 import torch
 from torch import Tensor
+
+
+def library_of(values: Any) -> Any:
+    """torch for a tensor, NumPy for an array: arithmetic that both have is written once."""
+    return numpy if isinstance(values, numpy.ndarray) else torch
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
@@ -21,19 +29,20 @@ def masked_var(values: Tensor, mask: Tensor) -> Tensor:
     return masked_mean((torch.where(mask, values, torch.zeros_like(values)) - masked_mean(values, mask)) ** 2, mask)
 
 
-def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
-    """Scale to unit variance and, with `shift_mean`, move the mean to 0; 0 off the mask.
+def whiten(values: Any, mask: Any, *, shift_mean: bool = True) -> Any:
+    """Scale to unit variance and, with `shift_mean`, move the mean to 0; 0 off the mask. Tensors or NumPy arrays.
 
     `(x - mean) * rsqrt(var + 1e-8)` with population variance, as OpenAI's lm-human-preferences does
     (`lm_human_preferences/utils/core.py: whiten`). One value or equal values give 0 (plus the mean without the shift).
     """
-    count = mask.sum().clamp(min=1)
-    mean = torch.where(mask, values, 0.0).sum() / count
-    centred = torch.where(mask, values - mean, 0.0)
+    xp = library_of(values)
+    count = xp.clip(mask.sum(), 1, None)
+    mean = xp.where(mask, values, 0.0).sum() / count
+    centred = xp.where(mask, values - mean, 0.0)
     # Once more: the mean of equal large values is rounded, and what is left would be scaled up by 1e4.
-    centred = torch.where(mask, centred - centred.sum() / count, 0.0)
-    whitened = centred * torch.rsqrt((centred * centred).sum() / count + 1e-8)
-    return whitened if shift_mean else torch.where(mask, whitened + mean, 0.0)
+    centred = xp.where(mask, centred - centred.sum() / count, 0.0)
+    whitened = centred / xp.sqrt((centred * centred).sum() / count + 1e-8)
+    return whitened if shift_mean else xp.where(mask, whitened + mean, 0.0)
 
 
 def explained_variance(predictions: Tensor, targets: Tensor, mask: Tensor) -> Tensor:

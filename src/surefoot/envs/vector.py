@@ -22,11 +22,10 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
 from surefoot.core.seeds import derived_seed
+from surefoot.envs.observations import ACTION_MASK, Arrays, Checks, choices, flat, leaves, mask_width
 from surefoot.errors import InputError
 
-Arrays = dict[str, NDArray[Any]]
-OBSERVATION = "obs"  # the name of an observation that has none
-ACTION_MASK = "action_mask"
+LONGEST_REPLAY = 20_000  # steps of an episode that are kept so that a resumed run can play it again
 
 
 @dataclass
@@ -47,7 +46,8 @@ class Vector:
 
     `observation_spaces` are the leaves of one copy's observation space by name, `action_space` one copy's.
     Raises InputError for spaces that cannot be trained on, and, while stepping, for an observation that is not finite or
-    an environment that fails.
+    no member of a space of counts, for a mask without a legal action, and for an environment that fails. Box values
+    beyond their bounds are warned of once: published environments have them.
     """
 
     def __init__(self, env: Any, *, seed: int, has_masks: bool = False, name: str | None = None):
@@ -58,7 +58,8 @@ class Vector:
         self.action_space = env.single_action_space
         self._masks_by_call = has_masks and ACTION_MASK not in self.observation_spaces
         if self._masks_by_call:
-            self.observation_spaces[ACTION_MASK] = spaces.MultiBinary(_mask_width(self.action_space))
+            self.observation_spaces[ACTION_MASK] = spaces.MultiBinary(mask_width(self.action_space))
+        self.checks = Checks(self.observation_spaces, self.action_space, name=self.name)
         self.episodes = numpy.zeros(self.num_envs, dtype=numpy.int64)  # how many each copy has begun
         self.actions: list[list[Any]] = [[] for _ in range(self.num_envs)]  # of the episodes under way
         self._just_ended = numpy.zeros(self.num_envs, dtype=numpy.bool_)
@@ -72,6 +73,14 @@ class Vector:
     def resets_in_a_step_of_its_own(self) -> bool:
         """Whether the step after an episode's last one acts on nothing and only resets."""
         return bool(self.mode == AutoresetMode.NEXT_STEP)
+
+    def check_same_spaces(self, other: Vector) -> None:
+        """Raise InputError if a policy for `other` does not fit here."""
+        mine, others = ({**v.observation_spaces, "action": v.action_space} for v in (self, other))
+        for name in sorted(mine.keys() | others.keys()):
+            spaces_here, wanted = mine.get(name), others.get(name)
+            if getattr(spaces_here, "shape", 0) != getattr(wanted, "shape", 0) or type(spaces_here) is not type(wanted):
+                raise InputError(f"env {self.name}: its {name} space is {spaces_here}; the policy is for {wanted}")
 
     def reset(self) -> Arrays:
         """Begin an episode in every copy."""
@@ -87,7 +96,8 @@ class Vector:
         """Act in every copy. `actions` [N, ...] must lie in the action space."""
         if self.repeats_itself:
             for history, action in zip(self.actions, actions, strict=True):
-                history.append(action)
+                if len(history) <= LONGEST_REPLAY:
+                    history.append(action)
         observations, rewards, terminated, truncated, infos = self._guarded(lambda: self.env.step(actions))
         real = ~self._just_ended
         ended = (terminated | truncated) & real
@@ -107,12 +117,18 @@ class Vector:
         return VectorStep(arrays, rewards, terminated & real, truncated & real, real, final, infos)
 
     def state(self) -> dict[str, Any]:
-        """Seeds and actions of the episodes under way: JSON, but for arrays."""
-        histories = [history[:] for history in self.actions] if self.repeats_itself else None
+        """Seeds and actions of the episodes under way, if they can be played again: JSON, but for arrays."""
+        is_kept = self.repeats_itself and max(map(len, self.actions)) <= LONGEST_REPLAY
+        histories = [history[:] for history in self.actions] if is_kept else None
         return {"episodes": self.episodes.copy(), "actions": histories}
 
     def restore(self, state: dict[str, Any]) -> Arrays | None:
-        """Play the episodes under way again; the observations to act on, or None if they had to begin anew."""
+        """Play the episodes under way again; the observations to act on, or None if they had to begin anew.
+
+        Raises InputError if the state is that of another number of copies.
+        """
+        if len(state["episodes"]) != self.num_envs:
+            raise InputError(f"env: the run has {len(state['episodes'])} copies, the environment given has {self.num_envs}")
         self.episodes[:] = state["episodes"]
         if state["actions"] is None or not self.repeats_itself:
             return None
@@ -152,9 +168,13 @@ class Vector:
         self.env.closed = True
 
     def _any_action(self, observations: Any, copy: int) -> NDArray[Any]:
-        mask = flat(observations).get(ACTION_MASK)
-        legal = None if mask is None or self.action_space.shape else numpy.asarray(mask[copy], dtype=numpy.int8)
-        return numpy.asarray(self.action_space.sample(legal))
+        """Some legal action: what a copy that waits for its replay does."""
+        if ACTION_MASK not in self.observation_spaces:
+            return numpy.asarray(self.action_space.sample())
+        mask = self._arrays(observations, numpy.ones(self.num_envs, dtype=numpy.bool_))[ACTION_MASK][copy]
+        start = getattr(self.action_space, "start", 0)
+        chosen = numpy.array([part.argmax() for part in choices(self.action_space, mask)])
+        return numpy.asarray((chosen if self.action_space.shape else chosen[0]) + start, dtype=self.action_space.dtype)
 
     def _seed_of(self, copy: int) -> int:
         # Below 2**31: some environments are written in C.
@@ -176,9 +196,12 @@ class Vector:
         given = infos.get("final_obs", infos.get("final_observation"))
         if given is None:
             raise InputError("env: it resets within the step but gives no info['final_obs']; use AutoresetMode.NEXT_STEP")
+        by_name = flat(given) if isinstance(given, Mapping) else None
         for i in ended.nonzero()[0]:
-            for name, value in flat(given[i] if not isinstance(given, dict) else {k: v[i] for k, v in given.items()}).items():
+            values = flat(given[i]) if by_name is None else {name: values[i] for name, values in by_name.items()}
+            for name, value in values.items():
                 final[name][i] = value
+        self.checks.are_finite(final)
         return final
 
     def _arrays(self, observations: Any, is_over: NDArray[numpy.bool_] | None = None) -> Arrays:
@@ -186,21 +209,8 @@ class Vector:
         # Copied: some environments write each step's into the same memory.
         arrays = {name: numpy.array(values) for name, values in flat(observations).items()}
         if self._masks_by_call:
-            arrays[ACTION_MASK] = numpy.stack(self.env.call("action_masks"))  # type: ignore[attr-defined]
-        for name, values in arrays.items():
-            # The sum first: one number to look at, and where it is finite so are all the others.
-            if values.dtype.kind == "f" and not math.isfinite(values.sum()) and not numpy.isfinite(values).all():
-                copy = int(numpy.argmin(numpy.isfinite(values.reshape(len(values), -1)).all(1)))
-                raise InputError(f"env: the observation {name} of copy {copy} is not finite; mend it in the environment")
-            if name == ACTION_MASK:
-                can_act = values.reshape(len(values), -1).any(1) | (False if is_over is None else is_over)
-                if not can_act.all():
-                    copy = int(numpy.argmin(can_act))
-                    raise InputError(
-                        f"env: copy {copy} has no legal action in its action_mask; an episode that is over must end"
-                    )
-            elif not _are_counts_within(self.observation_spaces[name], values):
-                raise InputError(f"env: the observation {name} lies outside its space {self.observation_spaces[name]}")
+            arrays[ACTION_MASK] = numpy.stack(self._guarded(lambda: self.env.call("action_masks")))
+        self.checks(arrays, is_over)
         return arrays
 
     def _guarded(self, call: Callable[[], Any]) -> Any:
@@ -234,33 +244,21 @@ def make_vector(
 
 
 def wrap_vector(env: Any, *, seed: int) -> Vector:
-    """A Gymnasium environment or vector environment that the user has made."""
+    """A Gymnasium environment or vector environment that the user has made. Raises InputError for anything else."""
+    if isinstance(env, Vector):
+        return env
     if isinstance(env, gymnasium.vector.VectorEnv):
-        return Vector(env, seed=seed)
+        return Vector(env, seed=seed, has_masks=_copies_name_masks(env))
     if not isinstance(env, gymnasium.Env):
         raise InputError(f"env: expected a Gymnasium id, environment or vector environment, got {type(env).__name__}")
     copies = gymnasium.vector.SyncVectorEnv([lambda: env], autoreset_mode=AutoresetMode.DISABLED)
     return Vector(copies, seed=seed, has_masks=env.has_wrapper_attr("action_masks"), name=env_name(env))
 
 
-def leaves(space: spaces.Space[Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of an observation space by name, Dict in Dict joined by a dot. Raises InputError for other containers."""
-    if isinstance(space, spaces.Dict):
-        parts = {f"{prefix}{name}": part for name, part in space.spaces.items()}
-        return {name: leaf for key, part in parts.items() for name, leaf in leaves(part, f"{key}.").items()}
-    if not isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
-        raise InputError(
-            f"env: the observation space {type(space).__name__} is not supported; Box, Discrete, MultiDiscrete, MultiBinary "
-            "and Dict are (gymnasium.wrappers.FlattenObservation makes a Box of most others)"
-        )
-    return {prefix.removesuffix(".") or OBSERVATION: space}
-
-
-def flat(observations: Any, prefix: str = "") -> dict[str, Any]:
-    """Values as `leaves` names them."""
-    if not isinstance(observations, Mapping):
-        return {prefix.removesuffix(".") or OBSERVATION: observations}
-    return {name: leaf for key, part in observations.items() for name, leaf in flat(part, f"{prefix}{key}.").items()}
+def share_copies(one: Vector, other: Vector) -> bool:
+    """Whether stepping one of them moves the other."""
+    mine, others = ({id(copy.unwrapped) for copy in getattr(v.env, "envs", [v.env])} for v in (one, other))
+    return not mine.isdisjoint(others)
 
 
 def env_name(env: Any) -> str:
@@ -279,35 +277,17 @@ def _made(make: Callable[[], Any], name: str) -> Any:
         close = difflib.get_close_matches(name, [f"{module}{colon}{known}" for known in gymnasium.registry], n=1, cutoff=0.4)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise InputError(f"env.id: {' '.join(str(error).split()).partition('. Did you mean')[0].rstrip('.')}{hint}") from None
-    except (gymnasium.error.Error, ImportError, TypeError, ValueError, OSError) as error:
+    except Exception as error:  # what makes an environment is the user's code
         raise InputError(f"env {name} cannot be made: {' '.join(str(error).split())[:300]}") from error
 
 
-def _are_counts_within(space: Any, values: NDArray[Any]) -> bool:
-    if not isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
-        return True
-    first, count = space.start, space.n if isinstance(space, spaces.Discrete) else space.nvec
-    return bool(((values >= first) & (values < first + count)).all())
-
-
-def _mask_width(space: Any) -> int:
-    return int(space.n) if isinstance(space, spaces.Discrete) else int(numpy.sum(getattr(space, "nvec", 0)))
-
-
-def batched(spaces_by_name: Mapping[str, Any], observation: Any) -> tuple[Arrays, bool]:
-    """One observation or N of them as arrays [N, ...] by name, and whether it was one.
-
-    Raises InputError for a shape that is neither.
-    """
-    arrays = {name: numpy.asarray(values) for name, values in flat(observation).items()}
-    if missing := sorted(spaces_by_name.keys() - arrays.keys() - {ACTION_MASK}):
-        raise InputError(f"predict: the observation lacks {missing[0]!r}")
-    name, space = next(iter(spaces_by_name.items()))
-    shape, expected = arrays[name].shape, space.shape
-    if shape == expected:
-        return {name: values[None] for name, values in arrays.items()}, True
-    if shape[1:] == expected:
-        return arrays, False
-    raise InputError(
-        f"predict: the observation {name} has shape {list(shape)}; one is {list(expected)}, N are {['N', *expected]}"
-    )
+def _copies_name_masks(env: Any) -> bool:
+    """Whether the environments in a vector environment have sb3-contrib's `action_masks`."""
+    if isinstance(env, gymnasium.vector.SyncVectorEnv):
+        return bool(env.envs[0].has_wrapper_attr("action_masks"))
+    if isinstance(env, gymnasium.vector.AsyncVectorEnv):
+        probe = env.env_fns[0]()
+        has_masks = probe.has_wrapper_attr("action_masks")
+        probe.close()
+        return bool(has_masks)
+    return False

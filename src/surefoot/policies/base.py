@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -28,10 +29,13 @@ class Policy(Protocol):
     reads_whole_rows: bool
     """True where a step can only be evaluated with the steps before it; else a minibatch may hold single steps."""
 
-    @property
-    def accumulate(self) -> Callable[..., LossStats] | None:
-        """The gradient in closed form, `accumulate(batch, advantages_BT, denominator=..., settings=...)`, for a policy that
-        knows it; None: autograd finds it through `evaluate`.
+    def closed_form(
+        self, optimizer: torch.optim.Optimizer
+    ) -> AbstractContextManager[tuple[Callable[..., LossStats], torch.optim.Adam]] | None:
+        """For a policy that knows its gradient: for the length of an update, `accumulate(batch, advantages, denominator=...,
+        settings=...)`, and the optimiser of what that adds to, which goes on in `optimizer`'s place.
+
+        None: autograd finds the gradient through `evaluate`.
         """
         ...
 

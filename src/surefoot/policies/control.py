@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,15 @@ from torch import Tensor, nn
 
 from surefoot.config import NetworkConfig
 from surefoot.core.losses import LossStats
-from surefoot.core.running import RunningMoments
+from surefoot.core.running import RunningMoments, RunningStats
 from surefoot.errors import InputError
 from surefoot.policies import closed_form
-from surefoot.policies.actions import action_head
+from surefoot.policies.actions import ACTION_MASK, action_head
 from surefoot.policies.networks import Extractor, Layers, Memory, orthogonal
 from surefoot.tensors import read_tensors
 from surefoot.types import Batch, Evaluation
 
-WEIGHTS, MOMENTS = "policy.safetensors", "observations.json"
-ACTION_MASK = "action_mask"  # the key of an observation that names the legal actions
+WEIGHTS, MOMENTS = "policy.safetensors", "normalisation.json"
 OBSERVATION = "obs"  # the name of an observation that has none
 CLIP_OBSERVATION = 10.0
 # What a policy with memory finds beside the observations of a batch: [B, T] where episodes begin, and the state [B, 1, H]
@@ -58,14 +58,16 @@ class ControlPolicy(nn.Module):
         super().__init__()
         config = config or NetworkConfig()
         self.has_masks = ACTION_MASK in spaces
-        self._closed_form: tuple[int, closed_form.ClosedForm | None] = (0, None)
+        self._closed_form: closed_form.ClosedForm | None = None
+        self.reward_stats = RunningStats()  # of normalised rewards: no policy's business, but saved with it
         self.spaces = {name: space for name, space in spaces.items() if name != ACTION_MASK}
         self.dtype = dtype
         self.moments = {n: RunningMoments.of(s.shape) for n, s in self.spaces.items() if _is_vector(s)} if normalize else {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            images = "Cnn" in kind
-            self.extractor = extractor if extractor is not None else Extractor(self.spaces, images=images)
+            if extractor is None:
+                extractor = Extractor(self.spaces, images="Cnn" in kind or "MultiInput" in kind, needs_images="Cnn" in kind)
+            self.extractor = extractor
             width = int(getattr(self.extractor, "features_dim", 0))
             if not width:
                 raise InputError("policy: a network of your own needs a features_dim, the width of what it returns")
@@ -88,7 +90,9 @@ class ControlPolicy(nn.Module):
         )
         self.value_head = nn.Linear(self.layers.latent_dim_vf, 1)
         if config.ortho_init:
-            for module, gain in ((self.extractor, 2**0.5), (self.layers, 2**0.5), (self.head, 0.01), (self.value_head, 1.0)):
+            if isinstance(self.extractor, Extractor):  # a network of the user's own may have learnt something
+                orthogonal(self.extractor, 2**0.5)
+            for module, gain in ((self.layers, 2**0.5), (self.head, 0.01), (self.value_head, 1.0)):
                 orthogonal(module, gain)
 
     @property
@@ -106,13 +110,14 @@ class ControlPolicy(nn.Module):
         """With memory, what a step is worth depends on the steps before it."""
         return self.memory is not None
 
-    @property
-    def accumulate(self) -> Callable[..., LossStats] | None:
-        """The gradient in closed form, for the small networks that it is written out for."""
-        memory = self.value_head.weight.data_ptr()  # another one after `to(device)`
-        if self._closed_form[0] != memory:
-            self._closed_form = (memory, closed_form.ClosedForm(self) if closed_form.supports(self) else None)
-        return self._closed_form[1]
+    def closed_form(
+        self, optimizer: torch.optim.Optimizer
+    ) -> contextlib.AbstractContextManager[tuple[Callable[..., LossStats], torch.optim.Adam]] | None:
+        """The gradient written out, for the small networks that it is written out for."""
+        if not closed_form.supports(self):
+            return None
+        self._closed_form = self._closed_form or closed_form.ClosedForm(self)
+        return self._closed_form.lent(optimizer)
 
     @property
     def device(self) -> torch.device:
@@ -120,8 +125,8 @@ class ControlPolicy(nn.Module):
         return self.value_head.weight.device
 
     def named_parameters_to_train(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """All parameters."""
-        return self.named_parameters()
+        """All parameters, but those that a network of the user's own keeps frozen."""
+        return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
 
     def prepare(self, observations: Mapping[str, NDArray[Any]], *, learn: bool = False) -> dict[str, Tensor]:
         """Arrays from an environment as tensors, normalised if asked for; `learn` counts them into the moments first."""
@@ -197,12 +202,14 @@ class ControlPolicy(nn.Module):
         return 0
 
     def state(self) -> dict[str, Any]:
-        """What the policy has learnt outside its weights: numbers and tensors by name."""
-        return {name: moments.state() for name, moments in self.moments.items()}
+        """What has been learnt outside the weights: moments of observations and of rewards, numbers and tensors by name."""
+        observations = {name: moments.state() for name, moments in self.moments.items()}
+        return {"observations": observations, "rewards": asdict(self.reward_stats)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""
-        self.moments = {name: RunningMoments.restored(values) for name, values in state.items()}
+        self.moments = {name: RunningMoments.restored(values) for name, values in state["observations"].items()}
+        self.reward_stats = RunningStats(**state["rewards"])
 
     def load_extras(self, folder: Path) -> None:
         """Take over what `save` wrote. Raises InputError if it does not fit."""
@@ -224,6 +231,8 @@ class ControlPolicy(nn.Module):
         prepared = self.prepare(observations)
         rows = len(next(iter(prepared.values())))
         memory = self.initial_state(rows)
+        if state is not None and [tuple(part.shape) for part in state] != [tuple(part.shape) for part in memory.values()]:
+            raise InputError(f"predict: the state is not one that predict gave for {rows} observations of this policy")
         starts = torch.zeros(rows, dtype=torch.bool) if episode_start is None else torch.as_tensor(episode_start).bool()
         if state is not None:
             memory = {name: torch.as_tensor(part, device=self.device) for name, part in zip(memory, state, strict=True)}
@@ -232,7 +241,7 @@ class ControlPolicy(nn.Module):
         return actions.cpu().numpy(), tuple(part.cpu().numpy() for part in memory.values()) or None
 
     def save(self, folder: Path) -> None:
-        """Write weights (safetensors) and the moments of the observations (JSON)."""
+        """Write weights (safetensors) and the moments of observations and rewards (JSON)."""
         save_file({name: value.detach().contiguous().cpu() for name, value in self.state_dict().items()}, folder / WEIGHTS)
         (folder / MOMENTS).write_text(json.dumps(self.state(), default=lambda tensor: tensor.tolist()), encoding="utf-8")
 

@@ -7,7 +7,7 @@ import copy
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from surefoot.config import PolicyConfig
 from surefoot.errors import InputError
 from surefoot.policies import head
-from surefoot.policies.kv_cache import SlotCache
 from surefoot.policies.quiet import quiet_transformers
 from surefoot.tensors import check_safetensors, read_tensors
 from surefoot.types import Batch, Evaluation
+
+if TYPE_CHECKING:
+    from surefoot.policies.kv_cache import SlotCache
 
 # Written beside the weights by `save`.
 CRITIC = "surefoot_critic.safetensors"
@@ -34,7 +36,6 @@ class CausalLMPolicy:
     """
 
     reads_whole_rows = True
-    accumulate = None
     threads = None
 
     def __init__(
@@ -89,6 +90,8 @@ class CausalLMPolicy:
 
     def new_cache(self, *, slots: int, columns: int) -> SlotCache:
         """An empty key/value cache for `slots` rows of up to `columns` tokens."""
+        from surefoot.policies.kv_cache import SlotCache  # here: it brings transformers, which environments do without
+
         return SlotCache(layers=int(self.lm.config.get_text_config().num_hidden_layers), slots=slots, columns=columns)
 
     def step(self, tokens_BT: Tensor, positions_BT: Tensor, attention_BS: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
@@ -141,6 +144,10 @@ class CausalLMPolicy:
         return _scatter(logprobs_N, batch.mask_BT)
 
     @torch.no_grad()
+    def closed_form(self, optimizer: torch.optim.Optimizer) -> None:
+        """Its gradient is autograd's."""
+        return None
+
     def fingerprint(self) -> int:
         """Checksum of the frozen base, and of the frozen reference where all weights are trained."""
         frozen = [p for p in self.lm.parameters() if not p.requires_grad]

@@ -32,7 +32,7 @@ class Extractor(nn.Module):
     order of the space.
     """
 
-    def __init__(self, spaces: dict[str, Any], *, images: bool):
+    def __init__(self, spaces: dict[str, Any], *, images: bool, needs_images: bool = False):
         super().__init__()
         self.parts: dict[str, Any] = {}
         self.cnns = nn.ModuleDict()
@@ -53,7 +53,7 @@ class Extractor(nn.Module):
             else:
                 raise InputError(f"env: the observation space {kind} ({name}) is not supported; flatten it with a wrapper")
             self.features_dim += width
-        if images and not self.cnns:
+        if needs_images and not self.cnns:
             raise InputError(
                 "policy.model: CnnPolicy needs images (Box of 3 dimensions, at least 36 × 36) or boards (float, [H, W, C]); "
                 "use MlpPolicy"
@@ -66,7 +66,7 @@ class Extractor(nn.Module):
 
     def _features(self, values: Tensor, part: Any) -> Tensor:
         if part is None:
-            return values.flatten(1).float()
+            return values.reshape(len(values), -1).float()
         if isinstance(part, nn.Module):
             return part(values)  # type: ignore[no-any-return]
         columns = values.long().reshape(len(values), len(part)).unbind(-1)
@@ -167,8 +167,8 @@ class Memory(nn.Module):
 class Tower(nn.Sequential):
     """Linear layers with an activation after each, [N, width] -> [N, last width].
 
-    With tanh on a CPU in float32 all of it is one autograd node, and tanh is NumPy's, whose vector instructions are
-    several times as fast as torch's: a small network spends most of its time on starting operations.
+    Without gradient, with tanh on a CPU in float32, tanh is NumPy's, whose vector instructions are several times as fast
+    as torch's.
     """
 
     def __init__(self, width: int, widths: list[int], activation: type[nn.Module]):
@@ -179,45 +179,19 @@ class Tower(nn.Sequential):
     def forward(self, values: Tensor) -> Tensor:
         """The last layer's activations."""
         plain = values.device.type == "cpu" and values.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if not (self.is_tanh and plain):
+        if torch.is_grad_enabled() or not (self.is_tanh and plain):
             return super().forward(values)  # type: ignore[no-any-return]
         layers: list[Any] = [part for linear in list(self)[::2] for part in (linear.weight, linear.bias)]
-        if torch.is_grad_enabled():
-            return _TanhTower.apply(values, *layers)  # type: ignore[no-any-return]
-        return _tanh_layers(values, layers)[-1]
+        return _tanh_layers(values, layers)
 
 
-class _TanhTower(torch.autograd.Function):
-    """h ↦ tanh(W h + b), layer by layer, with its gradient written out; `layers` are W, b, W, b, …"""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, *layers: Tensor) -> Tensor:
-        hidden = _tanh_layers(values.detach(), [layer.detach() for layer in layers])
-        ctx.save_for_backward(*hidden, *layers[::2])
-        return hidden[-1]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        hidden, weights = saved[: len(saved) // 2 + 1], saved[len(saved) // 2 + 1 :]
-        gradient: Tensor | None = gradients[0]
-        found: list[Tensor] = []
-        for i in reversed(range(len(weights))):
-            before = torch.ops.aten.tanh_backward(gradient, hidden[i + 1])
-            found += [before.sum(0), before.t() @ hidden[i]]
-            gradient = before @ weights[i] if i or ctx.needs_input_grad[0] else None
-        return (gradient, *reversed(found))
-
-
-def _tanh_layers(values: Tensor, layers: Sequence[Tensor]) -> list[Tensor]:
-    """The input and the activations of every layer W, b, W, b, …"""
-    hidden = [values]
+def _tanh_layers(values: Tensor, layers: Sequence[Tensor]) -> Tensor:
+    """tanh(W h + b) for every layer W, b, W, b, …"""
     for weight, bias in zip(layers[::2], layers[1::2], strict=True):
-        after = torch.addmm(bias, hidden[-1], weight.t())
-        numbers = after.detach().numpy()
+        values = torch.addmm(bias, values, weight.t())
+        numbers = values.numpy()
         numpy.tanh(numbers, out=numbers)
-        hidden.append(after)
-    return hidden
+    return values
 
 
 class Layers(nn.Module):

@@ -56,10 +56,10 @@ def minibatches(batch: Batch, batch_size: int, generator: torch.Generator) -> It
 
     Single steps are shuffled once and then cut, which is cheaper than picking each minibatch's. The generator is a CPU one.
     """
-    order = torch.randperm(len(batch), generator=generator)
     if batch_size >= len(batch):  # all of it: their order does not matter
         yield batch, torch.arange(len(batch))
         return
+    order = torch.randperm(len(batch), generator=generator)
     if batch.mask_BT.shape[1] > 1:
         for rows in order.split(batch_size):
             yield batch, rows

@@ -183,5 +183,5 @@ def elo_gain(rating: float, other: float, score: float) -> float:
 def _frozen(policy: ActingPolicy) -> ActingPolicy:
     one = copy.deepcopy(policy)
     for _, parameter in one.named_parameters_to_train():
-        parameter.requires_grad_(False).grad = None
+        parameter.grad = None
     return one

@@ -7,7 +7,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any, Protocol
 
 import numpy
@@ -18,7 +17,8 @@ from torch import Tensor
 from surefoot.config import EnvConfig, PPOConfig
 from surefoot.core.running import RunningStats
 from surefoot.core.seeds import derived_seed
-from surefoot.envs.vector import Arrays, Vector, VectorStep, env_name
+from surefoot.envs.observations import Arrays
+from surefoot.envs.vector import Vector, VectorStep, env_name
 from surefoot.policies.base import Policy
 from surefoot.rollout.league import League
 from surefoot.rollout.score import score_batch
@@ -31,6 +31,9 @@ WINDOW = 100  # finished episodes that the means are taken over, as Stable-Basel
 
 class ActingPolicy(Policy, Protocol):
     """A policy that acts step by step: what `policies/control.py` provides."""
+
+    reward_stats: RunningStats
+    """Of the discounted returns by which rewards are normalised; part of `state`."""
 
     def prepare(self, observations: Mapping[str, NDArray[Any]], *, learn: bool = False) -> dict[str, Tensor]:
         """Arrays [N, ...] as tensors."""
@@ -85,7 +88,6 @@ class VectorRollout:
     ):
         self.policy, self.env, self.settings, self.ppo, self.seed = policy, env, settings, ppo, seed
         self.make_evaluation, self.league = make_evaluation, league
-        self.reward_stats = RunningStats()
         self.finished: deque[Episode] = deque(maxlen=WINDOW)
         self._new: list[Episode] = []  # finished in this rollout
         self.latest: VectorStep | None = None  # for callbacks
@@ -142,6 +144,11 @@ class VectorRollout:
             env.close()
         return episode_metrics(played, "eval"), played
 
+    def start_over(self) -> None:
+        """Begin new episodes: somebody else has stepped the environment."""
+        self._observations = None
+        self._begin()
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold: JSON, but for arrays and tensors that become lists in it, and large `tensors`."""
         league = {} if self.league is None else {"league": self.league.state(), "tensors": self.league.tensors()}
@@ -149,7 +156,6 @@ class VectorRollout:
             "env": None if self._observations is None else self.env.state(),
             "seen": None if self._observations is None else digest(self._observations),
             "policy": self.policy.state(),
-            "reward_stats": asdict(self.reward_stats),
             "totals": self._totals.copy(),
             "lengths": self._lengths.copy(),
             "discounted": self._discounted.copy(),
@@ -160,7 +166,6 @@ class VectorRollout:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint. An environment that does not repeat itself begins its episodes anew."""
         self.policy.restore(state["policy"])
-        self.reward_stats = RunningStats(**state["reward_stats"])
         self.finished = deque((Episode(*episode) for episode in state["finished"]), maxlen=WINDOW)
         self._begin()
         if self.league is not None:
@@ -215,8 +220,8 @@ class VectorRollout:
         scaled = rewards
         if self.settings.normalize_rewards:
             self._discounted = self._discounted * self.ppo.gamma + rewards
-            self.reward_stats = self.reward_stats.updated(self._discounted[step.real].tolist())
-            scaled = numpy.clip(rewards / (self.reward_stats.std + 1e-8), -CLIP_REWARD, CLIP_REWARD)
+            stats = self.policy.reward_stats = self.policy.reward_stats.updated(self._discounted[step.real].tolist())
+            scaled = numpy.clip(rewards / (stats.std + 1e-8), -CLIP_REWARD, CLIP_REWARD)
         for i in ended.nonzero()[0]:
             info = last_info(step.infos, int(i))
             cut = bool(step.truncated[i] and not step.terminated[i])

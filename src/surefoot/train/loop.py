@@ -171,10 +171,10 @@ def run(training: Training) -> None:
                 t.stop.raise_if_set()
                 metrics = improve(t, batch, budget=budget, check_itself=check_itself)
             except (Abandon, SurefootError) as error:
-                t.rollout.restore(before["rollout"])
-                checkpoint.restore_generators(before["generators"])
                 if t.saved_at != t.progress.updates:
                     save(t, before)
+                checkpoint.restore_generators(before["generators"])
+                _put_back(t, before, error)
                 if isinstance(error, Abandon):
                     if t.stop.signal_number is None:  # a callback has seen enough
                         return
@@ -307,7 +307,7 @@ def restore(t: Training, path: Path) -> None:
         t.rollout.restore(state["rollout"] | large)
         t.folder.cut_logs(state["log_sizes"])
         t.generators = state["generators"]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError) as error:
         raise InputError(f"{path} is not a checkpoint of this version of Surefoot: {error!r}") from error
     t.saved_at = t.progress.updates
     _point_to_best(t)  # a kill may have come between the best checkpoint and its pointer
@@ -345,6 +345,15 @@ def _start_generators(t: Training) -> None:
 def _undone_by_giving_up(t: Training) -> dict[str, Any]:
     """What a rollout or an evaluation draws on: taken before, so that one that is given up leaves no trace."""
     return {"rollout": t.rollout.state(), "generators": checkpoint.generator_states()}
+
+
+def _put_back(t: Training, before: dict[str, Any], error: Exception) -> None:
+    """Let the rollout stand where it was. An environment that has failed may not come back: then `error` is what to say."""
+    try:
+        t.rollout.restore(before["rollout"])
+    except SurefootError:
+        if isinstance(error, Abandon):
+            raise
 
 
 def _evaluation_is_due(t: Training) -> bool:

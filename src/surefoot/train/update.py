@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from surefoot.config import PPOConfig
 from surefoot.core.advantages import gae
 from surefoot.core.kl import kl_penalised_rewards
 from surefoot.core.losses import LossSettings, LossStats, ppo_loss
-from surefoot.core.masked import whiten
+from surefoot.core.masked import library_of, whiten
 from surefoot.policies.base import Policy
 from surefoot.rollout.batch import micro_batches, minibatches
 from surefoot.types import Batch
@@ -107,44 +109,71 @@ def update(
     rows_per_minibatch = max(1, config.batch_size // batch.row_size)
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate if learning_rate is None else learning_rate
-    for _ in range(config.n_epochs):
-        for piece, rows in minibatches(batch, rows_per_minibatch, generator):
-            stats = accumulate_gradient(policy, piece, rows, config=config, optimizer=optimizer, budget=budget)
-            if before_first_step is not None:
-                before_first_step(stats)
-                before_first_step = None
-            result.add(stats)
-            if config.target_kl is not None and float(stats.approx_kl / stats.steps) > config.target_kl:
-                result.stopped_early = True
-                return _finish(result)
-            take_step(optimizer, stats, config, result)
+    by_autograd: AbstractContextManager[Any] = nullcontext((None, optimizer))
+    if config.normalize_advantage and rows_per_minibatch >= len(batch) > 1:
+        # All in one minibatch: its mean and spread are the same in every epoch.
+        assert batch.advantages_BT is not None
+        batch = replace(batch, advantages_BT=whiten(batch.advantages_BT, batch.mask_BT))
+        config = config.model_copy(update={"normalize_advantage": False})
+    with policy.closed_form(optimizer) or by_autograd as (accumulate, optimizer):
+        for _ in range(config.n_epochs):
+            for piece, rows in minibatches(batch, rows_per_minibatch, generator):
+                stats = accumulate_gradient(
+                    policy, piece, rows, config=config, optimizer=optimizer, budget=budget, accumulate=accumulate
+                )
+                if before_first_step is not None:
+                    before_first_step(stats)
+                    before_first_step = None
+                result.add(stats)
+                if config.target_kl is not None and float(stats.approx_kl / stats.steps) > config.target_kl:
+                    result.stopped_early = True
+                    return _finish(result)
+                take_step(optimizer, stats, config, result)
     return _finish(result)
 
 
 def accumulate_gradient(
-    policy: Policy, batch: Batch, rows: Tensor, *, config: PPOConfig, optimizer: torch.optim.Adam, budget: TokenBudget
+    policy: Policy,
+    batch: Batch,
+    rows: Tensor,
+    *,
+    config: PPOConfig,
+    optimizer: torch.optim.Adam,
+    budget: TokenBudget,
+    accumulate: Callable[..., LossStats] | None = None,
 ) -> LossStats:
     """Gradient of the minibatch `rows`, accumulated over micro-batches; its statistics. Out of memory: smaller ones."""
     while True:
         optimizer.zero_grad(set_to_none=True)
         try:
-            return _accumulate(policy, batch, rows, config, budget.tokens)
+            return _accumulate(policy, batch, rows, config=config, token_budget=budget.tokens, accumulate=accumulate)
         except torch.OutOfMemoryError as error:
             budget.shrink(error, smallest=int(batch.mask_BT.shape[1]))
 
 
-def _accumulate(policy: Policy, batch: Batch, rows: Tensor, config: PPOConfig, token_budget: int) -> LossStats:
+def _accumulate(
+    policy: Policy,
+    batch: Batch,
+    rows: Tensor,
+    *,
+    config: PPOConfig,
+    token_budget: int,
+    accumulate: Callable[..., LossStats] | None,
+) -> LossStats:
     assert batch.advantages_BT is not None and batch.returns_BT is not None, "call advantages(batch) first"
     is_whole = len(rows) == len(batch)  # then the order of the rows does not matter: nothing need be picked
-    steps = int((batch.mask_BT if is_whole else batch.mask_BT[rows]).sum())
-    advantages_BT = batch.advantages_BT
+    advantages_BT, mask_BT = batch.advantages_BT, batch.mask_BT
+    if accumulate is not None:
+        advantages_BT, mask_BT = advantages_BT.numpy(), mask_BT.numpy()  # type: ignore[assignment]
+    steps = int((mask_BT if is_whole else mask_BT[rows]).sum())
     if config.normalize_advantage and steps > 1:  # one advantage alone has no spread to divide by
         # Over the minibatch, before it is split: a micro-batch's own mean and variance would change the gradient.
         if is_whole:
-            advantages_BT = whiten(advantages_BT, batch.mask_BT)
+            advantages_BT = whiten(advantages_BT, mask_BT)
         else:
-            advantages_BT = advantages_BT.clone()
-            advantages_BT[rows] = whiten(advantages_BT[rows], batch.mask_BT[rows])
+            whitened_BT = library_of(advantages_BT).zeros_like(advantages_BT)
+            whitened_BT[rows] = whiten(advantages_BT[rows], mask_BT[rows])
+            advantages_BT = whitened_BT
     vf_coef = config.vf_coef * (2.0 if config.value_loss == "squared" else 1.0)  # of ½ (V - R)²
     settings = LossSettings(config.clip_range, config.clip_range_vf, vf_coef, config.ent_coef)
     total: LossStats | None = None
@@ -153,8 +182,8 @@ def _accumulate(policy: Policy, batch: Batch, rows: Tensor, config: PPOConfig, t
         length = part.mask_BT.shape[1]
         assert part.returns_BT is not None
         targets = (advantages_BT if part is batch else advantages_BT[micro, :length], part.returns_BT)
-        if (in_closed_form := policy.accumulate) is not None:
-            stats = in_closed_form(part, targets[0], denominator=max(steps, 1), settings=settings)
+        if accumulate is not None:
+            stats = accumulate(part, targets[0], denominator=max(steps, 1), settings=settings)
         else:
             new = policy.evaluate(part, entropy_gradient=config.ent_coef > 0)
             loss, stats = ppo_loss(
@@ -176,7 +205,7 @@ def take_step(optimizer: torch.optim.Adam, stats: LossStats, config: PPOConfig, 
     """Clip the gradient and step, or skip the step if anything is not finite."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(gradients))
+    norm = float(torch.linalg.vector_norm(gradients[0]) if len(gradients) == 1 else torch.nn.utils.get_total_norm(gradients))
     if not (math.isfinite(norm) and stats.is_finite):
         optimizer.zero_grad(set_to_none=True)
         result.skipped += 1
