@@ -18,9 +18,9 @@ from pathlib import Path
 WORKER = Path(__file__).with_name("control_worker.py")
 # Case -> the ways Surefoot runs it.
 WAYS = {
-    "cartpole": ([], ["native"]),
-    "cartpole-defaults": ([], ["native"]),
-    "pong": ([], ["float32"]),
+    "cartpole": (["sync"], ["native"]),
+    "cartpole-defaults": (["sync"], ["native"]),
+    "pong": (["auto"], ["float32"]),
 }
 
 

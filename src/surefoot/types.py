@@ -164,12 +164,13 @@ class Batch:
         return self._changed(take)
 
     def steps(self) -> Batch:
-        """Every masked step as a row of its own, [N, 1], each counting 1 in `batch_size`."""
-        mask_BT, (rows, length) = self.mask_BT, self.mask_BT.shape
+        """Every masked step as a row of its own, [N, 1], each counting 1 in `batch_size`. Without a copy if all are masked."""
+        mask_BT, (rows, length), is_full = self.mask_BT, self.mask_BT.shape, bool(self.mask_BT.all())
 
         def take(value: Tensor) -> Tensor:
-            is_per_step = value.dim() > 1 and value.shape[:2] == (rows, length)
-            return value[mask_BT][:, None] if is_per_step else value.repeat_interleave(mask_BT.sum(1), 0)
+            if value.dim() > 1 and value.shape[:2] == (rows, length):
+                return (value.flatten(0, 1) if is_full else value[mask_BT])[:, None]
+            return value.repeat_interleave(mask_BT.sum(1), 0)
 
         return replace(self._changed(take), row_size=1)
 

@@ -230,6 +230,20 @@ def test_images_beside_numbers_share_the_features() -> None:
     ControlPolicy({"obs": spaces.Box(-1, 1, (3,))}, spaces.Discrete(2), kind="MultiInputPolicy")  # needs no image
 
 
+def test_a_board_is_seen_cell_by_cell() -> None:
+    """Small float boxes [H, W, C] keep their size: moving a stone by a cell moves the last convolution's output by one."""
+    extractor = Extractor({"obs": spaces.Box(0, 1, (9, 9, 2), dtype=numpy.float32)}, images=True)
+    assert extractor.features_dim == 256
+    board = extractor.cnns["obs"]
+    here, there = torch.zeros(1, 9, 9, 2), torch.zeros(1, 9, 9, 2)
+    here[0, 4, 3, 1] = there[0, 4, 4, 1] = 1.0
+    first, second = (board.layers(values.permute(0, 3, 1, 2)) for values in (here, there))
+    assert first.shape == (1, 32, 9, 9)
+    inside = slice(3, 6)  # three convolutions away from the edge
+    torch.testing.assert_close(first[..., inside, 3:5], second[..., inside, 4:6])
+    assert not torch.allclose(extractor({"obs": here}), extractor({"obs": there}))
+
+
 # The network as a whole
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ from gymnasium.vector import SyncVectorEnv
 from torch import nn
 
 from surefoot import PPO, BaseCallback, InputError, evaluate_policy
+from surefoot.config import load_config
 from surefoot.train import loop
 from tests.train.small_run import rows, weights
 
@@ -344,6 +349,29 @@ def test_an_environment_that_fails_in_the_middle_of_a_run_leaves_a_checkpoint(ve
     assert same_weights(whole, resumed.learn())
 
 
+def test_a_run_that_is_killed_at_some_moment_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """SIGKILL from outside, at whatever the run is doing."""
+    Path("run.yaml").write_text(
+        "{env: {id: CartPole-v1, n_envs: 3, vectorization: async}, run: {checkpoint_every: 2}, evaluate: {episodes: 0}, "
+        f"ppo: {{n_steps: {N_STEPS}, batch_size: {N_STEPS}, n_epochs: 2, total_timesteps: {60 * BATCH}}}, seed: 5}}"
+    )
+    command = [Path(sys.executable).with_name("surefoot"), "ppo", "run.yaml", "--run.name", "killed"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    log = Path("runs/killed/metrics.jsonl")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and (not log.exists() or log.read_bytes().count(b"\n") < 11):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    killed_after = len(rows(Path("runs/killed")))
+    assert 11 <= killed_after < 60
+    resumed = PPO.load("runs/killed", verbose=0)
+    assert 0 < resumed.num_timesteps <= killed_after * BATCH
+    whole = PPO("MlpPolicy", config=load_config("run.yaml"), run_name="whole", verbose=0).learn()
+    assert same_weights(whole, resumed.learn())
+    assert rows(Path("runs/whole")) == rows(Path("runs/killed"))
+
+
 def test_steps_of_a_rollout_that_was_given_up_are_not_counted() -> None:
     model = small(n_envs=1)
     model.learn(4 * N_STEPS, callback=lambda locals_, globals_: model.num_timesteps < N_STEPS + 3)
@@ -376,6 +404,18 @@ def test_a_learning_rate_may_be_a_function_of_what_is_left() -> None:
     PPO.load("runs/mine", verbose=0, learning_rate=rate).learn()
     found = [row["ppo/learning_rate"] for row in rows(Path("runs/mine"))]
     assert found == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+
+
+def test_a_schedule_of_the_entropy_bonus_reaches_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, update = [], loop.update
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["config"].ent_coef)
+        return update(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "update", watched)
+    small(ent_coef=0.04, ent_schedule="linear").learn(4 * BATCH)
+    assert seen == pytest.approx([0.04, 0.03, 0.02, 0.01])
 
 
 def test_a_clip_range_may_be_a_function(monkeypatch: pytest.MonkeyPatch) -> None:

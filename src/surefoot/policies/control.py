@@ -152,6 +152,10 @@ class ControlPolicy(nn.Module):
         names = MEMORY[:2] if self.critic_memory is self.memory else MEMORY[:4]
         return dict(zip(names, (h, c, h, c), strict=False))
 
+    def acting(self) -> contextlib.AbstractContextManager[Any]:
+        """To hold while weights stand still: under autocast, each is then rounded once and not at every step."""
+        return self._autocast()
+
     def noise(self, steps: int, envs: int, generator: torch.Generator) -> Any:
         """Randomness of a rollout, entry t for step t."""
         noise = self.head.noise(steps, envs, generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sys
 import time
@@ -41,6 +42,10 @@ class ActingPolicy(Policy, Protocol):
 
     def initial_state(self, rows: int) -> dict[str, Tensor]:
         """What is remembered before the first step; empty without memory."""
+        ...
+
+    def acting(self) -> contextlib.AbstractContextManager[Any]:
+        """To hold while weights stand still."""
         ...
 
     def noise(self, steps: int, envs: int, generator: torch.Generator) -> Any:
@@ -117,13 +122,15 @@ class VectorRollout:
         noise = self.policy.noise(steps, self.env.num_envs, generator)
         played = _Played()
         prepared = self.policy.prepare(self._observations, learn=is_new)
-        for t in range(steps):
-            if poll is not None:
-                poll()
-            prepared = self._step(t, prepared, noise[t], played)
+        with self.policy.acting():
+            for t in range(steps):
+                if poll is not None:
+                    poll()
+                prepared = self._step(t, prepared, noise[t], played)
         # Where the rollout cuts an episode, what would have come is worth V(next observation).
         last_values = self.policy.values(prepared, self._memory, starts=self._starts)
         batch = played.batch(last_values, version=version, recurrent=self.policy.reads_whole_rows)
+        del played  # its steps are in the batch now
         rolled = time.perf_counter()
         score_batch(self.policy, batch, token_budget=self.ppo.micro_batch_tokens)
         self.finished.extend(self._new)
@@ -238,7 +245,8 @@ class _Played:
         self.actions: list[Tensor] = []
         self.starts: list[Tensor] = []
         self.rewards: list[NDArray[numpy.float64]] = []
-        self.steps: list[VectorStep] = []
+        self.real: list[NDArray[numpy.bool_]] = []
+        self.ends: list[NDArray[numpy.bool_]] = []
         self.bootstraps: dict[int, Tensor] = {}  # by step, where a time limit ended an episode
         self.memory: dict[str, Tensor] = {}  # before the first step
 
@@ -249,13 +257,13 @@ class _Played:
         self.actions.append(actions)
         self.starts.append(starts)
         self.rewards.append(rewards)
-        self.steps.append(step)
+        self.real.append(step.real)
+        self.ends.append(step.terminated | step.truncated)
 
     def batch(self, last_values_B: Tensor, *, version: int, recurrent: bool) -> Batch:
         """All of it [B, T], without log-probs and values as yet. An episode under way goes on, worth `last_values_B`."""
         steps, copies, device = len(self.actions), len(self.actions[0]), self.actions[0].device
-        real_TB = torch.from_numpy(numpy.stack([step.real for step in self.steps]))
-        ends_TB = torch.from_numpy(numpy.stack([step.terminated | step.truncated for step in self.steps]))
+        real_TB, ends_TB = torch.from_numpy(numpy.stack(self.real)), torch.from_numpy(numpy.stack(self.ends))
         bootstrap_TB = torch.zeros(steps, copies)
         for t, values_B in self.bootstraps.items():
             bootstrap_TB[t] = values_B
@@ -266,14 +274,13 @@ class _Played:
         def turned(values_TB: Tensor) -> Tensor:
             return values_TB.transpose(0, 1).contiguous().to(device)
 
-        names = self.observations[0]
-        observations = {name: turned(torch.stack([seen[name] for seen in self.observations])) for name in names}
+        observations = {name: torch.stack([seen[name] for seen in self.observations], 1) for name in self.observations[0]}
         if recurrent:
             observations |= {name: values[:, None] for name, values in self.memory.items()}
-            observations[STARTS] = turned(torch.stack(self.starts))
+            observations[STARTS] = torch.stack(self.starts, 1)
         return Batch(
             observations=observations,
-            actions_BT=turned(torch.stack(self.actions)),
+            actions_BT=torch.stack(self.actions, 1),
             mask_BT=turned(real_TB),
             logprobs_BT=torch.zeros(copies, steps, device=device),
             values_BT=torch.zeros(copies, steps, device=device),
