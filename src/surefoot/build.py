@@ -18,6 +18,7 @@ from surefoot.envs.record import Frame, recorded_vector
 from surefoot.envs.text import TextTask
 from surefoot.envs.vector import Vector, make_vector, wrap_vector
 from surefoot.errors import InputError
+from surefoot.policies.base import ActingPolicy, Policy
 from surefoot.policies.control import ControlPolicy
 from surefoot.policies.lm import CausalLMPolicy, check_model_folder, load_policy, resolve_dtype
 from surefoot.rewards.functions import is_function, load_function, score
@@ -123,16 +124,23 @@ def _maker(name: str) -> Any:
     return load_function(name, key="env.id") if is_function(name) else name
 
 
-def build_control_policy(config: Config, env: Vector, extractor: nn.Module | None = None) -> ControlPolicy:
-    """A network for the environment's spaces; `extractor` is the user's own part of it."""
+def build_control_policy(config: Config, env: Vector, module: nn.Module | None = None) -> Any:
+    """A network for the environment's spaces. `module` is the user's: a whole policy (`ActingPolicy`), or what extracts
+    features.
+    """
     assert config.env is not None
     device = build_device(config.device)
+    if module is not None and hasattr(module, "act"):
+        asked = {name for kind in (Policy, ActingPolicy) for name in (*vars(kind), *kind.__annotations__) if name[0] != "_"}
+        if missing := sorted(name for name in asked if not hasattr(module, name)):
+            raise InputError(f"policy: yours has act, but lacks {', '.join(missing)} (docs/extending.md)")
+        return module.to(device)
     # Only convolutions are large enough to gain from half precision.
     wanted = config.policy.dtype if "Cnn" in config.policy.model or config.policy.dtype != "auto" else "float32"
     policy = ControlPolicy(
         env.observation_spaces,
         env.action_space,
-        extractor=extractor,
+        extractor=module,
         config=config.policy.network,
         kind=config.policy.model,
         normalize=config.env.normalize_observations,

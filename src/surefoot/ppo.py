@@ -25,8 +25,9 @@ from surefoot.config import (
     with_sampling,
 )
 from surefoot.core.seeds import derived_seed
-from surefoot.envs.observations import batched
+from surefoot.envs.observations import Checks, batched
 from surefoot.envs.text import TextTask, checked_prompt
+from surefoot.envs.vector import made_from
 from surefoot.errors import InputError
 from surefoot.generation.engine import generate
 from surefoot.policies.lm import CausalLMPolicy
@@ -73,18 +74,17 @@ class PPO:
         if is_control:
             if env is None and config is None:
                 raise InputError(f"env: PPO({policy!r:.40}) needs one: a Gymnasium id, environment or vector environment")
-            data["env"] = {"id": None} | (data.get("env") or {})
-            if isinstance(env, str):  # what is given goes before what the configuration names
-                data["env"]["id"] = env
-            elif env is not None:
-                data["env"] |= {"id": None, "n_envs": settings.get("n_envs", 1)}
+            _put_environment(data, env, settings, self._schedules)
         if isinstance(policy, (str, Path)):
             data.setdefault("policy", {})["model"] = str(policy)
         elif not isinstance(policy, nn.Module if is_control else CausalLMPolicy):
             kind = type(policy).__name__
             raise InputError(f"policy: expected a model's name or folder, or what load_policy gives, got a {kind}")
         if not is_control and not isinstance(env, (TextTask, type(None))):
-            raise InputError(f"env: expected a TextTask(prompts, reward), got {env!r:.60}; for Gymnasium name {NETWORKS[0]}")
+            raise InputError(
+                f"env: expected a TextTask(prompts, reward), got {env!r:.60}; for Gymnasium the policy is one of "
+                f"{', '.join(NETWORKS)}, not {policy!r:.60}"
+            )
         self.config = make_config(data, where="PPO(...)")
         self.verbose = verbose
         if run is None and (env is not None or is_control):
@@ -93,6 +93,8 @@ class PPO:
         self.env: Any
         if is_control:
             self.env = build.build_vector(self.config, env)
+            spaces = (self.env.observation_spaces, self.env.action_space)
+            self._checks = Checks(*spaces, name=self.env.name, where="predict")
             self.policy = build.build_control_policy(self.config, self.env, policy if isinstance(policy, nn.Module) else None)
         else:
             self.env = env
@@ -102,6 +104,7 @@ class PPO:
             self.policy.temperature = self.config.generation.temperature
         self._folder = run
         self._training: loop.Training | None = None
+        self._has_learnt = False
         self.num_timesteps = 0  # seen by callbacks
         self._random = torch.Generator().manual_seed(derived_seed(self.config.seed, "predict", 0))
 
@@ -148,6 +151,9 @@ class PPO:
         training = self._prepare_training()
         if more is not None:
             training.total = training.progress.collected + more
+        if self._has_learnt and self.config.env is not None and self.config.env.id is None:
+            self._start_over()  # the environment is the user's, who may have used it in between
+        self._has_learnt = True
         with ExitStack() as stack:
             self._hold_again(training)
             stack.callback(training.folder.release)
@@ -204,6 +210,7 @@ class PPO:
         if self.config.env is None:
             raise InputError("predict is for environments; a language model has generate")
         observations, is_one = batched(self.env.observation_spaces, observation, action_masks)
+        self._checks({name: observations[name] for name in self.env.observation_spaces})
         noise_from = None if deterministic else self._random
         actions, state = self.policy.predict(observations, state, episode_start, noise_from=noise_from)
         actions = env_actions(self.env.action_space, actions)
@@ -223,12 +230,19 @@ class PPO:
                 aside.mkdir(parents=True)
             self.policy.save(aside)
             # Without `run`: what is trained from it is another run.
-            (aside / SETTINGS).write_text(dump_config(absolute_paths(self.config), exclude={"run"}), encoding="utf-8")
+            (aside / SETTINGS).write_text(dump_config(absolute_paths(self._nameable()), exclude={"run"}), encoding="utf-8")
             os.replace(aside, folder)
         except (OSError, SafetensorError) as error:
             if aside != folder:
                 shutil.rmtree(aside, ignore_errors=True)
             raise InputError(f"{folder} could not be written: {getattr(error, 'strerror', None) or error}") from error
+
+    def _nameable(self) -> Config:
+        """The configuration, with the id that Gymnasium made the environment from, if it was: then `load` can make it too."""
+        env = self.config.env
+        if env is None or env.id is not None or (spec := made_from(self.env)) is None:
+            return self.config
+        return self.config.model_copy(update={"env": env.model_copy(update={"id": spec[0], "kwargs": spec[1]})})
 
     @classmethod
     def load(cls, folder: str | Path, env: Any = None, *, verbose: int = 1, **given: Any) -> PPO:
@@ -274,6 +288,8 @@ class PPO:
             model = cls(config.policy.model, env, config=config, verbose=0, run=run if config.env is not None else None)
             build.restore_best(model.policy, run)
             return model
+        if (Path(source) / SETTINGS).is_file() and load_config(Path(source) / SETTINGS).env is not None:
+            return cls.load(source, env, verbose=0)
         return cls(str(source), verbose=0)
 
     def _prepare_training(self) -> loop.Training:
@@ -340,3 +356,15 @@ def _merge(data: dict[str, Any], changes: dict[str, Any]) -> None:
             _merge(data[key], value)
         else:
             data[key] = value
+
+
+def _put_environment(data: dict[str, Any], env: Any, settings: dict[str, Any], schedules: dict[str, Any]) -> None:
+    """What is given goes before what the configuration names: an environment, a number where there was a function."""
+    data["env"] = {"id": None} | (data.get("env") or {})
+    if isinstance(env, str):
+        data["env"]["id"] = env
+    elif env is not None:
+        data["env"] |= {"id": None, "n_envs": settings.get("n_envs", 1)}
+    for value, schedule in sb3.SCHEDULED.items():
+        if value in settings and value not in schedules and data["ppo"].get(schedule) == "function":
+            data["ppo"][schedule] = "constant"

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 
 from surefoot.envs.vector import make_vector, share_copies, wrap_vector
@@ -34,7 +35,8 @@ def translated(settings: Mapping[str, Any], *, verbose: int = 0) -> tuple[dict[s
 
     Raises InputError for one that has no counterpart, naming what to do instead.
     """
-    ours, schedules = dict(settings), {}
+    ours = {name: value.item() if isinstance(value, numpy.generic) else value for name, value in settings.items()}
+    schedules = {}
     ours.pop("_init_setup_model", None)
     for name in ("seed", "tensorboard_log", "policy_kwargs", "clip_range_vf", "target_kl"):
         if ours.get(name, 0) is None:
@@ -97,7 +99,7 @@ class BaseCallback:
 
     def init_callback(self, model: PPO) -> None:
         """Called once before training."""
-        self.model, self.training_env = model, model.env
+        self.model, self.training_env, self.num_timesteps = model, model.env, model.num_timesteps
         self._init_callback()
 
     def on_step(self) -> bool:
@@ -151,7 +153,8 @@ class _Watch:
             return
         self.seen = latest
         self.model.num_timesteps += self.model.n_envs
-        found = {"rewards": latest.rewards, "dones": latest.terminated | latest.truncated, "infos": latest.infos}
+        dones = latest.terminated | latest.truncated
+        found = {"rewards": latest.rewards, "dones": dones, "infos": infos_by_copy(latest.infos, len(dones))}
         for callback in self.callbacks:
             if isinstance(callback, BaseCallback):
                 callback.num_timesteps = self.model.num_timesteps
@@ -161,6 +164,20 @@ class _Watch:
                 goes_on = callback(found, {}) is not False
             if not goes_on:
                 raise Abandon
+
+
+def infos_by_copy(infos: Mapping[str, Any], copies: int) -> list[dict[str, Any]]:
+    """Gymnasium's dictionary of arrays as the list of dictionaries that Stable-Baselines3 has."""
+    found: list[dict[str, Any]] = [{} for _ in range(copies)]
+    for name, values in infos.items():
+        if name.startswith("_"):
+            continue
+        inner = infos_by_copy(values, copies) if isinstance(values, Mapping) else values
+        has_it = infos.get(f"_{name}", numpy.ones(copies, dtype=bool))
+        for i in range(copies):
+            if has_it[i]:
+                found[i][name] = inner[i]
+    return found
 
 
 @contextlib.contextmanager
@@ -196,16 +213,18 @@ def evaluate_policy(
     n_eval_episodes: int = 10,
     deterministic: bool = True,
     *,
-    return_episode_rewards: bool = False,
     reward_threshold: float | None = None,
+    return_episode_rewards: bool = False,
+    warn: bool = True,
     seed: int = 0,
 ) -> Any:
     """Play whole episodes; mean and standard deviation of their returns, or with `return_episode_rewards` the lists of
     returns and lengths.
 
     `env` is a Gymnasium id, environment or vector environment; without one, fresh copies of what the model was made with.
-    After an evaluation in the environment it is trained in, training begins new episodes there. Raises InputError for an
-    environment with other spaces, AssertionError below `reward_threshold`, as Stable-Baselines3 does.
+    `warn` changes nothing: returns are the environment's own, whatever wraps it. After an evaluation in the environment it is
+    trained in, training begins new episodes there. Raises InputError for an environment with other spaces or in the middle
+    of a rollout, AssertionError below `reward_threshold`, as Stable-Baselines3 does.
     """
     if n_eval_episodes < 1:
         raise InputError(f"evaluate_policy: n_eval_episodes is {n_eval_episodes}; play at least one")
@@ -221,14 +240,15 @@ def evaluate_policy(
         vector = make_vector(env, n_envs=1, vectorization="sync", kwargs={}, seed=seed)
     else:
         vector = wrap_vector(env, seed=seed)
+    is_training_env = share_copies(vector, model.env)
+    if is_training_env:
+        model._start_over()  # refused in the middle of a rollout
     try:
         vector.check_same_spaces(model.env)
         episodes = play(model.policy, vector, n_eval_episodes, seed=None if deterministic else seed)
     finally:
         if env is None or isinstance(env, str):
             vector.close()
-        elif share_copies(vector, model.env):
-            model._start_over()
     returns, lengths = [e.total for e in episodes], [e.steps for e in episodes]
     mean = sum(returns) / len(returns)
     if reward_threshold is not None:

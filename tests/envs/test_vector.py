@@ -246,6 +246,14 @@ class TwoChoices(Counter):
         return {"obs": numpy.zeros(1, dtype=numpy.float32), "action_mask": mask}
 
 
+class Wide(torch.nn.Identity):
+    features_dim = 7
+
+
+class Acting(torch.nn.Identity):
+    act = None
+
+
 class OtherSpaces(Counter):
     def __init__(self, observation: Any = None, action: Any = None):
         super().__init__(3, "terminated")
@@ -286,6 +294,14 @@ def elsewhere(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: ppo(Counter(3, ""), n_envs=4), "n_envs: the environment given has 1, not 4"),
         (lambda: ppo(OtherSpaces(WITH_MASK, ONE_BOX)), "env: action masks are for Discrete and MultiDiscrete actions, not Box"),
         (lambda: ppo(OtherSpaces(WITH_MASK)), "env: the action_mask has shape [3]; Discrete(2) has 2 actions to name"),
+        (lambda: ppo("highway-fast-v0"), "write highway_env:highway-fast-v0 (pip install 'surefoot[driving]')"),
+        (lambda: ppo("ALE/Pong-v5"), "write ale_py:ALE/Pong-v5 (pip install 'surefoot[atari]')"),
+        (lambda: ppo("CartPole-v1", "MlpPolicyy"), "for Gymnasium the policy is one of MlpPolicy, "),
+        (
+            lambda: ppo(Counter(3, ""), Wide()),
+            "policy: your network returns [2, 1] for 2 observations; features_dim says [2, 7]",
+        ),
+        (lambda: ppo(Counter(3, ""), Acting()), "policy: yours has act, but lacks acting, closed_form, "),
         (lambda: ppo("broken.py:make"), "env make cannot be made: the engine is missing"),
         (
             lambda: ppo("CartPole-v1", "MlpLstmPolicy", n_steps=8, batch_size=12),
@@ -448,7 +464,7 @@ def test_counts_that_do_not_start_at_0_are_counts_all_the_same() -> None:
     assert len(values) == len(set(values.values())) == 3
 
 
-@pytest.mark.parametrize("space", [spaces.Discrete(3), spaces.MultiDiscrete([3, 3])], ids=str)
+@pytest.mark.parametrize("space", [spaces.Discrete(3), spaces.MultiDiscrete([3, 3]), spaces.MultiBinary(2)], ids=str)
 def test_an_observation_outside_its_space_is_one_line(space: Any) -> None:
     class Outside(Counter):
         observation_space = space
@@ -481,6 +497,33 @@ def test_continuous_actions_are_clipped_to_the_space_on_their_way_and_trained_on
     env = wrap_vector(Narrow(3, "truncated"), seed=0)
     batch = collect(rollout_of(ControlPolicy(env.observation_spaces, env.action_space), env, 12))
     assert batch.actions_BT.abs().max() > 0.01
+
+
+def test_an_environment_may_change_the_action_it_is_given() -> None:
+    class Greedy(Counter):
+        action_space = spaces.MultiDiscrete([2, 3])
+
+        def step(self, action: Any) -> Any:
+            action *= 5
+            return super().step(0)
+
+    env = make_vector(Greedy, n_envs=2, vectorization="sync", kwargs={"length": 9, "end": "truncated"}, seed=0)
+    batch = collect(rollout_of(ControlPolicy(env.observation_spaces, env.action_space), env, 5))
+    assert set(batch.actions_BT.flatten().tolist()) == {0, 1, 2}
+    assert numpy.array_equal(numpy.stack(env.actions[1]), batch.actions_BT[1].numpy())
+
+
+def test_a_rollout_of_one_step_that_only_reset_changes_nothing() -> None:
+    env = counters(SyncVectorEnv, AutoresetMode.NEXT_STEP, [(1, "terminated")])
+    model = ppo(env.env, n_steps=1, batch_size=2, evaluate_episodes=0).learn(4)
+    assert model.num_timesteps == 4
+
+
+def test_an_evaluation_that_never_ends_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("surefoot.rollout.vector.LONGEST_EPISODE", 50)
+    env = wrap_vector(Counter(10**9, "terminated"), seed=0)
+    policy = ControlPolicy(env.observation_spaces, env.action_space)
+    assert "an episode has not ended after 50 steps; give it a time limit" in refusal(lambda: play(policy, env, 1))
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])

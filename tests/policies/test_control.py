@@ -230,6 +230,18 @@ def test_images_beside_numbers_share_the_features() -> None:
     ControlPolicy({"obs": spaces.Box(-1, 1, (3,))}, spaces.Discrete(2), kind="MultiInputPolicy")  # needs no image
 
 
+def test_images_of_bytes_are_fractions_and_integers_can_be_normalised() -> None:
+    image = spaces.Box(0, 255, (36, 36, 1), dtype=numpy.uint8)
+    features = Extractor({"obs": image}, images=False)({"obs": torch.full((1, 36, 36, 1), 51, dtype=torch.uint8)})
+    torch.testing.assert_close(features, torch.full((1, 36 * 36), 0.2))
+    parts = {"count": spaces.Box(0, 1000, (3,), dtype=numpy.int64), "image": image}
+    policy = ControlPolicy(parts, spaces.Discrete(2), normalize=True)
+    assert set(policy.moments) == {"count"}
+    seen = numpy.array([[1, 2, 3], [3, 8, 1]])
+    prepared = policy.prepare({"count": seen}, learn=True)["count"]
+    torch.testing.assert_close(prepared, torch.tensor([[-1.0, -1, 1], [1, 1, -1]]), atol=1e-3, rtol=0)
+
+
 def test_a_board_is_seen_cell_by_cell() -> None:
     """Small float boxes [H, W, C] keep their size: moving a stone by a cell moves the last convolution's output by one."""
     extractor = Extractor({"obs": spaces.Box(0, 1, (9, 9, 2), dtype=numpy.float32)}, images=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from torch import nn
 
 from surefoot import PPO, BaseCallback, InputError, evaluate_policy
 from surefoot.config import load_config
+from surefoot.policies.control import ControlPolicy
 from surefoot.train import loop
 from tests.train.small_run import rows, weights
 
@@ -248,6 +250,7 @@ def test_predict_needs_the_masks_it_was_trained_with_and_its_own_state() -> None
     assert model.predict(seen[0], action_masks=[False, True])[0] == 1
     for wrong in (None, masks[:2], [True]):
         assert "give action_masks [3, 2]" in refusal(lambda wrong=wrong: model.predict(seen, action_masks=wrong))
+    assert "predict: copy 0 has no legal action" in refusal(lambda: model.predict(seen[0], action_masks=[0, 0]))
     lstm = small("MlpLstmPolicy", "Pendulum-v1", policy_kwargs={"lstm_hidden_size": 8})
     _, state = lstm.predict(numpy.zeros((2, 3), dtype="f4"))
     for one in (state[:2], [part[:1] for part in state]):
@@ -269,6 +272,7 @@ def test_predict_checks_every_part_of_an_observation() -> None:
     assert model.predict({"box": numpy.float32(0), "count": 2})[0] in (0, 1)
     assert model.predict({"box": numpy.zeros(4, dtype="f4"), "count": numpy.ones(4, dtype=int)})[0].shape == (4,)
     for bad, said in (
+        ({"box": numpy.float32(numpy.nan), "count": 2}, "predict: the observation box of copy 0 is not finite"),
         ({"box": numpy.float32(0)}, "lacks 'count'"),
         ({"box": numpy.float32(0), "count": 4}, "the observation count lies outside its space"),
         ({"box": numpy.zeros(4, dtype="f4"), "count": numpy.ones(3, dtype=int)}, "the observation count has shape [3]"),
@@ -287,6 +291,84 @@ def test_evaluating_in_the_training_environment_begins_new_episodes_there() -> N
     trained = [json.loads(line) for line in (model.run_folder / "samples.jsonl").read_text().splitlines()]
     assert {(row["return"], row["steps"]) for row in trained} == {(6.0, 3)}
     assert "the policy is for Box(0.0, 9.0, (1,)" in refusal(lambda: evaluate_policy(model, "CartPole-v1"))
+    frozen = small(env="FrozenLake-v1", n_envs=1)
+    assert "the policy is for Discrete(16)" in refusal(lambda: evaluate_policy(frozen, "FrozenLake8x8-v1"))
+
+
+def test_an_environment_used_between_two_trainings_begins_anew() -> None:
+    env = Constant(2.0)
+    model = small(env=env, n_steps=16).learn(16)
+    env.step(0)  # somebody looks at it
+    model.learn(16)
+    assert {(episode.total, episode.steps) for episode in model._training.rollout.finished} == {(6.0, 3)}  # type: ignore
+
+
+def test_the_training_environment_is_not_evaluated_in_the_middle_of_a_rollout() -> None:
+    env = Constant()
+    model = small(env=env, n_steps=16)
+    said = refusal(lambda: model.learn(16, callback=lambda *_: bool(evaluate_policy(model, env))))
+    assert said == "the training environment is in the middle of a rollout; evaluate in another one"
+
+
+def test_infos_reach_callbacks_one_by_copy() -> None:
+    seen: list[Any] = []
+    env = SyncVectorEnv([lambda: gymnasium.wrappers.RecordEpisodeStatistics(Constant(2.0))] * 2)
+    small(env=env, n_steps=3).learn(6, callback=lambda found, _: seen.append(found["infos"]))
+    assert [len(infos) for infos in seen] == [2, 2, 2]
+    assert seen[-1][1]["episode"]["r"] == 6.0 and seen[-1][1]["is_success"] and "episode" not in seen[0][0]
+
+
+def test_a_model_of_an_environment_that_gymnasium_made_is_loaded_without_it() -> None:
+    small(env=gymnasium.make("CartPole-v1", max_episode_steps=9)).save("named")
+    model = PPO.load("named", verbose=0)
+    assert model.config.env is not None and model.config.env.id == "CartPole-v1"
+    assert evaluate_policy(model, n_eval_episodes=2, warn=False)[0] <= 9
+    assert PPO.open("named").predict(numpy.zeros(4))[0] in (0, 1)
+    small(env=gymnasium.wrappers.FlattenObservation(gymnasium.make("CartPole-v1"))).save("wrapped")
+    assert "give it again" in refusal(lambda: PPO.load("wrapped", verbose=0))
+
+
+def test_a_number_takes_the_place_of_a_schedule_that_was_a_function() -> None:
+    small(learning_rate=lambda left: 1e-3 * left).save("saved")
+    model = PPO.load("saved", verbose=0, learning_rate=2e-4, n_steps=numpy.int64(8), batch_size=8).learn(24)
+    assert rows(model.run_folder)[-1]["ppo/learning_rate"] == 2e-4  # type: ignore[arg-type]
+
+
+def test_a_policy_of_ones_own_is_trained_and_loaded() -> None:
+    class Mine(ControlPolicy):
+        """A policy that never sees the first number."""
+
+        def prepare(self, observations: Any, *, learn: bool = False) -> Any:
+            hidden = {name: values * numpy.array([0, 1, 1, 1], dtype="f4") for name, values in observations.items()}
+            return super().prepare(hidden, learn=learn)
+
+    box, choice = {"obs": spaces.Box(-1, 1, (4,))}, spaces.Discrete(2)
+    model = small(Mine(box, choice), "CartPole-v1").learn(2 * BATCH)
+    acts = [model.predict(numpy.array([x, 0.1, 0.2, 0.3]), deterministic=True)[0] for x in (-3.0, 3.0)]
+    assert isinstance(model.policy, Mine) and acts[0] == acts[1]
+    model.save("mine")
+    loaded = PPO.load("mine", policy=Mine(box, choice, seed=9), verbose=0)
+    assert isinstance(loaded.policy, Mine) and same_weights(model, loaded)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_a_run_and_its_workers_is_one_line_and_a_checkpoint(number: int) -> None:
+    """As a terminal sends Ctrl-C: to every process of the group."""
+    command = [Path(sys.executable).with_name("surefoot"), "ppo", "run.yaml", "--run.name", "stopped"]
+    Path("run.yaml").write_text(
+        "{env: {id: CartPole-v1, n_envs: 2, vectorization: async}, evaluate: {episodes: 0}, "
+        f"ppo: {{n_steps: {N_STEPS}, batch_size: {N_STEPS}, total_timesteps: 10_000_000}}}}"
+    )
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True, text=True)
+    log, deadline = Path("runs/stopped/metrics.jsonl"), time.monotonic() + 60
+    while time.monotonic() < deadline and (not log.exists() or log.read_bytes().count(b"\n") < 5):
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, said
+    lines = [line for line in said.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("surefoot: stopped after update "), said
+    assert PPO.load("runs/stopped", verbose=0).num_timesteps > 0
 
 
 def test_an_environment_that_is_given_goes_before_the_one_in_the_file() -> None:

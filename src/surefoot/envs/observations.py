@@ -41,7 +41,7 @@ def flat(observations: Any, prefix: str = "") -> dict[str, Any]:
 def batched(spaces_by_name: Mapping[str, Any], observation: Any, masks: Any = None) -> tuple[Arrays, bool]:
     """One observation or N of them as arrays [N, ...] by name, and whether it was one; `masks` [A] or [N, A] go with them.
 
-    Raises InputError for a shape that is neither, or a count outside its space.
+    Raises InputError for a shape that is neither.
     """
     arrays = {name: numpy.asarray(values) for name, values in flat(observation).items()}
     if masks is not None:
@@ -59,12 +59,11 @@ def batched(spaces_by_name: Mapping[str, Any], observation: Any, masks: Any = No
             raise InputError(
                 f"predict: the observation {name} has shape {shape}; one is {list(space.shape)}, N are {['N', *space.shape]}"
             )
-        if not _are_counts_within(space, arrays[name]):
-            raise InputError(f"predict: the observation {name} lies outside its space {space}")
     if ACTION_MASK in spaces_by_name:
         given, wanted = arrays.get(ACTION_MASK), (len(arrays[first]), *spaces_by_name[ACTION_MASK].shape)
         if given is None or given.shape != wanted:
             raise InputError(f"predict: this policy was trained with action masks; give action_masks {list(wanted[is_one:])}")
+        arrays[ACTION_MASK] = given.astype(bool)
     return arrays, is_one
 
 
@@ -75,8 +74,8 @@ class Checks:
     values beyond their bounds are warned of once and used: published environments have them.
     """
 
-    def __init__(self, spaces_by_name: Mapping[str, Any], action_space: Any, *, name: str):
-        self.spaces, self.action_space, self.name = spaces_by_name, action_space, name
+    def __init__(self, spaces_by_name: Mapping[str, Any], action_space: Any, *, name: str, where: str = "env"):
+        self.spaces, self.action_space, self.name, self.where = spaces_by_name, action_space, name, where
         if ACTION_MASK in spaces_by_name:
             _check_mask_space(spaces_by_name[ACTION_MASK], action_space)
         self._bounds = {n: space for n, space in spaces_by_name.items() if n != ACTION_MASK and _can_be_left(space)}
@@ -88,7 +87,7 @@ class Checks:
             if name == ACTION_MASK:
                 self._check_mask(values, is_over)
             elif not _are_counts_within(self.spaces[name], values):
-                raise InputError(f"env: the observation {name} lies outside its space {self.spaces[name]}")
+                raise InputError(f"{self.where}: the observation {name} lies outside its space {self.spaces[name]}")
             elif name in self._bounds:
                 self._warn_of_bounds(name, values)
 
@@ -98,12 +97,14 @@ class Checks:
             # The sum first: one number to look at, and where it is finite so are all the others.
             if values.dtype.kind == "f" and not math.isfinite(values.sum()) and not numpy.isfinite(values).all():
                 copy = int(numpy.argmin(numpy.isfinite(values.reshape(len(values), -1)).all(1)))
-                raise InputError(f"env: the observation {name} of copy {copy} is not finite; mend it in the environment")
+                raise InputError(
+                    f"{self.where}: the observation {name} of copy {copy} is not finite; mend it in the environment"
+                )
 
     def _check_mask(self, masks: NDArray[Any], is_over: NDArray[numpy.bool_] | None) -> None:
         if masks.ndim != 2 or masks.shape[1] != mask_width(self.action_space):
             raise InputError(
-                f"env: action masks have shape {list(masks.shape[1:])}; {self.action_space} has "
+                f"{self.where}: action masks have shape {list(masks.shape[1:])}; {self.action_space} has "
                 f"{mask_width(self.action_space)} actions to name"
             )
         can_act = numpy.all([choice.any(-1) for choice in choices(self.action_space, masks)], axis=0)
@@ -111,7 +112,9 @@ class Checks:
             can_act |= is_over
         if not can_act.all():
             copy = int(numpy.argmin(can_act))
-            raise InputError(f"env: copy {copy} has no legal action in its action_mask; an episode that is over must end")
+            raise InputError(
+                f"{self.where}: copy {copy} has no legal action in its action_mask; an episode that is over must end"
+            )
 
     def _warn_of_bounds(self, name: str, values: NDArray[Any]) -> None:
         """Say once that values lie beyond the bounds of their Box; they are used as they are."""
@@ -140,6 +143,8 @@ def choices(action_space: Any, masks: NDArray[Any]) -> list[NDArray[Any]]:
 
 
 def _are_counts_within(space: Any, values: NDArray[Any]) -> bool:
+    if isinstance(space, spaces.MultiBinary):
+        return bool(((values == 0) | (values == 1)).all())
     if not isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
         return True
     first, count = space.start, space.n if isinstance(space, spaces.Discrete) else space.nvec

@@ -10,6 +10,8 @@ from __future__ import annotations
 import difflib
 import functools
 import math
+import multiprocessing
+import signal
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +27,11 @@ from surefoot.core.seeds import derived_seed
 from surefoot.envs.observations import ACTION_MASK, Arrays, Checks, choices, flat, leaves, mask_width
 from surefoot.errors import InputError
 
+# What an id begins with -> the module that registers it, and our extra that brings it.
+PROVIDERS = {"ALE/": ("ale_py", "atari")} | {
+    f"{name}-": ("highway_env", "driving")
+    for name in ("highway", "merge", "parking", "roundabout", "intersection", "racetrack")
+}
 LONGEST_REPLAY = 20_000  # steps of an episode that are kept so that a resumed run can play it again
 
 
@@ -78,9 +85,12 @@ class Vector:
         """Raise InputError if a policy for `other` does not fit here."""
         mine, others = ({**v.observation_spaces, "action": v.action_space} for v in (self, other))
         for name in sorted(mine.keys() | others.keys()):
-            spaces_here, wanted = mine.get(name), others.get(name)
-            if getattr(spaces_here, "shape", 0) != getattr(wanted, "shape", 0) or type(spaces_here) is not type(wanted):
-                raise InputError(f"env {self.name}: its {name} space is {spaces_here}; the policy is for {wanted}")
+            here, wanted = mine.get(name), others.get(name)
+            fits = here == wanted
+            if name != "action" and isinstance(here, spaces.Box) and isinstance(wanted, spaces.Box):
+                fits = here.shape == wanted.shape  # the bounds of observations are not enforced
+            if not fits:
+                raise InputError(f"env {self.name}: its {name} space is {here}; the policy is for {wanted}")
 
     def reset(self) -> Arrays:
         """Begin an episode in every copy."""
@@ -98,7 +108,8 @@ class Vector:
             for history, action in zip(self.actions, actions, strict=True):
                 if len(history) <= LONGEST_REPLAY:
                     history.append(action)
-        observations, rewards, terminated, truncated, infos = self._guarded(lambda: self.env.step(actions))
+        # A copy: an environment may change what it is given, and these are in the batch and in the history.
+        observations, rewards, terminated, truncated, infos = self._guarded(lambda: self.env.step(actions.copy()))
         real = ~self._just_ended
         ended = (terminated | truncated) & real
         is_over = numpy.zeros_like(ended) if self.mode == AutoresetMode.SAME_STEP else ended
@@ -159,13 +170,14 @@ class Vector:
 
     def _end(self) -> None:
         """Close what has failed. Gymnasium's `close` would wait for the answer that a dead worker owes."""
-        if not isinstance(self.env, gymnasium.vector.AsyncVectorEnv):
+        env = self.env.unwrapped
+        if not isinstance(env, gymnasium.vector.AsyncVectorEnv):
             self.env.close()
             return
-        for worker in self.env.processes:
+        for worker in env.processes:
             worker.kill()
             worker.join()
-        self.env.closed = True
+        env.closed = True
 
     def _any_action(self, observations: Any, copy: int) -> NDArray[Any]:
         """Some legal action: what a copy that waits for its replay does."""
@@ -221,8 +233,10 @@ class Vector:
             raise
         except Exception as error:
             self._end()
-            message = " ".join(str(error).split())[:300]
-            raise InputError(f"env {self.name} failed: {type(error).__name__}: {message}") from error
+            message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            if isinstance(error, (EOFError, ConnectionError)):
+                message = "one of its worker processes died"
+            raise InputError(f"env {self.name} failed: {message}") from error
 
 
 def make_vector(
@@ -238,8 +252,11 @@ def make_vector(
     probe = _made(maker, name)  # here, not in a worker: its error is then the user's to read
     has_masks = probe.has_wrapper_attr("action_masks")  # sb3-contrib's way to name the legal actions
     probe.close()
-    kind = gymnasium.vector.SyncVectorEnv if vectorization == "sync" else gymnasium.vector.AsyncVectorEnv
-    env = _made(lambda: kind([maker] * n_envs, autoreset_mode=AutoresetMode.DISABLED), name)
+    if vectorization == "sync":
+        env = _made(lambda: gymnasium.vector.SyncVectorEnv([maker] * n_envs, autoreset_mode=AutoresetMode.DISABLED), name)
+    else:
+        makers = [functools.partial(_in_worker, maker)] * n_envs
+        env = _made(lambda: gymnasium.vector.AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED), name)
     return Vector(env, seed=seed, has_masks=has_masks, name=name)
 
 
@@ -253,6 +270,27 @@ def wrap_vector(env: Any, *, seed: int) -> Vector:
         raise InputError(f"env: expected a Gymnasium id, environment or vector environment, got {type(env).__name__}")
     copies = gymnasium.vector.SyncVectorEnv([lambda: env], autoreset_mode=AutoresetMode.DISABLED)
     return Vector(copies, seed=seed, has_masks=env.has_wrapper_attr("action_masks"), name=env_name(env))
+
+
+def _in_worker(make: Callable[[], Any]) -> Any:
+    """Ctrl-C reaches every process of a terminal; the run alone answers it, and ends its workers."""
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return make()
+
+
+def made_from(vector: Vector) -> tuple[str, dict[str, Any]] | None:
+    """The id and keyword arguments that the first copy was made from by `gymnasium.make`, if that is all there was to it."""
+    spec = getattr(getattr(vector.env, "envs", [vector.env])[0], "spec", None)
+    if spec is None or spec.additional_wrappers or not isinstance(spec.id, str):
+        return None
+    kwargs = {name: value for name, value in spec.kwargs.items() if name != "render_mode"}
+    own = gymnasium.registry.get(spec.id)
+    if own is None or any(not isinstance(value, (bool, int, float, str, type(None))) for value in kwargs.values()):
+        return None
+    if spec.max_episode_steps != own.max_episode_steps:
+        kwargs["max_episode_steps"] = spec.max_episode_steps
+    return spec.id, kwargs
 
 
 def share_copies(one: Vector, other: Vector) -> bool:
@@ -274,9 +312,16 @@ def _made(make: Callable[[], Any], name: str) -> Any:
             return make()
     except gymnasium.error.UnregisteredEnv as error:
         module, colon, _ = name.rpartition(":")
-        close = difflib.get_close_matches(name, [f"{module}{colon}{known}" for known in gymnasium.registry], n=1, cutoff=0.4)
+        close = difflib.get_close_matches(name, [f"{module}{colon}{known}" for known in gymnasium.registry], n=1, cutoff=0.6)
         hint = f"; did you mean {close[0]!r}?" if close else ""
+        for prefix, (module, extra) in PROVIDERS.items():
+            if name.startswith(prefix):
+                hint = f"; write {module}:{name} (pip install 'surefoot[{extra}]')"
         raise InputError(f"env.id: {' '.join(str(error).split()).partition('. Did you mean')[0].rstrip('.')}{hint}") from None
+    except ImportError as error:
+        extras = [extra for module, extra in PROVIDERS.values() if name.startswith(f"{module}:")]
+        hint = f" (pip install 'surefoot[{extras[0]}]')" if extras else ""
+        raise InputError(f"env {name} cannot be made{hint}: {' '.join(str(error).split())[:300]}") from error
     except Exception as error:  # what makes an environment is the user's code
         raise InputError(f"env {name} cannot be made: {' '.join(str(error).split())[:300]}") from error
 

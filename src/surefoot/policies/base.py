@@ -1,16 +1,18 @@
-"""What the training loop asks of a policy. Nothing in it knows what a language model is."""
+"""What the training loop asks of a policy, and what acting in environments asks besides."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from surefoot.core.losses import LossStats
+from surefoot.core.running import RunningStats
 from surefoot.types import Batch, Evaluation
 
 
@@ -62,4 +64,60 @@ class Policy(Protocol):
 
     def save(self, folder: Path) -> None:
         """Write the policy where others can load it."""
+        ...
+
+
+class ActingPolicy(Policy, Protocol):
+    """A policy that acts step by step in environments: what `policies/control.py` provides, and `PPO` asks of one."""
+
+    reward_stats: RunningStats
+    """Of the discounted returns by which rewards are normalised; part of `state`."""
+
+    def prepare(self, observations: Mapping[str, NDArray[Any]], *, learn: bool = False) -> dict[str, Tensor]:
+        """Arrays [N, ...] as tensors."""
+        ...
+
+    def initial_state(self, rows: int) -> dict[str, Tensor]:
+        """What is remembered before the first step; empty without memory."""
+        ...
+
+    def acting(self) -> AbstractContextManager[Any]:
+        """To hold while weights stand still."""
+        ...
+
+    def noise(self, steps: int, envs: int, generator: torch.Generator) -> Any:
+        """Randomness of a rollout, entry t for step t."""
+        ...
+
+    def act(
+        self, observations: dict[str, Tensor], state: dict[str, Tensor], *, starts: Tensor, noise: Any = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Actions [N, ...] and what is remembered after them; without noise the likeliest."""
+        ...
+
+    def values(self, observations: dict[str, Tensor], state: dict[str, Tensor], *, starts: Tensor) -> Tensor:
+        """V [N]."""
+        ...
+
+    def predict(
+        self,
+        observations: Mapping[str, NDArray[Any]],
+        state: tuple[NDArray[Any], ...] | None = None,
+        episode_start: NDArray[Any] | None = None,
+        *,
+        noise_from: torch.Generator | None = None,
+    ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...] | None]:
+        """Actions [N, ...] and what is remembered, for use outside of training; the likeliest without `noise_from`."""
+        ...
+
+    def load_extras(self, folder: Path) -> None:
+        """Take over what `save` wrote."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What it has learnt outside its weights, as JSON."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
         ...

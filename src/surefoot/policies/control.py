@@ -21,7 +21,7 @@ from surefoot.core.running import RunningMoments, RunningStats
 from surefoot.errors import InputError
 from surefoot.policies import closed_form
 from surefoot.policies.actions import ACTION_MASK, action_head
-from surefoot.policies.networks import Extractor, Layers, Memory, orthogonal
+from surefoot.policies.networks import Extractor, Layers, Memory, is_image, orthogonal
 from surefoot.tensors import read_tensors
 from surefoot.types import Batch, Evaluation
 
@@ -72,6 +72,7 @@ class ControlPolicy(nn.Module):
             if not width:
                 raise InputError("policy: a network of your own needs a features_dim, the width of what it returns")
             self._build(width, action_space, config, kind)
+        self._check_features(width)
         self.eval()
 
     def _build(self, width: int, action_space: Any, config: NetworkConfig, kind: str) -> None:
@@ -249,6 +250,20 @@ class ControlPolicy(nn.Module):
         save_file({name: value.detach().contiguous().cpu() for name, value in self.state_dict().items()}, folder / WEIGHTS)
         (folder / MOMENTS).write_text(json.dumps(self.state(), default=lambda tensor: tensor.tolist()), encoding="utf-8")
 
+    @torch.no_grad()
+    def _check_features(self, width: int) -> None:
+        """Raise InputError if a network of the user's own fails, or returns something else than it says."""
+        if isinstance(self.extractor, Extractor):
+            return
+        seen = self.prepare({name: numpy.zeros((2, *space.shape), space.dtype) for name, space in self.spaces.items()})
+        try:
+            found = tuple(self._features({name: values.to(_device_of(self.extractor)) for name, values in seen.items()}).shape)
+        except Exception as error:
+            message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise InputError(f"policy: your network fails on observations of this environment: {message}") from error
+        if found != (2, width):
+            raise InputError(f"policy: your network returns {list(found)} for 2 observations; features_dim says [2, {width}]")
+
     def _features(self, observations: dict[str, Tensor]) -> Tensor:
         """A network of the user's own gets what the environment gives: a tensor, or a dict of them."""
         is_plain = not isinstance(self.extractor, Extractor) and list(self.spaces) == [OBSERVATION]
@@ -275,6 +290,10 @@ class ControlPolicy(nn.Module):
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
 
+def _device_of(module: nn.Module) -> torch.device | str:
+    return next((parameter.device for parameter in module.parameters()), "cpu")
+
+
 def _is_vector(space: Any) -> bool:
-    """Whether an observation is worth normalising: numbers that are no image and no count."""
-    return type(space).__name__ == "Box" and space.dtype.kind == "f"
+    """Whether an observation is worth normalising: numbers that are no image, no count and no switch."""
+    return type(space).__name__ == "Box" and space.dtype.kind in "fiu" and not is_image(space)

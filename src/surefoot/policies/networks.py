@@ -27,9 +27,9 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 class Extractor(nn.Module):
     """Observations [N, ...] by name -> features [N, features_dim].
 
-    Box is flattened, Discrete and MultiDiscrete become one-hot, MultiBinary numbers; with `images`, a Box that looks like
-    an image goes through a Nature CNN, one that looks like a board through a small one. The parts are concatenated in the
-    order of the space.
+    Box is flattened (images of bytes over 255), Discrete and MultiDiscrete become one-hot, MultiBinary numbers; with
+    `images`, a Box that looks like an image goes through a Nature CNN, one that looks like a board through a small one. The
+    parts are concatenated in the order of the space.
     """
 
     def __init__(self, spaces: dict[str, Any], *, images: bool, needs_images: bool = False):
@@ -49,7 +49,8 @@ class Extractor(nn.Module):
                 sizes = [int(n) for n in space.nvec.flatten()]
                 width, self.parts[name] = sum(sizes), sizes
             elif kind in ("Box", "MultiBinary"):
-                width, self.parts[name] = math.prod(space.shape), None
+                is_bytes = is_image(space) and space.dtype.kind == "u"  # divided by 255, as a CNN does
+                width, self.parts[name] = math.prod(space.shape), 1.0 / 255.0 if is_bytes else None
             else:
                 raise InputError(f"env: the observation space {kind} ({name}) is not supported; flatten it with a wrapper")
             self.features_dim += width
@@ -67,6 +68,8 @@ class Extractor(nn.Module):
     def _features(self, values: Tensor, part: Any) -> Tensor:
         if part is None:
             return values.reshape(len(values), -1).float()
+        if isinstance(part, float):
+            return values.reshape(len(values), -1).float() * part
         if isinstance(part, nn.Module):
             return part(values)  # type: ignore[no-any-return]
         columns = values.long().reshape(len(values), len(part)).unbind(-1)

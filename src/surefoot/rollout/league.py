@@ -16,7 +16,7 @@ from surefoot.errors import InputError
 from surefoot.types import Episode
 
 if TYPE_CHECKING:
-    from surefoot.rollout.vector import ActingPolicy
+    from surefoot.policies.base import ActingPolicy
 
 RANDOM = -1  # stands where a self has its number
 ELO_STEP = 4.0  # K: small, since an update has hundreds of games

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy
 import torch
@@ -16,59 +15,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from surefoot.config import EnvConfig, PPOConfig
-from surefoot.core.running import RunningStats
 from surefoot.core.seeds import derived_seed
 from surefoot.envs.observations import Arrays
-from surefoot.envs.vector import Vector, VectorStep, env_name
-from surefoot.policies.base import Policy
+from surefoot.envs.vector import LONGEST_REPLAY, Vector, VectorStep
+from surefoot.errors import InputError
+from surefoot.policies.base import ActingPolicy
 from surefoot.rollout.league import League
 from surefoot.rollout.score import score_batch
 from surefoot.types import Batch, Episode
 
 STARTS = "memory/starts"
 CLIP_REWARD = 10.0
+LONGEST_EPISODE = 100_000  # steps of an evaluation: what has not ended by then never will
 WINDOW = 100  # finished episodes that the means are taken over, as Stable-Baselines3 does
-
-
-class ActingPolicy(Policy, Protocol):
-    """A policy that acts step by step: what `policies/control.py` provides."""
-
-    reward_stats: RunningStats
-    """Of the discounted returns by which rewards are normalised; part of `state`."""
-
-    def prepare(self, observations: Mapping[str, NDArray[Any]], *, learn: bool = False) -> dict[str, Tensor]:
-        """Arrays [N, ...] as tensors."""
-        ...
-
-    def initial_state(self, rows: int) -> dict[str, Tensor]:
-        """What is remembered before the first step; empty without memory."""
-        ...
-
-    def acting(self) -> contextlib.AbstractContextManager[Any]:
-        """To hold while weights stand still."""
-        ...
-
-    def noise(self, steps: int, envs: int, generator: torch.Generator) -> Any:
-        """Randomness of a rollout, entry t for step t."""
-        ...
-
-    def act(
-        self, observations: dict[str, Tensor], state: dict[str, Tensor], *, starts: Tensor, noise: Any = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Actions [N, ...] and what is remembered after them; without noise the likeliest."""
-        ...
-
-    def values(self, observations: dict[str, Tensor], state: dict[str, Tensor], *, starts: Tensor) -> Tensor:
-        """V [N]."""
-        ...
-
-    def state(self) -> dict[str, Any]:
-        """What it has learnt outside its weights, as JSON."""
-        ...
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
-        ...
 
 
 class VectorRollout:
@@ -95,6 +54,7 @@ class VectorRollout:
         self.make_evaluation, self.league = make_evaluation, league
         self.finished: deque[Episode] = deque(maxlen=WINDOW)
         self._new: list[Episode] = []  # finished in this rollout
+        self._is_playing = False
         self.latest: VectorStep | None = None  # for callbacks
         self._observations: Arrays | None = None  # to act on next; None before the first reset
         self._begin()
@@ -122,11 +82,15 @@ class VectorRollout:
         noise = self.policy.noise(steps, self.env.num_envs, generator)
         played = _Played()
         prepared = self.policy.prepare(self._observations, learn=is_new)
-        with self.policy.acting():
-            for t in range(steps):
-                if poll is not None:
-                    poll()
-                prepared = self._step(t, prepared, noise[t], played)
+        self._is_playing = True
+        try:
+            with self.policy.acting():
+                for t in range(steps):
+                    if poll is not None:
+                        poll()
+                    prepared = self._step(t, prepared, noise[t], played)
+        finally:
+            self._is_playing = False
         # Where the rollout cuts an episode, what would have come is worth V(next observation).
         last_values = self.policy.values(prepared, self._memory, starts=self._starts)
         batch = played.batch(last_values, version=version, recurrent=self.policy.reads_whole_rows)
@@ -151,8 +115,14 @@ class VectorRollout:
             env.close()
         return episode_metrics(played, "eval"), played
 
+    def check_is_free(self) -> None:
+        """Raise InputError in the middle of a rollout."""
+        if self._is_playing:
+            raise InputError("the training environment is in the middle of a rollout; evaluate in another one")
+
     def start_over(self) -> None:
-        """Begin new episodes: somebody else has stepped the environment."""
+        """Begin new episodes: somebody else has stepped the environment. Raises InputError in the middle of a rollout."""
+        self.check_is_free()
         self._observations = None
         self._begin()
 
@@ -182,8 +152,12 @@ class VectorRollout:
             self.league.go_on()
         if state["env"] is not None and (self._observations is None or digest(self._observations) != state["seen"]):
             self._observations = None
-            why = "cannot be put back" if not self.env.repeats_itself else "does not repeat itself from its seed and actions"
-            print(f"surefoot: {env_name(self.env.env)} {why}; its episodes under way begin anew", file=sys.stderr)
+            why = "does not repeat itself from its seed and actions"
+            if not self.env.repeats_itself:
+                why = "cannot be put back"
+            elif state["env"]["actions"] is None:
+                why = f"is too far into an episode to play it again (over {LONGEST_REPLAY} steps)"
+            print(f"surefoot: env {self.env.name} {why}; its episodes under way begin anew", file=sys.stderr)
         if self._observations is None:
             return
         self._totals, self._discounted = numpy.array(state["totals"]), numpy.array(state["discounted"])
@@ -306,6 +280,7 @@ def play(
     """Play `episodes` whole episodes with the likeliest actions, or, with a `seed`, with sampled ones.
 
     Each copy plays an equal share: taking the first that end would favour short ones. `seen` is shown each step.
+    Raises InputError for an episode that does not end.
     """
     copies, generator = env.num_envs, torch.Generator().manual_seed(seed or 0)
     shares = [episodes // copies + (i < episodes % copies) for i in range(copies)]
@@ -324,6 +299,11 @@ def play(
         ended = step.terminated | step.truncated
         totals += numpy.where(step.real, step.rewards, 0.0)
         lengths += step.real
+        if lengths.max() > LONGEST_EPISODE:
+            raise InputError(
+                f"env {env.name}: an episode has not ended after {LONGEST_EPISODE} steps; give it a time limit "
+                "(env.kwargs: {max_episode_steps: 1000}), or do without evaluation (evaluate.episodes: 0)"
+            )
         for i in ended.nonzero()[0]:
             if len(played[i]) < shares[i]:
                 cut = bool(step.truncated[i] and not step.terminated[i])

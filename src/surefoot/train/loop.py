@@ -175,10 +175,10 @@ def run(training: Training) -> None:
                     save(t, before)
                 checkpoint.restore_generators(before["generators"])
                 _put_back(t, before, error)
-                if isinstance(error, Abandon):
-                    if t.stop.signal_number is None:  # a callback has seen enough
-                        return
+                if t.stop.signal_number is not None:  # whatever else it broke, such as an environment's workers
                     raise _interrupted(t) from None
+                if isinstance(error, Abandon):  # a callback has seen enough
+                    return
                 raise
             check_itself = False
             log(t, batch, metrics)
@@ -352,7 +352,7 @@ def _put_back(t: Training, before: dict[str, Any], error: Exception) -> None:
     try:
         t.rollout.restore(before["rollout"])
     except SurefootError:
-        if isinstance(error, Abandon):
+        if isinstance(error, Abandon) and t.stop.signal_number is None:
             raise
 
 

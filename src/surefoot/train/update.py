@@ -106,6 +106,8 @@ def update(
     result = UpdateResult()
     if not policy.reads_whole_rows:
         batch = batch.steps()
+    if not len(batch):  # a single step that only reset
+        return result
     rows_per_minibatch = max(1, config.batch_size // batch.row_size)
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate if learning_rate is None else learning_rate
