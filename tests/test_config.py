@@ -130,6 +130,19 @@ def test_a_value_of_another_type_is_named(written, text, said):
         ("ppo: {missing_eos_mode: replace}", "replace needs a ppo.missing_eos_penalty"),
         ("ppo: {episodes_per_update: 64, batch_size: 24}", "(24) does not divide ppo.episodes_per_update (64); try 16"),
         ("ppo: {episodes_per_update: 8, batch_size: 16}", "(16) does not divide ppo.episodes_per_update (8); try 8"),
+        ("ppo: {samples_per_prompt: 12}", "ppo.samples_per_prompt (12) does not divide ppo.episodes_per_update (64); try 8"),
+        *(
+            (f"ppo: {{advantage: {name}}}", f"ppo.advantage: {name} compares the answers to one prompt; give")
+            for name in ("grpo", "dr_grpo", "rloo")
+        ),
+        ("ppo: {advantage: remax, clip_range_vf: 0.2}", "ppo.clip_range_vf is for ppo.advantage: gae; remax has no critic"),
+        ("ppo: {advantage: reinforce_pp, whiten_rewards: true}", "ppo.whiten_rewards is for ppo.advantage: gae"),
+        (
+            "ppo: {advantage: remax, gamma: 0.9}",
+            "ppo.gamma is 0.9; with ppo.advantage: remax the tokens of an answer share",
+        ),
+        ("env: {id: CartPole-v1}\nppo: {advantage: reinforce_pp}", "ppo.advantage is for text tasks"),
+        ("env: {id: CartPole-v1}\nppo: {samples_per_prompt: 4}", "ppo.samples_per_prompt is for text tasks"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(written, text, said):

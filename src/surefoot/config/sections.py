@@ -215,6 +215,12 @@ class PPOConfig(Section):
 
     total_episodes: Positive = Field(2000, description="Episodes in the whole run; rounded up to whole updates.")
     episodes_per_update: Positive = Field(64, description="Episodes collected for one update.")
+    samples_per_prompt: Positive = Field(
+        1, description="G: answers to each prompt in an update, a group. Divides episodes_per_update."
+    )
+    advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce_pp", "remax"] = Field(
+        "gae", description="What an answer is compared with (docs/family.md); all but `gae` do without a critic."
+    )
     total_timesteps: Positive = Field(
         100_000, description="With `env`: steps in the whole run, all copies together; rounded up to whole updates."
     )
@@ -239,7 +245,10 @@ class PPOConfig(Section):
     clip_range_vf: float | None = Field(None, gt=0, description="Clip of the value's move; `null` leaves it unclipped.")
     gamma: Fraction = Field(1.0, description="Discount per written token.")
     gae_lambda: Fraction = Field(0.95, description="λ of generalised advantage estimation.")
-    normalize_advantage: bool = Field(True, description="Whiten advantages over each minibatch.")
+    normalize_advantage: bool = Field(
+        True,
+        description="Whiten advantages over each minibatch; with `advantage: gae` alone, the others have a scale of their own.",
+    )
     vf_coef: NonNegative = Field(0.1, description="Weight of the value loss.")
     value_loss: Literal["half_squared", "squared"] = Field(
         "half_squared", description="½ (V - R)² as TRL's `vf_coef` means it, or (V - R)² as Stable-Baselines3's does."
@@ -272,6 +281,11 @@ class PPOConfig(Section):
         description="Most tokens (rows × longest row) in one forward and backward pass. Speed and memory only: the gradient is the minibatch's.",
     )
     max_bad_steps: Positive = Field(5, description="Skipped steps (non-finite loss or gradient) in a row before the run stops.")
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether advantages come from a value function, which is trained then."""
+        return self.advantage == "gae"
 
 
 class EvaluateConfig(Section):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from surefoot.config import PPOConfig
-from surefoot.core.advantages import gae
+from surefoot.core.advantages import gae, group_advantages
 from surefoot.core.kl import kl_penalised_rewards
 from surefoot.core.losses import LossSettings, LossStats, ppo_loss
 from surefoot.core.masked import library_of, whiten
@@ -28,7 +28,10 @@ def make_optimizer(policy: Policy, config: PPOConfig) -> torch.optim.Adam:
 
 
 def advantages(batch: Batch, config: PPOConfig | None = None, *, kl_coef: float | None = None) -> Batch:
-    """Fill `advantages_BT` and `returns_BT`: KL penalty into the rewards, whitening on request, then GAE."""
+    """Fill `advantages_BT` and `returns_BT`: KL penalty into the rewards, whitening on request, then GAE.
+
+    Without a critic (docs/family.md) there are no returns, and what an answer is compared with stands in the batch.
+    """
     config = config or PPOConfig()
     rewards_BT = batch.rewards_BT
     if batch.reference_logprobs_BT is not None:
@@ -36,6 +39,9 @@ def advantages(batch: Batch, config: PPOConfig | None = None, *, kl_coef: float 
         rewards_BT = kl_penalised_rewards(rewards_BT, batch.logprobs_BT, batch.reference_logprobs_BT, batch.mask_BT, coef=coef)
     if config.whiten_rewards:
         rewards_BT = whiten(rewards_BT, batch.mask_BT, shift_mean=False)
+    if not config.has_critic:
+        batch.advantages_BT, batch.returns_BT = _advantages_without_critic(batch, rewards_BT, config), None
+        return batch
     batch.advantages_BT, batch.returns_BT = gae(
         rewards_BT,
         batch.values_BT,
@@ -46,6 +52,26 @@ def advantages(batch: Batch, config: PPOConfig | None = None, *, kl_coef: float 
         lam=config.gae_lambda,
     )
     return batch
+
+
+def _advantages_without_critic(batch: Batch, rewards_BT: Tensor, config: PPOConfig) -> Tensor:
+    """[B, T], 0 off the mask: reward-to-go, whitened over the batch, or an answer's whole reward against a baseline."""
+    mask_BT = batch.mask_BT
+    if config.advantage == "reinforce_pp":
+        # GAE with λ = 1 and values of 0 is the discounted sum of the rewards to come.
+        zeros_BT = torch.zeros_like(rewards_BT)
+        ends = {"mask_BT": mask_BT, "ends_BT": batch.ends_BT, "bootstrap_BT": zeros_BT}
+        to_go_BT, _ = gae(rewards_BT, zeros_BT, **ends, gamma=config.gamma, lam=1.0)
+        whitened_BT: Tensor = whiten(to_go_BT, mask_BT)
+        return whitened_BT
+    scores_B = torch.where(mask_BT, rewards_BT, 0.0).sum(1)
+    if config.advantage == "remax":
+        assert batch.baselines_B is not None, "collect the batch with advantage: remax"
+        advantages_B = scores_B - batch.baselines_B
+    else:
+        assert batch.groups_B is not None, "a batch without groups_B has no answers to compare"
+        advantages_B = group_advantages(scores_B, batch.groups_B, acted_B=mask_BT.any(1), kind=config.advantage)
+    return torch.where(mask_BT, advantages_B[:, None], 0.0)
 
 
 @dataclass
@@ -59,6 +85,7 @@ class UpdateResult:
     skipped_in_a_row: int = 0
     stopped_early: bool = False
     grad_norm: float = 0.0  # mean over the steps taken, before clipping
+    has_critic: bool = True
 
     def add(self, stats: LossStats) -> None:
         """Count one minibatch in, unless its loss is not finite: one NaN would hide all the others."""
@@ -103,14 +130,14 @@ def update(
     optimizer = optimizer or make_optimizer(policy, config)
     generator = generator or torch.Generator().manual_seed(0)
     budget = budget or TokenBudget(config.micro_batch_tokens)
-    result = UpdateResult()
+    result = UpdateResult(has_critic=config.has_critic)
     if not policy.reads_whole_rows:
         batch = batch.steps()
     rows_per_minibatch = max(1, config.batch_size // batch.row_size)
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate if learning_rate is None else learning_rate
     by_autograd: AbstractContextManager[Any] = nullcontext((None, optimizer))
-    if config.normalize_advantage and rows_per_minibatch >= len(batch) > 1:
+    if config.normalize_advantage and config.has_critic and rows_per_minibatch >= len(batch) > 1:
         # All in one minibatch: its mean and spread are the same in every epoch.
         assert batch.advantages_BT is not None
         batch = replace(batch, advantages_BT=whiten(batch.advantages_BT, batch.mask_BT))
@@ -160,13 +187,13 @@ def _accumulate(
     token_budget: int,
     accumulate: Callable[..., LossStats] | None,
 ) -> LossStats:
-    assert batch.advantages_BT is not None and batch.returns_BT is not None, "call advantages(batch) first"
+    assert batch.advantages_BT is not None, "call advantages(batch) first"
     is_whole = len(rows) == len(batch)  # then the order of the rows does not matter: nothing need be picked
     advantages_BT, mask_BT = batch.advantages_BT, batch.mask_BT
     if accumulate is not None:
         advantages_BT, mask_BT = advantages_BT.numpy(), mask_BT.numpy()  # type: ignore[assignment]
     steps = int((mask_BT if is_whole else mask_BT[rows]).sum())
-    if config.normalize_advantage and steps > 1:  # one advantage alone has no spread to divide by
+    if config.normalize_advantage and config.has_critic and steps > 1:  # one advantage alone has no spread to divide by
         # Over the minibatch, before it is split: a micro-batch's own mean and variance would change the gradient.
         if is_whole:
             advantages_BT = whiten(advantages_BT, mask_BT)
@@ -180,14 +207,15 @@ def _accumulate(
     for micro in micro_batches(batch, rows, token_budget):
         part = batch if len(micro) == len(batch) else batch.rows(micro)
         length = part.mask_BT.shape[1]
-        assert part.returns_BT is not None
-        targets = (advantages_BT if part is batch else advantages_BT[micro, :length], part.returns_BT)
+        # Without a critic its values are their own target: no loss, no gradient.
+        returns_BT = part.values_BT if part.returns_BT is None else part.returns_BT
+        targets = (advantages_BT if part is batch else advantages_BT[micro, :length], returns_BT)
         if accumulate is not None:
             stats = accumulate(part, targets[0], denominator=max(steps, 1), settings=settings)
         else:
             new = policy.evaluate(part, entropy_gradient=config.ent_coef > 0)
             loss, stats = ppo_loss(
-                (new.logprobs_BT, new.values_BT, new.entropies_BT),
+                (new.logprobs_BT, new.values_BT if config.has_critic else part.values_BT, new.entropies_BT),
                 (part.logprobs_BT, part.values_BT),
                 advantages_BT=targets[0],
                 returns_BT=targets[1],
