@@ -142,6 +142,11 @@ def test_a_value_of_another_type_is_named(written, text, said):
             "ppo.gamma is 0.9; with ppo.advantage: remax the tokens of an answer share",
         ),
         ("env: {id: CartPole-v1}\nppo: {advantage: reinforce_pp}", "ppo.advantage is for text tasks"),
+        ("ppo: {clip_range_high: 0.3, clip_schedule: linear}", "ppo.clip_schedule moves ppo.clip_range alone"),
+        ("ppo: {dual_clip: 1.0}", "ppo.dual_clip: should be greater than 1"),
+        ("env: {id: CartPole-v1}\nppo: {loss_aggregation: sequence}", "ppo.loss_aggregation is for text tasks"),
+        ("env: {id: CartPole-v1}\nppo: {kl_in: loss}", "ppo.kl_in is for text tasks"),
+        ("env: {id: CartPole-v1}\nppo: {sampler_ratio_cap: 2.0}", "ppo.sampler_ratio_cap is for text tasks"),
         ("env: {id: CartPole-v1}\nppo: {samples_per_prompt: 4}", "ppo.samples_per_prompt is for text tasks"),
     ],
 )

@@ -143,6 +143,7 @@ class Batch:
     advantages_BT: Tensor | None = None
     returns_BT: Tensor | None = None  # what a critic learns; None where there is none
     trajectories: list[Trajectory] | list[Episode] = field(default_factory=list)
+    step_limit: int | None = None  # most steps the policy may take in a row
     row_size: int = 1  # what a row counts for in `batch_size`: an episode 1, a sequence its timesteps
     collected: int | None = None  # units of the run's budget in it; None: its rows
     needs_scores: bool = False  # logprobs_BT and values_BT are still to be filled in

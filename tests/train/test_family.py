@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from surefoot.config import PPOConfig
 from surefoot.rollout.batch import have_signal, text_batch
 from surefoot.train.metrics import batch_metrics, update_metrics
-from surefoot.train.update import advantages, update
+from surefoot.train.update import TokenBudget, accumulate_gradient, advantages, make_optimizer, update
 from surefoot.types import Batch
-from tests.fakes import CPU, VOCABULARY, BigramPolicy, played_batch, trajectory
+from tests.fakes import CPU, VOCABULARY, BigramPolicy, padded, played_batch, trajectory
 
 RAGGED = (3, 1, 4, 2, 2, 5, 3, 1)
 CRITIC_FREE = ("grpo", "dr_grpo", "rloo", "reinforce_pp", "remax")
@@ -30,6 +31,10 @@ def grouped_batch(policy: BigramPolicy, *, drift: float = 0.0) -> Batch:
     batch.groups_B = torch.arange(8) // 4
     batch.baselines_B = torch.tensor([0.25] * 4 + [-0.5] * 4)
     return batch
+
+
+def reference_table() -> Tensor:
+    return torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(5))
 
 
 def scored(scores: list[float], lengths: list[int]) -> Batch:
@@ -76,8 +81,7 @@ def test_reinforce_pp_is_the_penalised_reward_to_go_whitened_over_the_batch() ->
 @pytest.mark.parametrize("kind", CRITIC_FREE)
 @pytest.mark.parametrize("poison", [math.nan, 1e9])
 def test_what_is_masked_changes_no_advantage(kind: str, poison: float) -> None:
-    reference = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(5))
-    policy = BigramPolicy(reference=reference)
+    policy = BigramPolicy(reference=reference_table())
     batch = grouped_batch(policy)
     batch.reference_logprobs_BT = policy.reference_logprobs(batch)
     clean = advantages(batch, config_of(advantage=kind)).advantages_BT
@@ -119,6 +123,127 @@ def test_group_advantages_reach_the_loss_as_they_are() -> None:
         update(policy := BigramPolicy(), advantages(grouped_batch(policy, drift=0.3), config), config=config)
         gradients.append(policy.gradients()[0])
     assert torch.equal(*gradients)
+
+
+# --- aggregation, clips, KL in the loss, sampler weights: the gradient of a minibatch ---
+
+EVERYTHING = {"clip_range_high": 0.3, "dual_clip": 1.3, "kl_in": "loss", "kl_coef": 0.2, "sampler_ratio_cap": 1.1}
+AGGREGATIONS = ("token", "sequence", "constant")
+ROWS = torch.tensor([0, 2, 3, 5, 6, 7])  # a minibatch of six of the eight
+
+
+def gradient_of(
+    config: PPOConfig, *, tokens: int = 1_000, columns: int = 0, poison: float = 0.0, rows: Tensor = ROWS
+) -> list[Tensor]:
+    """Gradients of the rows' loss by logits and values, with a reference, and a sampler that is a little off."""
+    policy = BigramPolicy(reference=reference_table(), off_mask=poison)
+    batch = sampled_batch(policy)
+    batch = advantages(padded(batch, columns, poison=poison), config)
+    accumulate_gradient(
+        policy, batch, rows, config=config, optimizer=make_optimizer(policy, config), budget=TokenBudget(tokens)
+    )
+    return policy.gradients()
+
+
+def sampled_batch(policy: BigramPolicy) -> Batch:
+    batch = grouped_batch(BigramPolicy(), drift=0.3)
+    batch.reference_logprobs_BT = policy.reference_logprobs(batch)
+    noise = torch.randn(batch.logprobs_BT.shape, generator=torch.Generator().manual_seed(7))
+    batch.behaviour_logprobs_BT = batch.logprobs_BT + 0.2 * noise
+    batch.step_limit = 6
+    return batch
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_gradient_equals_a_token_by_token_twin(aggregation: str) -> None:
+    """Every answer's tokens one after the other in plain Python; autograd only through the policy's tables."""
+    config = config_of(advantage="dr_grpo", loss_aggregation=aggregation, **EVERYTHING)
+    policy = BigramPolicy()
+    batch = advantages(sampled_batch(BigramPolicy(reference=reference_table())), config)
+    total, tokens = torch.zeros(()), 0
+    for row in ROWS.tolist():
+        answer, places = torch.zeros(()), batch.mask_BT[row].nonzero().flatten().tolist()
+        for t in places:
+            before, action = int(batch.observations["tokens"][row, t - 1]), int(batch.actions_BT[row, t])
+            logprob, old = torch.log_softmax(policy.logits_VV[before], dim=0)[action], batch.logprobs_BT[row, t]
+            ratio = torch.exp(logprob - old)
+            advantage = float(batch.advantages_BT[row, t]) * min(math.exp(old - batch.behaviour_logprobs_BT[row, t]), 1.1)
+            objective = min(ratio * advantage, ratio.clamp(0.8, 1.3) * advantage)
+            objective = max(objective, torch.tensor(1.3 * advantage)) if advantage < 0 else objective
+            off = logprob - batch.reference_logprobs_BT[row, t]
+            answer = answer - objective + 0.2 * ratio.detach() * off**2 / 2
+        tokens += len(places)
+        total = total + (answer / len(places) if aggregation == "sequence" else answer)
+    denominator = {"token": tokens, "sequence": len(ROWS), "constant": 6 * len(ROWS)}[aggregation]
+    (total / denominator).backward()
+    (gradient,) = gradient_of(config)
+    torch.testing.assert_close(gradient, policy.logits_VV.grad, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("kind", ["gae", "grpo"])
+def test_micro_batches_and_padding_do_not_change_the_gradient(kind: str, aggregation: str) -> None:
+    config = config_of(advantage=kind, loss_aggregation=aggregation, ent_coef=0.01, **EVERYTHING)
+    whole = gradient_of(config)
+    assert len(whole) == (2 if kind == "gae" else 1)
+    for tokens, columns, poison in ((1, 0, 0.0), (14, 0, 0.0), (14, 3, math.nan), (20, 20, 1e9)):
+        for gradient, expected in zip(gradient_of(config, tokens=tokens, columns=columns, poison=poison), whole, strict=True):
+            torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-6)
+
+
+def test_aggregations_differ_by_what_they_should() -> None:
+    """A constant is the token mean rescaled; where all answers are equally long, the sequence mean is the token mean."""
+    token, sequence, constant = (
+        gradient_of(config_of(advantage="rloo", loss_aggregation=aggregation))[0] for aggregation in AGGREGATIONS
+    )
+    tokens = sum(RAGGED[row] for row in ROWS.tolist())
+    torch.testing.assert_close(constant, token * tokens / (6 * len(ROWS)))
+    assert float((sequence - token).abs().max()) > 1e-3
+    alike = torch.tensor([0, 6])  # three tokens each
+    token, sequence = (
+        gradient_of(config_of(advantage="rloo", loss_aggregation=aggregation), rows=alike)[0]
+        for aggregation in ("token", "sequence")
+    )
+    torch.testing.assert_close(sequence, token)
+
+
+def test_one_long_answer_outweighs_a_short_one_by_its_tokens_only_where_asked_for() -> None:
+    """Lengths 1 and 3, advantages 1 and -1, ratio 1: -(1 - 3)/4, the mean of -1 and 1, and -(1 - 3)/(2 · 5)."""
+    for aggregation, expected in (("token", 0.5), ("sequence", 0.0), ("constant", 0.2)):
+        batch = scored([1.0, 0.0], [1, 3])
+        batch.advantages_BT = batch.mask_BT * torch.tensor([[1.0], [-1.0]])
+        batch.step_limit, policy = 5, BigramPolicy()
+        batch.logprobs_BT = policy.evaluate(batch).logprobs_BT.detach()
+        config = config_of(advantage="rloo", loss_aggregation=aggregation)
+        # All tokens are 2: the gradient by the logits is -Σ A w (1[a] - p), so the logit of 2 says the sum of A w.
+        first, later = torch.softmax(policy.logits_VV.detach(), dim=-1)[[1, 2], 2].tolist()
+        accumulate_gradient(
+            policy, batch, torch.arange(2), config=config, optimizer=make_optimizer(policy, config), budget=TokenBudget(99)
+        )
+        gradient = policy.gradients()[0]
+        assert float(gradient[1, 2]) / (1 - first) + float(gradient[2, 2]) / (1 - later) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_sampler_that_is_the_trainer_needs_no_weights() -> None:
+    capped, plain = (config_of(advantage="rloo", sampler_ratio_cap=cap, n_epochs=1) for cap in (2.0, None))
+    weights = []
+    for config, has_sampler in ((capped, False), (plain, False), (plain, True)):
+        policy = BigramPolicy()
+        batch = sampled_batch(BigramPolicy(reference=reference_table()))
+        batch.behaviour_logprobs_BT = batch.behaviour_logprobs_BT if has_sampler else None
+        update(policy, advantages(batch, config), config=config)
+        weights.append(policy.weights()[0])
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[1], weights[2])
+
+
+def test_with_the_kl_in_the_loss_the_reward_is_not_penalised() -> None:
+    batch = sampled_batch(BigramPolicy(reference=reference_table()))
+    in_loss = advantages(batch, config_of(kl_in="loss", kl_coef=0.5)).advantages_BT
+    assert torch.equal(in_loss, advantages(batch, config_of(kl_coef=0.0)).advantages_BT)
+    assert not torch.equal(in_loss, advantages(batch, config_of(kl_coef=0.5)).advantages_BT)
+
+
+# --- groups ---
 
 
 def test_groups_stay_with_their_rows_in_minibatches() -> None:

@@ -116,6 +116,9 @@ TEXT_ONLY = (
     "episodes_per_update",
     "samples_per_prompt",
     "advantage",
+    "loss_aggregation",
+    "kl_in",
+    "sampler_ratio_cap",
     "missing_eos_penalty",
     "missing_eos_mode",
     "reward_scale",
@@ -146,6 +149,8 @@ def _check_algorithm(ppo: PPOConfig) -> None:
         raise ValueError("ppo.kl_target adapts ppo.kl_coef, which is 0 and would stay 0; give kl_coef a positive start")
     if ppo.missing_eos_mode == "replace" and ppo.missing_eos_penalty is None:
         raise ValueError("ppo.missing_eos_mode: replace needs a ppo.missing_eos_penalty to put in the score's place")
+    if ppo.clip_range_high is not None and ppo.clip_schedule != "constant":
+        raise ValueError("ppo.clip_schedule moves ppo.clip_range alone; leave it, or ppo.clip_range_high, out")
     if ppo.advantage in GROUPED and ppo.samples_per_prompt == 1:
         raise ValueError(
             f"ppo.advantage: {ppo.advantage} compares the answers to one prompt; give ppo.samples_per_prompt, now 1, 2 or more"

@@ -242,6 +242,16 @@ class PPOConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="Global gradient norm is clipped to this.")
     clip_range: float = Field(0.2, gt=0, description="ε of the clipped surrogate.")
     clip_schedule: Schedule = Field("constant", description="How ε moves over the run.")
+    clip_range_high: float | None = Field(
+        None, gt=0, description="ε of the upper bound, above which a better step is not pushed; `null`: clip_range."
+    )
+    dual_clip: float | None = Field(
+        None, gt=1, description="c: a worse step's loss is at most c |A|, however large its ratio; `null`: no bound."
+    )
+    loss_aggregation: Literal["token", "sequence", "constant"] = Field(
+        "token",
+        description="What the loss is a mean over: all written tokens of the minibatch; its answers, each the mean of its tokens; or, `constant`, answers × max_new_tokens.",
+    )
     clip_range_vf: float | None = Field(None, gt=0, description="Clip of the value's move; `null` leaves it unclipped.")
     gamma: Fraction = Field(1.0, description="Discount per written token.")
     gae_lambda: Fraction = Field(0.95, description="λ of generalised advantage estimation.")
@@ -255,7 +265,10 @@ class PPOConfig(Section):
     )
     ent_coef: NonNegative = Field(0.0, description="Weight of the entropy bonus.")
     ent_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="How ent_coef moves over the run.")
-    kl_coef: NonNegative = Field(0.05, description="β of the per-token KL penalty in the reward (k1 against the reference).")
+    kl_coef: NonNegative = Field(0.05, description="β of the per-token KL penalty against the reference.")
+    kl_in: Literal["reward", "loss"] = Field(
+        "reward", description="Where β's penalty stands: in the `reward` (k1), or in the `loss` (k2 with the importance ratio)."
+    )
     kl_target: float | None = Field(
         None, gt=0, description="Adapt β to hold the mean sequence KL near this many nats; `null` keeps β fixed."
     )
@@ -276,6 +289,11 @@ class PPOConfig(Section):
     )
     reward_clip: float | None = Field(None, gt=0, description="Clip scores to ± this, after scaling.")
     whiten_rewards: bool = Field(False, description="Whiten per-token rewards over the update, keeping their mean.")
+    sampler_ratio_cap: float | None = Field(
+        None,
+        gt=0,
+        description="c: where the sampler's log-probs are not the trainer's (bfloat16), each token's policy loss is weighted by min(π_trainer / π_sampler, c); `null`: by 1.",
+    )
     micro_batch_tokens: Positive = Field(
         2048,
         description="Most tokens (rows × longest row) in one forward and backward pass. Speed and memory only: the gradient is the minibatch's.",

@@ -91,6 +91,7 @@ class TextRollout:
         totals_B = _totals(trajectories, self.policy.device)
         # On the last written token, the action that ended the episode.
         batch.rewards_BT = torch.where(batch.ends_BT, totals_B[:, None], batch.rewards_BT)
+        batch.step_limit = self.params.max_new_tokens
         batch.groups_B = torch.tensor([number // group for number in numbers], device=self.policy.device)
         batch.baselines_B = _totals(greedy, self.policy.device).repeat_interleave(group) if greedy else None
         self._compare_with_reference(batch)

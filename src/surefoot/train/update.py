@@ -14,7 +14,7 @@ from torch import Tensor
 from surefoot.config import PPOConfig
 from surefoot.core.advantages import gae, group_advantages
 from surefoot.core.kl import kl_penalised_rewards
-from surefoot.core.losses import LossSettings, LossStats, ppo_loss
+from surefoot.core.losses import LossSettings, LossStats, ppo_loss, truncated_ratio
 from surefoot.core.masked import library_of, whiten
 from surefoot.policies.base import Policy
 from surefoot.rollout.batch import micro_batches, minibatches
@@ -34,7 +34,7 @@ def advantages(batch: Batch, config: PPOConfig | None = None, *, kl_coef: float 
     """
     config = config or PPOConfig()
     rewards_BT = batch.rewards_BT
-    if batch.reference_logprobs_BT is not None:
+    if batch.reference_logprobs_BT is not None and config.kl_in == "reward":
         coef = config.kl_coef if kl_coef is None else kl_coef
         rewards_BT = kl_penalised_rewards(rewards_BT, batch.logprobs_BT, batch.reference_logprobs_BT, batch.mask_BT, coef=coef)
     if config.whiten_rewards:
@@ -187,11 +187,44 @@ def _accumulate(
     token_budget: int,
     accumulate: Callable[..., LossStats] | None,
 ) -> LossStats:
+    advantages_BT, steps = _minibatch_advantages(batch, rows, config, as_arrays=accumulate is not None)
+    weights_BT, denominator = _aggregation(batch, rows, config, steps)
+    settings = _loss_settings(batch, config)
+    total: LossStats | None = None
+    for micro in micro_batches(batch, rows, token_budget):
+        part = batch if len(micro) == len(batch) else batch.rows(micro)
+        length = part.mask_BT.shape[1]
+        # Without a critic its values are their own target: no loss, no gradient.
+        returns_BT = part.values_BT if part.returns_BT is None else part.returns_BT
+        targets = (advantages_BT if part is batch else advantages_BT[micro, :length], returns_BT)
+        if accumulate is not None:
+            stats = accumulate(part, targets[0], denominator=denominator, settings=settings)
+        else:
+            new, old = policy.evaluate(part, entropy_gradient=config.ent_coef > 0), (part.logprobs_BT, part.values_BT)
+            loss, stats = ppo_loss(
+                (new.logprobs_BT, new.values_BT if config.has_critic else part.values_BT, new.entropies_BT),
+                old if part.reference_logprobs_BT is None else (*old, part.reference_logprobs_BT),
+                advantages_BT=targets[0],
+                returns_BT=targets[1],
+                mask_BT=part.mask_BT,
+                denominator=denominator,
+                settings=settings,
+                weights_BT=None if weights_BT is None else weights_BT[micro, :length],
+            )
+            loss.backward()
+        total = stats if total is None else total + stats
+    assert total is not None
+    return total
+
+
+def _minibatch_advantages(batch: Batch, rows: Tensor, config: PPOConfig, *, as_arrays: bool) -> tuple[Any, int]:
+    """Advantages [B, T] as the loss of the minibatch `rows` counts them, and the minibatch's steps."""
     assert batch.advantages_BT is not None, "call advantages(batch) first"
     is_whole = len(rows) == len(batch)  # then the order of the rows does not matter: nothing need be picked
-    advantages_BT, mask_BT = batch.advantages_BT, batch.mask_BT
-    if accumulate is not None:
-        advantages_BT, mask_BT = advantages_BT.numpy(), mask_BT.numpy()  # type: ignore[assignment]
+    advantages_BT: Any = batch.advantages_BT
+    mask_BT: Any = batch.mask_BT
+    if as_arrays:
+        advantages_BT, mask_BT = advantages_BT.numpy(), mask_BT.numpy()
     steps = int((mask_BT if is_whole else mask_BT[rows]).sum())
     if config.normalize_advantage and config.has_critic and steps > 1:  # one advantage alone has no spread to divide by
         # Over the minibatch, before it is split: a micro-batch's own mean and variance would change the gradient.
@@ -201,32 +234,36 @@ def _accumulate(
             whitened_BT = library_of(advantages_BT).zeros_like(advantages_BT)
             whitened_BT[rows] = whiten(advantages_BT[rows], mask_BT[rows])
             advantages_BT = whitened_BT
-    vf_coef = config.vf_coef * (2.0 if config.value_loss == "squared" else 1.0)  # of ½ (V - R)²
-    settings = LossSettings(config.clip_range, config.clip_range_vf, vf_coef, config.ent_coef)
-    total: LossStats | None = None
-    for micro in micro_batches(batch, rows, token_budget):
-        part = batch if len(micro) == len(batch) else batch.rows(micro)
-        length = part.mask_BT.shape[1]
-        # Without a critic its values are their own target: no loss, no gradient.
-        returns_BT = part.values_BT if part.returns_BT is None else part.returns_BT
-        targets = (advantages_BT if part is batch else advantages_BT[micro, :length], returns_BT)
-        if accumulate is not None:
-            stats = accumulate(part, targets[0], denominator=max(steps, 1), settings=settings)
-        else:
-            new = policy.evaluate(part, entropy_gradient=config.ent_coef > 0)
-            loss, stats = ppo_loss(
-                (new.logprobs_BT, new.values_BT if config.has_critic else part.values_BT, new.entropies_BT),
-                (part.logprobs_BT, part.values_BT),
-                advantages_BT=targets[0],
-                returns_BT=targets[1],
-                mask_BT=part.mask_BT,
-                denominator=max(steps, 1),
-                settings=settings,
-            )
-            loss.backward()
-        total = stats if total is None else total + stats
-    assert total is not None
-    return total
+    if config.sampler_ratio_cap is not None and batch.behaviour_logprobs_BT is not None:
+        # The clipped loss is proportional to the advantage: a weight of one is a weight of the other.
+        weight_BT = truncated_ratio(batch.logprobs_BT, batch.behaviour_logprobs_BT, cap=config.sampler_ratio_cap)
+        advantages_BT = advantages_BT * weight_BT
+    return advantages_BT, steps
+
+
+def _aggregation(batch: Batch, rows: Tensor, config: PPOConfig, steps: int) -> tuple[Tensor | None, int]:
+    """What each step counts [B, T] (None: 1) in the loss of the minibatch `rows`, and what their sum is divided by."""
+    if config.loss_aggregation == "token":
+        return None, max(steps, 1)
+    lengths_B = batch.mask_BT.sum(1)
+    answers = max(int((lengths_B[rows] > 0).sum()), 1)
+    if config.loss_aggregation == "sequence":
+        return batch.mask_BT / lengths_B.clamp(min=1)[:, None], answers
+    assert batch.step_limit is not None, "loss_aggregation: constant needs the batch's step_limit"
+    return None, answers * batch.step_limit
+
+
+def _loss_settings(batch: Batch, config: PPOConfig) -> LossSettings:
+    is_in_loss = config.kl_in == "loss" and batch.reference_logprobs_BT is not None
+    return LossSettings(
+        clip_range=config.clip_range,
+        clip_range_vf=config.clip_range_vf,
+        vf_coef=config.vf_coef * (2.0 if config.value_loss == "squared" else 1.0),  # of ½ (V - R)²
+        ent_coef=config.ent_coef,
+        clip_range_high=config.clip_range_high,
+        dual_clip=config.dual_clip,
+        kl_coef=config.kl_coef if is_in_loss else 0.0,
+    )
 
 
 def take_step(optimizer: torch.optim.Adam, stats: LossStats, config: PPOConfig, result: UpdateResult) -> None:
