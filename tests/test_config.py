@@ -147,6 +147,11 @@ def test_a_value_of_another_type_is_named(written, text, said):
         ("env: {id: CartPole-v1}\nppo: {loss_aggregation: sequence}", "ppo.loss_aggregation is for text tasks"),
         ("env: {id: CartPole-v1}\nppo: {kl_in: loss}", "ppo.kl_in is for text tasks"),
         ("env: {id: CartPole-v1}\nppo: {sampler_ratio_cap: 2.0}", "ppo.sampler_ratio_cap is for text tasks"),
+        ("ppo: {skip_equal_groups: true}", "ppo.skip_equal_groups is for ppo.advantage: grpo, dr_grpo, rloo; gae learns"),
+        ("ppo: {critic_warmup_updates: 5}", "set policy.critic.stop_gradient: true"),
+        ("ppo: {advantage: remax, gae_lambda_critic: 1.0}", "ppo.gae_lambda_critic is for ppo.advantage: gae; remax has no"),
+        ("env: {id: CartPole-v1}\nppo: {critic_warmup_updates: 5}", "ppo.critic_warmup_updates is for text tasks"),
+        ("env: {id: CartPole-v1}\nppo: {gae_lambda_length_alpha: 0.05}", "ppo.gae_lambda_length_alpha is for text tasks"),
         ("env: {id: CartPole-v1}\nppo: {samples_per_prompt: 4}", "ppo.samples_per_prompt is for text tasks"),
     ],
 )

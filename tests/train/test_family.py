@@ -191,6 +191,15 @@ def test_micro_batches_and_padding_do_not_change_the_gradient(kind: str, aggrega
             torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_the_order_of_a_minibatchs_rows_does_not_matter(aggregation: str) -> None:
+    config = config_of(advantage="grpo", loss_aggregation=aggregation, **EVERYTHING)
+    expected = gradient_of(config, rows=torch.arange(8))[0]
+    for order in (torch.arange(8).flip(0), torch.tensor([3, 1, 7, 0, 6, 2, 5, 4])):
+        torch.testing.assert_close(gradient_of(config, rows=order)[0], expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(gradient_of(config, rows=order, tokens=14)[0], expected, rtol=0, atol=1e-6)
+
+
 def test_aggregations_differ_by_what_they_should() -> None:
     """A constant is the token mean rescaled; where all answers are equally long, the sequence mean is the token mean."""
     token, sequence, constant = (
@@ -253,6 +262,71 @@ def test_groups_stay_with_their_rows_in_minibatches() -> None:
     assert batch.steps().groups_B.tolist() == [
         group for group, n in zip(batch.groups_B.tolist(), RAGGED, strict=True) for _ in range(n)
     ]
+
+
+def test_groups_without_signal_are_left_out() -> None:
+    """The update is that of the batch without them: they would only have made the mean over tokens smaller."""
+    weights = []
+    for skip in (True, False):
+        policy = BigramPolicy()
+        batch = grouped_batch(policy)
+        batch.rewards_BT[4:] = torch.where(batch.ends_BT[4:], 0.7, 0.0)
+        config = config_of(advantage="grpo", skip_equal_groups=skip)
+        batch = advantages(batch, config)
+        assert batch.advantages_BT[4:].eq(0).all()
+        result = update(policy, batch if skip else batch.rows(torch.arange(4)), config=config)
+        assert float(result.first.steps) == sum(RAGGED[:4])
+        weights.append(policy.weights()[0])
+    assert torch.equal(*weights)
+
+
+def test_an_update_whose_groups_are_all_without_signal_does_nothing() -> None:
+    policy, config = BigramPolicy(), config_of(advantage="rloo", skip_equal_groups=True)
+    before, batch = policy.weights(), grouped_batch(policy)
+    batch.rewards_BT = torch.where(batch.ends_BT, 1.0, 0.0)
+    result = update(policy, advantages(batch, config), config=config)
+    assert (result.steps, result.skipped, result.stats) == (0, 0, None)
+    assert all(torch.equal(a, b) for a, b in zip(policy.weights(), before, strict=True))
+    assert batch_metrics(batch)["reward/equal_groups"] == 2.0
+    assert "ppo/policy_loss" not in update_metrics(result)
+
+
+# --- the critic ---
+
+
+def test_while_the_critic_warms_up_the_policy_stays_and_its_optimiser_knows_nothing() -> None:
+    policy, config = BigramPolicy(), config_of(critic_warmup_updates=2, ent_coef=0.1, samples_per_prompt=1)
+    optimizer = make_optimizer(policy, config)
+    for version in range(3):
+        logits, values = policy.weights()
+        batch = dataclasses.replace(played_batch(policy, RAGGED, seed=version), version=version)
+        update(policy, advantages(batch, config), config=config, optimizer=optimizer)
+        assert torch.equal(policy.weights()[0], logits) == (version < 2)
+        assert (policy.logits_VV in optimizer.state) == (version == 2)
+        assert not torch.equal(policy.weights()[1], values)
+
+
+def test_the_critic_may_look_further_ahead_than_the_policy() -> None:
+    """λ 1 for the returns, λ 0 for the advantages, and the other way round; γ 1, values 0.5, reward 1 at the end."""
+    batch = scored([1.0], [3])
+    batch.values_BT = torch.full_like(batch.values_BT, 0.5)
+    advantages(batch, config_of(gae_lambda=0.0, gae_lambda_critic=1.0))
+    assert batch.advantages_BT.tolist() == [[0, 0, 0, 0.5]] and batch.returns_BT.tolist() == [[0, 1, 1, 1]]
+    advantages(batch, config_of(gae_lambda=1.0, gae_lambda_critic=0.0))
+    assert batch.advantages_BT.tolist() == [[0, 0.5, 0.5, 0.5]] and batch.returns_BT.tolist() == [[0, 0.5, 0.5, 1]]
+    advantages(batch, config_of(gae_lambda=0.0))
+    assert batch.returns_BT.tolist() == [[0, 0.5, 0.5, 1]]
+
+
+def test_lambda_grows_with_the_answers_length() -> None:
+    """α 0.5: λ is 1 - 1/(0.5 · 4) = 0.5 for four tokens, and 0 for one or two."""
+    batch = scored([1.0, 1.0], [4, 2])
+    advantages(batch, config_of(gae_lambda_length_alpha=0.5, gae_lambda_critic=1.0))
+    assert batch.advantages_BT.tolist() == [[0, 0.125, 0.25, 0.5, 1], [0, 0, 1, 0, 0]]
+    assert batch.returns_BT[batch.mask_BT].eq(1).all()
+
+
+# --- groups, counted ---
 
 
 def test_groups_with_equal_rewards_are_counted() -> None:

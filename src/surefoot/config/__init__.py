@@ -116,6 +116,9 @@ TEXT_ONLY = (
     "episodes_per_update",
     "samples_per_prompt",
     "advantage",
+    "skip_equal_groups",
+    "gae_lambda_length_alpha",
+    "critic_warmup_updates",
     "loss_aggregation",
     "kl_in",
     "sampler_ratio_cap",
@@ -126,7 +129,13 @@ TEXT_ONLY = (
 ENV_ONLY = ("total_timesteps", "n_steps")
 # Advantages that compare the answers to one prompt with each other, and settings that mean nothing without a critic.
 GROUPED = ("grpo", "dr_grpo", "rloo")
-CRITIC_ONLY = ("clip_range_vf", "whiten_rewards")
+CRITIC_ONLY = (
+    "clip_range_vf",
+    "whiten_rewards",
+    "gae_lambda_critic",
+    "gae_lambda_length_alpha",
+    "critic_warmup_updates",
+)
 
 
 def _defaults_for(given: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -155,6 +164,10 @@ def _check_algorithm(ppo: PPOConfig) -> None:
         raise ValueError(
             f"ppo.advantage: {ppo.advantage} compares the answers to one prompt; give ppo.samples_per_prompt, now 1, 2 or more"
         )
+    if ppo.skip_equal_groups and ppo.advantage not in GROUPED:
+        raise ValueError(
+            f"ppo.skip_equal_groups is for ppo.advantage: {', '.join(GROUPED)}; {ppo.advantage} learns from them too"
+        )
     if not ppo.has_critic:
         _check_unused(ppo, CRITIC_ONLY, f"is for ppo.advantage: gae; {ppo.advantage} has no critic")
         if ppo.gamma != 1 and ppo.advantage != "reinforce_pp":
@@ -176,6 +189,11 @@ def _check_text(config: Config) -> None:
         raise ValueError(
             f"ppo.samples_per_prompt ({ppo.samples_per_prompt}) does not divide ppo.episodes_per_update "
             f"({ppo.episodes_per_update}); try {_nearest_divisor(ppo.episodes_per_update, ppo.samples_per_prompt)}"
+        )
+    if ppo.critic_warmup_updates and not config.policy.critic.stop_gradient:
+        raise ValueError(
+            "ppo.critic_warmup_updates trains the critic alone, but its loss would move the trunk it shares with the policy; "
+            "set policy.critic.stop_gradient: true"
         )
     for name in ("top_k", "top_p"):
         if getattr(generation, name) is not None:

@@ -248,6 +248,10 @@ class PPOConfig(Section):
     dual_clip: float | None = Field(
         None, gt=1, description="c: a worse step's loss is at most c |A|, however large its ratio; `null`: no bound."
     )
+    skip_equal_groups: bool = Field(
+        False,
+        description="Leave groups whose rewards are all equal out of the update: compared with each other they teach nothing.",
+    )
     loss_aggregation: Literal["token", "sequence", "constant"] = Field(
         "token",
         description="What the loss is a mean over: all written tokens of the minibatch; its answers, each the mean of its tokens; or, `constant`, answers × max_new_tokens.",
@@ -255,6 +259,17 @@ class PPOConfig(Section):
     clip_range_vf: float | None = Field(None, gt=0, description="Clip of the value's move; `null` leaves it unclipped.")
     gamma: Fraction = Field(1.0, description="Discount per written token.")
     gae_lambda: Fraction = Field(0.95, description="λ of generalised advantage estimation.")
+    gae_lambda_critic: Fraction | None = Field(
+        None, description="λ of the returns that the critic learns; `null`: that of the advantages."
+    )
+    gae_lambda_length_alpha: float | None = Field(
+        None,
+        gt=0,
+        description="α: λ of the advantages is 1 - 1 / (α · length) for each answer, 0 at least; `null`: gae_lambda.",
+    )
+    critic_warmup_updates: int = Field(
+        0, ge=0, description="First updates, in which the critic learns and the policy stays as it is."
+    )
     normalize_advantage: bool = Field(
         True,
         description="Whiten advantages over each minibatch; with `advantage: gae` alone, the others have a scale of their own.",

@@ -14,7 +14,7 @@ def gae(
     ends_BT: Tensor,
     bootstrap_BT: Tensor,
     gamma: float,
-    lam: float,
+    lam: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Advantages and TD(λ) returns, both [B, T] float32, 0 off the mask.
 
@@ -24,7 +24,8 @@ def gae(
 
     Steps off the mask (prompt, padding, what an environment said between two turns) are stepped over: they carry no
     reward and cost no γ or λ. After a step with `ends_BT` the carry stops, and V(s') is `bootstrap_BT`: 0 where the
-    episode terminated, V(final observation) where it was only truncated or the rollout stopped.
+    episode terminated, V(final observation) where it was only truncated or the rollout stopped. λ is one number, or one
+    for each row, [B, 1].
     """
     zero = torch.zeros((), device=rewards_BT.device)
     steps = mask_BT.shape[1]
@@ -44,6 +45,16 @@ def gae(
     advantages_BT = torch.where(mask_BT, torch.stack(backwards[::-1], 1), zero)
     returns_BT = torch.where(mask_BT, advantages_BT + values_BT, zero)
     return advantages_BT, returns_BT
+
+
+def length_adaptive_lambda(mask_BT: Tensor, alpha: float) -> Tensor:
+    """λ = 1 - 1 / (α l) for an answer of l steps, 0 at least; [B, 1] float32 (Yue et al. 2025, VAPO, arXiv:2504.05118).
+
+    The weights 1, λ, λ², … of the errors to come then sum to about α l: the same share of every answer is looked ahead.
+    Example: with α 0.05, λ is 0 up to 20 steps, 0.8 at 100 and 0.98 at 1,000.
+    """
+    lengths_B1 = mask_BT.sum(1, keepdim=True).clamp(min=1)
+    return (1.0 - 1.0 / (alpha * lengths_B1)).clamp(min=0.0)
 
 
 def group_advantages(scores_B: Tensor, groups_B: Tensor, *, acted_B: Tensor, kind: str) -> Tensor:

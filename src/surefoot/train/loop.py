@@ -180,7 +180,7 @@ def run(training: Training) -> None:
                         return
                     raise _interrupted(t) from None
                 raise
-            check_itself = False
+            check_itself &= "ppo/policy_loss" not in metrics  # an update may have had nothing to learn from
             log(t, batch, metrics)
             _stop_if_diverged(t)
 

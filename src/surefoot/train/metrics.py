@@ -16,7 +16,7 @@ METRICS = {
     "episodes": "Episodes played so far in the run.",
     "reward/mean": "Mean score the reward function gave this update's episodes, before penalty, scaling and clipping.",
     "reward/std": "Population standard deviation of those scores.",
-    "reward/equal_groups": "Groups of answers to one prompt whose rewards are all equal: compared with each other they teach nothing.",
+    "reward/equal_groups": "Groups of answers to one prompt whose rewards are all equal: compared with each other they teach nothing. With skip_equal_groups they are left out of the update.",
     "reward/total": "Mean reward after penalty, scaling and clipping, before the KL penalty: what the policy is paid.",
     "kl/reference": "KL to the reference: log p - log p_ref summed over an episode's written tokens, mean over episodes; nats.",
     "kl/reference_k3": "The same by the k3 estimator, which is never negative and has less variance; nats.",

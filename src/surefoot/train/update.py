@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,13 +13,13 @@ import torch
 from torch import Tensor
 
 from surefoot.config import PPOConfig
-from surefoot.core.advantages import gae, group_advantages
+from surefoot.core.advantages import gae, group_advantages, length_adaptive_lambda
 from surefoot.core.kl import kl_penalised_rewards
 from surefoot.core.losses import LossSettings, LossStats, ppo_loss, truncated_ratio
 from surefoot.core.masked import library_of, whiten
 from surefoot.policies.base import Policy
-from surefoot.rollout.batch import micro_batches, minibatches
-from surefoot.types import Batch
+from surefoot.rollout.batch import have_signal, micro_batches, minibatches
+from surefoot.types import Batch, Evaluation
 
 
 def make_optimizer(policy: Policy, config: PPOConfig) -> torch.optim.Adam:
@@ -42,15 +43,21 @@ def advantages(batch: Batch, config: PPOConfig | None = None, *, kl_coef: float 
     if not config.has_critic:
         batch.advantages_BT, batch.returns_BT = _advantages_without_critic(batch, rewards_BT, config), None
         return batch
-    batch.advantages_BT, batch.returns_BT = gae(
+    estimate = functools.partial(
+        gae,
         rewards_BT,
         batch.values_BT,
         mask_BT=batch.mask_BT,
         ends_BT=batch.ends_BT,
         bootstrap_BT=batch.bootstrap_BT,
         gamma=config.gamma,
-        lam=config.gae_lambda,
     )
+    lam: float | Tensor = config.gae_lambda
+    if config.gae_lambda_length_alpha is not None:
+        lam = length_adaptive_lambda(batch.mask_BT, config.gae_lambda_length_alpha)
+    batch.advantages_BT, batch.returns_BT = estimate(lam=lam)
+    if config.gae_lambda_critic is not None:
+        _, batch.returns_BT = estimate(lam=config.gae_lambda_critic)
     return batch
 
 
@@ -124,6 +131,7 @@ def update(
 
     Stops before the first step whose minibatch shows KL(old‖new) > `target_kl`. A step whose loss or gradient is not
     finite is skipped and counted; weights and optimiser state stay as they were. `generator` shuffles the minibatches.
+    With `skip_equal_groups` nothing is done where no group is left.
     `before_first_step` sees the first minibatch's statistics while old and new policy are still one, and may raise.
     """
     config = config or PPOConfig()
@@ -133,6 +141,10 @@ def update(
     result = UpdateResult(has_critic=config.has_critic)
     if not policy.reads_whole_rows:
         batch = batch.steps()
+    if config.skip_equal_groups and not bool((signal_B := have_signal(batch)).all()):
+        batch = batch.rows(signal_B.nonzero().flatten())
+        if not len(batch):
+            return result
     rows_per_minibatch = max(1, config.batch_size // batch.row_size)
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate if learning_rate is None else learning_rate
@@ -193,28 +205,36 @@ def _accumulate(
     total: LossStats | None = None
     for micro in micro_batches(batch, rows, token_budget):
         part = batch if len(micro) == len(batch) else batch.rows(micro)
-        length = part.mask_BT.shape[1]
-        # Without a critic its values are their own target: no loss, no gradient.
-        returns_BT = part.values_BT if part.returns_BT is None else part.returns_BT
-        targets = (advantages_BT if part is batch else advantages_BT[micro, :length], returns_BT)
+        # In the order of the part's rows, which where it is the whole batch is not the order of `micro`.
+        places: Any = ... if part is batch else (micro, slice(part.mask_BT.shape[1]))
         if accumulate is not None:
-            stats = accumulate(part, targets[0], denominator=denominator, settings=settings)
+            stats = accumulate(part, advantages_BT[places], denominator=denominator, settings=settings)
         else:
-            new, old = policy.evaluate(part, entropy_gradient=config.ent_coef > 0), (part.logprobs_BT, part.values_BT)
+            old = (part.logprobs_BT, part.values_BT)
             loss, stats = ppo_loss(
-                (new.logprobs_BT, new.values_BT if config.has_critic else part.values_BT, new.entropies_BT),
+                _trained(policy.evaluate(part, entropy_gradient=config.ent_coef > 0), part, config),
                 old if part.reference_logprobs_BT is None else (*old, part.reference_logprobs_BT),
-                advantages_BT=targets[0],
-                returns_BT=targets[1],
+                advantages_BT=advantages_BT[places],
+                # Without a critic its values are their own target: no loss.
+                returns_BT=part.values_BT if part.returns_BT is None else part.returns_BT,
                 mask_BT=part.mask_BT,
                 denominator=denominator,
                 settings=settings,
-                weights_BT=None if weights_BT is None else weights_BT[micro, :length],
+                weights_BT=None if weights_BT is None else weights_BT[places],
             )
             loss.backward()
         total = stats if total is None else total + stats
     assert total is not None
     return total
+
+
+def _trained(new: Evaluation, batch: Batch, config: PPOConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs, values and entropies for the loss; what is not trained has no gradient, so the optimiser passes it by."""
+    if not config.has_critic:
+        return new.logprobs_BT, batch.values_BT, new.entropies_BT
+    if batch.version < config.critic_warmup_updates:
+        return new.logprobs_BT.detach(), new.values_BT, new.entropies_BT.detach()
+    return new.logprobs_BT, new.values_BT, new.entropies_BT
 
 
 def _minibatch_advantages(batch: Batch, rows: Tensor, config: PPOConfig, *, as_arrays: bool) -> tuple[Any, int]:
