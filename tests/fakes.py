@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,3 +112,20 @@ def played_batch(policy: BigramPolicy, lengths: Sequence[int], *, seed: int = 0,
     batch.values_BT = view.values_BT + drift * torch.randn(shape, generator=generator)
     batch.rewards_BT = torch.where(batch.ends_BT, torch.randn(shape, generator=generator), 0.0)
     return batch
+
+
+def padded(batch: Batch, columns: int, *, poison: float) -> Batch:
+    """The batch with more columns on the right, `poison` in all that is masked anywhere."""
+
+    def wider(value: Tensor) -> Tensor:
+        return torch.nn.functional.pad(value, (0, columns)) if value.dim() > 1 else value
+
+    changes: dict[str, Any] = {
+        f.name: wider(value) for f in dataclasses.fields(batch) if isinstance(value := getattr(batch, f.name), Tensor)
+    }
+    changes["observations"] = {name: wider(value) for name, value in batch.observations.items()}
+    wide = dataclasses.replace(batch, **changes)
+    for name in ("logprobs_BT", "values_BT", "rewards_BT", "bootstrap_BT", "reference_logprobs_BT", "behaviour_logprobs_BT"):
+        if getattr(wide, name) is not None:
+            setattr(wide, name, torch.where(wide.mask_BT, getattr(wide, name), poison))
+    return wide

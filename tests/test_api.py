@@ -91,7 +91,7 @@ SIGNATURES = {
     TextTask.__init__: (
         "(self, prompts, reward, *, metric=None, held_out=0.1, prompt_column='prompt', prompt_tokens=None, chat=False)"
     ),
-    collect: "(policy, env, *, episodes=64, first_episode=0, seed=0, generation=None, ppo=None)",
+    collect: "(policy, env, *, episodes=64, first_episode=0, seed=0, version=0, generation=None, ppo=None)",
     advantages: "(batch, config=None, *, kl_coef=None)",
     update: (
         "(policy, batch, *, optimizer=None, config=None, learning_rate=None, generator=None, budget=None, "

@@ -130,6 +130,29 @@ def test_a_value_of_another_type_is_named(written, text, said):
         ("ppo: {missing_eos_mode: replace}", "replace needs a ppo.missing_eos_penalty"),
         ("ppo: {episodes_per_update: 64, batch_size: 24}", "(24) does not divide ppo.episodes_per_update (64); try 16"),
         ("ppo: {episodes_per_update: 8, batch_size: 16}", "(16) does not divide ppo.episodes_per_update (8); try 8"),
+        ("ppo: {samples_per_prompt: 12}", "ppo.samples_per_prompt (12) does not divide ppo.episodes_per_update (64); try 8"),
+        *(
+            (f"ppo: {{advantage: {name}}}", f"ppo.advantage: {name} compares the answers to one prompt; give")
+            for name in ("grpo", "dr_grpo", "rloo")
+        ),
+        ("ppo: {advantage: remax, clip_range_vf: 0.2}", "ppo.clip_range_vf is for ppo.advantage: gae; remax has no critic"),
+        ("ppo: {advantage: reinforce_pp, whiten_rewards: true}", "ppo.whiten_rewards is for ppo.advantage: gae"),
+        (
+            "ppo: {advantage: remax, gamma: 0.9}",
+            "ppo.gamma is 0.9; with ppo.advantage: remax the tokens of an answer share",
+        ),
+        ("env: {id: CartPole-v1}\nppo: {advantage: reinforce_pp}", "ppo.advantage is for text tasks"),
+        ("ppo: {clip_range_high: 0.3, clip_schedule: linear}", "ppo.clip_schedule moves ppo.clip_range alone"),
+        ("ppo: {dual_clip: 1.0}", "ppo.dual_clip: should be greater than 1"),
+        ("env: {id: CartPole-v1}\nppo: {loss_aggregation: sequence}", "ppo.loss_aggregation is for text tasks"),
+        ("env: {id: CartPole-v1}\nppo: {kl_in: loss}", "ppo.kl_in is for text tasks"),
+        ("env: {id: CartPole-v1}\nppo: {sampler_ratio_cap: 2.0}", "ppo.sampler_ratio_cap is for text tasks"),
+        ("ppo: {skip_equal_groups: true}", "ppo.skip_equal_groups is for ppo.advantage: grpo, dr_grpo, rloo; gae learns"),
+        ("ppo: {critic_warmup_updates: 5}", "set policy.critic.stop_gradient: true"),
+        ("ppo: {advantage: remax, gae_lambda_critic: 1.0}", "ppo.gae_lambda_critic is for ppo.advantage: gae; remax has no"),
+        ("env: {id: CartPole-v1}\nppo: {critic_warmup_updates: 5}", "ppo.critic_warmup_updates is for text tasks"),
+        ("env: {id: CartPole-v1}\nppo: {gae_lambda_length_alpha: 0.05}", "ppo.gae_lambda_length_alpha is for text tasks"),
+        ("env: {id: CartPole-v1}\nppo: {samples_per_prompt: 4}", "ppo.samples_per_prompt is for text tasks"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(written, text, said):

@@ -136,11 +136,14 @@ class Batch:
     rewards_BT: Tensor  # float32, the environment's, after shaping and before the KL penalty
     ends_BT: Tensor  # bool: the trajectory ends after this step
     bootstrap_BT: Tensor  # float32: V(final observation) where truncated, 0 where terminated; read where ends_BT
+    groups_B: Tensor | None = None  # int64: rows with the same number answer the same prompt
+    baselines_B: Tensor | None = None  # float32: the reward of the greedy answer to the row's prompt
     reference_logprobs_BT: Tensor | None = None  # float32, nats: the frozen reference
     behaviour_logprobs_BT: Tensor | None = None  # the sampler's own, kept when logprobs_BT was scored again
     advantages_BT: Tensor | None = None
-    returns_BT: Tensor | None = None
+    returns_BT: Tensor | None = None  # what a critic learns; None where there is none
     trajectories: list[Trajectory] | list[Episode] = field(default_factory=list)
+    step_limit: int | None = None  # most steps the policy may take in a row
     row_size: int = 1  # what a row counts for in `batch_size`: an episode 1, a sequence its timesteps
     collected: int | None = None  # units of the run's budget in it; None: its rows
     needs_scores: bool = False  # logprobs_BT and values_BT are still to be filled in

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from surefoot.core.kl import adapted_kl_coef, k1, k2, k3, kl_penalised_rewards
+from surefoot.core.losses import LossSettings, ppo_loss
 
 LOGITS = torch.tensor([0.3, -1.2, 0.8, 0.1, -0.4], dtype=torch.float64)
 REFERENCE = torch.log_softmax(torch.tensor([-0.5, 0.9, 0.2, -1.1, 0.4], dtype=torch.float64), dim=0)
@@ -100,6 +101,32 @@ def test_k2_in_the_loss_has_the_gradient_of_the_kl() -> None:
 def test_k3_in_the_loss_is_the_gradient_of_the_forward_kl() -> None:
     assert_near(in_loss(k3), FORWARD_KL)
     assert float((FORWARD_KL - REVERSE_KL).norm()) > 0.1
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.7], ids=["on policy", "after some steps"])
+def test_the_kl_term_of_the_loss_has_the_gradient_of_the_kl(shift: float) -> None:
+    """The five actions as five one-token rows, each counting what its old probability is: the expectation, no sample.
+
+    The samples are the old policy's: without the ratio the gradient would be right before the first step alone.
+    """
+    old = torch.log_softmax(LOGITS + shift * torch.tensor([1.0, -1.0, 0.5, 0.0, 2.0]), dim=0)[:, None]
+    zeros = torch.zeros(5, 1, dtype=torch.float64)
+
+    def expected_loss(logprobs: Tensor) -> Tensor:
+        return ppo_loss(
+            (logprobs[:, None], zeros, zeros),
+            (old, zeros, REFERENCE[:, None]),
+            advantages_BT=zeros,
+            returns_BT=zeros,
+            mask_BT=torch.ones(5, 1, dtype=torch.bool),
+            denominator=1.0,
+            settings=LossSettings(kl_coef=0.3),
+            weights_BT=old.exp(),
+        )[0]
+
+    assert_near(gradient_of(expected_loss), 0.3 * REVERSE_KL)
+    without_ratio = gradient_of(lambda logprobs: old[:, 0].exp().dot(k2(logprobs, REFERENCE)))
+    assert (float((without_ratio - REVERSE_KL).norm()) > 0.1) == (shift > 0)
 
 
 def test_penalised_reward_leads_to_the_gradient_of_the_kl() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from surefoot.core.losses import LossSettings, LossStats, clipped_policy_loss, ppo_loss, value_loss
+from surefoot.core.losses import LossSettings, LossStats, clipped_policy_loss, ppo_loss, truncated_ratio, value_loss
 
 SETTINGS = LossSettings(clip_range=0.2, clip_range_vf=0.3, vf_coef=0.5, ent_coef=0.1)
 
@@ -25,18 +25,22 @@ def random_inputs(shape: tuple[int, int] = (3, 6), *, seed: int = 0) -> dict[str
 
 
 def loss_of(
-    inputs: dict[str, Tensor], *, denominator: float | None = None, settings: LossSettings = SETTINGS
+    inputs: dict[str, Tensor],
+    *,
+    denominator: float | None = None,
+    settings: LossSettings = SETTINGS,
 ) -> tuple[Tensor, LossStats, list[Tensor]]:
     """Loss, statistics and the gradients of log-probs, values and entropies."""
     new = [inputs[name].clone().requires_grad_() for name in ("logprobs", "values", "entropies")]
     loss, stats = ppo_loss(
         (new[0], new[1], new[2]),
-        (inputs["old_logprobs"], inputs["old_values"]),
+        tuple(inputs[name] for name in ("old_logprobs", "old_values", "reference") if name in inputs),
         advantages_BT=inputs["advantages"],
         returns_BT=inputs["returns"],
         mask_BT=inputs["mask"],
         denominator=inputs["mask"].sum() if denominator is None else denominator,
         settings=settings,
+        weights_BT=inputs.get("weights"),
     )
     loss.backward()
     return loss.detach(), stats, [x.grad if x.grad is not None else torch.zeros_like(x) for x in new]
@@ -71,6 +75,90 @@ def test_clipped_surrogate_has_gradient_only_where_it_is_not_clipped(
     assert float(per_step.detach()) == pytest.approx(loss, abs=1e-6)
     assert float(log_ratio.grad) == pytest.approx(gradient, abs=1e-6)
     assert gradient != 0 or float(log_ratio.grad) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        (4.0, -1.0, 3.0, 0.0),  # past c: no more than c |A|, and no pull
+        (2.0, -1.0, 2.0, 2.0),  # past the clip, before c: as ever
+        (4.0, 1.0, -1.2, 0.0),  # c is for worse steps alone
+        (0.5, -1.0, 0.8, 0.0),
+    ],
+)
+def test_dual_clip_bounds_the_loss_of_a_worse_step(ratio: float, advantage: float, loss: float, gradient: float) -> None:
+    log_ratio = torch.tensor(math.log(ratio))
+    per_step = clipped_policy_loss(log_ratio, torch.tensor(advantage), clip_range=0.2, dual_clip=3.0)
+    slope = loss_of(one_step(ratio, advantage), settings=LossSettings(clip_range=0.2, dual_clip=3.0))[2][0]
+    assert float(per_step) == pytest.approx(loss, abs=1e-5)
+    assert float(slope) == pytest.approx(gradient, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        (1.25, 1.0, -1.25, -1.25),  # past 1 + ε, within 1 + ε_high: still pushed
+        (1.5, 1.0, -1.28, 0.0),
+        (0.5, -1.0, 0.8, 0.0),  # below nothing changes
+    ],
+)
+def test_a_higher_upper_bound_leaves_the_lower_one(ratio: float, advantage: float, loss: float, gradient: float) -> None:
+    log_ratio = torch.tensor(math.log(ratio))
+    per_step = clipped_policy_loss(log_ratio, torch.tensor(advantage), clip_range=0.2, clip_range_high=0.28)
+    slope = loss_of(one_step(ratio, advantage), settings=LossSettings(clip_range=0.2, clip_range_high=0.28))[2][0]
+    assert float(per_step) == pytest.approx(loss, abs=1e-5)
+    assert float(slope) == pytest.approx(gradient, abs=1e-5)
+
+
+def one_step(ratio: float, advantage: float) -> dict[str, Tensor]:
+    """A batch of one step with this ratio and advantage."""
+    inputs = {name: torch.zeros(1, 1) for name in ("values", "entropies", "old_logprobs", "old_values", "returns")}
+    numbers = {"logprobs": torch.tensor([[math.log(ratio)]]), "advantages": torch.tensor([[advantage]])}
+    return inputs | numbers | {"mask": torch.ones(1, 1, dtype=torch.bool)}
+
+
+def test_the_kl_term_is_half_the_square_weighted_by_the_ratio() -> None:
+    """Ratio 1.5, log π - log π_ref = 0.5, β 0.1: value 0.1 · 1.5 · 0.125, and slope 0.1 · 1.5 · 0.5 besides -A ρ = 0."""
+    inputs = one_step(1.5, 0.0) | {"reference": torch.tensor([[math.log(1.5) - 0.5]])}
+    loss, _, gradients = loss_of(inputs, settings=LossSettings(kl_coef=0.1))
+    assert float(loss) == pytest.approx(0.1 * 1.5 * 0.125, abs=1e-7)
+    assert float(gradients[0]) == pytest.approx(0.1 * 1.5 * 0.5, abs=1e-7)
+
+
+def test_a_sampler_ratio_is_cut_at_the_cap() -> None:
+    trainer, sampler = torch.tensor([-1.0, -1.0, -1.0, 0.0]), torch.tensor([-1.0, -0.5, -2.5, -1e6])
+    assert truncated_ratio(trainer, sampler, cap=2.0).tolist() == pytest.approx([1.0, math.exp(-0.5), 2.0, 2.0])
+
+
+def test_weights_count_in_every_term_and_in_no_statistic() -> None:
+    """Weights of 0 and 2 over a denominator are the loss of the steps that have 2, counted twice."""
+    settings = LossSettings(clip_range=0.2, vf_coef=0.5, ent_coef=0.1, kl_coef=0.3)
+    inputs = random_inputs() | {"reference": torch.randn(3, 6, generator=torch.Generator().manual_seed(3))}
+    kept = torch.rand(3, 6, generator=torch.Generator().manual_seed(4)) < 0.5
+    weighted, stats, gradients = loss_of(inputs | {"weights": 2.0 * kept}, denominator=4, settings=settings)
+    expected, _, expected_gradients = loss_of(inputs | {"mask": inputs["mask"] & kept}, denominator=2, settings=settings)
+    torch.testing.assert_close(weighted, expected)
+    for gradient, other in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, other)
+    assert_same_stats(stats, loss_of(inputs, settings=settings)[1])
+
+
+def test_written_out_gradients_are_those_of_autograd() -> None:
+    """Every setting at once, against the formulas on plain tensors."""
+    settings = LossSettings(0.2, 0.3, 0.5, 0.1, clip_range_high=0.4, dual_clip=1.5, kl_coef=0.3)
+    inputs = random_inputs((2, 6), seed=2)
+    inputs |= {name: torch.rand(2, 6, generator=torch.Generator().manual_seed(8)) for name in ("reference", "weights")}
+    new = {name: inputs[name].clone().requires_grad_() for name in ("logprobs", "values", "entropies")}
+    log_ratio = new["logprobs"] - inputs["old_logprobs"]
+    steps = clipped_policy_loss(log_ratio, inputs["advantages"], clip_range=0.2, clip_range_high=0.4, dual_clip=1.5)
+    steps = steps + 0.5 * value_loss(new["values"], inputs["old_values"], inputs["returns"], clip_range=0.3)
+    steps = steps - 0.1 * new["entropies"] + 0.3 * log_ratio.exp().detach() * 0.5 * (new["logprobs"] - inputs["reference"]) ** 2
+    expected = torch.where(inputs["mask"], inputs["weights"] * steps, 0.0).sum() / 7
+    expected.backward()
+    loss, _, gradients = loss_of(inputs, denominator=7, settings=settings)
+    torch.testing.assert_close(loss, expected.detach())
+    for gradient, tensor in zip(gradients, new.values(), strict=True):
+        torch.testing.assert_close(gradient, tensor.grad)
 
 
 def test_ratio_never_overflows() -> None:
@@ -147,9 +235,11 @@ def test_clip_fraction_of_the_value_counts_moves_from_the_old_value() -> None:
 def test_what_is_masked_changes_neither_loss_nor_gradient_nor_statistics(poison: float) -> None:
     for seed in range(5):
         inputs = random_inputs(seed=seed)
-        loss, stats, gradients = loss_of(inputs)
+        inputs |= {"reference": inputs["returns"] - 1.0, "weights": inputs["advantages"].abs()}
+        settings = LossSettings(0.2, 0.3, 0.5, 0.1, clip_range_high=0.3, dual_clip=2.0, kl_coef=0.2)
+        loss, stats, gradients = loss_of(inputs, settings=settings)
         poisoned = {name: x if name == "mask" else torch.where(inputs["mask"], x, poison) for name, x in inputs.items()}
-        poisoned_loss, poisoned_stats, poisoned_gradients = loss_of(poisoned)
+        poisoned_loss, poisoned_stats, poisoned_gradients = loss_of(poisoned, settings=settings)
         assert torch.equal(poisoned_loss, loss)
         assert_same_stats(poisoned_stats, stats)
         for gradient, expected in zip(poisoned_gradients, gradients, strict=True):

@@ -100,8 +100,12 @@ def in_closed_form(
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize(
     "settings",
-    [LossSettings(), LossSettings(clip_range=0.1, clip_range_vf=0.5, vf_coef=1.0, ent_coef=0.3)],
-    ids=["plain", "value clip and entropy"],
+    [
+        LossSettings(),
+        LossSettings(clip_range=0.1, clip_range_vf=0.5, vf_coef=1.0, ent_coef=0.3),
+        LossSettings(clip_range=0.1, clip_range_high=0.3, dual_clip=1.2),
+    ],
+    ids=["plain", "value clip and entropy", "asymmetric and dual clip"],
 )
 def test_closed_form_and_autograd_find_the_same_gradient(action: str, settings: LossSettings) -> None:
     policy = policy_for(action)

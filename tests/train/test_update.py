@@ -17,7 +17,7 @@ from surefoot.core.losses import LossStats
 from surefoot.rollout.batch import micro_batches, text_batch
 from surefoot.train.update import TokenBudget, UpdateResult, accumulate_gradient, advantages, make_optimizer, update
 from surefoot.types import Batch
-from tests.fakes import CPU, VOCABULARY, BigramPolicy, played_batch, trajectory
+from tests.fakes import CPU, VOCABULARY, BigramPolicy, padded, played_batch, trajectory
 
 RAGGED = (9, 1, 4, 12, 2, 7, 3, 12)  # written tokens a row
 ROWS = torch.arange(len(RAGGED))
@@ -41,23 +41,6 @@ def budget_for(batch: Batch, count: int) -> int:
     """The token budget that splits the batch into `count` micro-batches."""
     budgets = range(1, batch.mask_BT.numel() + 1)
     return next(tokens for tokens in budgets if len(micro_batches(batch, ROWS, tokens)) == count)
-
-
-def padded(batch: Batch, columns: int, *, poison: float) -> Batch:
-    """The batch with more columns on the right, `poison` in all that is masked anywhere."""
-
-    def wider(value: Tensor) -> Tensor:
-        return torch.nn.functional.pad(value, (0, columns)) if value.dim() > 1 else value
-
-    changes: dict[str, Any] = {
-        f.name: wider(value) for f in dataclasses.fields(batch) if isinstance(value := getattr(batch, f.name), Tensor)
-    }
-    changes["observations"] = {name: wider(value) for name, value in batch.observations.items()}
-    wide = dataclasses.replace(batch, **changes)
-    for name in ("logprobs_BT", "values_BT", "rewards_BT", "bootstrap_BT", "reference_logprobs_BT"):
-        if getattr(wide, name) is not None:
-            setattr(wide, name, torch.where(wide.mask_BT, getattr(wide, name), poison))
-    return wide
 
 
 def assert_near(values: list[Tensor], expected: list[Tensor], atol: float = 1e-6) -> None:

@@ -111,8 +111,31 @@ CHECKPOINT_TIMESTEPS = 25_600  # between two checkpoints
 LSTM_DEFAULTS = {"n_steps": 128, "batch_size": 128}  # with memory: sb3-contrib's
 NETWORKS = ("MlpPolicy", "CnnPolicy", "MultiInputPolicy", "MlpLstmPolicy", "CnnLstmPolicy", "MultiInputLstmPolicy")
 # Settings of the algorithm that mean something for one side only.
-TEXT_ONLY = ("total_episodes", "episodes_per_update", "missing_eos_penalty", "missing_eos_mode", "reward_scale")
+TEXT_ONLY = (
+    "total_episodes",
+    "episodes_per_update",
+    "samples_per_prompt",
+    "advantage",
+    "skip_equal_groups",
+    "gae_lambda_length_alpha",
+    "critic_warmup_updates",
+    "loss_aggregation",
+    "kl_in",
+    "sampler_ratio_cap",
+    "missing_eos_penalty",
+    "missing_eos_mode",
+    "reward_scale",
+)
 ENV_ONLY = ("total_timesteps", "n_steps")
+# Advantages that compare the answers to one prompt with each other, and settings that mean nothing without a critic.
+GROUPED = ("grpo", "dr_grpo", "rloo")
+CRITIC_ONLY = (
+    "clip_range_vf",
+    "whiten_rewards",
+    "gae_lambda_critic",
+    "gae_lambda_length_alpha",
+    "critic_warmup_updates",
+)
 
 
 def _defaults_for(given: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -135,6 +158,23 @@ def _check_algorithm(ppo: PPOConfig) -> None:
         raise ValueError("ppo.kl_target adapts ppo.kl_coef, which is 0 and would stay 0; give kl_coef a positive start")
     if ppo.missing_eos_mode == "replace" and ppo.missing_eos_penalty is None:
         raise ValueError("ppo.missing_eos_mode: replace needs a ppo.missing_eos_penalty to put in the score's place")
+    if ppo.clip_range_high is not None and ppo.clip_schedule != "constant":
+        raise ValueError("ppo.clip_schedule moves ppo.clip_range alone; leave it, or ppo.clip_range_high, out")
+    if ppo.advantage in GROUPED and ppo.samples_per_prompt == 1:
+        raise ValueError(
+            f"ppo.advantage: {ppo.advantage} compares the answers to one prompt; give ppo.samples_per_prompt, now 1, 2 or more"
+        )
+    if ppo.skip_equal_groups and ppo.advantage not in GROUPED:
+        raise ValueError(
+            f"ppo.skip_equal_groups is for ppo.advantage: {', '.join(GROUPED)}; {ppo.advantage} learns from them too"
+        )
+    if not ppo.has_critic:
+        _check_unused(ppo, CRITIC_ONLY, f"is for ppo.advantage: gae; {ppo.advantage} has no critic")
+        if ppo.gamma != 1 and ppo.advantage != "reinforce_pp":
+            raise ValueError(
+                f"ppo.gamma is {ppo.gamma:g}; with ppo.advantage: {ppo.advantage} the tokens of an answer share its reward; "
+                "leave it out"
+            )
 
 
 def _check_text(config: Config) -> None:
@@ -144,6 +184,16 @@ def _check_text(config: Config) -> None:
         raise ValueError(
             f"ppo.batch_size ({ppo.batch_size}) does not divide ppo.episodes_per_update ({ppo.episodes_per_update}); "
             f"try {_nearest_divisor(ppo.episodes_per_update, ppo.batch_size)}"
+        )
+    if ppo.episodes_per_update % ppo.samples_per_prompt:
+        raise ValueError(
+            f"ppo.samples_per_prompt ({ppo.samples_per_prompt}) does not divide ppo.episodes_per_update "
+            f"({ppo.episodes_per_update}); try {_nearest_divisor(ppo.episodes_per_update, ppo.samples_per_prompt)}"
+        )
+    if ppo.critic_warmup_updates and not config.policy.critic.stop_gradient:
+        raise ValueError(
+            "ppo.critic_warmup_updates trains the critic alone, but its loss would move the trunk it shares with the policy; "
+            "set policy.critic.stop_gradient: true"
         )
     for name in ("top_k", "top_p"):
         if getattr(generation, name) is not None:
@@ -157,7 +207,7 @@ def _check_environment(config: Config) -> None:
     ppo, model = config.ppo, config.policy.model
     if config.task is not None:
         raise ValueError("a run has a task (text) or an env (Gymnasium), not both; leave one out")
-    _check_unused(ppo, TEXT_ONLY, "is for text tasks; an environment counts timesteps")
+    _check_unused(ppo, TEXT_ONLY, "is for text tasks; leave it out")
     if ppo.kl_coef or ppo.kl_target is not None:
         raise ValueError("ppo.kl_coef needs a reference model, which a network that starts from nothing has not; leave it out")
     if model not in NETWORKS:

@@ -215,6 +215,12 @@ class PPOConfig(Section):
 
     total_episodes: Positive = Field(2000, description="Episodes in the whole run; rounded up to whole updates.")
     episodes_per_update: Positive = Field(64, description="Episodes collected for one update.")
+    samples_per_prompt: Positive = Field(
+        1, description="G: answers to each prompt in an update, a group. Divides episodes_per_update."
+    )
+    advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce_pp", "remax"] = Field(
+        "gae", description="What an answer is compared with (docs/family.md); all but `gae` do without a critic."
+    )
     total_timesteps: Positive = Field(
         100_000, description="With `env`: steps in the whole run, all copies together; rounded up to whole updates."
     )
@@ -236,17 +242,48 @@ class PPOConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="Global gradient norm is clipped to this.")
     clip_range: float = Field(0.2, gt=0, description="ε of the clipped surrogate.")
     clip_schedule: Schedule = Field("constant", description="How ε moves over the run.")
+    clip_range_high: float | None = Field(
+        None, gt=0, description="ε of the upper bound, above which a better step is not pushed; `null`: clip_range."
+    )
+    dual_clip: float | None = Field(
+        None, gt=1, description="c: a worse step's loss is at most c |A|, however large its ratio; `null`: no bound."
+    )
+    skip_equal_groups: bool = Field(
+        False,
+        description="Leave groups whose rewards are all equal out of the update: compared with each other they teach nothing.",
+    )
+    loss_aggregation: Literal["token", "sequence", "constant"] = Field(
+        "token",
+        description="What the loss is a mean over: all written tokens of the minibatch; its answers, each the mean of its tokens; or, `constant`, answers × max_new_tokens.",
+    )
     clip_range_vf: float | None = Field(None, gt=0, description="Clip of the value's move; `null` leaves it unclipped.")
     gamma: Fraction = Field(1.0, description="Discount per written token.")
     gae_lambda: Fraction = Field(0.95, description="λ of generalised advantage estimation.")
-    normalize_advantage: bool = Field(True, description="Whiten advantages over each minibatch.")
+    gae_lambda_critic: Fraction | None = Field(
+        None, description="λ of the returns that the critic learns; `null`: that of the advantages."
+    )
+    gae_lambda_length_alpha: float | None = Field(
+        None,
+        gt=0,
+        description="α: λ of the advantages is 1 - 1 / (α · length) for each answer, 0 at least; `null`: gae_lambda.",
+    )
+    critic_warmup_updates: int = Field(
+        0, ge=0, description="First updates, in which the critic learns and the policy stays as it is."
+    )
+    normalize_advantage: bool = Field(
+        True,
+        description="Whiten advantages over each minibatch; with `advantage: gae` alone, the others have a scale of their own.",
+    )
     vf_coef: NonNegative = Field(0.1, description="Weight of the value loss.")
     value_loss: Literal["half_squared", "squared"] = Field(
         "half_squared", description="½ (V - R)² as TRL's `vf_coef` means it, or (V - R)² as Stable-Baselines3's does."
     )
     ent_coef: NonNegative = Field(0.0, description="Weight of the entropy bonus.")
     ent_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="How ent_coef moves over the run.")
-    kl_coef: NonNegative = Field(0.05, description="β of the per-token KL penalty in the reward (k1 against the reference).")
+    kl_coef: NonNegative = Field(0.05, description="β of the per-token KL penalty against the reference.")
+    kl_in: Literal["reward", "loss"] = Field(
+        "reward", description="Where β's penalty stands: in the `reward` (k1), or in the `loss` (k2 with the importance ratio)."
+    )
     kl_target: float | None = Field(
         None, gt=0, description="Adapt β to hold the mean sequence KL near this many nats; `null` keeps β fixed."
     )
@@ -267,11 +304,21 @@ class PPOConfig(Section):
     )
     reward_clip: float | None = Field(None, gt=0, description="Clip scores to ± this, after scaling.")
     whiten_rewards: bool = Field(False, description="Whiten per-token rewards over the update, keeping their mean.")
+    sampler_ratio_cap: float | None = Field(
+        None,
+        gt=0,
+        description="c: where the sampler's log-probs are not the trainer's (bfloat16), each token's policy loss is weighted by min(π_trainer / π_sampler, c); `null`: by 1.",
+    )
     micro_batch_tokens: Positive = Field(
         2048,
         description="Most tokens (rows × longest row) in one forward and backward pass. Speed and memory only: the gradient is the minibatch's.",
     )
     max_bad_steps: Positive = Field(5, description="Skipped steps (non-finite loss or gradient) in a row before the run stops.")
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether advantages come from a value function, which is trained then."""
+        return self.advantage == "gae"
 
 
 class EvaluateConfig(Section):

@@ -1,4 +1,4 @@
-"""Generalised advantage estimation over the steps the policy itself took."""
+"""Advantages over the steps the policy itself took: with a critic (GAE), or by comparing answers to one prompt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def gae(
     ends_BT: Tensor,
     bootstrap_BT: Tensor,
     gamma: float,
-    lam: float,
+    lam: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Advantages and TD(λ) returns, both [B, T] float32, 0 off the mask.
 
@@ -24,7 +24,8 @@ def gae(
 
     Steps off the mask (prompt, padding, what an environment said between two turns) are stepped over: they carry no
     reward and cost no γ or λ. After a step with `ends_BT` the carry stops, and V(s') is `bootstrap_BT`: 0 where the
-    episode terminated, V(final observation) where it was only truncated or the rollout stopped.
+    episode terminated, V(final observation) where it was only truncated or the rollout stopped. λ is one number, or one
+    for each row, [B, 1].
     """
     zero = torch.zeros((), device=rewards_BT.device)
     steps = mask_BT.shape[1]
@@ -44,3 +45,42 @@ def gae(
     advantages_BT = torch.where(mask_BT, torch.stack(backwards[::-1], 1), zero)
     returns_BT = torch.where(mask_BT, advantages_BT + values_BT, zero)
     return advantages_BT, returns_BT
+
+
+def length_adaptive_lambda(mask_BT: Tensor, alpha: float) -> Tensor:
+    """λ = 1 - 1 / (α l) for an answer of l steps, 0 at least; [B, 1] float32 (Yue et al. 2025, VAPO, arXiv:2504.05118).
+
+    The weights 1, λ, λ², … of the errors to come then sum to about α l: the same share of every answer is looked ahead.
+    Example: with α 0.05, λ is 0 up to 20 steps, 0.8 at 100 and 0.98 at 1,000.
+    """
+    lengths_B1 = mask_BT.sum(1, keepdim=True).clamp(min=1)
+    return (1.0 - 1.0 / (alpha * lengths_B1)).clamp(min=0.0)
+
+
+def group_advantages(scores_B: Tensor, groups_B: Tensor, *, acted_B: Tensor, kind: str) -> Tensor:
+    """How much better each answer is than the others to its prompt; [B] float32, 0 where nothing was written.
+
+    `scores_B` are the rewards of whole answers, `groups_B` (int64) tells which rows answer the same prompt, `acted_B`
+    (bool) which rows count. With r the scores of a group of G:
+
+        dr_grpo    A = r - mean(r)                        (Liu et al. 2025, arXiv:2503.20783, §3.2)
+        grpo       A = (r - mean(r)) / (std(r) + 1e-4)    (Shao et al. 2024, arXiv:2402.03300, §4.1.2)
+        rloo       A = r - mean of the other G - 1        (Ahmadian et al. 2024, arXiv:2402.14740, §2.2)
+                     = G / (G - 1) · (r - mean(r))
+
+    std divides by G - 1, and the 1e-4 keeps equal scores at 0: both as TRL's `GRPOTrainer` has them.
+    """
+    # Pairs instead of a scatter: a group's sum is the same to the bit on every device.
+    same_BB = (groups_B[:, None] == groups_B) & acted_B
+    size_B = same_BB.sum(1).clamp(min=1)
+    others_B = (size_B - 1).clamp(min=1)
+
+    def mean(values_B: Tensor) -> Tensor:
+        return torch.where(same_BB, values_B, 0.0).sum(1) / size_B
+
+    centred_B = scores_B - mean(scores_B)
+    # Once more: the mean of equal large scores is rounded, and what is left would be scaled up.
+    centred_B = torch.where(acted_B, centred_B - mean(centred_B), 0.0)
+    if kind == "grpo":
+        return centred_B / ((mean(centred_B**2) * size_B / others_B).sqrt() + 1e-4)
+    return centred_B * size_B / others_B if kind == "rloo" else centred_B

@@ -42,6 +42,18 @@ def text_batch(trajectories: Sequence[Trajectory], *, device: torch.device, vers
     return to_device(batch, device)
 
 
+def have_signal(batch: Batch) -> Tensor:
+    """[B] bool: whether the rewards in the row's group differ, so that comparing its answers says something.
+
+    Rewards are those of whole answers, after shaping and before the KL penalty; rows that wrote nothing do not count.
+    """
+    assert batch.groups_B is not None
+    acted_B = batch.mask_BT.any(1)
+    rewards_B = torch.where(batch.mask_BT, batch.rewards_BT, 0.0).sum(1)
+    differ_BB = (batch.groups_B[:, None] == batch.groups_B) & (rewards_B[:, None] != rewards_B)
+    return (differ_BB & acted_B & acted_B[:, None]).any(1)
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with all its tensors on `device`."""
     for name, value in vars(batch).items():

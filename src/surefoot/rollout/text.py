@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 import torch
@@ -74,18 +74,26 @@ class TextRollout:
 
     def collect(self, *, first: int, count: int, version: int = 0, poll: Callable[[], None] | None = None) -> Batch:
         """Play `count` episodes, the first of them number `first` of the run; a scored, shaped batch."""
-        numbers = range(first, first + count)
-        examples = [self.task.training_example(number, self.seed) for number in numbers]
+        numbers, group = range(first, first + count), self.ppo.samples_per_prompt
+        if first % group or count % group:
+            raise InputError(f"episodes {first} to {first + count} are no whole groups of samples_per_prompt ({group})")
+        examples = [self.task.training_example(number // group, self.seed) for number in numbers]
         seeds = [derived_seed(self.seed, "sampling", number) for number in numbers]
         started = time.perf_counter()
         trajectories = self.play(examples, seeds, poll)
+        greedy: list[Trajectory] = []  # one a prompt: what ReMax compares with, and not trained on
+        if self.ppo.advantage == "remax":
+            greedy = self.play(examples[::group], seeds[::group], poll, params=replace(self.params, temperature=0.0))
         played = time.perf_counter()
-        self._score(trajectories)
-        self.reward_stats = shape_rewards(trajectories, self.ppo, self.reward_stats)
+        self._score(trajectories + greedy)
+        self.reward_stats = shape_rewards(trajectories + greedy, self.ppo, self.reward_stats)
         batch = text_batch(trajectories, device=self.policy.device, version=version)
-        totals = torch.tensor([t.reward_parts["total"] for t in trajectories], device=self.policy.device)
+        totals_B = _totals(trajectories, self.policy.device)
         # On the last written token, the action that ended the episode.
-        batch.rewards_BT = torch.where(batch.ends_BT, totals[:, None], batch.rewards_BT)
+        batch.rewards_BT = torch.where(batch.ends_BT, totals_B[:, None], batch.rewards_BT)
+        batch.step_limit = self.params.max_new_tokens
+        batch.groups_B = torch.tensor([number // group for number in numbers], device=self.policy.device)
+        batch.baselines_B = _totals(greedy, self.policy.device).repeat_interleave(group) if greedy else None
         self._compare_with_reference(batch)
         batch.metrics = episode_metrics(batch)
         batch.metrics |= {"time/rollout_s": played - started, "time/score_s": time.perf_counter() - played}
@@ -120,14 +128,26 @@ class TextRollout:
         """Whether prompts were held out."""
         return bool(self.task.held_out)
 
-    def play(self, examples: Sequence[Example], seeds: Sequence[int], poll: Callable[[], None] | None) -> list[Trajectory]:
-        """Write one answer per example; unscored trajectories."""
+    def play(
+        self,
+        examples: Sequence[Example],
+        seeds: Sequence[int],
+        poll: Callable[[], None] | None,
+        *,
+        params: SamplingParams | None = None,
+    ) -> list[Trajectory]:
+        """Write one answer per example; unscored trajectories. `params` takes the place of the run's own."""
         requests = [
             Request(self.encode(example), seed, stop_check(self.policy.tokenizer, self.generation.stop))
             for example, seed in zip(examples, seeds, strict=True)
         ]
         completions = generate(
-            self.policy, requests, params=self.params, end_tokens=self.end_tokens, slots=self.generation.slots, poll=poll
+            self.policy,
+            requests,
+            params=params or self.params,
+            end_tokens=self.end_tokens,
+            slots=self.generation.slots,
+            poll=poll,
         )
         return [
             Trajectory(
@@ -171,6 +191,11 @@ class TextRollout:
         return self.policy.tokenizer.decode(request.prompt, skip_special_tokens=True)
 
 
+def _totals(trajectories: Sequence[Trajectory], device: torch.device) -> torch.Tensor:
+    """[B] float32: what each answer is paid, after shaping."""
+    return torch.tensor([t.reward_parts["total"] for t in trajectories], device=device)
+
+
 @torch.no_grad()
 def episode_metrics(batch: Batch) -> dict[str, float]:
     """What the episodes of a text batch were like: their scores and lengths."""
@@ -205,15 +230,17 @@ def collect(
     episodes: int = 64,
     first_episode: int = 0,
     seed: int = 0,
+    version: int = 0,
     generation: GenerationConfig | None = None,
     ppo: PPOConfig | None = None,
 ) -> Batch:
     """Let `policy` play `episodes` episodes of `env`: a `Batch` with rewards and the reference's log-probs.
 
-    Each call stands alone: keep a `TextRollout` instead where `reward_scale` should remember earlier scores.
+    `version` is the number of updates the policy has seen. Each call stands alone: keep a `TextRollout` instead where
+    `reward_scale` should remember earlier scores.
     """
     rollout = TextRollout(policy, env, generation=generation or GenerationConfig(), ppo=ppo or PPOConfig(), seed=seed)
-    return rollout.collect(first=first_episode, count=episodes)
+    return rollout.collect(first=first_episode, count=episodes, version=version)
 
 
 def encode_prompt(tokenizer: Any, prompt: Any, *, chat: bool = False) -> tuple[int, ...]:

@@ -180,7 +180,7 @@ def run(training: Training) -> None:
                 if isinstance(error, Abandon):  # a callback has seen enough
                     return
                 raise
-            check_itself = False
+            check_itself &= "ppo/policy_loss" not in metrics  # an update may have had nothing to learn from
             log(t, batch, metrics)
             _stop_if_diverged(t)
 
@@ -207,11 +207,9 @@ def improve(t: Training, batch: Batch, *, budget: TokenBudget, check_itself: boo
     t.tell_phase("update")
     p, ppo, started = t.progress, t.ppo, time.perf_counter()
     learning_rate = scheduled(t, "learning_rate", ppo.lr_schedule)
-    if ppo.clip_schedule != "constant":
-        ppo = ppo.model_copy(update={"clip_range": scheduled(t, "clip_range", ppo.clip_schedule)})
-    if ppo.ent_schedule != "constant":
-        ppo = ppo.model_copy(update={"ent_coef": scheduled(t, "ent_coef", ppo.ent_schedule)})
-    advantages(batch, ppo, kl_coef=p.kl_coef)
+    now = {"clip_range": scheduled(t, "clip_range", ppo.clip_schedule), "ent_coef": scheduled(t, "ent_coef", ppo.ent_schedule)}
+    ppo = ppo.model_copy(update={**now, "kl_coef": p.kl_coef})
+    advantages(batch, ppo)
     metrics = batch_metrics(batch) | {"kl/coef": p.kl_coef, "ppo/learning_rate": learning_rate}
     gate = functools.partial(check_first_minibatch, exact=t.policy.scores_like_sampler)
     result = update(

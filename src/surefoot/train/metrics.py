@@ -6,6 +6,7 @@ import torch
 
 from surefoot.core.kl import k3
 from surefoot.core.masked import explained_variance, masked_mean
+from surefoot.rollout.batch import have_signal
 from surefoot.rollout.score import sequence_kl
 from surefoot.train.update import UpdateResult
 from surefoot.types import Batch
@@ -15,6 +16,7 @@ METRICS = {
     "episodes": "Episodes played so far in the run.",
     "reward/mean": "Mean score the reward function gave this update's episodes, before penalty, scaling and clipping.",
     "reward/std": "Population standard deviation of those scores.",
+    "reward/equal_groups": "Groups of answers to one prompt whose rewards are all equal: compared with each other they teach nothing. With skip_equal_groups they are left out of the update.",
     "reward/total": "Mean reward after penalty, scaling and clipping, before the KL penalty: what the policy is paid.",
     "kl/reference": "KL to the reference: log p - log p_ref summed over an episode's written tokens, mean over episodes; nats.",
     "kl/reference_k3": "The same by the k3 estimator, which is never negative and has less variance; nats.",
@@ -63,7 +65,7 @@ METRICS = {
 def batch_metrics(batch: Batch) -> dict[str, float]:
     """What the rollout and the advantages say, before the update."""
     mask_BT = batch.mask_BT
-    metrics = {"critic/value_mean": float(masked_mean(batch.values_BT, mask_BT))}
+    metrics = {}
     if batch.reference_logprobs_BT is not None:
         acted_B = mask_BT.any(1)  # rows in which the policy did nothing are not counted
         rows = acted_B.sum().clamp(min=1)
@@ -71,8 +73,11 @@ def batch_metrics(batch: Batch) -> dict[str, float]:
         metrics["kl/reference"] = float(sequence_kl(batch)[acted_B].sum() / rows)
         metrics["kl/reference_k3"] = float(torch.where(mask_BT, per_token, 0.0).sum() / rows)
     if batch.returns_BT is not None:
+        metrics["critic/value_mean"] = float(masked_mean(batch.values_BT, mask_BT))
         metrics["critic/explained_variance"] = float(explained_variance(batch.values_BT, batch.returns_BT, mask_BT))
         metrics["critic/return_mean"] = float(masked_mean(batch.returns_BT, mask_BT))
+    if batch.groups_B is not None and len(groups := batch.groups_B.unique()) < len(batch):
+        metrics["reward/equal_groups"] = float(len(groups) - len(batch.groups_B[have_signal(batch)].unique()))
     if batch.behaviour_logprobs_BT is not None:
         difference = torch.where(mask_BT, batch.logprobs_BT - batch.behaviour_logprobs_BT, 0.0).abs()
         metrics["sampler/mismatch_mean"] = float(difference.sum() / mask_BT.sum().clamp(min=1))
@@ -92,8 +97,8 @@ def update_metrics(result: UpdateResult) -> dict[str, float]:
             "ppo/clip_fraction": means["clipped"],
             "ppo/ratio_mean": means["ratio"],
             "ppo/ratio_max": float(result.stats.ratio_max),
-            "critic/value_loss": means["value_loss"],
-            "critic/clip_fraction": means["value_clipped"],
             "policy/entropy": means["entropy"],
         }
+        if result.has_critic:
+            metrics |= {"critic/value_loss": means["value_loss"], "critic/clip_fraction": means["value_clipped"]}
     return metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,13 +13,13 @@ import torch
 from torch import Tensor
 
 from surefoot.config import PPOConfig
-from surefoot.core.advantages import gae
+from surefoot.core.advantages import gae, group_advantages, length_adaptive_lambda
 from surefoot.core.kl import kl_penalised_rewards
-from surefoot.core.losses import LossSettings, LossStats, ppo_loss
+from surefoot.core.losses import LossSettings, LossStats, ppo_loss, truncated_ratio
 from surefoot.core.masked import library_of, whiten
 from surefoot.policies.base import Policy
-from surefoot.rollout.batch import micro_batches, minibatches
-from surefoot.types import Batch
+from surefoot.rollout.batch import have_signal, micro_batches, minibatches
+from surefoot.types import Batch, Evaluation
 
 
 def make_optimizer(policy: Policy, config: PPOConfig) -> torch.optim.Adam:
@@ -28,24 +29,56 @@ def make_optimizer(policy: Policy, config: PPOConfig) -> torch.optim.Adam:
 
 
 def advantages(batch: Batch, config: PPOConfig | None = None, *, kl_coef: float | None = None) -> Batch:
-    """Fill `advantages_BT` and `returns_BT`: KL penalty into the rewards, whitening on request, then GAE."""
+    """Fill `advantages_BT` and `returns_BT`: KL penalty into the rewards, whitening on request, then GAE.
+
+    Without a critic (docs/family.md) there are no returns, and what an answer is compared with stands in the batch.
+    """
     config = config or PPOConfig()
     rewards_BT = batch.rewards_BT
-    if batch.reference_logprobs_BT is not None:
+    if batch.reference_logprobs_BT is not None and config.kl_in == "reward":
         coef = config.kl_coef if kl_coef is None else kl_coef
         rewards_BT = kl_penalised_rewards(rewards_BT, batch.logprobs_BT, batch.reference_logprobs_BT, batch.mask_BT, coef=coef)
     if config.whiten_rewards:
         rewards_BT = whiten(rewards_BT, batch.mask_BT, shift_mean=False)
-    batch.advantages_BT, batch.returns_BT = gae(
+    if not config.has_critic:
+        batch.advantages_BT, batch.returns_BT = _advantages_without_critic(batch, rewards_BT, config), None
+        return batch
+    estimate = functools.partial(
+        gae,
         rewards_BT,
         batch.values_BT,
         mask_BT=batch.mask_BT,
         ends_BT=batch.ends_BT,
         bootstrap_BT=batch.bootstrap_BT,
         gamma=config.gamma,
-        lam=config.gae_lambda,
     )
+    lam: float | Tensor = config.gae_lambda
+    if config.gae_lambda_length_alpha is not None:
+        lam = length_adaptive_lambda(batch.mask_BT, config.gae_lambda_length_alpha)
+    batch.advantages_BT, batch.returns_BT = estimate(lam=lam)
+    if config.gae_lambda_critic is not None:
+        _, batch.returns_BT = estimate(lam=config.gae_lambda_critic)
     return batch
+
+
+def _advantages_without_critic(batch: Batch, rewards_BT: Tensor, config: PPOConfig) -> Tensor:
+    """[B, T], 0 off the mask: reward-to-go, whitened over the batch, or an answer's whole reward against a baseline."""
+    mask_BT = batch.mask_BT
+    if config.advantage == "reinforce_pp":
+        # GAE with λ = 1 and values of 0 is the discounted sum of the rewards to come.
+        zeros_BT = torch.zeros_like(rewards_BT)
+        ends = {"mask_BT": mask_BT, "ends_BT": batch.ends_BT, "bootstrap_BT": zeros_BT}
+        to_go_BT, _ = gae(rewards_BT, zeros_BT, **ends, gamma=config.gamma, lam=1.0)
+        whitened_BT: Tensor = whiten(to_go_BT, mask_BT)
+        return whitened_BT
+    scores_B = torch.where(mask_BT, rewards_BT, 0.0).sum(1)
+    if config.advantage == "remax":
+        assert batch.baselines_B is not None, "collect the batch with advantage: remax"
+        advantages_B = scores_B - batch.baselines_B
+    else:
+        assert batch.groups_B is not None, "a batch without groups_B has no answers to compare"
+        advantages_B = group_advantages(scores_B, batch.groups_B, acted_B=mask_BT.any(1), kind=config.advantage)
+    return torch.where(mask_BT, advantages_B[:, None], 0.0)
 
 
 @dataclass
@@ -59,6 +92,7 @@ class UpdateResult:
     skipped_in_a_row: int = 0
     stopped_early: bool = False
     grad_norm: float = 0.0  # mean over the steps taken, before clipping
+    has_critic: bool = True
 
     def add(self, stats: LossStats) -> None:
         """Count one minibatch in, unless its loss is not finite: one NaN would hide all the others."""
@@ -97,22 +131,25 @@ def update(
 
     Stops before the first step whose minibatch shows KL(old‖new) > `target_kl`. A step whose loss or gradient is not
     finite is skipped and counted; weights and optimiser state stay as they were. `generator` shuffles the minibatches.
+    With `skip_equal_groups` nothing is done where no group is left.
     `before_first_step` sees the first minibatch's statistics while old and new policy are still one, and may raise.
     """
     config = config or PPOConfig()
     optimizer = optimizer or make_optimizer(policy, config)
     generator = generator or torch.Generator().manual_seed(0)
     budget = budget or TokenBudget(config.micro_batch_tokens)
-    result = UpdateResult()
+    result = UpdateResult(has_critic=config.has_critic)
     if not policy.reads_whole_rows:
         batch = batch.steps()
-    if not len(batch):  # a single step that only reset
+    if config.skip_equal_groups and not bool((signal_B := have_signal(batch)).all()):
+        batch = batch.rows(signal_B.nonzero().flatten())
+    if not len(batch):  # no group is left, or a single step that only reset
         return result
     rows_per_minibatch = max(1, config.batch_size // batch.row_size)
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate if learning_rate is None else learning_rate
     by_autograd: AbstractContextManager[Any] = nullcontext((None, optimizer))
-    if config.normalize_advantage and rows_per_minibatch >= len(batch) > 1:
+    if config.normalize_advantage and config.has_critic and rows_per_minibatch >= len(batch) > 1:
         # All in one minibatch: its mean and spread are the same in every epoch.
         assert batch.advantages_BT is not None
         batch = replace(batch, advantages_BT=whiten(batch.advantages_BT, batch.mask_BT))
@@ -162,13 +199,54 @@ def _accumulate(
     token_budget: int,
     accumulate: Callable[..., LossStats] | None,
 ) -> LossStats:
-    assert batch.advantages_BT is not None and batch.returns_BT is not None, "call advantages(batch) first"
+    advantages_BT, steps = _minibatch_advantages(batch, rows, config, as_arrays=accumulate is not None)
+    weights_BT, denominator = _aggregation(batch, rows, config, steps)
+    settings = _loss_settings(batch, config)
+    total: LossStats | None = None
+    for micro in micro_batches(batch, rows, token_budget):
+        part = batch if len(micro) == len(batch) else batch.rows(micro)
+        # In the order of the part's rows, which where it is the whole batch is not the order of `micro`.
+        places: Any = ... if part is batch else (micro, slice(part.mask_BT.shape[1]))
+        if accumulate is not None:
+            stats = accumulate(part, advantages_BT[places], denominator=denominator, settings=settings)
+        else:
+            old = (part.logprobs_BT, part.values_BT)
+            loss, stats = ppo_loss(
+                _trained(policy.evaluate(part, entropy_gradient=config.ent_coef > 0), part, config),
+                old if part.reference_logprobs_BT is None else (*old, part.reference_logprobs_BT),
+                advantages_BT=advantages_BT[places],
+                # Without a critic its values are their own target: no loss.
+                returns_BT=part.values_BT if part.returns_BT is None else part.returns_BT,
+                mask_BT=part.mask_BT,
+                denominator=denominator,
+                settings=settings,
+                weights_BT=None if weights_BT is None else weights_BT[places],
+            )
+            loss.backward()
+        total = stats if total is None else total + stats
+    assert total is not None
+    return total
+
+
+def _trained(new: Evaluation, batch: Batch, config: PPOConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs, values and entropies for the loss; what is not trained has no gradient, so the optimiser passes it by."""
+    if not config.has_critic:
+        return new.logprobs_BT, batch.values_BT, new.entropies_BT
+    if batch.version < config.critic_warmup_updates:
+        return new.logprobs_BT.detach(), new.values_BT, new.entropies_BT.detach()
+    return new.logprobs_BT, new.values_BT, new.entropies_BT
+
+
+def _minibatch_advantages(batch: Batch, rows: Tensor, config: PPOConfig, *, as_arrays: bool) -> tuple[Any, int]:
+    """Advantages [B, T] as the loss of the minibatch `rows` counts them, and the minibatch's steps."""
+    assert batch.advantages_BT is not None, "call advantages(batch) first"
     is_whole = len(rows) == len(batch)  # then the order of the rows does not matter: nothing need be picked
-    advantages_BT, mask_BT = batch.advantages_BT, batch.mask_BT
-    if accumulate is not None:
-        advantages_BT, mask_BT = advantages_BT.numpy(), mask_BT.numpy()  # type: ignore[assignment]
+    advantages_BT: Any = batch.advantages_BT
+    mask_BT: Any = batch.mask_BT
+    if as_arrays:
+        advantages_BT, mask_BT = advantages_BT.numpy(), mask_BT.numpy()
     steps = int((mask_BT if is_whole else mask_BT[rows]).sum())
-    if config.normalize_advantage and steps > 1:  # one advantage alone has no spread to divide by
+    if config.normalize_advantage and config.has_critic and steps > 1:  # one advantage alone has no spread to divide by
         # Over the minibatch, before it is split: a micro-batch's own mean and variance would change the gradient.
         if is_whole:
             advantages_BT = whiten(advantages_BT, mask_BT)
@@ -176,31 +254,36 @@ def _accumulate(
             whitened_BT = library_of(advantages_BT).zeros_like(advantages_BT)
             whitened_BT[rows] = whiten(advantages_BT[rows], mask_BT[rows])
             advantages_BT = whitened_BT
-    vf_coef = config.vf_coef * (2.0 if config.value_loss == "squared" else 1.0)  # of ½ (V - R)²
-    settings = LossSettings(config.clip_range, config.clip_range_vf, vf_coef, config.ent_coef)
-    total: LossStats | None = None
-    for micro in micro_batches(batch, rows, token_budget):
-        part = batch if len(micro) == len(batch) else batch.rows(micro)
-        length = part.mask_BT.shape[1]
-        assert part.returns_BT is not None
-        targets = (advantages_BT if part is batch else advantages_BT[micro, :length], part.returns_BT)
-        if accumulate is not None:
-            stats = accumulate(part, targets[0], denominator=max(steps, 1), settings=settings)
-        else:
-            new = policy.evaluate(part, entropy_gradient=config.ent_coef > 0)
-            loss, stats = ppo_loss(
-                (new.logprobs_BT, new.values_BT, new.entropies_BT),
-                (part.logprobs_BT, part.values_BT),
-                advantages_BT=targets[0],
-                returns_BT=targets[1],
-                mask_BT=part.mask_BT,
-                denominator=max(steps, 1),
-                settings=settings,
-            )
-            loss.backward()
-        total = stats if total is None else total + stats
-    assert total is not None
-    return total
+    if config.sampler_ratio_cap is not None and batch.behaviour_logprobs_BT is not None:
+        # The clipped loss is proportional to the advantage: a weight of one is a weight of the other.
+        weight_BT = truncated_ratio(batch.logprobs_BT, batch.behaviour_logprobs_BT, cap=config.sampler_ratio_cap)
+        advantages_BT = advantages_BT * weight_BT
+    return advantages_BT, steps
+
+
+def _aggregation(batch: Batch, rows: Tensor, config: PPOConfig, steps: int) -> tuple[Tensor | None, int]:
+    """What each step counts [B, T] (None: 1) in the loss of the minibatch `rows`, and what their sum is divided by."""
+    if config.loss_aggregation == "token":
+        return None, max(steps, 1)
+    lengths_B = batch.mask_BT.sum(1)
+    answers = max(int((lengths_B[rows] > 0).sum()), 1)
+    if config.loss_aggregation == "sequence":
+        return batch.mask_BT / lengths_B.clamp(min=1)[:, None], answers
+    assert batch.step_limit is not None, "loss_aggregation: constant needs the batch's step_limit"
+    return None, answers * batch.step_limit
+
+
+def _loss_settings(batch: Batch, config: PPOConfig) -> LossSettings:
+    is_in_loss = config.kl_in == "loss" and batch.reference_logprobs_BT is not None
+    return LossSettings(
+        clip_range=config.clip_range,
+        clip_range_vf=config.clip_range_vf,
+        vf_coef=config.vf_coef * (2.0 if config.value_loss == "squared" else 1.0),  # of ½ (V - R)²
+        ent_coef=config.ent_coef,
+        clip_range_high=config.clip_range_high,
+        dual_clip=config.dual_clip,
+        kl_coef=config.kl_coef if is_in_loss else 0.0,
+    )
 
 
 def take_step(optimizer: torch.optim.Adam, stats: LossStats, config: PPOConfig, result: UpdateResult) -> None:

@@ -1,0 +1,339 @@
+"""PPO's relatives on the same batch and the same update: docs/family.md, held to numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from surefoot.config import PPOConfig
+from surefoot.rollout.batch import have_signal, text_batch
+from surefoot.train.metrics import batch_metrics, update_metrics
+from surefoot.train.update import TokenBudget, accumulate_gradient, advantages, make_optimizer, update
+from surefoot.types import Batch
+from tests.fakes import CPU, VOCABULARY, BigramPolicy, padded, played_batch, trajectory
+
+RAGGED = (3, 1, 4, 2, 2, 5, 3, 1)
+CRITIC_FREE = ("grpo", "dr_grpo", "rloo", "reinforce_pp", "remax")
+
+
+def config_of(**settings: Any) -> PPOConfig:
+    return PPOConfig(**{"batch_size": 8, "episodes_per_update": 8, "samples_per_prompt": 4, "n_epochs": 2, **settings})
+
+
+def grouped_batch(policy: BigramPolicy, *, drift: float = 0.0) -> Batch:
+    """Eight ragged rows, two prompts with four answers each, and a reward for each prompt's greedy answer."""
+    batch = played_batch(policy, RAGGED, drift=drift)
+    batch.groups_B = torch.arange(8) // 4
+    batch.baselines_B = torch.tensor([0.25] * 4 + [-0.5] * 4)
+    return batch
+
+
+def reference_table() -> Tensor:
+    return torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(5))
+
+
+def scored(scores: list[float], lengths: list[int]) -> Batch:
+    """Answers of these lengths, each with its score on its last token; log-probs are 0."""
+    batch = text_batch([trajectory(prompt_tokens=[1], tokens=[2] * n) for n in lengths], device=CPU)
+    batch.rewards_BT = torch.where(batch.ends_BT, torch.tensor(scores)[:, None], 0.0)
+    batch.groups_B = torch.zeros(len(scores), dtype=torch.long)
+    return batch
+
+
+# --- advantages ---
+
+
+def test_every_token_of_an_answer_has_the_answers_advantage() -> None:
+    batch = advantages(scored([1.0, 0.0, 2.0], [1, 3, 2]), config_of(advantage="rloo"))
+    assert batch.returns_BT is None
+    assert batch.advantages_BT.tolist() == [[0, 0, 0, 0], [0, -1.5, -1.5, -1.5], [0, 1.5, 1.5, 0]]
+
+
+def test_the_kl_penalty_is_part_of_the_reward_that_is_compared() -> None:
+    batch = scored([1.0, 1.0], [2, 1])
+    batch.reference_logprobs_BT = torch.tensor([[9.0, -1.0, -2.0], [9.0, -1.0, 9.0]])  # KL 3 and 1, and padding
+    advantages(batch, config_of(advantage="dr_grpo", kl_coef=0.1))
+    assert batch.advantages_BT.flatten().tolist() == pytest.approx([0, -0.1, -0.1, 0, 0.1, 0])
+
+
+def test_remax_subtracts_the_greedy_answers_reward() -> None:
+    batch = scored([1.0, 0.5], [2, 1])
+    batch.baselines_B = torch.tensor([0.75, 0.75])
+    advantages(batch, config_of(advantage="remax"))
+    assert batch.advantages_BT.tolist() == [[0, 0.25, 0.25], [0, -0.25, 0]]
+
+
+def test_reinforce_pp_is_the_penalised_reward_to_go_whitened_over_the_batch() -> None:
+    """Scores 3 and 0 at the ends, KL 1 a token, β 1: to go are 3 - 2 and 3 - 1, and 0 - 1. Mean 2/3, variance 14/9."""
+    batch = scored([3.0, 0.0], [2, 1])
+    batch.reference_logprobs_BT = torch.full((2, 3), -1.0)
+    advantages(batch, config_of(advantage="reinforce_pp", kl_coef=1.0))
+    expected = [(to_go - 2 / 3) / math.sqrt(14 / 9) for to_go in (1.0, 2.0, -1.0)]
+    assert batch.advantages_BT[batch.mask_BT].tolist() == pytest.approx(expected, abs=1e-6)
+    assert batch.advantages_BT[~batch.mask_BT].eq(0).all()
+
+
+@pytest.mark.parametrize("kind", CRITIC_FREE)
+@pytest.mark.parametrize("poison", [math.nan, 1e9])
+def test_what_is_masked_changes_no_advantage(kind: str, poison: float) -> None:
+    policy = BigramPolicy(reference=reference_table())
+    batch = grouped_batch(policy)
+    batch.reference_logprobs_BT = policy.reference_logprobs(batch)
+    clean = advantages(batch, config_of(advantage=kind)).advantages_BT
+    names = ("logprobs_BT", "values_BT", "rewards_BT", "reference_logprobs_BT")
+    changes = {name: torch.where(batch.mask_BT, getattr(batch, name), poison) for name in names}
+    poisoned = advantages(dataclasses.replace(batch, **changes), config_of(advantage=kind)).advantages_BT
+    assert torch.equal(poisoned, clean) and clean[~batch.mask_BT].eq(0).all()
+
+
+# --- the update ---
+
+
+@pytest.mark.parametrize("kind", CRITIC_FREE)
+def test_without_a_critic_the_value_head_gets_no_gradient_and_the_policy_does(kind: str) -> None:
+    policy, config = BigramPolicy(), config_of(advantage=kind, vf_coef=10.0)
+    logits, values = policy.weights()
+    result = update(policy, advantages(grouped_batch(policy, drift=0.3), config), config=config)
+    assert result.steps == 2
+    assert policy.values_V.grad is None and torch.equal(policy.weights()[1], values)
+    assert not torch.equal(policy.weights()[0], logits)
+    assert float(result.stats.value_loss) == 0.0
+
+
+def test_without_a_critic_nothing_is_logged_about_one() -> None:
+    policy, config = BigramPolicy(), config_of(advantage="grpo")
+    batch = advantages(grouped_batch(policy), config)
+    logged = batch_metrics(batch) | update_metrics(update(policy, batch, config=config))
+    assert not [name for name in logged if name.startswith("critic/")]
+    with_critic = advantages(grouped_batch(policy), PPOConfig())
+    logged = batch_metrics(with_critic) | update_metrics(update(policy, with_critic, config=PPOConfig()))
+    assert {"critic/value_mean", "critic/value_loss"} <= logged.keys()
+
+
+def test_group_advantages_reach_the_loss_as_they_are() -> None:
+    """Whitening them again over a minibatch would undo what the group's mean and deviation stand for."""
+    gradients = []
+    for normalize in (True, False):
+        config = config_of(advantage="dr_grpo", normalize_advantage=normalize, n_epochs=1, max_grad_norm=1e9)
+        update(policy := BigramPolicy(), advantages(grouped_batch(policy, drift=0.3), config), config=config)
+        gradients.append(policy.gradients()[0])
+    assert torch.equal(*gradients)
+
+
+# --- aggregation, clips, KL in the loss, sampler weights: the gradient of a minibatch ---
+
+EVERYTHING = {"clip_range_high": 0.3, "dual_clip": 1.3, "kl_in": "loss", "kl_coef": 0.2, "sampler_ratio_cap": 1.1}
+AGGREGATIONS = ("token", "sequence", "constant")
+ROWS = torch.tensor([0, 2, 3, 5, 6, 7])  # a minibatch of six of the eight
+
+
+def gradient_of(
+    config: PPOConfig, *, tokens: int = 1_000, columns: int = 0, poison: float = 0.0, rows: Tensor = ROWS
+) -> list[Tensor]:
+    """Gradients of the rows' loss by logits and values, with a reference, and a sampler that is a little off."""
+    policy = BigramPolicy(reference=reference_table(), off_mask=poison)
+    batch = sampled_batch(policy)
+    batch = advantages(padded(batch, columns, poison=poison), config)
+    accumulate_gradient(
+        policy, batch, rows, config=config, optimizer=make_optimizer(policy, config), budget=TokenBudget(tokens)
+    )
+    return policy.gradients()
+
+
+def sampled_batch(policy: BigramPolicy) -> Batch:
+    batch = grouped_batch(BigramPolicy(), drift=0.3)
+    batch.reference_logprobs_BT = policy.reference_logprobs(batch)
+    noise = torch.randn(batch.logprobs_BT.shape, generator=torch.Generator().manual_seed(7))
+    batch.behaviour_logprobs_BT = batch.logprobs_BT + 0.2 * noise
+    batch.step_limit = 6
+    return batch
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_gradient_equals_a_token_by_token_twin(aggregation: str) -> None:
+    """Every answer's tokens one after the other in plain Python; autograd only through the policy's tables."""
+    config = config_of(advantage="dr_grpo", loss_aggregation=aggregation, **EVERYTHING)
+    policy = BigramPolicy()
+    batch = advantages(sampled_batch(BigramPolicy(reference=reference_table())), config)
+    total, tokens = torch.zeros(()), 0
+    for row in ROWS.tolist():
+        answer, places = torch.zeros(()), batch.mask_BT[row].nonzero().flatten().tolist()
+        for t in places:
+            before, action = int(batch.observations["tokens"][row, t - 1]), int(batch.actions_BT[row, t])
+            logprob, old = torch.log_softmax(policy.logits_VV[before], dim=0)[action], batch.logprobs_BT[row, t]
+            ratio = torch.exp(logprob - old)
+            advantage = float(batch.advantages_BT[row, t]) * min(math.exp(old - batch.behaviour_logprobs_BT[row, t]), 1.1)
+            objective = min(ratio * advantage, ratio.clamp(0.8, 1.3) * advantage)
+            objective = max(objective, torch.tensor(1.3 * advantage)) if advantage < 0 else objective
+            off = logprob - batch.reference_logprobs_BT[row, t]
+            answer = answer - objective + 0.2 * ratio.detach() * off**2 / 2
+        tokens += len(places)
+        total = total + (answer / len(places) if aggregation == "sequence" else answer)
+    denominator = {"token": tokens, "sequence": len(ROWS), "constant": 6 * len(ROWS)}[aggregation]
+    (total / denominator).backward()
+    (gradient,) = gradient_of(config)
+    torch.testing.assert_close(gradient, policy.logits_VV.grad, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("kind", ["gae", "grpo"])
+def test_micro_batches_and_padding_do_not_change_the_gradient(kind: str, aggregation: str) -> None:
+    config = config_of(advantage=kind, loss_aggregation=aggregation, ent_coef=0.01, **EVERYTHING)
+    whole = gradient_of(config)
+    assert len(whole) == (2 if kind == "gae" else 1)
+    for tokens, columns, poison in ((1, 0, 0.0), (14, 0, 0.0), (14, 3, math.nan), (20, 20, 1e9)):
+        for gradient, expected in zip(gradient_of(config, tokens=tokens, columns=columns, poison=poison), whole, strict=True):
+            torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_the_order_of_a_minibatchs_rows_does_not_matter(aggregation: str) -> None:
+    config = config_of(advantage="grpo", loss_aggregation=aggregation, **EVERYTHING)
+    expected = gradient_of(config, rows=torch.arange(8))[0]
+    for order in (torch.arange(8).flip(0), torch.tensor([3, 1, 7, 0, 6, 2, 5, 4])):
+        torch.testing.assert_close(gradient_of(config, rows=order)[0], expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(gradient_of(config, rows=order, tokens=14)[0], expected, rtol=0, atol=1e-6)
+
+
+def test_aggregations_differ_by_what_they_should() -> None:
+    """A constant is the token mean rescaled; where all answers are equally long, the sequence mean is the token mean."""
+    token, sequence, constant = (
+        gradient_of(config_of(advantage="rloo", loss_aggregation=aggregation))[0] for aggregation in AGGREGATIONS
+    )
+    tokens = sum(RAGGED[row] for row in ROWS.tolist())
+    torch.testing.assert_close(constant, token * tokens / (6 * len(ROWS)))
+    assert float((sequence - token).abs().max()) > 1e-3
+    alike = torch.tensor([0, 6])  # three tokens each
+    token, sequence = (
+        gradient_of(config_of(advantage="rloo", loss_aggregation=aggregation), rows=alike)[0]
+        for aggregation in ("token", "sequence")
+    )
+    torch.testing.assert_close(sequence, token)
+
+
+def test_one_long_answer_outweighs_a_short_one_by_its_tokens_only_where_asked_for() -> None:
+    """Lengths 1 and 3, advantages 1 and -1, ratio 1: -(1 - 3)/4, the mean of -1 and 1, and -(1 - 3)/(2 · 5)."""
+    for aggregation, expected in (("token", 0.5), ("sequence", 0.0), ("constant", 0.2)):
+        batch = scored([1.0, 0.0], [1, 3])
+        batch.advantages_BT = batch.mask_BT * torch.tensor([[1.0], [-1.0]])
+        batch.step_limit, policy = 5, BigramPolicy()
+        batch.logprobs_BT = policy.evaluate(batch).logprobs_BT.detach()
+        config = config_of(advantage="rloo", loss_aggregation=aggregation)
+        # All tokens are 2: the gradient by the logits is -Σ A w (1[a] - p), so the logit of 2 says the sum of A w.
+        first, later = torch.softmax(policy.logits_VV.detach(), dim=-1)[[1, 2], 2].tolist()
+        accumulate_gradient(
+            policy, batch, torch.arange(2), config=config, optimizer=make_optimizer(policy, config), budget=TokenBudget(99)
+        )
+        gradient = policy.gradients()[0]
+        assert float(gradient[1, 2]) / (1 - first) + float(gradient[2, 2]) / (1 - later) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_sampler_that_is_the_trainer_needs_no_weights() -> None:
+    capped, plain = (config_of(advantage="rloo", sampler_ratio_cap=cap, n_epochs=1) for cap in (2.0, None))
+    weights = []
+    for config, has_sampler in ((capped, False), (plain, False), (plain, True)):
+        policy = BigramPolicy()
+        batch = sampled_batch(BigramPolicy(reference=reference_table()))
+        batch.behaviour_logprobs_BT = batch.behaviour_logprobs_BT if has_sampler else None
+        update(policy, advantages(batch, config), config=config)
+        weights.append(policy.weights()[0])
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[1], weights[2])
+
+
+def test_with_the_kl_in_the_loss_the_reward_is_not_penalised() -> None:
+    batch = sampled_batch(BigramPolicy(reference=reference_table()))
+    in_loss = advantages(batch, config_of(kl_in="loss", kl_coef=0.5)).advantages_BT
+    assert torch.equal(in_loss, advantages(batch, config_of(kl_coef=0.0)).advantages_BT)
+    assert not torch.equal(in_loss, advantages(batch, config_of(kl_coef=0.5)).advantages_BT)
+
+
+# --- groups ---
+
+
+def test_groups_stay_with_their_rows_in_minibatches() -> None:
+    batch = grouped_batch(BigramPolicy())
+    rows = torch.tensor([6, 0, 5])
+    assert batch.rows(rows).groups_B.tolist() == [1, 0, 1]
+    assert batch.steps().groups_B.tolist() == [
+        group for group, n in zip(batch.groups_B.tolist(), RAGGED, strict=True) for _ in range(n)
+    ]
+
+
+def test_groups_without_signal_are_left_out() -> None:
+    """The update is that of the batch without them: they would only have made the mean over tokens smaller."""
+    weights = []
+    for skip in (True, False):
+        policy = BigramPolicy()
+        batch = grouped_batch(policy)
+        batch.rewards_BT[4:] = torch.where(batch.ends_BT[4:], 0.7, 0.0)
+        config = config_of(advantage="grpo", skip_equal_groups=skip)
+        batch = advantages(batch, config)
+        assert batch.advantages_BT[4:].eq(0).all()
+        result = update(policy, batch if skip else batch.rows(torch.arange(4)), config=config)
+        assert float(result.first.steps) == sum(RAGGED[:4])
+        weights.append(policy.weights()[0])
+    assert torch.equal(*weights)
+
+
+def test_an_update_whose_groups_are_all_without_signal_does_nothing() -> None:
+    policy, config = BigramPolicy(), config_of(advantage="rloo", skip_equal_groups=True)
+    before, batch = policy.weights(), grouped_batch(policy)
+    batch.rewards_BT = torch.where(batch.ends_BT, 1.0, 0.0)
+    result = update(policy, advantages(batch, config), config=config)
+    assert (result.steps, result.skipped, result.stats) == (0, 0, None)
+    assert all(torch.equal(a, b) for a, b in zip(policy.weights(), before, strict=True))
+    assert batch_metrics(batch)["reward/equal_groups"] == 2.0
+    assert "ppo/policy_loss" not in update_metrics(result)
+
+
+# --- the critic ---
+
+
+def test_while_the_critic_warms_up_the_policy_stays_and_its_optimiser_knows_nothing() -> None:
+    policy, config = BigramPolicy(), config_of(critic_warmup_updates=2, ent_coef=0.1, samples_per_prompt=1)
+    optimizer = make_optimizer(policy, config)
+    for version in range(3):
+        logits, values = policy.weights()
+        batch = dataclasses.replace(played_batch(policy, RAGGED, seed=version), version=version)
+        update(policy, advantages(batch, config), config=config, optimizer=optimizer)
+        assert torch.equal(policy.weights()[0], logits) == (version < 2)
+        assert (policy.logits_VV in optimizer.state) == (version == 2)
+        assert not torch.equal(policy.weights()[1], values)
+
+
+def test_the_critic_may_look_further_ahead_than_the_policy() -> None:
+    """λ 1 for the returns, λ 0 for the advantages, and the other way round; γ 1, values 0.5, reward 1 at the end."""
+    batch = scored([1.0], [3])
+    batch.values_BT = torch.full_like(batch.values_BT, 0.5)
+    advantages(batch, config_of(gae_lambda=0.0, gae_lambda_critic=1.0))
+    assert batch.advantages_BT.tolist() == [[0, 0, 0, 0.5]] and batch.returns_BT.tolist() == [[0, 1, 1, 1]]
+    advantages(batch, config_of(gae_lambda=1.0, gae_lambda_critic=0.0))
+    assert batch.advantages_BT.tolist() == [[0, 0.5, 0.5, 0.5]] and batch.returns_BT.tolist() == [[0, 0.5, 0.5, 1]]
+    advantages(batch, config_of(gae_lambda=0.0))
+    assert batch.returns_BT.tolist() == [[0, 0.5, 0.5, 1]]
+
+
+def test_lambda_grows_with_the_answers_length() -> None:
+    """α 0.5: λ is 1 - 1/(0.5 · 4) = 0.5 for four tokens, and 0 for one or two."""
+    batch = scored([1.0, 1.0], [4, 2])
+    advantages(batch, config_of(gae_lambda_length_alpha=0.5, gae_lambda_critic=1.0))
+    assert batch.advantages_BT.tolist() == [[0, 0.125, 0.25, 0.5, 1], [0, 0, 1, 0, 0]]
+    assert batch.returns_BT[batch.mask_BT].eq(1).all()
+
+
+# --- groups, counted ---
+
+
+def test_groups_with_equal_rewards_are_counted() -> None:
+    batch = scored([1.0, 1.0, 0.0, 1.0, 2.0, 2.0], [1, 2, 1, 1, 3, 1])
+    batch.groups_B = torch.tensor([0, 0, 1, 1, 2, 2])
+    batch.rewards_BT = torch.where(batch.mask_BT, batch.rewards_BT, math.nan)
+    assert have_signal(batch).tolist() == [False, False, True, True, False, False]
+    assert batch_metrics(batch)["reward/equal_groups"] == 2.0
+    batch.groups_B = torch.arange(6)
+    assert "reward/equal_groups" not in batch_metrics(batch)
