@@ -28,6 +28,7 @@ from surefoot.config.sections import (
     RunConfig,
     Section,
     SelfPlayConfig,
+    SFTConfig,
     TaskConfig,
 )
 from surefoot.errors import InputError
@@ -45,6 +46,7 @@ __all__ = [
     "PPOConfig",
     "PolicyConfig",
     "RunConfig",
+    "SFTConfig",
     "Section",
     "SelfPlayConfig",
     "TaskConfig",
@@ -68,6 +70,7 @@ class Config(Section):
     policy: PolicyConfig = Field(default_factory=PolicyConfig, description=PolicyConfig.__doc__)
     task: TaskConfig | None = Field(None, description=TaskConfig.__doc__)
     env: EnvConfig | None = Field(None, description=EnvConfig.__doc__)
+    sft: SFTConfig | None = Field(None, description=SFTConfig.__doc__)
     generation: GenerationConfig = Field(default_factory=GenerationConfig, description=GenerationConfig.__doc__)
     ppo: PPOConfig = Field(default_factory=PPOConfig, description=PPOConfig.__doc__)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description=EvaluateConfig.__doc__)
@@ -75,6 +78,8 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_environments(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("sft") is not None and data.get("env") is None:
+            return data | {name: _over(values, data.get(name)) for name, values in SFT_DEFAULTS.items()}
         if not isinstance(data, dict) or data.get("env") is None:
             return data
         given = {section: data.get(section) or {} for section in ("env", *ENV_DEFAULTS)}
@@ -85,6 +90,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         _check_algorithm(self.ppo)
+        if self.sft is not None:
+            _check_sft(self)
         if self.env is None:
             _check_text(self)
         else:
@@ -107,12 +114,18 @@ ENV_DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "evaluate": {"every": None, "episodes": 10},
 }
+# With `sft`, whose updates are short: a fraction of their time for evaluations and checkpoints.
+SFT_DEFAULTS: dict[str, dict[str, Any]] = {"run": {"checkpoint_every": 25}, "evaluate": {"every": 25, "episodes": 128}}
 CHECKPOINT_TIMESTEPS = 25_600  # between two checkpoints
 LSTM_DEFAULTS = {"n_steps": 128, "batch_size": 128}  # with memory: sb3-contrib's
 NETWORKS = ("MlpPolicy", "CnnPolicy", "MultiInputPolicy", "MlpLstmPolicy", "CnnLstmPolicy", "MultiInputLstmPolicy")
 # Settings of the algorithm that mean something for one side only.
 TEXT_ONLY = ("total_episodes", "episodes_per_update", "missing_eos_penalty", "missing_eos_mode", "reward_scale")
 ENV_ONLY = ("total_timesteps", "n_steps")
+
+
+def _over(defaults: dict[str, Any], given: Any) -> Any:
+    return defaults | given if isinstance(given, dict) else defaults if given is None else given
 
 
 def _defaults_for(given: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -135,6 +148,14 @@ def _check_algorithm(ppo: PPOConfig) -> None:
         raise ValueError("ppo.kl_target adapts ppo.kl_coef, which is 0 and would stay 0; give kl_coef a positive start")
     if ppo.missing_eos_mode == "replace" and ppo.missing_eos_penalty is None:
         raise ValueError("ppo.missing_eos_mode: replace needs a ppo.missing_eos_penalty to put in the score's place")
+
+
+def _check_sft(config: Config) -> None:
+    for other in ("task", "env"):
+        if getattr(config, other) is not None:
+            raise ValueError(f"a run has one of task, env and sft, and here are {other} and sft; leave one out")
+    if config.ppo != PPOConfig():
+        raise ValueError("ppo: an sft run has no use for these settings; leave the section out, its own are under sft")
 
 
 def _check_text(config: Config) -> None:
@@ -234,26 +255,29 @@ def with_sampling(generation: GenerationConfig, changes: Mapping[str, Any]) -> G
         raise InputError(first_problem(error.errors(), where="generate", kinds=_kinds())) from None
 
 
-def setting_keys() -> dict[str, str]:
+def setting_keys(algorithm: Literal["ppo", "sft"] = "ppo") -> dict[str, str]:
     """Flat setting name -> dotted key, for keyword arguments: `{"learning_rate": "ppo.learning_rate", "seed": "seed", …}`."""
     keys: dict[str, str] = {}
+    if algorithm == "sft":
+        keys = {name: key for name, key in setting_keys().items() if key.split(".")[0] not in ("ppo", "env")}
+        return keys | {name: f"sft.{name}" for name in SFTConfig.model_fields if name != "data"}
     for name, section in ((name, info.annotation) for name, info in Config.model_fields.items()):
         if isinstance(section, type) and issubclass(section, Section):
             prefix = f"{name}_" if name in ("run", "evaluate") else ""
             keys |= {prefix + inner: f"{name}.{inner}" for inner in section.model_fields}
-        elif name not in ("task", "env"):
+        elif name not in ("task", "env", "sft"):
             keys[name] = name
     named_alike = {"id", "kwargs"}
     return keys | {("env_" if inner in named_alike else "") + inner: f"env.{inner}" for inner in EnvConfig.model_fields}
 
 
-def nested(settings: dict[str, Any]) -> dict[str, Any]:
+def nested(settings: dict[str, Any], algorithm: Literal["ppo", "sft"] = "ppo") -> dict[str, Any]:
     """Flat settings -> nested data for `make_config`. Raises InputError for a name that does not exist."""
-    keys = setting_keys()
+    keys = setting_keys(algorithm)
     data: dict[str, Any] = {}
     for name, value in settings.items():
         if name not in keys:
-            is_the_tasks = name in TaskConfig.model_fields
+            is_the_tasks = algorithm == "ppo" and name in TaskConfig.model_fields
             hint = "; it is TextTask's" if is_the_tasks else suggestion(name, keys, "docs/config.md lists them")
             raise InputError(f"unknown setting {name!r}{hint}")
         section, _, leaf = keys[name].rpartition(".")
@@ -290,6 +314,7 @@ def _make_paths_relative_to(folder: Path, data: dict[str, Any]) -> None:
         ("task", "reward"),
         ("task", "metric"),
         ("env", "id"),
+        ("sft", "data"),
     ):
         values = data.get(section)
         value = values.get(key) if isinstance(values, dict) else None
@@ -301,7 +326,7 @@ def _is_path(key: str, value: str, folder: Path) -> bool:
     if key in {"reward", "metric", "id"}:
         return ".py:" in value
     # A prompt file that is not there yet must not be found elsewhere by accident.
-    is_file_name = key == "prompts" and ("/" in value or ".json" in value)
+    is_file_name = key in {"prompts", "data"} and ("/" in value or ".json" in value)
     return key == "folder" or is_file_name or value.startswith(".") or os.path.exists(folder / value)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from surefoot.config import PPOConfig
 from surefoot.core.advantages import gae
 from surefoot.core.kl import kl_penalised_rewards
-from surefoot.core.losses import LossSettings, LossStats, ppo_loss
+from surefoot.core.losses import LossSettings, LossStats, imitation_loss, ppo_loss
 from surefoot.core.masked import library_of, whiten
 from surefoot.policies.base import Policy
 from surefoot.rollout.batch import micro_batches, minibatches
@@ -28,7 +28,12 @@ def make_optimizer(policy: Policy, config: PPOConfig) -> torch.optim.Adam:
 
 
 def advantages(batch: Batch, config: PPOConfig | None = None, *, kl_coef: float | None = None) -> Batch:
-    """Fill `advantages_BT` and `returns_BT`: KL penalty into the rewards, whitening on request, then GAE."""
+    """Fill `advantages_BT` and `returns_BT`: KL penalty into the rewards, whitening on request, then GAE.
+
+    What was demonstrated has neither rewards nor advantages.
+    """
+    if batch.demonstrated:
+        return batch
     config = config or PPOConfig()
     rewards_BT = batch.rewards_BT
     if batch.reference_logprobs_BT is not None:
@@ -98,6 +103,7 @@ def update(
     Stops before the first step whose minibatch shows KL(old‖new) > `target_kl`. A step whose loss or gradient is not
     finite is skipped and counted; weights and optimiser state stay as they were. `generator` shuffles the minibatches.
     `before_first_step` sees the first minibatch's statistics while old and new policy are still one, and may raise.
+    A batch that was `demonstrated` has no advantages: its steps are those of the negative log-likelihood.
     """
     config = config or PPOConfig()
     optimizer = optimizer or make_optimizer(policy, config)
@@ -110,7 +116,7 @@ def update(
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate if learning_rate is None else learning_rate
     by_autograd: AbstractContextManager[Any] = nullcontext((None, optimizer))
-    if config.normalize_advantage and rows_per_minibatch >= len(batch) > 1:
+    if config.normalize_advantage and not batch.demonstrated and rows_per_minibatch >= len(batch) > 1:
         # All in one minibatch: its mean and spread are the same in every epoch.
         assert batch.advantages_BT is not None
         batch = replace(batch, advantages_BT=whiten(batch.advantages_BT, batch.mask_BT))
@@ -146,6 +152,8 @@ def accumulate_gradient(
     while True:
         optimizer.zero_grad(set_to_none=True)
         try:
+            if batch.demonstrated:
+                return _imitate(policy, batch, rows, token_budget=budget.tokens)
             return _accumulate(policy, batch, rows, config=config, token_budget=budget.tokens, accumulate=accumulate)
         except torch.OutOfMemoryError as error:
             budget.shrink(error, smallest=int(batch.mask_BT.shape[1]))
@@ -196,6 +204,19 @@ def _accumulate(
                 settings=settings,
             )
             loss.backward()
+        total = stats if total is None else total + stats
+    assert total is not None
+    return total
+
+
+def _imitate(policy: Policy, batch: Batch, rows: Tensor, *, token_budget: int) -> LossStats:
+    denominator = max(int(batch.mask_BT[rows].sum()), 1)
+    total: LossStats | None = None
+    for micro in micro_batches(batch, rows, token_budget):
+        part = batch.rows(micro)
+        new = policy.evaluate(part)
+        loss, stats = imitation_loss(new.logprobs_BT, new.entropies_BT, mask_BT=part.mask_BT, denominator=denominator)
+        loss.backward()
         total = stats if total is None else total + stats
     assert total is not None
     return total
