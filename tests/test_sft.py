@@ -16,6 +16,7 @@ import yaml
 
 from surefoot import PPO, SFT, InputError, TextTask
 from surefoot.config import make_config
+from surefoot.train import loop
 from tests.inputs import Outcome, model_folder, run_cli
 from tests.train.small_run import assert_equal, outcome, rows, weights, write_base
 from tests.train.warm import Strike, Warm, cold
@@ -152,6 +153,12 @@ def test_learning_more_and_going_on_in_another_process(tmp_path):
     assert refusal(lambda: first.learn(1)).endswith("open it with SFT.load")
     assert refusal(lambda: SFT.load("runs/b")).endswith("go on there with its examples: SFT.load(folder, data)")
     assert refusal(lambda: SFT.load("runs/b", SENTENCES[:2], verbose=0)).startswith("sft.data: these are not the examples")
+
+
+def test_a_run_from_python_that_was_stopped_says_how_to_go_on():
+    training = SFT(model_folder(), SENTENCES, held_out=0.0, **SMALL)._prepare_training()
+    training.stop.signal_number = int(signal.SIGTERM)
+    assert str(loop._interrupted(training)).endswith("continue with: SFT.load('runs/sft-1', data).learn()")
 
 
 def test_examples_that_were_cut_are_counted_aloud(capsys):

@@ -37,7 +37,8 @@ class RunConfig(Section):
     )
     folder: PathText = Field("runs", description="Folder that holds run folders; the default is in the working directory.")
     checkpoint_every: Positive = Field(
-        10, description="Updates between two checkpoints; with `env` by default about 25,600 timesteps, 100 updates at most."
+        10,
+        description="Updates between two checkpoints; with `sft` by default 25; with `env` about 25,600 timesteps, 100 updates at most.",
     )
     keep_checkpoints: int = Field(2, ge=2, description="How many of the newest checkpoints stay (the best one stays besides).")
 
@@ -317,7 +318,11 @@ class SFTConfig(Section):
 class EvaluateConfig(Section):
     """Evaluation on held-out prompts."""
 
-    every: Positive | None = Field(10, description="Updates between evaluations; `null`: only at start and end.")
+    every: Positive | None = Field(
+        10, description="Updates between evaluations, with `sft` by default 25; `null`: only at start and end."
+    )
     episodes: int = Field(
-        64, ge=0, description="Held-out prompts (with `env`: episodes; with `sft`: examples) used, the same each time; 0: none."
+        64,
+        ge=0,
+        description="Held-out prompts (with `env`: episodes; with `sft`: examples, by default 128) used, the same each time; 0: none.",
     )
