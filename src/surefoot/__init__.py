@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from surefoot.ppo import PPO
     from surefoot.rollout.text import collect
     from surefoot.sb3 import BaseCallback, evaluate_policy
+    from surefoot.sft import SFT
     from surefoot.train.update import advantages, update
 
 _HOMES = {
@@ -20,6 +21,7 @@ _HOMES = {
     "Interrupted": "errors",
     "NonFiniteError": "errors",
     "PPO": "ppo",
+    "SFT": "sft",
     "SurefootError": "errors",
     "TextTask": "envs.text",
     "BaseCallback": "sb3",
@@ -33,6 +35,7 @@ _HOMES = {
 __version__ = "0.1.0"
 __all__ = [
     "PPO",
+    "SFT",
     "BaseCallback",
     "GateError",
     "InputError",

@@ -13,6 +13,7 @@ from torch import nn
 from surefoot import assets
 from surefoot.config import Config, EnvConfig, SelfPlayConfig
 from surefoot.core.seeds import derived_seed
+from surefoot.envs.demonstrations import Demonstrations
 from surefoot.envs.games import GameVectorEnv, make_games
 from surefoot.envs.record import Frame, recorded_vector
 from surefoot.envs.text import TextTask
@@ -22,6 +23,7 @@ from surefoot.policies.base import ActingPolicy, Policy
 from surefoot.policies.control import ControlPolicy
 from surefoot.policies.lm import CausalLMPolicy, check_model_folder, load_policy, resolve_dtype
 from surefoot.rewards.functions import is_function, load_function, score
+from surefoot.rollout.demonstrations import DemonstrationRollout
 from surefoot.rollout.league import League
 from surefoot.rollout.text import TextRollout
 from surefoot.rollout.vector import VectorRollout
@@ -81,6 +83,17 @@ def build_task(config: Config, *, say: Callable[[str], None] = assets.tell) -> T
         prompt_tokens=task.prompt_tokens,
         chat=task.chat,
     )
+
+
+def build_demonstrations(config: Config, data: Any = None, *, say: Callable[[str], None] = assets.tell) -> Demonstrations:
+    """The examples of a run: `data`, or what `sft.data` names. Raises InputError for what cannot be learned from."""
+    sft = config.sft
+    assert sft is not None
+    if data is None:
+        if sft.data is None:
+            raise InputError("sft.data is missing: name a JSONL file of examples; what was given in Python, give again")
+        data = assets.resolve(sft.data, key="sft.data", say=say)
+    return Demonstrations(data, held_out=sft.held_out, columns=sft.columns)
 
 
 def build_vector(config: Config, env: Any = None, *, for_evaluation: bool = False) -> Vector:
@@ -150,8 +163,11 @@ def build_control_policy(config: Config, env: Vector, module: nn.Module | None =
     return policy.to(device)
 
 
-def build_rollout(config: Config, policy: Any, env: TextTask | Vector) -> loop.Rollout:
+def build_rollout(config: Config, policy: Any, env: TextTask | Vector | Demonstrations) -> loop.Rollout:
     """What collects the batches of a run."""
+    if isinstance(env, Demonstrations):
+        assert config.sft is not None
+        return DemonstrationRollout(policy, env, sft=config.sft, seed=config.seed)
     if isinstance(env, TextTask):
         return TextRollout(policy, env, generation=config.generation, ppo=config.ppo, seed=config.seed)
     assert config.env is not None
@@ -166,7 +182,9 @@ def build_rollout(config: Config, policy: Any, env: TextTask | Vector) -> loop.R
     )
 
 
-def build_training(config: Config, policy: Any, env: TextTask | Vector, folder: RunFolder | None = None) -> loop.Training:
+def build_training(
+    config: Config, policy: Any, env: TextTask | Vector | Demonstrations, folder: RunFolder | None = None
+) -> loop.Training:
     """A run at its beginning, in a new folder where none is given, or at the newest whole checkpoint of its folder."""
     rollout = build_rollout(config, policy, env)
     folder = folder or RunFolder.create(config)  # after the prompts were found to fit: a refused run leaves nothing
@@ -174,10 +192,10 @@ def build_training(config: Config, policy: Any, env: TextTask | Vector, folder: 
         config=config,
         policy=policy,
         rollout=rollout,
-        optimizer=make_optimizer(policy, config.ppo),
+        optimizer=make_optimizer(policy, config.ppo if config.sft is None else config.sft.as_update()),
         folder=folder,
         progress=loop.Progress(kl_coef=config.ppo.kl_coef),
-        total=config.ppo.total_episodes if config.env is None else config.ppo.total_timesteps,
+        total=_budget(config, env),
     )
     newest = checkpoint.newest_checkpoint(folder.checkpoints)
     if newest is not None:
@@ -185,6 +203,14 @@ def build_training(config: Config, policy: Any, env: TextTask | Vector, folder: 
     else:
         folder.cut_logs({})
     return training
+
+
+def _budget(config: Config, env: TextTask | Vector | Demonstrations) -> int:
+    """Units of the run: examples, episodes or timesteps."""
+    if isinstance(env, Demonstrations):
+        assert config.sft is not None
+        return config.sft.epochs * len(env.train)
+    return config.ppo.total_episodes if isinstance(env, TextTask) else config.ppo.total_timesteps
 
 
 def probe_functions(task: TextTask) -> None:

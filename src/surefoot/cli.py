@@ -16,6 +16,7 @@ from surefoot.errors import InputError, SurefootError
 
 if TYPE_CHECKING:
     from surefoot.ppo import PPO
+    from surefoot.sft import SFT
 
 EPILOG = """\
 every field of the configuration is a flag: --seed 3 --ppo.kl-coef 0.02 --run.name mine
@@ -47,6 +48,8 @@ def ppo(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from surefoot.config import load_config
 
     config = load_config(options.file, overrides)
+    if config.sft is not None:
+        raise InputError(f"{options.file}: has an sft section; that is for: surefoot sft {shlex.quote(options.file)}")
     if config.task is None and config.env is None:
         raise InputError(f"{options.file}: no task (task.prompts and task.reward) and no environment (env.id); name one")
     from surefoot.build import build_task, check_places
@@ -56,13 +59,26 @@ def ppo(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     _train(PPO(config.policy.model, build_task(config) if config.env is None else None, config=config))
 
 
+def sft(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    """Fine-tune on examples, supervised, from a YAML file."""
+    from surefoot.config import load_config
+
+    config = load_config(options.file, overrides)
+    if config.sft is None or config.sft.data is None:
+        raise InputError(f"{options.file}: no examples to learn from; name a JSONL file as sft.data")
+    from surefoot.sft import SFT
+
+    _train(SFT(config.policy.model, config=config))
+
+
 def resume(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     """Continue a run from its newest whole checkpoint, as it was begun."""
     from surefoot.ppo import PPO
     from surefoot.run import RunFolder
+    from surefoot.sft import SFT
 
-    RunFolder.open(options.run)
-    model = PPO.load(options.run)
+    is_supervised = RunFolder.open(options.run).config().sft is not None
+    model = SFT.load(options.run) if is_supervised else PPO.load(options.run)
     assert model.run_folder is not None
     if model.is_finished and (model.run_folder / "model").exists():
         print(f"{options.run} is finished; its model is {model.run_folder / 'model'}")
@@ -106,7 +122,7 @@ def demo(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     run_demo(overrides)
 
 
-def _train(model: PPO) -> None:
+def _train(model: PPO | SFT) -> None:
     """Run to the end and leave the trained model beside the run."""
     try:
         model.learn()
@@ -176,6 +192,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         return sub
 
     verb(ppo, "FILE [--section.field value ...]", takes_fields=True).add_argument("file", metavar="FILE", help="YAML file")
+    verb(sft, "FILE [--section.field value ...]", takes_fields=True).add_argument("file", metavar="FILE", help="YAML file")
     verb(resume, "RUN").add_argument("run", metavar="RUN", help="run folder")
     writer = verb(generate, "RUN|MODEL TEXT [options]")
     writer.add_argument("model", metavar="RUN|MODEL", help="run folder, model folder, asset name or hub id")

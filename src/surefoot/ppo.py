@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, overload
 
@@ -70,7 +70,7 @@ class PPO:
         is_module = isinstance(policy, nn.Module) and not isinstance(env, TextTask)
         is_control = data.get("env") is not None or str(policy) in NETWORKS or is_module
         settings, self._schedules = sb3.translated(settings, verbose=verbose) if is_control else (settings, {})
-        _merge(data, nested(settings))
+        merge(data, nested(settings))
         if is_control:
             if env is None and config is None:
                 raise InputError(f"env: PPO({policy!r:.40}) needs one: a Gymnasium id, environment or vector environment")
@@ -86,6 +86,8 @@ class PPO:
                 f"{', '.join(NETWORKS)}, not {policy!r:.60}"
             )
         self.config = make_config(data, where="PPO(...)")
+        if self.config.sft is not None and env is not None:
+            raise InputError("PPO: this configuration is one of supervised fine-tuning; give it to SFT")
         self.verbose = verbose
         if run is None and (env is not None or is_control):
             build.check_places(self.config)
@@ -147,23 +149,16 @@ class PPO:
         if other is not None:
             raise InputError(f"learn: this run counts {name.removeprefix('total_')}; say learn({name}=...)")
         more = total if named is None else named
-        _check_count(name, more)
+        check_count(name, more)
         training = self._prepare_training()
         if more is not None:
             training.total = training.progress.collected + more
         if self._has_learnt and self.config.env is not None and self.config.env.id is None:
             self._start_over()  # the environment is the user's, who may have used it in between
         self._has_learnt = True
-        with ExitStack() as stack:
-            self._hold_again(training)
-            stack.callback(training.folder.release)
+        with watched(training, show=bool(self.verbose or progress_bar)) as stack:
             if training.is_finished:
                 return self
-            board = TensorBoard(training.folder.path / "tensorboard", purge_from=training.progress.updates + 1)
-            stack.callback(board.close)
-            training.observers = [board]
-            if self.verbose or progress_bar:
-                training.observers.append(stack.enter_context(Display(training.total_updates)))
             stack.callback(self._count_timesteps)
             with sb3.calling(callback, self, training):
                 loop.run(training)
@@ -171,7 +166,7 @@ class PPO:
 
     def evaluate(self, episodes: int | None = None) -> dict[str, float]:
         """`eval/…` metrics of the current policy on held-out prompts. Raises InputError without any."""
-        _check_count("episodes", episodes)
+        check_count("episodes", episodes)
         if isinstance(self.env, TextTask) and not self.env.held_out:
             raise InputError("no held-out prompts to evaluate on; give TextTask more prompts, or a held_out fraction or list")
         training = self._prepare_training()
@@ -221,21 +216,7 @@ class PPO:
 
         Critic and settings lie beside the weights for `PPO.load`. Raises InputError if the disk does not take it.
         """
-        folder = Path(folder)
-        # A new folder appears when it is whole; one that exists is written into.
-        aside = folder if folder.exists() else folder.with_name(folder.name + ".tmp")
-        try:
-            if aside != folder:
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir(parents=True)
-            self.policy.save(aside)
-            # Without `run`: what is trained from it is another run.
-            (aside / SETTINGS).write_text(dump_config(absolute_paths(self._nameable()), exclude={"run"}), encoding="utf-8")
-            os.replace(aside, folder)
-        except (OSError, SafetensorError) as error:
-            if aside != folder:
-                shutil.rmtree(aside, ignore_errors=True)
-            raise InputError(f"{folder} could not be written: {getattr(error, 'strerror', None) or error}") from error
+        save_policy(self.policy, self._nameable(), Path(folder))
 
     def _nameable(self) -> Config:
         """The configuration, with the id that Gymnasium made the environment from, if it was: then `load` can make it too."""
@@ -257,6 +238,8 @@ class PPO:
             run = RunFolder.open(folder)
             config = run.config()
             if env is None and config.env is None:
+                if config.sft is not None:
+                    raise InputError(f"{folder} is a supervised run; go on with SFT.load, or train its model: PPO(model, task)")
                 if config.task is None:
                     raise InputError(f"{folder} was started from Python; go on there with its task: PPO.load(folder, task)")
                 env = build.build_task(config)
@@ -312,15 +295,53 @@ class PPO:
         if self._training is not None:
             self._training.rollout.start_over()  # type: ignore[attr-defined]
 
-    def _hold_again(self, training: loop.Training) -> None:
-        """Take the run folder, which is free between two `learn`s. Raises InputError if it was used in between."""
-        if training.folder.is_held:
-            return
-        training.folder.hold()
-        newest = checkpoint.newest_checkpoint(training.folder.checkpoints)
-        if newest is not None and checkpoint.number_of(newest) > training.progress.updates:
-            training.folder.release()
-            raise InputError(f"{training.folder.path} has gone on elsewhere, to {newest.name}; open it with PPO.load")
+
+@contextmanager
+def watched(training: loop.Training, *, show: bool) -> Iterator[ExitStack]:
+    """Hold the run folder, and tell TensorBoard and, with `show`, the display, unless there is nothing left to do.
+
+    Raises InputError if others use the folder, or have.
+    """
+    with ExitStack() as stack:
+        _hold_again(training)
+        stack.callback(training.folder.release)
+        if not training.is_finished:
+            board = TensorBoard(training.folder.path / "tensorboard", purge_from=training.progress.updates + 1)
+            stack.callback(board.close)
+            training.observers = [board]
+            if show:
+                training.observers.append(stack.enter_context(Display(training.total_updates)))
+        yield stack
+
+
+def _hold_again(training: loop.Training) -> None:
+    """Take the run folder, which is free between two `learn`s. Raises InputError if it was used in between."""
+    if training.folder.is_held:
+        return
+    training.folder.hold()
+    newest = checkpoint.newest_checkpoint(training.folder.checkpoints)
+    if newest is not None and checkpoint.number_of(newest) > training.progress.updates:
+        training.folder.release()
+        opener = "PPO.load" if training.config.sft is None else "SFT.load"
+        raise InputError(f"{training.folder.path} has gone on elsewhere, to {newest.name}; open it with {opener}")
+
+
+def save_policy(policy: Any, config: Config, folder: Path) -> None:
+    """Write the policy and its settings. Raises InputError if the disk does not take it."""
+    # A new folder appears when it is whole; one that exists is written into.
+    aside = folder if folder.exists() else folder.with_name(folder.name + ".tmp")
+    try:
+        if aside != folder:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        policy.save(aside)
+        # Without `run` and `sft`: what is trained from it is another run.
+        (aside / SETTINGS).write_text(dump_config(absolute_paths(config), exclude={"run", "sft"}), encoding="utf-8")
+        os.replace(aside, folder)
+    except (OSError, SafetensorError) as error:
+        if aside != folder:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise InputError(f"{folder} could not be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 def generate_text(
@@ -345,15 +366,17 @@ def generate_text(
     return texts[0] if isinstance(prompts, str) else texts
 
 
-def _check_count(name: str, value: int | None) -> None:
+def check_count(name: str, value: int | None) -> None:
+    """Raise InputError unless `value` is None or a whole number above 0."""
     if value is not None and (not isinstance(value, int) or value < 1):
         raise InputError(f"{name}: expected a whole number above 0, got {value!r}")
 
 
-def _merge(data: dict[str, Any], changes: dict[str, Any]) -> None:
+def merge(data: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Put `changes` into nested `data`, section by section; an adapter's settings stand together."""
     for key, value in changes.items():
         if isinstance(value, dict) and isinstance(data.get(key), dict) and key != "adapter":
-            _merge(data[key], value)
+            merge(data[key], value)
         else:
             data[key] = value
 

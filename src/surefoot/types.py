@@ -114,6 +114,22 @@ class Episode:
         return {"return": self.total, "steps": self.steps, "truncated": self.truncated, **self.info}
 
 
+@dataclass(frozen=True)
+class Demonstration:
+    """An example to imitate. Loss falls on the text, the completion, or the assistant's messages, and their end tokens.
+
+    Example: `Demonstration("reviews.jsonl, line 3", {"prompt": "The film", "completion": " was great"})`.
+    """
+
+    where: str  # for errors
+    contents: dict[str, Any]  # `text`; `prompt` and `completion`; or `messages`
+    nll: float | None = None  # of its trained tokens, mean, nats, where it was evaluated
+
+    def record(self) -> dict[str, Any]:
+        """Its line in samples.jsonl."""
+        return {**self.contents, "nll": self.nll}
+
+
 @dataclass
 class Batch:
     """What happened, as tensors: the one thing that travels from the rollout to the loss.
@@ -142,10 +158,11 @@ class Batch:
     behaviour_logprobs_BT: Tensor | None = None  # the sampler's own, kept when logprobs_BT was scored again
     advantages_BT: Tensor | None = None
     returns_BT: Tensor | None = None  # what a critic learns; None where there is none
-    trajectories: list[Trajectory] | list[Episode] = field(default_factory=list)
+    trajectories: list[Trajectory] | list[Episode] | list[Demonstration] = field(default_factory=list)
     step_limit: int | None = None  # most steps the policy may take in a row
     row_size: int = 1  # what a row counts for in `batch_size`: an episode 1, a sequence its timesteps
     collected: int | None = None  # units of the run's budget in it; None: its rows
+    demonstrated: bool = False  # others wrote it: to be imitated, not judged by rewards
     needs_scores: bool = False  # logprobs_BT and values_BT are still to be filled in
     version: int = 0  # number of updates the policy had seen when it wrote this
     metrics: dict[str, float] = field(default_factory=dict)  # measured while collecting

@@ -49,7 +49,8 @@ def first_problem(
 def suggestion(name: str, candidates: Collection[str], otherwise: str) -> str:
     """'; did you mean …?' with the closest candidate: a very like last part first, then a like whole, then a like last part."""
     candidates = [candidate for candidate in candidates if not name.startswith(f"{candidate}.")]
-    by_leaf = {_leaf(candidate): candidate for candidate in candidates}
+    section = name.rpartition(".")[0]  # of two sections with such a field, the one that was meant
+    by_leaf = {_leaf(c): c for c in sorted(candidates, key=lambda c: c.rpartition(".")[0] == section)}
 
     def like_leaf(cutoff: float) -> list[str]:
         return [by_leaf[match] for match in difflib.get_close_matches(_leaf(name), by_leaf, n=1, cutoff=cutoff)]

@@ -108,10 +108,12 @@ def test_without_a_critic_the_value_head_gets_no_gradient_and_the_policy_does(ki
 def test_without_a_critic_nothing_is_logged_about_one() -> None:
     policy, config = BigramPolicy(), config_of(advantage="grpo")
     batch = advantages(grouped_batch(policy), config)
-    logged = batch_metrics(batch) | update_metrics(update(policy, batch, config=config))
+    logged = batch_metrics(batch) | update_metrics(update(policy, batch, config=config), learning_rate=0.1, skipped=0)
     assert not [name for name in logged if name.startswith("critic/")]
     with_critic = advantages(grouped_batch(policy), PPOConfig())
-    logged = batch_metrics(with_critic) | update_metrics(update(policy, with_critic, config=PPOConfig()))
+    logged = batch_metrics(with_critic) | update_metrics(
+        update(policy, with_critic, config=PPOConfig()), learning_rate=0.1, skipped=0
+    )
     assert {"critic/value_mean", "critic/value_loss"} <= logged.keys()
 
 
@@ -288,7 +290,7 @@ def test_an_update_whose_groups_are_all_without_signal_does_nothing() -> None:
     assert (result.steps, result.skipped, result.stats) == (0, 0, None)
     assert all(torch.equal(a, b) for a, b in zip(policy.weights(), before, strict=True))
     assert batch_metrics(batch)["reward/equal_groups"] == 2.0
-    assert "ppo/policy_loss" not in update_metrics(result)
+    assert "ppo/policy_loss" not in update_metrics(result, learning_rate=0.1, skipped=0)
 
 
 # --- the critic ---

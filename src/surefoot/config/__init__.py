@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from surefoot import strict_yaml
+from surefoot.config.checks import NETWORKS, check_algorithm, check_environment, check_sft, check_text
 from surefoot.config.sections import (
     AdapterConfig,
     CriticConfig,
@@ -28,6 +29,7 @@ from surefoot.config.sections import (
     RunConfig,
     Section,
     SelfPlayConfig,
+    SFTConfig,
     TaskConfig,
 )
 from surefoot.errors import InputError
@@ -45,6 +47,7 @@ __all__ = [
     "PPOConfig",
     "PolicyConfig",
     "RunConfig",
+    "SFTConfig",
     "Section",
     "SelfPlayConfig",
     "TaskConfig",
@@ -68,6 +71,7 @@ class Config(Section):
     policy: PolicyConfig = Field(default_factory=PolicyConfig, description=PolicyConfig.__doc__)
     task: TaskConfig | None = Field(None, description=TaskConfig.__doc__)
     env: EnvConfig | None = Field(None, description=EnvConfig.__doc__)
+    sft: SFTConfig | None = Field(None, description=SFTConfig.__doc__)
     generation: GenerationConfig = Field(default_factory=GenerationConfig, description=GenerationConfig.__doc__)
     ppo: PPOConfig = Field(default_factory=PPOConfig, description=PPOConfig.__doc__)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description=EvaluateConfig.__doc__)
@@ -75,6 +79,8 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_environments(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("sft") is not None and data.get("env") is None:
+            return data | {name: _over(values, data.get(name)) for name, values in SFT_DEFAULTS.items()}
         if not isinstance(data, dict) or data.get("env") is None:
             return data
         given = {section: data.get(section) or {} for section in ("env", *ENV_DEFAULTS)}
@@ -84,11 +90,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        _check_algorithm(self.ppo)
+        check_algorithm(self.ppo)
+        if self.sft is not None:
+            check_sft(self)
         if self.env is None:
-            _check_text(self)
+            check_text(self)
         else:
-            _check_environment(self)
+            check_environment(self)
         return self
 
 
@@ -107,35 +115,14 @@ ENV_DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "evaluate": {"every": None, "episodes": 10},
 }
+# With `sft`, whose updates are short: a fraction of their time for evaluations and checkpoints.
+SFT_DEFAULTS: dict[str, dict[str, Any]] = {"run": {"checkpoint_every": 25}, "evaluate": {"every": 25, "episodes": 128}}
 CHECKPOINT_TIMESTEPS = 25_600  # between two checkpoints
 LSTM_DEFAULTS = {"n_steps": 128, "batch_size": 128}  # with memory: sb3-contrib's
-NETWORKS = ("MlpPolicy", "CnnPolicy", "MultiInputPolicy", "MlpLstmPolicy", "CnnLstmPolicy", "MultiInputLstmPolicy")
-# Settings of the algorithm that mean something for one side only.
-TEXT_ONLY = (
-    "total_episodes",
-    "episodes_per_update",
-    "samples_per_prompt",
-    "advantage",
-    "skip_equal_groups",
-    "gae_lambda_length_alpha",
-    "critic_warmup_updates",
-    "loss_aggregation",
-    "kl_in",
-    "sampler_ratio_cap",
-    "missing_eos_penalty",
-    "missing_eos_mode",
-    "reward_scale",
-)
-ENV_ONLY = ("total_timesteps", "n_steps")
-# Advantages that compare the answers to one prompt with each other, and settings that mean nothing without a critic.
-GROUPED = ("grpo", "dr_grpo", "rloo")
-CRITIC_ONLY = (
-    "clip_range_vf",
-    "whiten_rewards",
-    "gae_lambda_critic",
-    "gae_lambda_length_alpha",
-    "critic_warmup_updates",
-)
+
+
+def _over(defaults: dict[str, Any], given: Any) -> Any:
+    return defaults | given if isinstance(given, dict) else defaults if given is None else given
 
 
 def _defaults_for(given: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -151,83 +138,6 @@ def _defaults_for(given: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, An
         # A checkpoint is worth losing no more than seconds for: small updates need not have one each.
         defaults["run"]["checkpoint_every"] = min(max(CHECKPOINT_TIMESTEPS // math.prod(sizes), 1), 100)
     return defaults
-
-
-def _check_algorithm(ppo: PPOConfig) -> None:
-    if ppo.kl_target is not None and ppo.kl_coef == 0:
-        raise ValueError("ppo.kl_target adapts ppo.kl_coef, which is 0 and would stay 0; give kl_coef a positive start")
-    if ppo.missing_eos_mode == "replace" and ppo.missing_eos_penalty is None:
-        raise ValueError("ppo.missing_eos_mode: replace needs a ppo.missing_eos_penalty to put in the score's place")
-    if ppo.clip_range_high is not None and ppo.clip_schedule != "constant":
-        raise ValueError("ppo.clip_schedule moves ppo.clip_range alone; leave it, or ppo.clip_range_high, out")
-    if ppo.advantage in GROUPED and ppo.samples_per_prompt == 1:
-        raise ValueError(
-            f"ppo.advantage: {ppo.advantage} compares the answers to one prompt; give ppo.samples_per_prompt, now 1, 2 or more"
-        )
-    if ppo.skip_equal_groups and ppo.advantage not in GROUPED:
-        raise ValueError(
-            f"ppo.skip_equal_groups is for ppo.advantage: {', '.join(GROUPED)}; {ppo.advantage} learns from them too"
-        )
-    if not ppo.has_critic:
-        _check_unused(ppo, CRITIC_ONLY, f"is for ppo.advantage: gae; {ppo.advantage} has no critic")
-        if ppo.gamma != 1 and ppo.advantage != "reinforce_pp":
-            raise ValueError(
-                f"ppo.gamma is {ppo.gamma:g}; with ppo.advantage: {ppo.advantage} the tokens of an answer share its reward; "
-                "leave it out"
-            )
-
-
-def _check_text(config: Config) -> None:
-    ppo, generation = config.ppo, config.generation
-    _check_unused(ppo, ENV_ONLY, "needs an env section; a text task counts episodes")
-    if ppo.episodes_per_update % ppo.batch_size:
-        raise ValueError(
-            f"ppo.batch_size ({ppo.batch_size}) does not divide ppo.episodes_per_update ({ppo.episodes_per_update}); "
-            f"try {_nearest_divisor(ppo.episodes_per_update, ppo.batch_size)}"
-        )
-    if ppo.episodes_per_update % ppo.samples_per_prompt:
-        raise ValueError(
-            f"ppo.samples_per_prompt ({ppo.samples_per_prompt}) does not divide ppo.episodes_per_update "
-            f"({ppo.episodes_per_update}); try {_nearest_divisor(ppo.episodes_per_update, ppo.samples_per_prompt)}"
-        )
-    if ppo.critic_warmup_updates and not config.policy.critic.stop_gradient:
-        raise ValueError(
-            "ppo.critic_warmup_updates trains the critic alone, but its loss would move the trunk it shares with the policy; "
-            "set policy.critic.stop_gradient: true"
-        )
-    for name in ("top_k", "top_p"):
-        if getattr(generation, name) is not None:
-            raise ValueError(f"generation.{name} contradicts training: log-probs are over the full vocabulary; leave it out")
-    if generation.temperature == 0:
-        raise ValueError("generation.temperature 0 is greedy and cannot be trained on; use a positive temperature")
-
-
-def _check_environment(config: Config) -> None:
-    assert config.env is not None
-    ppo, model = config.ppo, config.policy.model
-    if config.task is not None:
-        raise ValueError("a run has a task (text) or an env (Gymnasium), not both; leave one out")
-    _check_unused(ppo, TEXT_ONLY, "is for text tasks; leave it out")
-    if ppo.kl_coef or ppo.kl_target is not None:
-        raise ValueError("ppo.kl_coef needs a reference model, which a network that starts from nothing has not; leave it out")
-    if model not in NETWORKS:
-        raise ValueError(f"policy.model is {short(model)}; with env it is one of {', '.join(NETWORKS)}")
-    if "Lstm" in model and ppo.batch_size % ppo.n_steps:
-        raise ValueError(
-            f"ppo.batch_size ({ppo.batch_size}) is not a multiple of ppo.n_steps ({ppo.n_steps}): {model} is trained on whole "
-            f"sequences; try {ppo.n_steps * max(1, round(ppo.batch_size / ppo.n_steps))}"
-        )
-
-
-def _check_unused(ppo: PPOConfig, names: tuple[str, ...], why: str) -> None:
-    for name in names:
-        if getattr(ppo, name) != PPOConfig.model_fields[name].default:
-            raise ValueError(f"ppo.{name} {why}")
-
-
-def _nearest_divisor(whole: int, wanted: int) -> int:
-    small = [d for d in range(1, math.isqrt(whole) + 1) if whole % d == 0]
-    return min((*small, *(whole // d for d in small)), key=lambda d: (abs(d - wanted), d))
 
 
 def load_config(path: Path | str, overrides: Mapping[str, str] | None = None) -> Config:
@@ -284,26 +194,29 @@ def with_sampling(generation: GenerationConfig, changes: Mapping[str, Any]) -> G
         raise InputError(first_problem(error.errors(), where="generate", kinds=_kinds())) from None
 
 
-def setting_keys() -> dict[str, str]:
+def setting_keys(algorithm: Literal["ppo", "sft"] = "ppo") -> dict[str, str]:
     """Flat setting name -> dotted key, for keyword arguments: `{"learning_rate": "ppo.learning_rate", "seed": "seed", …}`."""
     keys: dict[str, str] = {}
+    if algorithm == "sft":
+        keys = {name: key for name, key in setting_keys().items() if key.split(".")[0] not in ("ppo", "env")}
+        return keys | {name: f"sft.{name}" for name in SFTConfig.model_fields if name != "data"}
     for name, section in ((name, info.annotation) for name, info in Config.model_fields.items()):
         if isinstance(section, type) and issubclass(section, Section):
             prefix = f"{name}_" if name in ("run", "evaluate") else ""
             keys |= {prefix + inner: f"{name}.{inner}" for inner in section.model_fields}
-        elif name not in ("task", "env"):
+        elif name not in ("task", "env", "sft"):
             keys[name] = name
     named_alike = {"id", "kwargs"}
     return keys | {("env_" if inner in named_alike else "") + inner: f"env.{inner}" for inner in EnvConfig.model_fields}
 
 
-def nested(settings: dict[str, Any]) -> dict[str, Any]:
+def nested(settings: dict[str, Any], algorithm: Literal["ppo", "sft"] = "ppo") -> dict[str, Any]:
     """Flat settings -> nested data for `make_config`. Raises InputError for a name that does not exist."""
-    keys = setting_keys()
+    keys = setting_keys(algorithm)
     data: dict[str, Any] = {}
     for name, value in settings.items():
         if name not in keys:
-            is_the_tasks = name in TaskConfig.model_fields
+            is_the_tasks = algorithm == "ppo" and name in TaskConfig.model_fields
             hint = "; it is TextTask's" if is_the_tasks else suggestion(name, keys, "docs/config.md lists them")
             raise InputError(f"unknown setting {name!r}{hint}")
         section, _, leaf = keys[name].rpartition(".")
@@ -340,6 +253,7 @@ def _make_paths_relative_to(folder: Path, data: dict[str, Any]) -> None:
         ("task", "reward"),
         ("task", "metric"),
         ("env", "id"),
+        ("sft", "data"),
     ):
         values = data.get(section)
         value = values.get(key) if isinstance(values, dict) else None
@@ -351,7 +265,7 @@ def _is_path(key: str, value: str, folder: Path) -> bool:
     if key in {"reward", "metric", "id"}:
         return ".py:" in value
     # A prompt file that is not there yet must not be found elsewhere by accident.
-    is_file_name = key == "prompts" and ("/" in value or ".json" in value)
+    is_file_name = key in {"prompts", "data"} and ("/" in value or ".json" in value)
     return key == "folder" or is_file_name or value.startswith(".") or os.path.exists(folder / value)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from surefoot.core.kl import MAX_LOG_RATIO
-from surefoot.core.masked import library_of
+from surefoot.core.masked import library_of, masked_sum
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,21 @@ def ppo_loss(
     fixed = {"mask_BT": mask_BT, "denominator": denominator, "settings": settings, "weights_BT": weights_BT}
     loss, sums, ratio_max = _PPOLoss.apply(*new, old, (advantages_BT, returns_BT), fixed)
     return loss, LossStats(sums, ratio_max)
+
+
+def imitation_loss(
+    logprobs_BT: Tensor, entropies_BT: Tensor, *, mask_BT: Tensor, denominator: float | Tensor
+) -> tuple[Tensor, LossStats]:
+    """Negative log-likelihood of what others wrote: -log π summed over the mask and divided by `denominator`, nats.
+
+    Arguments [B, T], bool mask, float32 the others. The statistics have it as `policy_loss`; with no older policy to
+    compare with, the ratio is 1.
+    """
+    total = masked_sum(-logprobs_BT, mask_BT)
+    steps, zero = mask_BT.sum(), torch.zeros_like(total)
+    entropy = masked_sum(entropies_BT, mask_BT)
+    sums = torch.stack([total.detach(), zero, entropy.detach(), steps.float(), zero, zero, zero, steps.float()])
+    return total / denominator, LossStats(sums, torch.ones_like(total))
 
 
 @torch.no_grad()

@@ -73,7 +73,7 @@ class TextTask:
             where = prompts if isinstance(prompts, (str, Path)) else "prompts"
             raise InputError(f"{where}: no prompts there; one is needed at least")
         if isinstance(held_out, (int, float)):
-            is_held_out = [_hash_fraction(example.text) < held_out for example in examples]
+            is_held_out = [hash_fraction(example.text) < held_out for example in examples]
             self.train = [example for example, held in zip(examples, is_held_out, strict=True) if not held]
             self.held_out = [example for example, held in zip(examples, is_held_out, strict=True) if held]
         else:
@@ -84,14 +84,15 @@ class TextTask:
     def training_example(self, episode: int, seed: int) -> Example:
         """The prompt of training episode number `episode`: every pass over the prompts has its own order."""
         passes, position = divmod(episode, len(self.train))
-        return self.train[_order(len(self.train), seed, passes)[position]]
+        return self.train[shuffled(len(self.train), seed, passes)[position]]
 
 
 # One pass's order is asked for once per episode; keep the two in use.
 _orders: dict[tuple[int, int, int], list[int]] = {}
 
 
-def _order(count: int, seed: int, passes: int) -> list[int]:
+def shuffled(count: int, seed: int, passes: int) -> list[int]:
+    """The order in which pass number `passes` over `count` examples goes: a permutation of their indices."""
     key = (count, seed, passes)
     if key not in _orders:
         while len(_orders) >= 2:
@@ -101,14 +102,22 @@ def _order(count: int, seed: int, passes: int) -> list[int]:
     return _orders[key]
 
 
-def _hash_fraction(text: str) -> float:
+def hash_fraction(text: str) -> float:
     """A number in [0, 1) that depends on the text alone."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "little") / 2**64
 
 
 def _read_examples(source: Any, column: str, *, name: str) -> list[Example]:
+    return [_example(row, column, where) for where, row in read_rows(source, name)]
+
+
+def read_rows(source: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """(where, row) of a JSONL file's lines that are not blank, or of a list's or Dataset's rows, unchecked.
+
+    Raises InputError, which calls the source `name`, for one that cannot be read.
+    """
     if isinstance(source, (str, Path)):
-        rows = _read_jsonl(Path(source), name)
+        yield from _read_jsonl(Path(source), name)
     elif isinstance(source, Mapping) or hasattr(source, "iterrows"):
         raise InputError(
             f"{name}: a {type(source).__name__} is not a list of rows; take one split of a DatasetDict, or "
@@ -117,10 +126,9 @@ def _read_examples(source: Any, column: str, *, name: str) -> list[Example]:
     elif isinstance(source, Set):
         raise InputError(f"{name}: a set has another order in every process, and runs could not be repeated; give a list")
     elif isinstance(source, Iterable) and not isinstance(source, bytes):
-        rows = ((f"{name}, row {number}", row) for number, row in enumerate(source, start=1))
+        yield from ((f"{name}, row {number}", row) for number, row in enumerate(source, start=1))
     else:
         raise InputError(f"{name}: expected a list, a JSONL file or a datasets.Dataset, got {type(source).__name__}")
-    return [_example(row, column, where) for where, row in rows]
 
 
 def _read_jsonl(path: Path, name: str) -> Iterator[tuple[str, Any]]:
@@ -167,7 +175,7 @@ def checked_prompt(prompt: Any, where: str) -> Prompt:
     if isinstance(prompt, str):
         if not prompt.strip():
             raise InputError(f"{where}: the prompt is empty; give it text or drop it")
-        return _checked_text(prompt, where)
+        return checked_text(prompt, where)
     is_chat = isinstance(prompt, list) and all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in prompt)
     if not is_chat:
         raise InputError(f"{where}: a prompt is a string or a list of {{role, content}} messages, got {type(prompt).__name__}")
@@ -177,11 +185,12 @@ def checked_prompt(prompt: Any, where: str) -> Prompt:
         for part in ("role", "content"):
             if not isinstance(message[part], str):
                 raise InputError(f"{where}: a message's {part} is text, got {type(message[part]).__name__}")
-            _checked_text(message[part], where)
+            checked_text(message[part], where)
     return [dict(message) for message in prompt]
 
 
-def _checked_text(text: str, where: str) -> str:
+def checked_text(text: str, where: str) -> str:
+    """`text` if it is whole characters. Raises InputError otherwise."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -54,6 +54,29 @@ def have_signal(batch: Batch) -> Tensor:
     return (differ_BB & acted_B & acted_B[:, None]).any(1)
 
 
+def demonstration_batch(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], *, device: torch.device) -> Batch:
+    """Right-padded [B, T] batch of (tokens, which of them to imitate); whoever wrote them left no log-probs."""
+    lengths = [len(tokens) for tokens, _ in rows]
+    shape = (len(rows), max(lengths))
+    tokens_BT, mask_BT = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
+    for b, (tokens, is_imitated) in enumerate(rows):
+        tokens_BT[b, : lengths[b]] = torch.tensor(tokens)
+        mask_BT[b, : lengths[b]] = torch.tensor(is_imitated)
+    nothing_BT = torch.zeros(shape)
+    batch = Batch(
+        observations={"tokens": tokens_BT, "lengths": torch.tensor(lengths)},
+        actions_BT=tokens_BT,
+        mask_BT=mask_BT,
+        logprobs_BT=nothing_BT,
+        values_BT=nothing_BT,
+        rewards_BT=nothing_BT,
+        ends_BT=torch.zeros(shape, dtype=torch.bool),
+        bootstrap_BT=nothing_BT,
+        demonstrated=True,
+    )
+    return to_device(batch, device)
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with all its tensors on `device`."""
     for name, value in vars(batch).items():

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # Metric -> how the table shows it.
 SHOWN = {
     "reward/mean": ("reward", "{:+.3f}"),
+    "sft/nll": ("NLL", "{:.3f} nats/token"),
+    "sft/epoch": ("epoch", "{:.2f}"),
     "rollout/ep_rew_mean": ("return", "{:.2f}"),
     "rollout/ep_len_mean": ("episode length", "{:.1f} steps"),
     "kl/reference": ("KL to reference", "{:.2f} nats"),
@@ -36,6 +38,8 @@ SHOWN = {
 # The same where each update is one line.
 IN_A_LINE = {
     "reward/mean": "reward {:+.3f}",
+    "sft/nll": "NLL {:.3f}",
+    "sft/epoch": "epoch {:.2f}",
     "rollout/ep_rew_mean": "return {:.2f}",
     "rollout/ep_len_mean": "length {:.1f}",
     "kl/reference": "KL {:.2f}",
@@ -48,6 +52,8 @@ IN_A_LINE = {
 EVALUATED = {
     "eval/reward": "reward {:+.3f}",
     "eval/reward_std": "± {:.3f}",
+    "eval/nll": "NLL {:.3f} nats/token",
+    "eval/perplexity": "perplexity {:.2f}",
     "eval/metric": "metric {:+.3f}",
     "eval/kl": "KL {:.2f} nats",
     "eval/distinct_2": "distinct-2 {:.2f}",
@@ -85,7 +91,7 @@ class Display:
 
     def log(self, metrics: dict[str, float], progress: loop.Progress) -> None:
         """Show an update's or an evaluation's metrics."""
-        if "eval/reward" in metrics:
+        if "eval/metric" in metrics:
             self._evaluation = _evaluation_line(metrics, progress.updates)
             self._say(self._evaluation)
             return
@@ -98,8 +104,8 @@ class Display:
         self._bar.update(self._task, completed=progress.updates, eta=f"{progress.updates}/{self.total_updates} · ETA {eta}")
         shown = "  ".join(form.format(metrics[name]) for name, form in IN_A_LINE.items() if name in metrics)
         self._say(f"update {progress.updates}/{self.total_updates}  {shown}  {_time_shares(metrics)}  ETA {eta}")
-        if metrics.get("ppo/skipped_steps"):
-            self._say(f"  {metrics['ppo/skipped_steps']:.0f} optimiser steps skipped so far (non-finite loss or gradient)")
+        if skipped := _skipped(metrics):
+            self._say(f"  {skipped:.0f} optimiser steps skipped so far (non-finite loss or gradient)")
 
     def _say(self, line: str) -> None:
         if self._live.is_started:
@@ -124,7 +130,7 @@ class Display:
                 table.add_row(f"  {label}", form.format(self._metrics[name]))
         if self._metrics:
             table.add_row("  time", _time_shares(self._metrics))
-            table.add_row("  skipped steps", f"{self._metrics.get('ppo/skipped_steps', 0):.0f}")
+            table.add_row("  skipped steps", f"{_skipped(self._metrics):.0f}")
         lines = [self._evaluation] if self._evaluation else []
         return Group(*lines, table, self._bar)
 
@@ -172,6 +178,10 @@ class TensorBoard:
             yield
         except OSError as error:
             raise InputError(f"{self._folder} could not be written: {error.strerror}; the last checkpoint stands") from error
+
+
+def _skipped(metrics: dict[str, float]) -> float:
+    return metrics.get("ppo/skipped_steps", metrics.get("sft/skipped_steps", 0.0))
 
 
 def _seconds(metrics: dict[str, float]) -> float:

@@ -24,17 +24,17 @@ from surefoot.rollout.score import sequence_kl
 from surefoot.run import RunFolder
 from surefoot.train import checkpoint
 from surefoot.train.gates import NEGATIVE_KL_LIMIT, check_first_minibatch, check_kl_sign, is_surely_negative
-from surefoot.train.metrics import batch_metrics, update_metrics
+from surefoot.train.metrics import batch_metrics, imitation_metrics, update_metrics
 from surefoot.train.signals import Abandon, StopRequest
 from surefoot.train.update import TokenBudget, advantages, update
-from surefoot.types import Batch, Episode, Trajectory
+from surefoot.types import Batch, Demonstration, Episode, Trajectory
 
 
 class Rollout(Protocol):
     """Where batches come from: a policy in an environment. All its randomness follows from counters."""
 
     unit: str
-    """What the run's budget counts: episodes or timesteps."""
+    """What the run's budget counts: episodes, timesteps or examples."""
 
     throughput: str
     """The metric of masked steps a second."""
@@ -50,7 +50,7 @@ class Rollout(Protocol):
 
     def evaluate(
         self, episodes: int, *, poll: Callable[[], None] | None = None
-    ) -> tuple[dict[str, float], Sequence[Trajectory | Episode]]:
+    ) -> tuple[dict[str, float], Sequence[Trajectory | Episode | Demonstration]]:
         """`eval/…` metrics on held-out episodes, and the episodes."""
         ...
 
@@ -116,8 +116,8 @@ class Training:
 
     @property
     def ppo(self) -> PPOConfig:
-        """The algorithm's section of the config."""
-        return self.config.ppo
+        """The algorithm's settings."""
+        return self.config.ppo if self.config.sft is None else self.config.sft.as_update()
 
     @property
     def total_updates(self) -> int:
@@ -210,7 +210,7 @@ def improve(t: Training, batch: Batch, *, budget: TokenBudget, check_itself: boo
     now = {"clip_range": scheduled(t, "clip_range", ppo.clip_schedule), "ent_coef": scheduled(t, "ent_coef", ppo.ent_schedule)}
     ppo = ppo.model_copy(update={**now, "kl_coef": p.kl_coef})
     advantages(batch, ppo)
-    metrics = batch_metrics(batch) | {"kl/coef": p.kl_coef, "ppo/learning_rate": learning_rate}
+    metrics = batch_metrics(batch) | ({} if batch.demonstrated else {"kl/coef": p.kl_coef})
     gate = functools.partial(check_first_minibatch, exact=t.policy.scores_like_sampler)
     result = update(
         t.policy,
@@ -231,7 +231,8 @@ def improve(t: Training, batch: Batch, *, budget: TokenBudget, check_itself: boo
         p.kl_coef = adapted_kl_coef(
             p.kl_coef, metrics["kl/reference"], target=ppo.kl_target, horizon=ppo.kl_horizon, episodes=len(batch)
         )
-    metrics |= update_metrics(result) | {"ppo/skipped_steps": float(p.bad_steps), t.rollout.unit: float(p.collected)}
+    measured = imitation_metrics if batch.demonstrated else update_metrics
+    metrics |= measured(result, learning_rate=learning_rate, skipped=p.bad_steps) | {t.rollout.unit: float(p.collected)}
     metrics["time/update_s"] = time.perf_counter() - started
     seconds = metrics["time/rollout_s"] + metrics["time/score_s"] + metrics["time/update_s"]
     metrics[t.rollout.throughput] = float(batch.mask_BT.sum()) / seconds
@@ -375,7 +376,7 @@ def _stop_if_diverged(t: Training) -> None:
         save(t, _undone_by_giving_up(t))
         raise NonFiniteError(
             f"{t.progress.bad_steps_in_a_row} optimiser steps in a row had a non-finite loss or gradient and were skipped; "
-            f"stopped with a checkpoint in {t.folder.path}. Try a lower ppo.learning_rate or policy.dtype: float32"
+            f"stopped with a checkpoint in {t.folder.path}. Try a lower learning_rate or policy.dtype: float32"
         )
 
 
@@ -383,12 +384,13 @@ def _interrupted(t: Training) -> Interrupted:
     assert t.stop.signal_number is not None
     path = str(t.folder.path)
     # What was made in Python is not in the configuration.
-    is_in_config = t.config.task is not None or (t.config.env is not None and t.config.env.id is not None)
-    what = "task" if t.config.env is None else "env"
-    how = f"surefoot resume {shlex.quote(path)}" if is_in_config else f"PPO.load({path!r}, {what}).learn()"
+    task, env, sft = t.config.task, t.config.env, t.config.sft
+    is_in_config = task is not None or (env is not None and env.id is not None) or (sft is not None and sft.data is not None)
+    again = f"PPO.load({path!r}, {'task' if env is None else 'env'})" if sft is None else f"SFT.load({path!r}, data)"
+    how = f"surefoot resume {shlex.quote(path)}" if is_in_config else f"{again}.learn()"
     return Interrupted(t.stop.signal_number, f"stopped after update {t.progress.updates}, saved; continue with: {how}")
 
 
-def _samples(updates: int, split: str, played: Sequence[Trajectory | Episode]) -> list[dict[str, Any]]:
+def _samples(updates: int, split: str, played: Sequence[Trajectory | Episode | Demonstration]) -> list[dict[str, Any]]:
     """Lines of samples.jsonl."""
     return [{"update": updates, "split": split, **one.record()} for one in played]

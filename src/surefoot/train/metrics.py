@@ -30,13 +30,18 @@ METRICS = {
     "ppo/grad_norm": "Gradient norm before clipping, mean over the steps taken.",
     "ppo/learning_rate": "Adam's step size in this update.",
     "ppo/skipped_steps": "Optimiser steps skipped so far because loss or gradient was not finite.",
+    "sft/nll": "Negative log-likelihood of the trained tokens before the step, mean over them; nats per token.",
+    "sft/epoch": "Passes over the examples so far.",
+    "sft/grad_norm": "With sft: gradient norm before clipping.",
+    "sft/learning_rate": "With sft: Adam's step size in this update.",
+    "sft/skipped_steps": "With sft: optimiser steps skipped so far because loss or gradient was not finite.",
     "critic/value_loss": "½ (V - R)², clipped if asked for, mean over written tokens and minibatches.",
     "critic/explained_variance": "1 - Var(R - V) / Var(R) before the update: 1 is perfect, 0 no better than a constant.",
     "critic/clip_fraction": "Share of written tokens whose value moved further than clip_range_vf; 0 without clipping.",
     "critic/value_mean": "Mean value over written tokens before the update.",
     "critic/return_mean": "Mean TD(λ) return over written tokens.",
     "policy/entropy": "Entropy of the distribution each token is drawn from, exact, mean over written tokens and minibatches; nats.",
-    "length/mean": "Written tokens per episode, the end token included.",
+    "length/mean": "Written tokens per episode (with sft: trained tokens per example), the end token included.",
     "length/end_rate": "Share of episodes that ended by an end token or stop string, not by the length limit.",
     "sampler/mismatch_mean": "Mean of |log p_trainer - log p_sampler| over written tokens; 0 where they are the same numbers; nats.",
     "sampler/mismatch_max": "Largest such difference; nats.",
@@ -45,6 +50,7 @@ METRICS = {
     "time/update_s": "Seconds spent on advantages and optimiser steps.",
     "throughput/tokens_per_s": "Written tokens per second of rollout, score and update together.",
     "throughput/steps_per_s": "Timesteps per second of rollout, score and update together.",
+    "examples": "With sft: examples learned from so far in the run, counted again in every epoch.",
     "timesteps": "Timesteps played so far in the run, all copies of the environment together.",
     "rollout/ep_rew_mean": "Mean return (sum of rewards as the environment gave them) of the last 100 finished episodes.",
     "rollout/ep_len_mean": "Mean length of those episodes, timesteps.",
@@ -52,7 +58,9 @@ METRICS = {
     "selfplay/win_rate": "Mean score of the learner in those games, whoever the opponent: 1 won, ½ drawn or cut off, 0 lost.",
     "selfplay/elo": "The learner's Elo by its games against past selves and the random player, who is held at 0.",
     "eval/reward": "Mean score of the reward function on held-out prompts.",
-    "eval/metric": "Mean of the task's metric on held-out prompts; the reward if the task has none. The best checkpoint is kept by it.",
+    "eval/metric": "Mean of the task's metric on held-out prompts; the reward if the task has none; with sft, -eval/nll. The best checkpoint is kept by it.",
+    "eval/nll": "With sft: negative log-likelihood of the held-out examples' trained tokens, mean over all of them; nats per token.",
+    "eval/perplexity": "e to the eval/nll: 1 is certainty, the vocabulary's size is knowing nothing.",
     "eval/reward_std": "Population standard deviation of the returns of the evaluated episodes.",
     "eval/kl": "KL to the reference on held-out prompts, as `kl/reference`; nats.",
     "eval/distinct_2": "Distinct token bigrams over all token bigrams in the held-out answers: 1 is no repetition at all.",
@@ -65,6 +73,8 @@ METRICS = {
 def batch_metrics(batch: Batch) -> dict[str, float]:
     """What the rollout and the advantages say, before the update."""
     mask_BT = batch.mask_BT
+    if batch.demonstrated:
+        return batch.metrics
     metrics = {}
     if batch.reference_logprobs_BT is not None:
         acted_B = mask_BT.any(1)  # rows in which the policy did nothing are not counted
@@ -85,9 +95,14 @@ def batch_metrics(batch: Batch) -> dict[str, float]:
     return metrics | batch.metrics
 
 
-def update_metrics(result: UpdateResult) -> dict[str, float]:
-    """What the optimiser did; means over all minibatches seen."""
-    metrics = {"ppo/stopped_early": float(result.stopped_early), "ppo/grad_norm": result.grad_norm}
+def update_metrics(result: UpdateResult, *, learning_rate: float, skipped: int) -> dict[str, float]:
+    """What the optimiser did; means over all minibatches seen. `skipped` are the run's skipped steps so far."""
+    metrics = {
+        "ppo/learning_rate": learning_rate,
+        "ppo/stopped_early": float(result.stopped_early),
+        "ppo/grad_norm": result.grad_norm,
+        "ppo/skipped_steps": float(skipped),
+    }
     if result.stats is not None:
         named = dict(zip(result.stats.NAMES, result.stats.sums.tolist(), strict=True))
         means = {name: value / max(named["steps"], 1.0) for name, value in named.items()}
@@ -101,4 +116,13 @@ def update_metrics(result: UpdateResult) -> dict[str, float]:
         }
         if result.has_critic:
             metrics |= {"critic/value_loss": means["value_loss"], "critic/clip_fraction": means["value_clipped"]}
+    return metrics
+
+
+def imitation_metrics(result: UpdateResult, *, learning_rate: float, skipped: int) -> dict[str, float]:
+    """The same for demonstrations."""
+    metrics = {"sft/learning_rate": learning_rate, "sft/grad_norm": result.grad_norm, "sft/skipped_steps": float(skipped)}
+    if result.stats is not None:
+        metrics["sft/nll"] = float(result.stats.policy_loss / result.stats.steps)
+        metrics["policy/entropy"] = float(result.stats.entropy / result.stats.steps)
     return metrics

@@ -15,7 +15,7 @@ from torch import Tensor
 from surefoot.config import PPOConfig
 from surefoot.core.advantages import gae, group_advantages, length_adaptive_lambda
 from surefoot.core.kl import kl_penalised_rewards
-from surefoot.core.losses import LossSettings, LossStats, ppo_loss, truncated_ratio
+from surefoot.core.losses import LossSettings, LossStats, imitation_loss, ppo_loss, truncated_ratio
 from surefoot.core.masked import library_of, whiten
 from surefoot.policies.base import Policy
 from surefoot.rollout.batch import have_signal, micro_batches, minibatches
@@ -31,8 +31,11 @@ def make_optimizer(policy: Policy, config: PPOConfig) -> torch.optim.Adam:
 def advantages(batch: Batch, config: PPOConfig | None = None, *, kl_coef: float | None = None) -> Batch:
     """Fill `advantages_BT` and `returns_BT`: KL penalty into the rewards, whitening on request, then GAE.
 
-    Without a critic (docs/family.md) there are no returns, and what an answer is compared with stands in the batch.
+    Without a critic (docs/family.md) there are no returns, and what an answer is compared with stands in the batch. What was
+    demonstrated has neither rewards nor advantages.
     """
+    if batch.demonstrated:
+        return batch
     config = config or PPOConfig()
     rewards_BT = batch.rewards_BT
     if batch.reference_logprobs_BT is not None and config.kl_in == "reward":
@@ -133,6 +136,7 @@ def update(
     finite is skipped and counted; weights and optimiser state stay as they were. `generator` shuffles the minibatches.
     With `skip_equal_groups` nothing is done where no group is left.
     `before_first_step` sees the first minibatch's statistics while old and new policy are still one, and may raise.
+    A batch that was `demonstrated` has no advantages: its steps are those of the negative log-likelihood.
     """
     config = config or PPOConfig()
     optimizer = optimizer or make_optimizer(policy, config)
@@ -149,7 +153,8 @@ def update(
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate if learning_rate is None else learning_rate
     by_autograd: AbstractContextManager[Any] = nullcontext((None, optimizer))
-    if config.normalize_advantage and config.has_critic and rows_per_minibatch >= len(batch) > 1:
+    is_whitened = config.normalize_advantage and config.has_critic and not batch.demonstrated
+    if is_whitened and rows_per_minibatch >= len(batch) > 1:
         # All in one minibatch: its mean and spread are the same in every epoch.
         assert batch.advantages_BT is not None
         batch = replace(batch, advantages_BT=whiten(batch.advantages_BT, batch.mask_BT))
@@ -185,6 +190,8 @@ def accumulate_gradient(
     while True:
         optimizer.zero_grad(set_to_none=True)
         try:
+            if batch.demonstrated:
+                return _imitate(policy, batch, rows, token_budget=budget.tokens)
             return _accumulate(policy, batch, rows, config=config, token_budget=budget.tokens, accumulate=accumulate)
         except torch.OutOfMemoryError as error:
             budget.shrink(error, smallest=int(batch.mask_BT.shape[1]))
@@ -284,6 +291,19 @@ def _loss_settings(batch: Batch, config: PPOConfig) -> LossSettings:
         dual_clip=config.dual_clip,
         kl_coef=config.kl_coef if is_in_loss else 0.0,
     )
+
+
+def _imitate(policy: Policy, batch: Batch, rows: Tensor, *, token_budget: int) -> LossStats:
+    denominator = max(int(batch.mask_BT[rows].sum()), 1)
+    total: LossStats | None = None
+    for micro in micro_batches(batch, rows, token_budget):
+        part = batch.rows(micro)
+        new = policy.evaluate(part)
+        loss, stats = imitation_loss(new.logprobs_BT, new.entropies_BT, mask_BT=part.mask_BT, denominator=denominator)
+        loss.backward()
+        total = stats if total is None else total + stats
+    assert total is not None
+    return total
 
 
 def take_step(optimizer: torch.optim.Adam, stats: LossStats, config: PPOConfig, result: UpdateResult) -> None:

@@ -1,0 +1,308 @@
+"""Supervised fine-tuning as a user meets it: `SFT`, `surefoot sft`, resume, the road to PPO, and bad input in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+
+from surefoot import PPO, SFT, InputError, TextTask
+from surefoot.config import make_config
+from surefoot.train import loop
+from tests.inputs import Outcome, model_folder, run_cli
+from tests.train.small_run import assert_equal, outcome, rows, weights, write_base
+from tests.train.warm import Strike, Warm, cold
+
+SENTENCES = ["the film was good", "a band in the end", "her two dogs"]
+PAIRS = [{"prompt": f"{word} {number}", "completion": f" {word * 2}"} for word in ("the", "an", "in") for number in range(8)]
+CHAT = [{"role": "user", "content": "who"}, {"role": "assistant", "content": "the end"}]
+SMALL = {"dtype": "float32", "verbose": 0}
+KILL = [int(signal.SIGKILL)]
+STEP = "surefoot.train.update:take_step"
+CONFIG: dict[str, Any] = {
+    "seed": 5,
+    "device": "cpu",
+    "run": {"name": "run", "checkpoint_every": 2},
+    "policy": {"dtype": "float32", "adapter": {"rank": 2}},
+    "sft": {
+        "data": "pairs.jsonl",
+        "held_out": 0.3,
+        "epochs": 2,
+        "batch_size": 5,
+        "learning_rate": 0.01,
+        "lr_warmup": 0.3,
+        "micro_batch_tokens": 40,
+    },
+    "evaluate": {"every": 2, "episodes": 4},
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "base"
+    write_base(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def warm():
+    with Warm() as interpreter:
+        yield interpreter
+
+
+def write_project(folder: Path, model: Path, *, name: str = "pairs.jsonl", data: Any = PAIRS, **sections: Any) -> Path:
+    """sft.yaml and its data; the run's folder to be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {key: value | sections.get(key, {}) if isinstance(value, dict) else value for key, value in CONFIG.items()}
+    config["policy"]["model"] = str(model)
+    (folder / "sft.yaml").write_text(yaml.safe_dump(config))
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in data))
+    return folder / "runs" / "run"
+
+
+def refusal(call: Callable[[], object]) -> str:
+    with pytest.raises(InputError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def reward(prompts, completions, **columns):
+    return [float(len(c)) for c in completions]
+
+
+def test_three_sentences_are_learnt_by_heart_and_go_on_to_ppo(capsys):
+    model = SFT(model_folder(), SENTENCES, held_out=0.0, epochs=80, learning_rate=0.02, dtype="float32")
+    assert model.learn() is model
+    last = rows(model.run_folder or Path())[-1]
+    assert last["sft/nll"] < 0.05 and last["sft/epoch"] == 80 and last["examples"] == 240 and last["sft/skipped_steps"] == 0
+    assert model.run_folder == Path("runs/sft-1") and "update 80/80" in capsys.readouterr().out
+    assert model.generate(["the f", "a b", "h"], temperature=0) == ["ilm was good", "and in the end", "er two dogs"]
+    model.save("out")
+    assert transformers.AutoModelForCausalLM.from_pretrained("out").config.model_type == "llama"
+
+    # What PPO starts from, and holds its policy to, is the model as it was taught.
+    ppo = PPO(
+        "out", TextTask(["the f", "a b"], reward, held_out=0.0), total_episodes=4, episodes_per_update=4, batch_size=4, **SMALL
+    )
+    assert ppo.generate("a b", temperature=0) == "and in the end"
+    first = rows(ppo.learn().run_folder or Path())[0]
+    assert first["kl/reference"] == pytest.approx(0, abs=1e-4) and first["length/end_rate"] > 0.5
+    # Its settings lie beside it too, and its own run can be opened as a policy, not as a PPO run.
+    assert PPO.load("out", TextTask(["a"], reward, held_out=0.0), verbose=0).config.sft is None
+    assert refusal(lambda: PPO.load("runs/sft-1")).startswith("runs/sft-1 is a supervised run; go on with SFT.load")
+
+
+def test_all_weights_can_be_taught():
+    model = SFT(model_folder(), SENTENCES, adapter=None, held_out=0.0, epochs=40, learning_rate=0.005, **SMALL).learn()
+    assert model.generate("a b", temperature=0) == "and in the end"
+
+
+def test_a_chat_is_taught_and_answered():
+    model = SFT(model_folder(chat=True), [{"messages": CHAT}], held_out=0.0, epochs=60, learning_rate=0.02, **SMALL).learn()
+    assert model.generate([CHAT[:1]], temperature=0) == ["the end"]
+
+
+def test_held_out_likelihood_chooses_the_best_checkpoint():
+    model = SFT(model_folder(), PAIRS, held_out=0.3, epochs=4, learning_rate=0.01, evaluate_every=2, seed=2, **SMALL).learn()
+    evaluations = [row for row in rows(model.run_folder or Path()) if "eval/nll" in row]
+    assert [row["update"] for row in evaluations][:2] == [0, 2] and evaluations[-1]["eval/nll"] < evaluations[0]["eval/nll"]
+    best = max(evaluations, key=lambda row: row["eval/metric"])
+    assert (Path("runs/sft-1/checkpoints/best")).read_text() == f"{best['update']:08d}"
+    found = model.evaluate()
+    assert found["eval/nll"] == pytest.approx(evaluations[-1]["eval/nll"]) and model.evaluate(1) != found
+    samples = rows(Path("runs/sft-1"), "samples.jsonl")
+    assert len(samples) == len(evaluations) * len(model.data.held_out)
+    assert samples[0].keys() == {"update", "split", "prompt", "completion", "nll"}
+
+
+def test_the_temperature_of_writing_is_not_one_of_the_loss():
+    losses = []
+    for temperature in (0.5, 1.0):
+        SFT(
+            model_folder(), SENTENCES, held_out=0.0, epochs=1, temperature=temperature, run_name=f"t{temperature}", **SMALL
+        ).learn()
+        losses.append(rows(Path(f"runs/t{temperature}"))[0]["sft/nll"])
+    assert losses[0] == losses[1]
+
+
+def test_learning_more_and_going_on_in_another_process(tmp_path):
+    straight = SFT(
+        model_folder(), SENTENCES, held_out=0.0, epochs=4, lr_schedule="constant", lr_warmup=0.0, run_name="a", **SMALL
+    )
+    straight.learn()
+    first = SFT(model_folder(), SENTENCES, held_out=0.0, epochs=1, lr_schedule="constant", lr_warmup=0.0, run_name="b", **SMALL)
+    first.learn().learn(1)
+    again = SFT.load("runs/b", SENTENCES, verbose=0)
+    assert again.is_finished and again.learn(2).is_finished
+    assert all(torch.equal(value, weights(straight)[name]) for name, value in weights(again).items())  # type: ignore[arg-type]
+    assert refusal(lambda: first.learn(1)).endswith("open it with SFT.load")
+    assert refusal(lambda: SFT.load("runs/b")).endswith("go on there with its examples: SFT.load(folder, data)")
+    assert refusal(lambda: SFT.load("runs/b", SENTENCES[:2], verbose=0)).startswith("sft.data: these are not the examples")
+
+
+def test_a_run_from_python_that_was_stopped_says_how_to_go_on():
+    training = SFT(model_folder(), SENTENCES, held_out=0.0, **SMALL)._prepare_training()
+    training.stop.signal_number = int(signal.SIGTERM)
+    assert str(loop._interrupted(training)).endswith("continue with: SFT.load('runs/sft-1', data).learn()")
+
+
+def test_examples_that_were_cut_are_counted_aloud(capsys):
+    SFT(model_folder(), ["the end", "in and out and in and out"], held_out=0.0, epochs=1, max_tokens=9, dtype="float32").learn()
+    assert "1 of 2 examples are cut to sft.max_tokens (9)" in capsys.readouterr().out
+
+
+def test_the_command_line_trains_resumes_and_writes(base):
+    run = write_project(Path(), base)
+    done = run_cli("sft", "sft.yaml", "--sft.learning-rate", "1e-3")
+    assert done.code == 0, done.err
+    assert done.out.endswith('next:  surefoot generate runs/run "your text"\n')
+    assert yaml.safe_load((run / "config.yaml").read_text())["sft"]["learning_rate"] == 1e-3
+    assert run_cli("resume", "runs/run").out == f"{run} is finished; its model is {run / 'model'}\n"
+    written = run_cli("generate", "runs/run", "the", "--max-new-tokens", 3)
+    assert (written.code, written.err) == (0, "") and written.out
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run = write_project(folder, base)
+    ended = cold(folder, "sft", "sft.yaml")
+    assert ended.code == 0, ended.stderr
+    return outcome(run)
+
+
+def test_the_run_under_test_exercises_what_it_should(uninterrupted):
+    training = [row for row in uninterrupted["metrics"] if "sft/nll" in row]
+    rates = [row["sft/learning_rate"] for row in training]
+    assert len(training) >= 6 and rates[0] < max(rates) > rates[-1]
+    assert uninterrupted["state"]["progress"]["best_update"] > 0 and uninterrupted["state"]["progress"]["bad_steps"] == 0
+    assert len(uninterrupted["optimizer"]) == 3 * (len(uninterrupted["policy"]) - 2)  # the critic is not trained
+
+
+@pytest.mark.parametrize(
+    "strike",
+    [
+        Strike("surefoot.train.loop:run", 1, KILL),
+        Strike(STEP, 1, KILL, after=True),
+        Strike("surefoot.train.checkpoint:_put_in_place", 1, KILL),
+        Strike(STEP, 5, KILL, after=True),
+        Strike("surefoot.train.loop:evaluate", 3, KILL, after=True),
+        Strike("surefoot.policies.lm:CausalLMPolicy.save", 1, KILL, after=True),
+    ],
+    ids=["before anything", "first step", "first checkpoint", "step", "evaluation", "model half written"],
+)
+def test_a_killed_and_resumed_run_is_the_run_that_was_not(tmp_path, base, warm, uninterrupted, strike):
+    run = write_project(tmp_path, base)
+    assert warm.run(tmp_path, "sft", "sft.yaml", strikes=[strike]).code == -signal.SIGKILL
+    ended = warm.run(tmp_path, "resume", "runs/run")
+    assert ended.code == 0, ended.stderr
+    assert_equal(run, uninterrupted)
+
+
+def test_all_weights_are_resumed_in_a_fresh_interpreter(tmp_path, base, warm):
+    folders = [tmp_path / "whole", tmp_path / "killed"]
+    runs = [write_project(folder, base, policy={"adapter": None}) for folder in folders]
+    assert warm.run(folders[0], "sft", "sft.yaml").code == 0
+    assert warm.run(folders[1], "sft", "sft.yaml", strikes=[Strike(STEP, 5, KILL)]).code == -signal.SIGKILL
+    assert cold(folders[1], "resume", "runs/run").code == 0
+    assert_equal(runs[1], outcome(runs[0]))
+
+
+def test_a_signal_stops_with_a_checkpoint_and_says_how_to_go_on(tmp_path, base, warm, uninterrupted):
+    run = write_project(tmp_path, base)
+    ended = warm.run(tmp_path, "sft", "sft.yaml", strikes=[Strike(STEP, 3, [int(signal.SIGTERM)])])
+    assert ended.code == 143 and ended.stderr.endswith("saved; continue with: surefoot resume runs/run\n")
+    assert warm.run(tmp_path, "resume", "runs/run").code == 0
+    assert_equal(run, uninterrupted)
+
+
+def test_data_that_changed_under_a_run_is_refused(tmp_path, base, warm):
+    write_project(tmp_path, base)
+    warm.run(tmp_path, "sft", "sft.yaml", strikes=[Strike(STEP, 5, KILL)])
+    write_project(tmp_path, base, data=PAIRS[::-1])
+    ended = warm.run(tmp_path, "resume", "runs/run")
+    assert ended.code == 2 and "these are not the examples that the run was begun with" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("sections", "flags", "said"),
+    [
+        ({"sft": {"data": None}}, (), "sft.yaml: no examples to learn from; name a JSONL file as sft.data"),
+        ({"sft": {"data": "no.jsonl"}}, (), "data: no file no.jsonl; "),
+        ({}, ("--sft.epochs", "0"), "--sft.epochs: should be greater than 0, got 0"),
+        ({}, ("--sft.learning-rat", "1"), "unknown flag '--sft.learning-rat'; did you mean '--sft.learning-rate'?"),
+        (
+            {},
+            ("--sft.lr-schedule", "function"),
+            "--sft.lr-schedule: should be 'constant', 'linear' or 'cosine', got 'function'",
+        ),
+        ({}, ("--sft.held-out", "1"), "--sft.held-out: should be less than 1, got 1"),
+        (
+            {},
+            ("--sft.columns", "{promt: q}"),
+            "--sft.columns: should be 'text', 'prompt', 'completion' or 'messages', got 'promt'",
+        ),
+        (
+            {},
+            ("--sft.columns", "{prompt: q}"),
+            "pairs.jsonl, line 1: has prompt, completion; one of text, prompt and completion",
+        ),
+        ({}, ("--ppo.kl-coef", "0.1"), "sft.yaml: ppo: an sft run has no use for these settings; leave the section out"),
+        ({}, ("--env.id", "x"), "sft.yaml: a run has one of task, env and sft, and here are env and sft; leave one out"),
+        ({}, ("--policy.model", "./no"), "policy.model: no folder ./no"),
+    ],
+)
+def test_bad_input_is_one_line_before_a_model_is_loaded(base, monkeypatch, sections, flags, said):
+    monkeypatch.setattr("surefoot.build.load_policy", None)
+    write_project(Path(), base, **sections)
+    ended: Outcome = run_cli("sft", "sft.yaml", *flags)
+    assert ended.complaint.startswith(said) and not Path("runs").exists()
+
+
+def test_verbs_and_files_that_do_not_belong_together_are_refused(base):
+    write_project(Path(), base)
+    assert run_cli("ppo", "sft.yaml").complaint == "sft.yaml: has an sft section; that is for: surefoot sft sft.yaml"
+    Path("ppo.yaml").write_text("task: {prompts: p.jsonl, reward: 'r.py:r'}")
+    assert run_cli("sft", "ppo.yaml").complaint.startswith("ppo.yaml: no examples to learn from")
+    config = make_config(CONFIG, where="test")
+    task = TextTask(["a", "b"], reward)
+    assert refusal(lambda: PPO(str(base), task, config=config)).endswith("give it to SFT")
+    PPO(str(base), task, run_name="ppo", total_episodes=4, episodes_per_update=4, batch_size=4, **SMALL).learn()
+    assert refusal(lambda: SFT.load("runs/ppo")) == "runs/ppo is no supervised run; open it with PPO.load"
+    shutil.copytree(base, "plain")
+    assert refusal(lambda: SFT.load("plain")).startswith("plain is not a run folder")
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: SFT(model_folder()), "sft.data is missing: name a JSONL file of examples"),
+        (lambda: SFT(7, SENTENCES), "policy: expected a model's name or folder, or what load_policy gives, got a int"),
+        (lambda: SFT(model_folder(), SENTENCES, kl_coef=1), "unknown setting 'kl_coef'; docs/config.md lists them"),
+        (lambda: SFT(model_folder(), SENTENCES, epoch=1), "unknown setting 'epoch'; did you mean 'epochs'?"),
+        (
+            lambda: SFT(model_folder(), [*SENTENCES, PAIRS[0]]),
+            "data, row 4: has prompt and completion, but data, row 1 has text",
+        ),
+        (lambda: SFT(model_folder(), SENTENCES, verbose=0).learn(0), "total_epochs: expected a whole number above 0, got 0"),
+        (lambda: SFT(model_folder(), SENTENCES, held_out=0.0, verbose=0).evaluate(), "no held-out examples to evaluate on"),
+    ],
+)
+def test_bad_input_from_python_is_one_line(call, said):
+    assert refusal(call).startswith(said)
