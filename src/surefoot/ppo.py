@@ -35,7 +35,7 @@ from surefoot.rollout.text import check_length, completion_text, encode_prompt, 
 from surefoot.rollout.vector import env_actions
 from surefoot.run import RunFolder
 from surefoot.train import checkpoint, loop
-from surefoot.train.display import Display, TensorBoard
+from surefoot.train.tensorboard import TensorBoard
 from surefoot.types import Request, SamplingParams
 
 # Written beside the weights by `save`, so that `load` gives back critic and settings too.
@@ -310,6 +310,8 @@ def watched(training: loop.Training, *, show: bool) -> Iterator[ExitStack]:
             stack.callback(board.close)
             training.observers = [board]
             if show:
+                from surefoot.train.display import Display  # here: it brings rich, which a quiet run does without
+
                 training.observers.append(stack.enter_context(Display(training.total_updates)))
         yield stack
 
