@@ -310,8 +310,56 @@ class SFTConfig(Section):
 
     def as_update(self) -> PPOConfig:
         """What `train/` reads: one step on each batch, and nothing of PPO's own."""
-        names = PPOConfig.model_fields.keys() & SFTConfig.model_fields.keys()
-        return PPOConfig(**{name: getattr(self, name) for name in names}, n_epochs=1, kl_coef=0.0)
+        return _one_step(self)
+
+
+class RewardModelConfig(Section):
+    """A reward model from people's judgements, in place of a task: a score for whole texts."""
+
+    data: PathText | None = Field(
+        None,
+        description="JSONL file of pairs, `{prompt, chosen, rejected, margin}`, or of ratings, `{prompt, text, rating}` (prompt and margin may be missing), one kind a file; `null`: rows given in Python.",
+    )
+    held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1,
+        description="Fraction of judgements kept for evaluation, chosen by a hash of the prompt, or without one of the text.",
+    )
+    rating_range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="Lowest and highest rating there may be, `[-4, 4]`: one outside is refused."
+    )
+    center: NonNegative = Field(
+        0.0, description="Weight of (r_chosen + r_rejected)², which holds the scores of pairs near 0; 0.01 is usual."
+    )
+    epochs: Positive = Field(2, description="Passes over the judgements; rounded up to whole updates.")
+    batch_size: Positive = Field(32, description="Judgements in one optimiser step.")
+    learning_rate: float = Field(2e-4, gt=0, description="Adam's step size at its highest; all weights of a model want less.")
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="How the learning rate moves over the run."
+    )
+    lr_warmup: Fraction = Field(0.05, description="Fraction of the run in which the learning rate climbs from 0.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="Adam's epsilon.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Global gradient norm is clipped to this.")
+    micro_batch_tokens: Positive = Field(
+        2048,
+        description="Most tokens (texts × longest text) in one forward and backward pass. Speed and memory only.",
+    )
+    max_bad_steps: Positive = Field(5, description="Skipped steps (non-finite loss or gradient) in a row before the run stops.")
+
+    @field_validator("rating_range")
+    @classmethod
+    def _ordered(cls, ends: list[float] | None) -> list[float] | None:
+        if ends is not None and not ends[0] < ends[1]:
+            raise ValueError(f"{ends} is no range; write the lowest rating first, then the highest")
+        return ends
+
+    def as_update(self) -> PPOConfig:
+        """What `train/` reads: one step on each batch, and nothing of PPO's own."""
+        return _one_step(self)
+
+
+def _one_step(section: SFTConfig | RewardModelConfig) -> PPOConfig:
+    names = PPOConfig.model_fields.keys() & type(section).model_fields.keys()
+    return PPOConfig(**{name: getattr(section, name) for name in names}, n_epochs=1, kl_coef=0.0)
 
 
 class EvaluateConfig(Section):
@@ -319,5 +367,7 @@ class EvaluateConfig(Section):
 
     every: Positive | None = Field(10, description="Updates between evaluations; `null`: only at start and end.")
     episodes: int = Field(
-        64, ge=0, description="Held-out prompts (with `env`: episodes; with `sft`: examples) used, the same each time; 0: none."
+        64,
+        ge=0,
+        description="Held-out prompts (with `env`: episodes; with `sft` or `reward_model`: examples) used, the same each time; 0: none.",
     )
