@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import surefoot
-from surefoot import PPO, SFT, InputError, TextTask, advantages, collect, load_policy, update
+from surefoot import PPO, SFT, InputError, RewardModel, TextTask, advantages, collect, load_policy, update
 from surefoot.config import AdapterConfig, Config, PolicyConfig, PPOConfig, make_config
 from surefoot.run import RunFolder
 from tests.inputs import PROMPTS, Rows, model_folder
@@ -51,7 +51,18 @@ def refusal(call: Callable[[], object]) -> str:
 def test_the_public_names_are_sorted_and_complete():
     by_kind = sorted(surefoot.__all__, key=lambda name: (not name.isupper(), not name[0].isupper(), name))
     assert surefoot.__all__ == by_kind and len(set(by_kind)) == len(by_kind)
-    promised = {"BaseCallback", "PPO", "SFT", "TextTask", "advantages", "collect", "evaluate_policy", "load_policy", "update"}
+    promised = {
+        "BaseCallback",
+        "PPO",
+        "RewardModel",
+        "SFT",
+        "TextTask",
+        "advantages",
+        "collect",
+        "evaluate_policy",
+        "load_policy",
+        "update",
+    }
     errors = {name for name, value in vars(surefoot.errors).items() if isinstance(value, type) and issubclass(value, Exception)}
     assert set(surefoot.__all__) == promised | errors
 
@@ -94,6 +105,12 @@ SIGNATURES = {
     SFT.generate: "(self, prompts, *, seed=0, **sampling)",
     SFT.save: "(self, folder)",
     SFT.load: "(folder, data=None, *, verbose=1)",
+    RewardModel.__init__: "(self, policy, data=None, *, config=None, verbose=1, run=None, **settings)",
+    RewardModel.learn: "(self, total_epochs=None)",
+    RewardModel.evaluate: "(self, examples=None)",
+    RewardModel.score: "(self, prompts, completions)",
+    RewardModel.save: "(self, folder)",
+    RewardModel.load: "(folder, data=None, *, verbose=1)",
     TextTask.__init__: (
         "(self, prompts, reward, *, metric=None, held_out=0.1, prompt_column='prompt', prompt_tokens=None, chat=False)"
     ),

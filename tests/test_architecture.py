@@ -32,10 +32,11 @@ ALLOWED = {
     "sb3": {"envs", "policies", "rollout", "train", "build", "ppo"},
     "ppo": {"core", "run", "policies", "envs", "generation", "rollout", "train", "build", "sb3"},
     "sft": {"run", "policies", "rollout", "train", "build", "ppo"},
+    "reward_model": {"run", "policies", "envs", "rollout", "train", "build", "ppo"},
     "play": {"run", "ppo", "build", "envs", "rollout"},
     "demo": {"run", "ppo", "build"},
-    "cli": {"run", "ppo", "sft", "build", "demo", "play", "assets"},
-    "__init__": {"ppo", "sft", "sb3", "envs", "policies", "rollout", "train"},
+    "cli": {"run", "ppo", "sft", "reward_model", "build", "demo", "play", "assets"},
+    "__init__": {"ppo", "sft", "reward_model", "sb3", "envs", "policies", "rollout", "train"},
 }
 NOUNS = {"errors", "types", "config"}
 # Of the policies, rollout and train know the protocol alone.

@@ -14,6 +14,7 @@ from surefoot.config import (
     AdapterConfig,
     Config,
     GenerationConfig,
+    RewardModelConfig,
     SFTConfig,
     absolute_paths,
     dump_config,
@@ -464,12 +465,12 @@ def test_a_section_can_be_left_out_of_what_is_written():
 def test_flat_setting_names_are_unique_across_sections():
     keys = setting_keys()
     assert Counter(keys.values()).most_common(1)[0][1] == 1
-    top = {name for name, info in Config.model_fields.items() if name not in {"task", "sft"}}
+    top = {name for name, info in Config.model_fields.items() if name not in {"task", "sft", "reward_model"}}
     prefixed, too_plain = {"run", "evaluate"}, {"env.id", "env.kwargs"}
     plain = [
         f"{key}_{leaf}" if key in prefixed or f"{key}.{leaf}" in too_plain else leaf
         for key, _, leaf in (k.partition(".") for k, *_ in field_table())
-        if leaf and key not in {"task", "sft"} and "." not in leaf
+        if leaf and key not in {"task", "sft", "reward_model"} and "." not in leaf
     ]
     assert [name for name, count in Counter(plain).items() if count > 1] == []
     assert set(plain) | {"seed", "device", "adapter", "critic", "network", "self_play"} == set(keys)
@@ -483,6 +484,12 @@ def test_flat_settings_of_a_supervised_run_are_its_own_sections():
     )
     assert {key.split(".")[0] for key in keys.values()} == {"seed", "device", "run", "policy", "sft", "generation", "evaluate"}
     assert set(keys) >= SFTConfig.model_fields.keys() - {"data"} and "data" not in keys
+
+
+def test_flat_settings_of_a_reward_model_are_its_own():
+    keys = setting_keys("reward_model")
+    assert keys["center"] == "reward_model.center" and keys["learning_rate"] == "reward_model.learning_rate"
+    assert set(keys) >= RewardModelConfig.model_fields.keys() - {"data"} and "data" not in keys and "max_tokens" not in keys
 
 
 def test_flat_settings_reach_their_fields():
@@ -576,16 +583,17 @@ def test_every_field_is_a_flag(written):
     """Each default, written as the table shows it, can be given back as a flag."""
     text = "task: {prompts: p.jsonl, reward: 'r:r'}"
     control = "{env: {id: CartPole-v1, self_play: {}}, run: {checkpoint_every: 10}}"
-    supervised = "{sft: {data: d.jsonl}}"
+    supervised, judged = "{sft: {data: d.jsonl}}", "{reward_model: {data: d.jsonl}}"
     # What an environment has as its defaults stands beside the models, not in the table.
     other = {
         base: {f"{section}.{name}" for section, values in defaults.items() for name in values}
-        for base, defaults in ((text, {}), (control, ENV_DEFAULTS), (supervised, SFT_DEFAULTS))
+        for base, defaults in ((text, {}), (control, ENV_DEFAULTS), (supervised, SFT_DEFAULTS), (judged, SFT_DEFAULTS))
     }
-    sections = {text: "task", control: "env", supervised: "sft"}
+    sections = {text: "task", control: "env", supervised: "sft", judged: "reward_model"}
     for key, _, default, _ in field_table():
         for base, section in sections.items():
-            is_foreign = key.split(".")[0] in {*sections.values()} - {section} or key in {*other[base], "env.id", "sft.data"}
+            own = {*other[base], "env.id", "sft.data", "reward_model.data"}
+            is_foreign = key.split(".")[0] in {*sections.values()} - {section} or key in own
             if default != "required" and not is_foreign:
                 config = load_config(written(base), {key.replace("_", "-"): default})
                 assert config.model_dump() == load_config(written(base)).model_dump(), (key, base)

@@ -31,7 +31,11 @@ def test_every_metric_that_is_logged_is_defined_and_every_defined_one_is_logged(
     from surefoot.train.metrics import METRICS
 
     source = "\n".join(path.read_text() for path in (ROOT / "src" / "surefoot").rglob("*.py"))
-    named = set(re.findall(r'"((?:reward|kl|ppo|critic|policy|length|sampler|time|throughput|eval|sft)/[a-z_0-9]+)"', source))
+    named = set(
+        re.findall(
+            r'"((?:reward|kl|ppo|critic|policy|length|sampler|time|throughput|eval|sft|reward_model)/[a-z_0-9]+)"', source
+        )
+    )
     assert named <= METRICS.keys()
     for name in METRICS:
         assert source.count(f'"{name}"') + source.count("'" + name + "'") >= 2, f"{name} is defined but never logged"
@@ -80,7 +84,7 @@ def test_python_and_commands_in_the_pages_are_real(page: Path) -> None:
     verbs = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
     assert set(re.findall(r"`make ([a-z-]+)", text)) <= verbs
     keys = {key for key, *_ in field_table()}
-    for flag in re.findall(r"--((?:run|policy|task|generation|ppo|sft|evaluate)\.[a-z_.-]+)", text):
+    for flag in re.findall(r"--((?:run|policy|task|generation|ppo|sft|reward_model|evaluate)\.[a-z_.-]+)", text):
         assert flag.replace("-", "_") in keys, f"--{flag}"
 
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from surefoot.errors import GateError, InputError, Interrupted, NonFiniteError, SurefootError
     from surefoot.policies.lm import load_policy
     from surefoot.ppo import PPO
+    from surefoot.reward_model import RewardModel
     from surefoot.rollout.text import collect
     from surefoot.sb3 import BaseCallback, evaluate_policy
     from surefoot.sft import SFT
@@ -21,6 +22,7 @@ _HOMES = {
     "Interrupted": "errors",
     "NonFiniteError": "errors",
     "PPO": "ppo",
+    "RewardModel": "reward_model",
     "SFT": "sft",
     "SurefootError": "errors",
     "TextTask": "envs.text",
@@ -41,6 +43,7 @@ __all__ = [
     "InputError",
     "Interrupted",
     "NonFiniteError",
+    "RewardModel",
     "SurefootError",
     "TextTask",
     "advantages",

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from surefoot import assets
-from surefoot.config import Config, EnvConfig, SelfPlayConfig
+from surefoot.config import Config, EnvConfig, PolicyConfig, SelfPlayConfig, load_config
 from surefoot.core.seeds import derived_seed
 from surefoot.envs.demonstrations import Demonstrations
 from surefoot.envs.games import GameVectorEnv, make_games
+from surefoot.envs.judgements import Judgements
 from surefoot.envs.record import Frame, recorded_vector
 from surefoot.envs.text import TextTask
 from surefoot.envs.vector import Vector, make_vector, wrap_vector
@@ -22,8 +23,10 @@ from surefoot.errors import InputError
 from surefoot.policies.base import ActingPolicy, Policy
 from surefoot.policies.control import ControlPolicy
 from surefoot.policies.lm import CausalLMPolicy, check_model_folder, load_policy, resolve_dtype
-from surefoot.rewards.functions import is_function, load_function, score
+from surefoot.policies.reward import REWARD, RewardPolicy
+from surefoot.rewards.functions import RewardFunction, is_function, load_function, score
 from surefoot.rollout.demonstrations import DemonstrationRollout
+from surefoot.rollout.judgements import JudgementRollout, RewardScorer
 from surefoot.rollout.league import League
 from surefoot.rollout.text import TextRollout
 from surefoot.rollout.vector import VectorRollout
@@ -31,6 +34,11 @@ from surefoot.run import RunFolder
 from surefoot.train import checkpoint, loop
 from surefoot.train.update import make_optimizer
 from surefoot.types import Completion, StopReason, Trajectory
+
+# Written beside the weights by `save`, so that `load` gives back critic and settings too.
+SETTINGS = "surefoot.yaml"
+# What a run learns in, or from.
+Environment = TextTask | Vector | Demonstrations | Judgements
 
 
 def build_device(name: str) -> str:
@@ -72,8 +80,8 @@ def build_task(config: Config, *, say: Callable[[str], None] = assets.tell) -> T
     task = config.task
     if task is None:
         raise InputError("the configuration has no task; name task.prompts and task.reward")
-    reward = load_function(task.reward, key="task.reward")
-    metric = load_function(task.metric, key="task.metric") if task.metric else None
+    reward = build_reward(task.reward, "task.reward", config.device)
+    metric = build_reward(task.metric, "task.metric", config.device) if task.metric else None
     return TextTask(
         assets.resolve(task.prompts, key="task.prompts", say=say),
         reward,
@@ -83,6 +91,42 @@ def build_task(config: Config, *, say: Callable[[str], None] = assets.tell) -> T
         prompt_tokens=task.prompt_tokens,
         chat=task.chat,
     )
+
+
+def build_reward(name: str, key: str, device: str) -> RewardFunction:
+    """The Python function or the reward model's folder that `name` is."""
+    if Path(name).is_dir():
+        return RewardScorer(load_reward(name, device=device, key=key))
+    return load_function(name, key=key)
+
+
+def load_reward(folder: str | Path, *, device: str = "auto", key: str = "reward model") -> RewardPolicy:
+    """The reward model that lies in `folder`, its run folder or what `save` wrote. Raises InputError naming `key`."""
+    folder = Path(folder)
+    if (folder / "config.yaml").is_file():
+        folder = folder / "model"
+    if not (folder / REWARD).is_file():
+        raise InputError(f"{key}: no reward model in {folder}, which would have a {REWARD}; train it to its end, or save it")
+    settings = PolicyConfig(adapter=None, dtype=load_config(folder / SETTINGS).policy.dtype)
+    policy = RewardPolicy(load_policy(str(folder), settings, device=build_device(device)), seed=0)
+    policy.load_head(folder)
+    return policy
+
+
+def build_reward_policy(config: Config, trunk: CausalLMPolicy) -> RewardPolicy:
+    """A reward model over a language model, which it takes over."""
+    return RewardPolicy(trunk, seed=derived_seed(config.seed, "reward head", 0))
+
+
+def build_judgements(config: Config, data: Any = None) -> Judgements:
+    """The judgements of a run: `data`, or what `reward_model.data` names. Raises InputError for what says nothing."""
+    settings = config.reward_model
+    assert settings is not None
+    if data is None:
+        if settings.data is None:
+            raise InputError("reward_model.data is missing: name a JSONL file of pairs or ratings, or give them in Python")
+        data = settings.data
+    return Judgements(data, held_out=settings.held_out, rating_range=settings.rating_range)
 
 
 def build_demonstrations(config: Config, data: Any = None, *, say: Callable[[str], None] = assets.tell) -> Demonstrations:
@@ -163,11 +207,14 @@ def build_control_policy(config: Config, env: Vector, module: nn.Module | None =
     return policy.to(device)
 
 
-def build_rollout(config: Config, policy: Any, env: TextTask | Vector | Demonstrations) -> loop.Rollout:
+def build_rollout(config: Config, policy: Any, env: Environment) -> loop.Rollout:
     """What collects the batches of a run."""
     if isinstance(env, Demonstrations):
         assert config.sft is not None
         return DemonstrationRollout(policy, env, sft=config.sft, seed=config.seed)
+    if isinstance(env, Judgements):
+        assert config.reward_model is not None
+        return JudgementRollout(policy, env, settings=config.reward_model, seed=config.seed)
     if isinstance(env, TextTask):
         return TextRollout(policy, env, generation=config.generation, ppo=config.ppo, seed=config.seed)
     assert config.env is not None
@@ -182,9 +229,7 @@ def build_rollout(config: Config, policy: Any, env: TextTask | Vector | Demonstr
     )
 
 
-def build_training(
-    config: Config, policy: Any, env: TextTask | Vector | Demonstrations, folder: RunFolder | None = None
-) -> loop.Training:
+def build_training(config: Config, policy: Any, env: Environment, folder: RunFolder | None = None) -> loop.Training:
     """A run at its beginning, in a new folder where none is given, or at the newest whole checkpoint of its folder."""
     rollout = build_rollout(config, policy, env)
     folder = folder or RunFolder.create(config)  # after the prompts were found to fit: a refused run leaves nothing
@@ -192,7 +237,7 @@ def build_training(
         config=config,
         policy=policy,
         rollout=rollout,
-        optimizer=make_optimizer(policy, config.ppo if config.sft is None else config.sft.as_update()),
+        optimizer=make_optimizer(policy, config.algorithm),
         folder=folder,
         progress=loop.Progress(kl_coef=config.ppo.kl_coef),
         total=_budget(config, env),
@@ -205,11 +250,12 @@ def build_training(
     return training
 
 
-def _budget(config: Config, env: TextTask | Vector | Demonstrations) -> int:
+def _budget(config: Config, env: Environment) -> int:
     """Units of the run: examples, episodes or timesteps."""
-    if isinstance(env, Demonstrations):
-        assert config.sft is not None
-        return config.sft.epochs * len(env.train)
+    if isinstance(env, (Demonstrations, Judgements)):
+        settings = config.sft or config.reward_model
+        assert settings is not None
+        return settings.epochs * len(env.train)
     return config.ppo.total_episodes if isinstance(env, TextTask) else config.ppo.total_timesteps
 
 

@@ -16,6 +16,7 @@ from surefoot.errors import InputError, SurefootError
 
 if TYPE_CHECKING:
     from surefoot.ppo import PPO
+    from surefoot.reward_model import RewardModel
     from surefoot.sft import SFT
 
 EPILOG = """\
@@ -48,8 +49,10 @@ def ppo(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from surefoot.config import load_config
 
     config = load_config(options.file, overrides)
-    if config.sft is not None:
-        raise InputError(f"{options.file}: has an sft section; that is for: surefoot sft {shlex.quote(options.file)}")
+    if config.supervised is not None:
+        a, verb = ("an" if config.sft else "a"), config.supervised.replace("_", "-")
+        file = shlex.quote(options.file)
+        raise InputError(f"{options.file}: has {a} {config.supervised} section; that is for: surefoot {verb} {file}")
     if config.task is None and config.env is None:
         raise InputError(f"{options.file}: no task (task.prompts and task.reward) and no environment (env.id); name one")
     from surefoot.build import build_task, check_places
@@ -71,14 +74,24 @@ def sft(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     _train(SFT(config.policy.model, config=config))
 
 
+def reward_model(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    """Train a reward model on pairs or ratings from a YAML file."""
+    from surefoot.config import load_config
+
+    config = load_config(options.file, overrides)
+    if config.reward_model is None or config.reward_model.data is None:
+        raise InputError(f"{options.file}: no judgements to learn from; name a JSONL file as reward_model.data")
+    from surefoot.reward_model import RewardModel
+
+    _train(RewardModel(config.policy.model, config=config))
+
+
 def resume(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     """Continue a run from its newest whole checkpoint, as it was begun."""
-    from surefoot.ppo import PPO
+    import surefoot
     from surefoot.run import RunFolder
-    from surefoot.sft import SFT
 
-    is_supervised = RunFolder.open(options.run).config().sft is not None
-    model = SFT.load(options.run) if is_supervised else PPO.load(options.run)
+    model = getattr(surefoot, RunFolder.open(options.run).config().opener).load(options.run)
     assert model.run_folder is not None
     if model.is_finished and (model.run_folder / "model").exists():
         print(f"{options.run} is finished; its model is {model.run_folder / 'model'}")
@@ -122,7 +135,7 @@ def demo(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     run_demo(overrides)
 
 
-def _train(model: PPO | SFT) -> None:
+def _train(model: PPO | SFT | RewardModel) -> None:
     """Run to the end and leave the trained model beside the run."""
     try:
         model.learn()
@@ -135,7 +148,10 @@ def _train(model: PPO | SFT) -> None:
     model.save(model.run_folder / "model")
     print(f"model: {model.run_folder / 'model'}\nrun:   {model.run_folder}")
     run = shlex.quote(str(model.run_folder))
-    print(f'next:  surefoot generate {run} "your text"' if model.config.env is None else f"next:  surefoot play {run}")
+    if model.config.reward_model is not None:
+        print(f"next:  surefoot ppo FILE --task.reward {run}")
+    else:
+        print(f'next:  surefoot generate {run} "your text"' if model.config.env is None else f"next:  surefoot play {run}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -184,7 +200,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
     def verb(function: object, usage: str, *, takes_fields: bool = False) -> _Parser:
         summary = (getattr(function, "__doc__", "") or "").splitlines()[0]
-        name = getattr(function, "__name__", "")
+        name = getattr(function, "__name__", "").replace("_", "-")
         sub = group.add_parser(name, help=summary, description=summary, usage=f"surefoot {name} {usage}", allow_abbrev=False)
         sub.takes_fields = takes_fields
         sub.set_defaults(verb=function)
@@ -193,6 +209,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
     verb(ppo, "FILE [--section.field value ...]", takes_fields=True).add_argument("file", metavar="FILE", help="YAML file")
     verb(sft, "FILE [--section.field value ...]", takes_fields=True).add_argument("file", metavar="FILE", help="YAML file")
+    learner = verb(reward_model, "FILE [--section.field value ...]", takes_fields=True)
+    learner.add_argument("file", metavar="FILE", help="YAML file")
     verb(resume, "RUN").add_argument("run", metavar="RUN", help="run folder")
     writer = verb(generate, "RUN|MODEL TEXT [options]")
     writer.add_argument("model", metavar="RUN|MODEL", help="run folder, model folder, asset name or hub id")

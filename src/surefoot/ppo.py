@@ -16,6 +16,7 @@ from torch import nn
 from surefoot import build, sb3
 from surefoot.config import (
     NETWORKS,
+    SUPERVISED,
     Config,
     absolute_paths,
     dump_config,
@@ -37,9 +38,6 @@ from surefoot.run import RunFolder
 from surefoot.train import checkpoint, loop
 from surefoot.train.tensorboard import TensorBoard
 from surefoot.types import Request, SamplingParams
-
-# Written beside the weights by `save`, so that `load` gives back critic and settings too.
-SETTINGS = "surefoot.yaml"
 
 
 class PPO:
@@ -86,8 +84,8 @@ class PPO:
                 f"{', '.join(NETWORKS)}, not {policy!r:.60}"
             )
         self.config = make_config(data, where="PPO(...)")
-        if self.config.sft is not None and env is not None:
-            raise InputError("PPO: this configuration is one of supervised fine-tuning; give it to SFT")
+        if self.config.supervised and env is not None:
+            raise InputError(f"PPO: this configuration is one of supervised training; give it to {self.config.opener}")
         self.verbose = verbose
         if run is None and (env is not None or is_control):
             build.check_places(self.config)
@@ -238,8 +236,9 @@ class PPO:
             run = RunFolder.open(folder)
             config = run.config()
             if env is None and config.env is None:
-                if config.sft is not None:
-                    raise InputError(f"{folder} is a supervised run; go on with SFT.load, or train its model: PPO(model, task)")
+                if config.supervised:
+                    use = "train its model: PPO(model, task)" if config.sft else "use it as a reward: TextTask(prompts, model)"
+                    raise InputError(f"{folder} is a supervised run; go on with {config.opener}.load, or {use}")
                 if config.task is None:
                     raise InputError(f"{folder} was started from Python; go on there with its task: PPO.load(folder, task)")
                 env = build.build_task(config)
@@ -251,9 +250,11 @@ class PPO:
                 run.release()
                 raise
             return model
-        if not (folder / SETTINGS).is_file():
-            raise InputError(f"{folder} is neither a run folder (config.yaml) nor a model that Surefoot saved ({SETTINGS})")
-        config = load_config(folder / SETTINGS)
+        if not (folder / build.SETTINGS).is_file():
+            raise InputError(
+                f"{folder} is neither a run folder (config.yaml) nor a model that Surefoot saved ({build.SETTINGS})"
+            )
+        config = load_config(folder / build.SETTINGS)
         name = str(folder) if config.env is None else config.policy.model
         model = cls(given.pop("policy", name), env, config=config, verbose=verbose, **given)
         model.policy.load_extras(folder)
@@ -268,10 +269,13 @@ class PPO:
         if (Path(source) / "config.yaml").is_file():
             run = RunFolder.open(source)
             config = run.config()
+            if config.reward_model is not None:
+                raise InputError(f"{source} is a reward model's run, which writes nothing; open it with RewardModel.load")
             model = cls(config.policy.model, env, config=config, verbose=0, run=run if config.env is not None else None)
             build.restore_best(model.policy, run)
             return model
-        if (Path(source) / SETTINGS).is_file() and load_config(Path(source) / SETTINGS).env is not None:
+        settings = Path(source) / build.SETTINGS
+        if settings.is_file() and load_config(settings).env is not None:
             return cls.load(source, env, verbose=0)
         return cls(str(source), verbose=0)
 
@@ -324,8 +328,9 @@ def _hold_again(training: loop.Training) -> None:
     newest = checkpoint.newest_checkpoint(training.folder.checkpoints)
     if newest is not None and checkpoint.number_of(newest) > training.progress.updates:
         training.folder.release()
-        opener = "PPO.load" if training.config.sft is None else "SFT.load"
-        raise InputError(f"{training.folder.path} has gone on elsewhere, to {newest.name}; open it with {opener}")
+        raise InputError(
+            f"{training.folder.path} has gone on elsewhere, to {newest.name}; open it with {training.config.opener}.load"
+        )
 
 
 def save_policy(policy: Any, config: Config, folder: Path) -> None:
@@ -337,8 +342,8 @@ def save_policy(policy: Any, config: Config, folder: Path) -> None:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         policy.save(aside)
-        # Without `run` and `sft`: what is trained from it is another run.
-        (aside / SETTINGS).write_text(dump_config(absolute_paths(config), exclude={"run", "sft"}), encoding="utf-8")
+        # Without `run` and the supervised sections: what is trained from it is another run.
+        (aside / build.SETTINGS).write_text(dump_config(absolute_paths(config), exclude={"run", *SUPERVISED}), encoding="utf-8")
         os.replace(aside, folder)
     except (OSError, SafetensorError) as error:
         if aside != folder:

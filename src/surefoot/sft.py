@@ -124,7 +124,7 @@ class SFT:
         run = RunFolder.open(folder)
         config = run.config()
         if config.sft is None:
-            raise InputError(f"{folder} is no supervised run; open it with PPO.load")
+            raise InputError(f"{folder} is no supervised run; open it with {config.opener}.load")
         if data is None and config.sft.data is None:
             raise InputError(f"{folder} was started from Python; go on there with its examples: SFT.load(folder, data)")
         run.hold()

@@ -115,6 +115,27 @@ class Episode:
 
 
 @dataclass(frozen=True)
+class Judgement:
+    """A pair of texts of which people chose the first, or one text that they rated.
+
+    Example: `Judgement("pairs.jsonl, line 3", "The film", (" was great", " was long"), 0.0)`, a pair without a margin;
+    `Judgement("data, row 1", None, ("A lovely film.",), 3.2)`, a text rated 3.2.
+    """
+
+    where: str  # for errors
+    prompt: Any  # str, chat messages, or None
+    texts: tuple[str, ...]  # chosen and rejected, or the one rated
+    label: float  # a pair's margin, a text's rating
+    scores: tuple[float, ...] | None = None  # of the texts, before calibration, where it was evaluated
+
+    def record(self) -> dict[str, Any]:
+        """Its line in samples.jsonl."""
+        names, label = (("chosen", "rejected"), "margin") if len(self.texts) == 2 else (("text",), "rating")
+        texts = dict(zip(names, self.texts, strict=True))
+        return {"prompt": self.prompt, **texts, label: self.label, "scores": self.scores}
+
+
+@dataclass(frozen=True)
 class Demonstration:
     """An example to imitate. Loss falls on the text, the completion, or the assistant's messages, and their end tokens.
 
@@ -163,6 +184,8 @@ class Batch:
     row_size: int = 1  # what a row counts for in `batch_size`: an episode 1, a sequence its timesteps
     collected: int | None = None  # units of the run's budget in it; None: its rows
     demonstrated: bool = False  # others wrote it: to be imitated, not judged by rewards
+    labels_B: Tensor | None = None  # float32, of a reward model's batch: margins of pairs, or ratings
+    objective: Callable[[Tensor, Tensor], Tensor] | None = None  # its loss: (scores [B, K], labels [B]) -> [B]
     needs_scores: bool = False  # logprobs_BT and values_BT are still to be filled in
     version: int = 0  # number of updates the policy had seen when it wrote this
     metrics: dict[str, float] = field(default_factory=dict)  # measured while collecting
@@ -202,7 +225,10 @@ class Batch:
 
 @dataclass
 class Evaluation:
-    """A policy's view of a batch: log-probs, values and entropies, [B, T] float32; anything off the mask."""
+    """A policy's view of a batch: log-probs, values and entropies, [B, T] float32; anything off the mask.
+
+    Of a reward model's batch, whose rows have K texts each, the values are the texts' scores, [B, K].
+    """
 
     logprobs_BT: Tensor
     values_BT: Tensor

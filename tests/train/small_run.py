@@ -119,7 +119,7 @@ def outcome(run: Path) -> dict[str, Any]:
         "metrics": rows(run),
         "samples": (run / "samples.jsonl").read_bytes(),
         "model": _digests(run / "model" / "model.safetensors"),
-        "critic": _digests(run / "model" / "surefoot_critic.safetensors"),
+        "critic": _digests(next((run / "model").glob("surefoot_*.safetensors"))),
     }
 
 

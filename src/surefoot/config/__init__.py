@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from surefoot import strict_yaml
-from surefoot.config.checks import NETWORKS, check_algorithm, check_environment, check_sft, check_text
+from surefoot.config.checks import NETWORKS, check_algorithm, check_environment, check_supervised, check_text
 from surefoot.config.sections import (
     AdapterConfig,
     CriticConfig,
@@ -29,14 +29,15 @@ from surefoot.config.sections import (
     RunConfig,
     Section,
     SelfPlayConfig,
-    SFTConfig,
     TaskConfig,
 )
+from surefoot.config.supervised import RewardModelConfig, SFTConfig
 from surefoot.errors import InputError
 from surefoot.wording import as_flag, first_problem, short, suggestion
 
 __all__ = [
     "NETWORKS",
+    "SUPERVISED",
     "AdapterConfig",
     "Config",
     "CriticConfig",
@@ -46,6 +47,7 @@ __all__ = [
     "NetworkConfig",
     "PPOConfig",
     "PolicyConfig",
+    "RewardModelConfig",
     "RunConfig",
     "SFTConfig",
     "Section",
@@ -72,6 +74,7 @@ class Config(Section):
     task: TaskConfig | None = Field(None, description=TaskConfig.__doc__)
     env: EnvConfig | None = Field(None, description=EnvConfig.__doc__)
     sft: SFTConfig | None = Field(None, description=SFTConfig.__doc__)
+    reward_model: RewardModelConfig | None = Field(None, description=RewardModelConfig.__doc__)
     generation: GenerationConfig = Field(default_factory=GenerationConfig, description=GenerationConfig.__doc__)
     ppo: PPOConfig = Field(default_factory=PPOConfig, description=PPOConfig.__doc__)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description=EvaluateConfig.__doc__)
@@ -79,7 +82,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_environments(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("sft") is not None and data.get("env") is None:
+        if isinstance(data, dict) and any(data.get(name) is not None for name in SUPERVISED) and data.get("env") is None:
             return data | {name: _over(values, data.get(name)) for name, values in SFT_DEFAULTS.items()}
         if not isinstance(data, dict) or data.get("env") is None:
             return data
@@ -91,13 +94,29 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         check_algorithm(self.ppo)
-        if self.sft is not None:
-            check_sft(self)
+        if self.supervised is not None:
+            check_supervised(self, self.supervised)
         if self.env is None:
             check_text(self)
         else:
             check_environment(self)
         return self
+
+    @property
+    def supervised(self) -> Literal["sft", "reward_model"] | None:
+        """The section that makes this a supervised run."""
+        return "sft" if self.sft is not None else "reward_model" if self.reward_model is not None else None
+
+    @property
+    def opener(self) -> str:
+        """Name of the class that a run of this kind is opened with."""
+        return {None: "PPO", "sft": "SFT", "reward_model": "RewardModel"}[self.supervised]
+
+    @property
+    def algorithm(self) -> PPOConfig:
+        """What `train/` reads: the section `ppo`, or what stands for it in a supervised run."""
+        section = self.sft or self.reward_model
+        return self.ppo if section is None else section.as_update()
 
 
 # What control has found to work, and Stable-Baselines3 has as its defaults: used with `env` where nothing else is said.
@@ -115,7 +134,9 @@ ENV_DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "evaluate": {"every": None, "episodes": 10},
 }
-# With `sft`, whose updates are short: a fraction of their time for evaluations and checkpoints.
+# The sections of supervised runs.
+SUPERVISED: tuple[Literal["sft", "reward_model"], ...] = ("sft", "reward_model")
+# With these, whose updates are short: a fraction of their time for evaluations and checkpoints.
 SFT_DEFAULTS: dict[str, dict[str, Any]] = {"run": {"checkpoint_every": 25}, "evaluate": {"every": 25, "episodes": 128}}
 CHECKPOINT_TIMESTEPS = 25_600  # between two checkpoints
 LSTM_DEFAULTS = {"n_steps": 128, "batch_size": 128}  # with memory: sb3-contrib's
@@ -194,23 +215,27 @@ def with_sampling(generation: GenerationConfig, changes: Mapping[str, Any]) -> G
         raise InputError(first_problem(error.errors(), where="generate", kinds=_kinds())) from None
 
 
-def setting_keys(algorithm: Literal["ppo", "sft"] = "ppo") -> dict[str, str]:
+def setting_keys(algorithm: Literal["ppo", "sft", "reward_model"] = "ppo") -> dict[str, str]:
     """Flat setting name -> dotted key, for keyword arguments: `{"learning_rate": "ppo.learning_rate", "seed": "seed", …}`."""
     keys: dict[str, str] = {}
-    if algorithm == "sft":
+    if algorithm != "ppo":
         keys = {name: key for name, key in setting_keys().items() if key.split(".")[0] not in ("ppo", "env")}
-        return keys | {name: f"sft.{name}" for name in SFTConfig.model_fields if name != "data"}
+        return keys | {name: f"{algorithm}.{name}" for name in _section(algorithm).model_fields if name != "data"}
     for name, section in ((name, info.annotation) for name, info in Config.model_fields.items()):
         if isinstance(section, type) and issubclass(section, Section):
             prefix = f"{name}_" if name in ("run", "evaluate") else ""
             keys |= {prefix + inner: f"{name}.{inner}" for inner in section.model_fields}
-        elif name not in ("task", "env", "sft"):
+        elif name not in ("task", "env", *SUPERVISED):
             keys[name] = name
     named_alike = {"id", "kwargs"}
     return keys | {("env_" if inner in named_alike else "") + inner: f"env.{inner}" for inner in EnvConfig.model_fields}
 
 
-def nested(settings: dict[str, Any], algorithm: Literal["ppo", "sft"] = "ppo") -> dict[str, Any]:
+def _section(name: Literal["sft", "reward_model"]) -> type[Section]:
+    return SFTConfig if name == "sft" else RewardModelConfig
+
+
+def nested(settings: dict[str, Any], algorithm: Literal["ppo", "sft", "reward_model"] = "ppo") -> dict[str, Any]:
     """Flat settings -> nested data for `make_config`. Raises InputError for a name that does not exist."""
     keys = setting_keys(algorithm)
     data: dict[str, Any] = {}
@@ -254,6 +279,7 @@ def _make_paths_relative_to(folder: Path, data: dict[str, Any]) -> None:
         ("task", "metric"),
         ("env", "id"),
         ("sft", "data"),
+        ("reward_model", "data"),
     ):
         values = data.get(section)
         value = values.get(key) if isinstance(values, dict) else None
@@ -263,7 +289,7 @@ def _make_paths_relative_to(folder: Path, data: dict[str, Any]) -> None:
 
 def _is_path(key: str, value: str, folder: Path) -> bool:
     if key in {"reward", "metric", "id"}:
-        return ".py:" in value
+        return ".py:" in value or (key != "id" and os.path.isdir(folder / value))  # a reward model
     # A prompt file that is not there yet must not be found elsewhere by accident.
     is_file_name = key in {"prompts", "data"} and ("/" in value or ".json" in value)
     return key == "folder" or is_file_name or value.startswith(".") or os.path.exists(folder / value)

@@ -65,13 +65,14 @@ def check_algorithm(ppo: PPOConfig) -> None:
             )
 
 
-def check_sft(config: Config) -> None:
-    """Raise ValueError: what a supervised run cannot have."""
-    for other in ("task", "env"):
-        if getattr(config, other) is not None:
-            raise ValueError(f"a run has one of task, env and sft, and here are {other} and sft; leave one out")
+def check_supervised(config: Config, name: str) -> None:
+    """Raise ValueError: what a run of `sft` or `reward_model`, by that name, cannot have."""
+    for other in ("task", "env", "reward_model"):
+        if other != name and getattr(config, other) is not None:
+            raise ValueError(f"a run has one of task, env and {name}, and here are {other} and {name}; leave one out")
     if config.ppo != PPOConfig():
-        raise ValueError("ppo: an sft run has no use for these settings; leave the section out, its own are under sft")
+        run = "an sft" if name == "sft" else f"a {name}"
+        raise ValueError(f"ppo: {run} run has no use for these settings; leave the section out, its own are under {name}")
 
 
 def check_text(config: Config) -> None:

@@ -324,52 +324,15 @@ class PPOConfig(Section):
         return self.advantage == "gae"
 
 
-class SFTConfig(Section):
-    """Supervised fine-tuning on examples, in place of a task: what others wrote is made likelier."""
-
-    data: PathText | None = Field(
-        None,
-        description="JSONL file of `{text}`, `{prompt, completion}` or `{messages}` rows, one kind a file, or a name `surefoot fetch` knows; `null`: rows given in Python.",
-    )
-    columns: dict[Literal["text", "prompt", "completion", "messages"], str] = Field(
-        default_factory=dict, description="What the file calls these columns, where it has other names: `{prompt: question}`."
-    )
-    held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.1, description="Fraction of examples kept for evaluation, chosen by a hash of their text."
-    )
-    max_tokens: Positive | None = Field(
-        None,
-        description="Longer examples are cut to so many tokens, and counted; `null`: one longer than the model's context is refused.",
-    )
-    epochs: Positive = Field(3, description="Passes over the examples; rounded up to whole updates.")
-    batch_size: Positive = Field(16, description="Examples in one optimiser step.")
-    learning_rate: float = Field(2e-4, gt=0, description="Adam's step size at its highest; all weights of a model want less.")
-    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
-        "cosine", description="How the learning rate moves over the run."
-    )
-    lr_warmup: Fraction = Field(0.05, description="Fraction of the run in which the learning rate climbs from 0.")
-    adam_epsilon: float = Field(1e-8, gt=0, description="Adam's epsilon.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Global gradient norm is clipped to this.")
-    micro_batch_tokens: Positive = Field(
-        2048,
-        description="Most tokens (rows × longest row) in one forward and backward pass, rows of like length together. Speed and memory only.",
-    )
-    max_bad_steps: Positive = Field(5, description="Skipped steps (non-finite loss or gradient) in a row before the run stops.")
-
-    def as_update(self) -> PPOConfig:
-        """What `train/` reads: one step on each batch, and nothing of PPO's own."""
-        names = PPOConfig.model_fields.keys() & SFTConfig.model_fields.keys()
-        return PPOConfig(**{name: getattr(self, name) for name in names}, n_epochs=1, kl_coef=0.0)
-
-
 class EvaluateConfig(Section):
     """Evaluation on held-out prompts."""
 
     every: Positive | None = Field(
-        10, description="Updates between evaluations, with `sft` by default 25; `null`: only at start and end."
+        10,
+        description="Updates between evaluations, with `sft` or `reward_model` by default 25; `null`: only at start and end.",
     )
     episodes: int = Field(
         64,
         ge=0,
-        description="Held-out prompts (with `env`: episodes; with `sft`: examples, by default 128) used, the same each time; 0: none.",
+        description="Held-out prompts (with `env`: episodes; with `sft` or `reward_model`: examples, by default 128) used, the same each time; 0: none.",
     )

@@ -143,6 +143,18 @@ class CausalLMPolicy:
             )
         return _scatter(logprobs_N, batch.mask_BT)
 
+    def value_at_end(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
+        """What the value head gives at the last of each right-padded row's tokens, [B] float32."""
+        rows_B, positions_BT = torch.arange(len(tokens_BT), device=self.device), torch.arange(tokens_BT.shape[1])
+        positions_BT = positions_BT.to(self.device).expand_as(tokens_BT)
+        with self._autocast():
+            hidden = self._body(input_ids=tokens_BT, position_ids=positions_BT, use_cache=False).last_hidden_state
+            return self._values(hidden[rows_B, lengths_B - 1])
+
+    def drop_reference(self) -> None:
+        """Free the frozen copy, for a use without KL."""
+        self._reference = None
+
     @torch.no_grad()
     def closed_form(self, optimizer: torch.optim.Optimizer) -> None:
         """Its gradient is autograd's."""
@@ -159,13 +171,17 @@ class CausalLMPolicy:
         return total
 
     def save(self, folder: Path) -> None:
-        """Write plain transformers weights (the adapter merged in) that `AutoModelForCausalLM.from_pretrained` opens, the
-        tokenizer, and the critic beside them."""
+        """Write what `save_model` writes, and the critic beside it."""
+        self.save_model(folder)
+        save_file({name: p.data.contiguous() for name, p in self.value_head.state_dict().items()}, folder / CRITIC)
+
+    def save_model(self, folder: Path) -> None:
+        """Write plain transformers weights (the adapter merged in) that `AutoModelForCausalLM.from_pretrained` opens, and the
+        tokenizer."""
         plain = self.lm if self.adapter is None else copy.deepcopy(self.adapter).float().merge_and_unload()
         with quiet_transformers():
             plain.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        save_file({name: p.data.contiguous() for name, p in self.value_head.state_dict().items()}, folder / CRITIC)
 
     def load_extras(self, folder: Path) -> None:
         """The critic that `save` wrote beside the weights. Raises InputError if it does not fit."""

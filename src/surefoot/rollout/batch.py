@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -73,6 +73,41 @@ def demonstration_batch(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], *,
         ends_BT=torch.zeros(shape, dtype=torch.bool),
         bootstrap_BT=nothing_BT,
         demonstrated=True,
+    )
+    return to_device(batch, device)
+
+
+def judged_batch(
+    rows: Sequence[Sequence[Sequence[int]]],
+    labels: Sequence[float],
+    *,
+    objective: Callable[[Tensor, Tensor], Tensor],
+    device: torch.device,
+) -> Batch:
+    """Batch of rows of K texts each, as tokens, right-padded to [B, T, K]; the mask covers the longest text of a row.
+
+    A row's texts stay together: the loss of a pair needs both.
+    """
+    lengths_BK = torch.tensor([[len(tokens) for tokens in texts] for texts in rows])
+    longest_B = lengths_BK.amax(1)
+    tokens_BTK = torch.zeros(len(rows), int(longest_B.max()), lengths_BK.shape[1], dtype=torch.long)
+    for b, texts in enumerate(rows):
+        for k, tokens in enumerate(texts):
+            tokens_BTK[b, : len(tokens), k] = torch.tensor(tokens)
+    mask_BT = torch.arange(tokens_BTK.shape[1]) < longest_B[:, None]
+    nothing_BT = torch.zeros(mask_BT.shape)
+    batch = Batch(
+        observations={"tokens": tokens_BTK, "lengths": lengths_BK},
+        actions_BT=nothing_BT,
+        mask_BT=mask_BT,
+        logprobs_BT=nothing_BT,
+        values_BT=nothing_BT,
+        rewards_BT=nothing_BT,
+        ends_BT=torch.zeros(mask_BT.shape, dtype=torch.bool),
+        bootstrap_BT=nothing_BT,
+        demonstrated=True,
+        labels_B=torch.tensor(labels, dtype=torch.float32),
+        objective=objective,
     )
     return to_device(batch, device)
 

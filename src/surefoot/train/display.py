@@ -18,6 +18,8 @@ SHOWN = {
     "reward/mean": ("reward", "{:+.3f}"),
     "sft/nll": ("NLL", "{:.3f} nats/token"),
     "sft/epoch": ("epoch", "{:.2f}"),
+    "reward_model/loss": ("loss", "{:.3f}"),
+    "reward_model/epoch": ("epoch", "{:.2f}"),
     "rollout/ep_rew_mean": ("return", "{:.2f}"),
     "rollout/ep_len_mean": ("episode length", "{:.1f} steps"),
     "kl/reference": ("KL to reference", "{:.2f} nats"),
@@ -34,6 +36,8 @@ IN_A_LINE = {
     "reward/mean": "reward {:+.3f}",
     "sft/nll": "NLL {:.3f}",
     "sft/epoch": "epoch {:.2f}",
+    "reward_model/loss": "loss {:.3f}",
+    "reward_model/epoch": "epoch {:.2f}",
     "rollout/ep_rew_mean": "return {:.2f}",
     "rollout/ep_len_mean": "length {:.1f}",
     "kl/reference": "KL {:.2f}",
@@ -48,6 +52,9 @@ EVALUATED = {
     "eval/reward_std": "± {:.3f}",
     "eval/nll": "NLL {:.3f} nats/token",
     "eval/perplexity": "perplexity {:.2f}",
+    "eval/accuracy": "accuracy {:.3f}",
+    "eval/pearson": "Pearson {:.3f}",
+    "eval/spearman": "Spearman {:.3f}",
     "eval/metric": "metric {:+.3f}",
     "eval/kl": "KL {:.2f} nats",
     "eval/distinct_2": "distinct-2 {:.2f}",
@@ -130,7 +137,7 @@ class Display:
 
 
 def _skipped(metrics: dict[str, float]) -> float:
-    return metrics.get("ppo/skipped_steps", metrics.get("sft/skipped_steps", 0.0))
+    return next((metrics[name] for kind in ("ppo", "sft", "reward_model") if (name := f"{kind}/skipped_steps") in metrics), 0.0)
 
 
 def _seconds(metrics: dict[str, float]) -> float:

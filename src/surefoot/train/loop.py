@@ -24,10 +24,10 @@ from surefoot.rollout.score import sequence_kl
 from surefoot.run import RunFolder
 from surefoot.train import checkpoint
 from surefoot.train.gates import NEGATIVE_KL_LIMIT, check_first_minibatch, check_kl_sign, is_surely_negative
-from surefoot.train.metrics import batch_metrics, imitation_metrics, update_metrics
+from surefoot.train.metrics import batch_metrics, measures_of
 from surefoot.train.signals import Abandon, StopRequest
 from surefoot.train.update import TokenBudget, advantages, update
-from surefoot.types import Batch, Demonstration, Episode, Trajectory
+from surefoot.types import Batch, Demonstration, Episode, Judgement, Trajectory
 
 
 class Rollout(Protocol):
@@ -50,7 +50,7 @@ class Rollout(Protocol):
 
     def evaluate(
         self, episodes: int, *, poll: Callable[[], None] | None = None
-    ) -> tuple[dict[str, float], Sequence[Trajectory | Episode | Demonstration]]:
+    ) -> tuple[dict[str, float], Sequence[Trajectory | Episode | Demonstration | Judgement]]:
         """`eval/…` metrics on held-out episodes, and the episodes."""
         ...
 
@@ -117,7 +117,7 @@ class Training:
     @property
     def ppo(self) -> PPOConfig:
         """The algorithm's settings."""
-        return self.config.ppo if self.config.sft is None else self.config.sft.as_update()
+        return self.config.algorithm
 
     @property
     def total_updates(self) -> int:
@@ -231,7 +231,7 @@ def improve(t: Training, batch: Batch, *, budget: TokenBudget, check_itself: boo
         p.kl_coef = adapted_kl_coef(
             p.kl_coef, metrics["kl/reference"], target=ppo.kl_target, horizon=ppo.kl_horizon, episodes=len(batch)
         )
-    measured = imitation_metrics if batch.demonstrated else update_metrics
+    measured = measures_of(batch)
     metrics |= measured(result, learning_rate=learning_rate, skipped=p.bad_steps) | {t.rollout.unit: float(p.collected)}
     metrics["time/update_s"] = time.perf_counter() - started
     seconds = metrics["time/rollout_s"] + metrics["time/score_s"] + metrics["time/update_s"]
@@ -384,13 +384,14 @@ def _interrupted(t: Training) -> Interrupted:
     assert t.stop.signal_number is not None
     path = str(t.folder.path)
     # What was made in Python is not in the configuration.
-    task, env, sft = t.config.task, t.config.env, t.config.sft
-    is_in_config = task is not None or (env is not None and env.id is not None) or (sft is not None and sft.data is not None)
-    again = f"PPO.load({path!r}, {'task' if env is None else 'env'})" if sft is None else f"SFT.load({path!r}, data)"
+    env, supervised = t.config.env, t.config.sft or t.config.reward_model
+    named = env.id if env is not None else supervised.data if supervised is not None else t.config.task
+    is_in_config = named is not None
+    again = f"{t.config.opener}.load({path!r}, {'data' if supervised else 'task' if env is None else 'env'})"
     how = f"surefoot resume {shlex.quote(path)}" if is_in_config else f"{again}.learn()"
     return Interrupted(t.stop.signal_number, f"stopped after update {t.progress.updates}, saved; continue with: {how}")
 
 
-def _samples(updates: int, split: str, played: Sequence[Trajectory | Episode | Demonstration]) -> list[dict[str, Any]]:
+def _samples(updates: int, split: str, played: Sequence[Any]) -> list[dict[str, Any]]:
     """Lines of samples.jsonl."""
     return [{"update": updates, "split": split, **one.record()} for one in played]

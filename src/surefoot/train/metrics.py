@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from surefoot.core.kl import k3
@@ -35,22 +37,27 @@ METRICS = {
     "sft/grad_norm": "With sft: gradient norm before clipping.",
     "sft/learning_rate": "With sft: Adam's step size in this update.",
     "sft/skipped_steps": "With sft: optimiser steps skipped so far because loss or gradient was not finite.",
+    "reward_model/loss": "Loss of a reward model before the step, mean over the update's judgements: for pairs nats, for ratings half the squared error in units of their variance.",
+    "reward_model/epoch": "With reward_model: passes over the judgements so far.",
+    "reward_model/grad_norm": "With reward_model: gradient norm before clipping.",
+    "reward_model/learning_rate": "With reward_model: Adam's step size in this update.",
+    "reward_model/skipped_steps": "With reward_model: optimiser steps skipped so far because loss or gradient was not finite.",
     "critic/value_loss": "½ (V - R)², clipped if asked for, mean over written tokens and minibatches.",
     "critic/explained_variance": "1 - Var(R - V) / Var(R) before the update: 1 is perfect, 0 no better than a constant.",
     "critic/clip_fraction": "Share of written tokens whose value moved further than clip_range_vf; 0 without clipping.",
     "critic/value_mean": "Mean value over written tokens before the update.",
     "critic/return_mean": "Mean TD(λ) return over written tokens.",
     "policy/entropy": "Entropy of the distribution each token is drawn from, exact, mean over written tokens and minibatches; nats.",
-    "length/mean": "Written tokens per episode (with sft: trained tokens per example), the end token included.",
+    "length/mean": "Written tokens per episode (with sft: trained tokens per example; with reward_model: tokens of a text), the end token included.",
     "length/end_rate": "Share of episodes that ended by an end token or stop string, not by the length limit.",
     "sampler/mismatch_mean": "Mean of |log p_trainer - log p_sampler| over written tokens; 0 where they are the same numbers; nats.",
     "sampler/mismatch_max": "Largest such difference; nats.",
     "time/rollout_s": "Seconds spent writing answers.",
     "time/score_s": "Seconds spent on the reward function, the reference and old log-probs.",
     "time/update_s": "Seconds spent on advantages and optimiser steps.",
-    "throughput/tokens_per_s": "Written tokens per second of rollout, score and update together.",
+    "throughput/tokens_per_s": "Written tokens (with reward_model: those of the longer text of each pair) per second of rollout, score and update together.",
     "throughput/steps_per_s": "Timesteps per second of rollout, score and update together.",
-    "examples": "With sft: examples learned from so far in the run, counted again in every epoch.",
+    "examples": "With sft and reward_model: examples learned from so far in the run, counted again in every epoch.",
     "timesteps": "Timesteps played so far in the run, all copies of the environment together.",
     "rollout/ep_rew_mean": "Mean return (sum of rewards as the environment gave them) of the last 100 finished episodes.",
     "rollout/ep_len_mean": "Mean length of those episodes, timesteps.",
@@ -58,9 +65,13 @@ METRICS = {
     "selfplay/win_rate": "Mean score of the learner in those games, whoever the opponent: 1 won, ½ drawn or cut off, 0 lost.",
     "selfplay/elo": "The learner's Elo by its games against past selves and the random player, who is held at 0.",
     "eval/reward": "Mean score of the reward function on held-out prompts.",
-    "eval/metric": "Mean of the task's metric on held-out prompts; the reward if the task has none; with sft, -eval/nll. The best checkpoint is kept by it.",
+    "eval/metric": "Mean of the task's metric on held-out prompts; the reward if the task has none; with sft, -eval/nll; with reward_model, -eval/loss. The best checkpoint is kept by it.",
     "eval/nll": "With sft: negative log-likelihood of the held-out examples' trained tokens, mean over all of them; nats per token.",
     "eval/perplexity": "e to the eval/nll: 1 is certainty, the vocabulary's size is knowing nothing.",
+    "eval/loss": "With reward_model: its loss on the held-out judgements, as `reward_model/loss`.",
+    "eval/accuracy": "With reward_model: share of held-out pairs whose chosen text has the higher score; of ratings, of all pairs of unlike ratings, the share whose scores stand in the same order. Equal scores count half.",
+    "eval/pearson": "With reward_model: correlation of scores and ratings on held-out texts.",
+    "eval/spearman": "With reward_model: correlation of their ranks.",
     "eval/reward_std": "Population standard deviation of the returns of the evaluated episodes.",
     "eval/kl": "KL to the reference on held-out prompts, as `kl/reference`; nats.",
     "eval/distinct_2": "Distinct token bigrams over all token bigrams in the held-out answers: 1 is no repetition at all.",
@@ -116,6 +127,23 @@ def update_metrics(result: UpdateResult, *, learning_rate: float, skipped: int) 
         }
         if result.has_critic:
             metrics |= {"critic/value_loss": means["value_loss"], "critic/clip_fraction": means["value_clipped"]}
+    return metrics
+
+
+def measures_of(batch: Batch) -> Callable[..., dict[str, float]]:
+    """Which of these functions measures an update on such a batch."""
+    return update_metrics if not batch.demonstrated else imitation_metrics if batch.objective is None else judgement_metrics
+
+
+def judgement_metrics(result: UpdateResult, *, learning_rate: float, skipped: int) -> dict[str, float]:
+    """The same for judgements."""
+    metrics = {
+        "reward_model/learning_rate": learning_rate,
+        "reward_model/grad_norm": result.grad_norm,
+        "reward_model/skipped_steps": float(skipped),
+    }
+    if result.stats is not None:
+        metrics["reward_model/loss"] = float(result.stats.policy_loss / result.stats.steps)
     return metrics
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from surefoot.config import PPOConfig
 from surefoot.core.advantages import gae, group_advantages, length_adaptive_lambda
+from surefoot.core.judgements import judgement_stats
 from surefoot.core.kl import kl_penalised_rewards
 from surefoot.core.losses import LossSettings, LossStats, imitation_loss, ppo_loss, truncated_ratio
 from surefoot.core.masked import library_of, whiten
@@ -136,7 +137,8 @@ def update(
     finite is skipped and counted; weights and optimiser state stay as they were. `generator` shuffles the minibatches.
     With `skip_equal_groups` nothing is done where no group is left.
     `before_first_step` sees the first minibatch's statistics while old and new policy are still one, and may raise.
-    A batch that was `demonstrated` has no advantages: its steps are those of the negative log-likelihood.
+    A batch that was `demonstrated` has no advantages: its steps are those of the negative log-likelihood, or of its own
+    `objective`, as a reward model's.
     """
     config = config or PPOConfig()
     optimizer = optimizer or make_optimizer(policy, config)
@@ -190,6 +192,8 @@ def accumulate_gradient(
     while True:
         optimizer.zero_grad(set_to_none=True)
         try:
+            if batch.objective is not None:
+                return _judge(policy, batch, rows, token_budget=budget.tokens)
             if batch.demonstrated:
                 return _imitate(policy, batch, rows, token_budget=budget.tokens)
             return _accumulate(policy, batch, rows, config=config, token_budget=budget.tokens, accumulate=accumulate)
@@ -301,6 +305,20 @@ def _imitate(policy: Policy, batch: Batch, rows: Tensor, *, token_budget: int) -
         new = policy.evaluate(part)
         loss, stats = imitation_loss(new.logprobs_BT, new.entropies_BT, mask_BT=part.mask_BT, denominator=denominator)
         loss.backward()
+        total = stats if total is None else total + stats
+    assert total is not None
+    return total
+
+
+def _judge(policy: Policy, batch: Batch, rows: Tensor, *, token_budget: int) -> LossStats:
+    total: LossStats | None = None
+    sides = batch.observations["lengths"].shape[1]
+    for micro in micro_batches(batch, rows, token_budget // sides):
+        part = batch.rows(micro)
+        assert part.objective is not None and part.labels_B is not None
+        losses_B = part.objective(policy.evaluate(part).values_BT, part.labels_B)
+        (losses_B.sum() / len(rows)).backward()
+        stats = judgement_stats(losses_B)
         total = stats if total is None else total + stats
     assert total is not None
     return total

@@ -1,0 +1,95 @@
+"""The sections of supervised runs: fine-tuning on examples, and reward models."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from surefoot.config.sections import Fraction, NonNegative, PathText, Positive, PPOConfig, Section
+
+
+class SFTConfig(Section):
+    """Supervised fine-tuning on examples, in place of a task: what others wrote is made likelier."""
+
+    data: PathText | None = Field(
+        None,
+        description="JSONL file of `{text}`, `{prompt, completion}` or `{messages}` rows, one kind a file, or a name `surefoot fetch` knows; `null`: rows given in Python.",
+    )
+    columns: dict[Literal["text", "prompt", "completion", "messages"], str] = Field(
+        default_factory=dict, description="What the file calls these columns, where it has other names: `{prompt: question}`."
+    )
+    held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="Fraction of examples kept for evaluation, chosen by a hash of their text."
+    )
+    max_tokens: Positive | None = Field(
+        None,
+        description="Longer examples are cut to so many tokens, and counted; `null`: one longer than the model's context is refused.",
+    )
+    epochs: Positive = Field(3, description="Passes over the examples; rounded up to whole updates.")
+    batch_size: Positive = Field(16, description="Examples in one optimiser step.")
+    learning_rate: float = Field(2e-4, gt=0, description="Adam's step size at its highest; all weights of a model want less.")
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="How the learning rate moves over the run."
+    )
+    lr_warmup: Fraction = Field(0.05, description="Fraction of the run in which the learning rate climbs from 0.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="Adam's epsilon.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Global gradient norm is clipped to this.")
+    micro_batch_tokens: Positive = Field(
+        2048,
+        description="Most tokens (rows × longest row) in one forward and backward pass, rows of like length together. Speed and memory only.",
+    )
+    max_bad_steps: Positive = Field(5, description="Skipped steps (non-finite loss or gradient) in a row before the run stops.")
+
+    def as_update(self) -> PPOConfig:
+        """What `train/` reads: one step on each batch, and nothing of PPO's own."""
+        return _one_step(self)
+
+
+class RewardModelConfig(Section):
+    """A reward model from people's judgements, in place of a task: a score for whole texts."""
+
+    data: PathText | None = Field(
+        None,
+        description="JSONL file of pairs, `{prompt, chosen, rejected, margin}`, or of ratings, `{prompt, text, rating}` (prompt and margin may be missing), one kind a file; `null`: rows given in Python.",
+    )
+    held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1,
+        description="Fraction of judgements kept for evaluation, chosen by a hash of the prompt, or without one of the text.",
+    )
+    rating_range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="Lowest and highest rating there may be, `[-4, 4]`: one outside is refused."
+    )
+    center: NonNegative = Field(
+        0.0, description="Weight of (r_chosen + r_rejected)², which holds the scores of pairs near 0; 0.01 is usual."
+    )
+    epochs: Positive = Field(2, description="Passes over the judgements; rounded up to whole updates.")
+    batch_size: Positive = Field(32, description="Judgements in one optimiser step.")
+    learning_rate: float = Field(2e-4, gt=0, description="Adam's step size at its highest; all weights of a model want less.")
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="How the learning rate moves over the run."
+    )
+    lr_warmup: Fraction = Field(0.05, description="Fraction of the run in which the learning rate climbs from 0.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="Adam's epsilon.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Global gradient norm is clipped to this.")
+    micro_batch_tokens: Positive = Field(
+        2048,
+        description="Most tokens (texts × longest text) in one forward and backward pass. Speed and memory only.",
+    )
+    max_bad_steps: Positive = Field(5, description="Skipped steps (non-finite loss or gradient) in a row before the run stops.")
+
+    @field_validator("rating_range")
+    @classmethod
+    def _ordered(cls, ends: list[float] | None) -> list[float] | None:
+        if ends is not None and not ends[0] < ends[1]:
+            raise ValueError(f"{ends} is no range; write the lowest rating first, then the highest")
+        return ends
+
+    def as_update(self) -> PPOConfig:
+        """What `train/` reads: one step on each batch, and nothing of PPO's own."""
+        return _one_step(self)
+
+
+def _one_step(section: SFTConfig | RewardModelConfig) -> PPOConfig:
+    names = PPOConfig.model_fields.keys() & type(section).model_fields.keys()
+    return PPOConfig(**{name: getattr(section, name) for name in names}, n_epochs=1, kl_coef=0.0)

@@ -1,0 +1,60 @@
+"""Losses of a reward model, and how well its scores agree with people's. Sums over rows; the caller divides."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from surefoot.core.losses import LossStats
+
+
+def preference_loss(scores_B2: Tensor, margins_B: Tensor, *, center: float = 0.0) -> Tensor:
+    """-log σ(r_chosen - r_rejected - margin) + center · (r_chosen + r_rejected)² for each pair, [B], nats.
+
+    `scores_B2` has the chosen side first. Bradley & Terry 1952, for language models Stiennon et al. 2020, arXiv:2009.01325,
+    eq. 1; margin: Touvron et al. 2023, arXiv:2307.09288, eq. 2; centring: Eisenstein et al. 2023, arXiv:2312.09244, §2.
+    """
+    chosen, rejected = scores_B2.unbind(1)
+    return -logsigmoid(chosen - rejected - margins_B) + center * (chosen + rejected) ** 2
+
+
+def rating_loss(scores_B1: Tensor, ratings_B: Tensor) -> Tensor:
+    """½ (r - rating)² for each text, [B]."""
+    loss_B: Tensor = 0.5 * (scores_B1.squeeze(1) - ratings_B) ** 2
+    return loss_B
+
+
+def judgement_stats(losses_B: Tensor) -> LossStats:
+    """The losses' sum as `policy_loss` over so many rows; with no older policy to compare with, the ratio is 1."""
+    total = losses_B.detach().sum().float()
+    rows, zero = torch.full_like(total, len(losses_B)), torch.zeros_like(total)
+    return LossStats(torch.stack([total, zero, zero, rows, zero, zero, zero, rows]), torch.ones_like(total))
+
+
+def pearson(one_N: Tensor, other_N: Tensor) -> float:
+    """Correlation of two lists of numbers, -1 to 1; 0 if either is constant."""
+    one, other = (values.double() - values.double().mean() for values in (one_N, other_N))
+    spread = float(one.norm() * other.norm())
+    return float(one @ other) / spread if spread > 0 else 0.0
+
+
+def spearman(one_N: Tensor, other_N: Tensor) -> float:
+    """Correlation of the ranks, equal numbers sharing their mean rank."""
+    return pearson(_ranks(one_N), _ranks(other_N))
+
+
+def _ranks(values_N: Tensor) -> Tensor:
+    _, which_N, counts = values_N.unique(return_inverse=True, return_counts=True)
+    mean_ranks: Tensor = counts.cumsum(0) - (counts - 1) / 2.0
+    return mean_ranks[which_N]
+
+
+def share_in_order(scores_N: Tensor, ratings_N: Tensor) -> float:
+    """Of all pairs of unlike ratings, the share whose scores stand in the same order; equal scores count half."""
+    agreed = unlike = 0.0
+    for scores_M, ratings_M in zip(scores_N.split(1024), ratings_N.split(1024), strict=True):  # never [N, N] whole
+        order_MN = (ratings_M[:, None] - ratings_N).sign()
+        agreed += float(((scores_M[:, None] - scores_N).sign() * order_MN).sum())
+        unlike += float((order_MN != 0).sum())
+    return 0.5 + 0.5 * agreed / unlike if unlike else 0.5

@@ -1,0 +1,93 @@
+"""A causal language model that scores whole texts: its value head, read at the last token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from surefoot.errors import InputError
+from surefoot.policies.lm import CausalLMPolicy
+from surefoot.tensors import read_tensors
+from surefoot.types import Batch, Evaluation
+
+# Written beside the weights by `save`: the scalar head, and what its scores are shifted and scaled by.
+REWARD = "surefoot_reward.safetensors"
+
+
+class RewardPolicy:
+    """A reward model that `train/` can train: `evaluate` gives scores in place of log-probs.
+
+    `trunk` is taken over, its value head made the scalar head. The head starts at N(0, 1/(D + 1)) of `seed` (Stiennon et
+    al. 2020, arXiv:2009.01325, appendix B): with unit hidden states its scores start near variance 1. `shift` and `scale`
+    make them rewards of mean 0 and deviation 1 on reference texts, (score - shift) / scale (Ziegler et al. 2019,
+    arXiv:1909.08593, §2.1); they are set after training and don't enter the loss.
+    """
+
+    reads_whole_rows = True
+    scores_like_sampler = True
+    threads: int | None = None
+
+    def __init__(self, trunk: CausalLMPolicy, *, seed: int):
+        self.trunk = trunk
+        self.shift, self.scale = 0.0, 1.0
+        trunk.drop_reference()
+        width = trunk.value_head.in_features
+        start_1D = torch.randn(1, width, generator=torch.Generator().manual_seed(seed)) / (width + 1) ** 0.5
+        with torch.no_grad():
+            trunk.value_head.weight.copy_(start_1D)
+            trunk.value_head.bias.zero_()
+        self.tokenizer = trunk.tokenizer
+        self.context_length = trunk.context_length
+        self.model_end_tokens = trunk.model_end_tokens
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.trunk.device
+
+    def named_parameters_to_train(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """The adapter's parameters, or all of the model's, then the head's."""
+        return self.trunk.named_parameters_to_train()
+
+    def evaluate(self, batch: Batch, *, entropy_gradient: bool = False) -> Evaluation:
+        """Scores before `shift` and `scale`, [B, K] float32, as the evaluation's values: one for each of a row's K texts.
+
+        Of `batch` it reads the observations `tokens` [B, T, K], right-padded, and `lengths` [B, K].
+        """
+        tokens_BTK, lengths_BK = batch.observations["tokens"], batch.observations["lengths"]
+        tokens_NT = tokens_BTK.transpose(1, 2).flatten(0, 1)
+        scores_BK = self.trunk.value_at_end(tokens_NT, lengths_BK.flatten()).view(lengths_BK.shape)
+        nothing_BK = torch.zeros_like(scores_BK.detach())
+        return Evaluation(nothing_BK, scores_BK, nothing_BK)
+
+    def reference_logprobs(self, batch: Batch) -> Tensor | None:
+        """It has none."""
+        return None
+
+    def closed_form(self, optimizer: torch.optim.Optimizer) -> None:
+        """Its gradient is autograd's."""
+        return None
+
+    def fingerprint(self) -> int:
+        """Checksum of the frozen base."""
+        return self.trunk.fingerprint()
+
+    def save(self, folder: Path) -> None:
+        """Write model and tokenizer as transformers has them (the adapter merged in), and the head with its calibration."""
+        self.trunk.save_model(folder)
+        head = {name: p.data.contiguous() for name, p in self.trunk.value_head.state_dict().items()}
+        calibration = {"shift": torch.tensor(self.shift).double(), "scale": torch.tensor(self.scale).double()}
+        save_file(head | calibration, folder / REWARD)
+
+    def load_head(self, folder: Path) -> None:
+        """Head and calibration that `save` wrote. Raises InputError if they do not fit."""
+        tensors = read_tensors(folder / REWARD)
+        try:
+            self.shift, self.scale = float(tensors.pop("shift")), float(tensors.pop("scale"))
+            self.trunk.value_head.load_state_dict(tensors)
+        except (KeyError, RuntimeError) as error:  # torch's, for other names or shapes
+            raise InputError(f"{folder / REWARD} does not fit this model: {' '.join(str(error).split())}") from None

@@ -1,0 +1,183 @@
+"""Judged texts -> batches for a reward model; and the reward model as the reward of a task."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from surefoot.config import RewardModelConfig
+from surefoot.core.judgements import pearson, preference_loss, rating_loss, share_in_order, spearman
+from surefoot.envs.judgements import Judgements
+from surefoot.errors import InputError
+from surefoot.policies.base import Policy
+from surefoot.rollout.batch import judged_batch, micro_batches
+from surefoot.rollout.text import encode_prompt
+from surefoot.types import Batch, Judgement
+
+SCORED_TOKENS = 4096  # at once, where nothing is trained
+
+
+class ScoringPolicy(Policy, Protocol):
+    """A policy that scores texts: what `policies/reward.py` provides."""
+
+    tokenizer: Any
+    context_length: int
+    model_end_tokens: frozenset[int]
+    shift: float
+    scale: float
+
+
+class JudgementRollout:
+    """Takes a run's batches from judgements, one after the other through shuffled epochs.
+
+    Ratings are learned in units of their own mean and deviation over the training examples: how fast a head learns does not
+    depend on the scale people were given. Raises InputError for a text that does not fit, or if the data is another than a
+    checkpoint's.
+    """
+
+    unit = "examples"
+    throughput = "throughput/tokens_per_s"
+
+    def __init__(self, policy: ScoringPolicy, data: Judgements, *, settings: RewardModelConfig, seed: int):
+        self.policy, self.data, self.settings, self.seed = policy, data, settings, seed
+        self._train = [_encoded(policy, judgement) for judgement in data.train]
+        self._held_out = [_encoded(policy, judgement) for judgement in data.held_out]
+        self._objective = functools.partial(preference_loss, center=settings.center) if data.of_pairs else rating_loss
+        self._mean, self._deviation = 0.0, 1.0
+        if not data.of_pairs:
+            ratings = torch.tensor([judgement.label for judgement in data.train], dtype=torch.float64)
+            self._mean, self._deviation = float(ratings.mean()), float(ratings.std(correction=0))
+        seen = repr([(tokens, judgement.label) for tokens, judgement in zip(self._train, data.train, strict=True)])
+        self._digest = hashlib.sha256(seen.encode()).hexdigest()
+
+    @property
+    def per_update(self) -> int:
+        """Examples in one update."""
+        return min(self.settings.batch_size, len(self._train))
+
+    def collect(self, *, first: int, count: int, version: int = 0, poll: Callable[[], None] | None = None) -> Batch:
+        """Judgements number `first` to `first + count` of the run."""
+        started = time.perf_counter()
+        indices = [self.data.training_index(number, self.seed) for number in range(first, first + count)]
+        batch = self._batch([self._train[index] for index in indices], [self.data.train[index] for index in indices])
+        batch.version = version
+        batch.metrics = {
+            "reward_model/epoch": (first + count) / len(self._train),
+            "length/mean": float(batch.observations["lengths"].float().mean()),
+            "time/rollout_s": time.perf_counter() - started,
+            "time/score_s": 0.0,
+        }
+        return batch
+
+    def evaluate(self, episodes: int, *, poll: Callable[[], None] | None = None) -> tuple[dict[str, float], list[Judgement]]:
+        """Loss on the first `episodes` held-out judgements, and how far the scores agree with them."""
+        judgements = self.data.held_out[:episodes]
+        batch = self._batch(self._held_out[:episodes], judgements)
+        scores_BK = _scores(self.policy, batch, poll)
+        assert batch.labels_B is not None
+        labels_B = batch.labels_B.cpu()
+        loss = float(self._objective(scores_BK, labels_B).mean())
+        metrics = {"eval/loss": loss, "eval/metric": -loss}
+        if self.data.of_pairs:
+            metrics["eval/accuracy"] = float((0.5 + 0.5 * (scores_BK[:, 0] - scores_BK[:, 1]).sign()).mean())
+        else:
+            scores_B = scores_BK[:, 0]
+            metrics["eval/accuracy"] = share_in_order(scores_B, labels_B)
+            metrics |= {"eval/pearson": pearson(scores_B, labels_B), "eval/spearman": spearman(scores_B, labels_B)}
+        shown = zip(judgements, scores_BK.tolist(), strict=True)
+        return metrics, [replace(judgement, scores=tuple(scores)) for judgement, scores in shown]
+
+    @property
+    def can_evaluate(self) -> bool:
+        """Whether judgements were held out."""
+        return bool(self._held_out)
+
+    def calibrate(self) -> None:
+        """Set the policy's `shift` and `scale`: the held-out texts (without any, the others) get mean 0, deviation 1."""
+        texts, judgements = (self._held_out, self.data.held_out) if self._held_out else (self._train, self.data.train)
+        scores = _scores(self.policy, self._batch(texts, judgements)).double()
+        self.policy.shift, self.policy.scale = float(scores.mean()), float(scores.std(correction=0)) or 1.0
+
+    def state(self) -> dict[str, Any]:
+        """All that is random follows from counters; what the judgements were is kept to be compared."""
+        return {"examples": self._digest}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's `state`. Raises InputError for other judgements than it was trained on."""
+        if state["examples"] != self._digest:
+            raise InputError(
+                "reward_model.data: these are not the judgements that the run was begun with; go on with the same ones"
+            )
+
+    def _batch(self, rows: Sequence[Sequence[Sequence[int]]], judgements: Sequence[Judgement]) -> Batch:
+        labels = [(judgement.label - self._mean) / self._deviation for judgement in judgements]
+        return judged_batch(rows, labels, objective=self._objective, device=self.policy.device)
+
+
+class RewardScorer:
+    """A reward model in TRL's signature: `scorer(prompts=[…], completions=[…]) -> list[float]`.
+
+    What goes in is text, so policy and reward model may have different tokenizers. Prompts and completions are strings, which
+    are read as one text, or message lists, which go through the reward model's own chat template.
+    """
+
+    def __init__(self, policy: ScoringPolicy):
+        self.policy = policy
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+        """Calibrated scores, one a completion. Raises InputError for a text that does not fit the model's context."""
+        if len(prompts) != len(completions):
+            raise InputError(f"score: {len(prompts)} prompts and {len(completions)} completions; one prompt each is needed")
+        if not completions:
+            return []
+        texts = [c if isinstance(c, str) else "".join(str(message["content"]) for message in c) for c in completions]
+        rows = [
+            [_tokens(self.policy, prompt, text, f"reward model: text {number}")]
+            for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), start=1)
+        ]
+        batch = judged_batch(rows, [0.0] * len(rows), objective=rating_loss, device=self.policy.device)
+        scores_B = _scores(self.policy, batch)[:, 0].double()
+        return [float(score) for score in (scores_B - self.policy.shift) / self.policy.scale]
+
+
+@torch.no_grad()
+def _scores(policy: Policy, batch: Batch, poll: Callable[[], None] | None = None) -> Tensor:
+    """Scores of all texts, [B, K] float32 on the CPU, before calibration."""
+    sides = batch.observations["lengths"].shape[1]
+    scores_BK = torch.zeros(len(batch), sides)
+    for rows in micro_batches(batch, torch.arange(len(batch)), SCORED_TOKENS // sides):
+        if poll is not None:
+            poll()
+        scores_BK[rows] = policy.evaluate(batch.rows(rows)).values_BT.float().cpu()
+    return scores_BK
+
+
+def _encoded(policy: ScoringPolicy, judgement: Judgement) -> list[tuple[int, ...]]:
+    return [_tokens(policy, judgement.prompt, text, judgement.where) for text in judgement.texts]
+
+
+def _tokens(policy: ScoringPolicy, prompt: Any, text: str, where: str) -> tuple[int, ...]:
+    """Prompt and answer as the tokens of one text, and an end token: where the score is read, the text is over."""
+    tokenizer = policy.tokenizer
+    if prompt is None or isinstance(prompt, str):
+        tokens = encode_prompt(tokenizer, (prompt or "") + text)
+    else:
+        answer = tokenizer(text, add_special_tokens=False)["input_ids"]
+        tokens = (*encode_prompt(tokenizer, prompt), *answer)
+    if not tokens or tokens[-1] not in policy.model_end_tokens:
+        if not policy.model_end_tokens:
+            raise InputError("policy.model: names no end token, at which a text is scored; set its eos_token")
+        end = min(policy.model_end_tokens) if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        tokens = (*tokens, end)
+    if len(tokens) > policy.context_length:
+        raise InputError(
+            f"{where}: has {len(tokens)} tokens, more than the model's context of {policy.context_length}; shorten it"
+        )
+    return tokens

@@ -1,0 +1,68 @@
+"""Losses and agreements of a reward model against numbers worked by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from surefoot.core.judgements import judgement_stats, pearson, preference_loss, rating_loss, share_in_order, spearman
+
+
+def tensor(*values: float) -> torch.Tensor:
+    return torch.tensor(values)
+
+
+def test_preference_loss_gives_the_numbers_worked_by_hand():
+    scores = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-2.0, 1.0], [5.0, 5.0]])
+    found = preference_loss(scores, tensor(0.0, 1.0, 0.0, 0.0))
+    # log(1 + e^-1); a margin of 1 takes the lead away: log 2; a pair in the wrong order: log(1 + e^3); a tie: log 2.
+    assert found.tolist() == pytest.approx([0.3132617, 0.6931472, 3.0485874, 0.6931472], abs=1e-6)
+    centred = preference_loss(scores, torch.zeros(4), center=0.01)
+    assert (centred - preference_loss(scores, torch.zeros(4))).tolist() == pytest.approx([0.01, 0.01, 0.01, 1.0], abs=1e-5)
+
+
+def test_preference_gradient_lifts_the_chosen_and_lowers_the_rejected():
+    scores = torch.tensor([[0.0, 0.0], [math.log(3), 0.0], [1.0, 1.0]], requires_grad=True)
+    preference_loss(scores, torch.zeros(3)).sum().backward()
+    # ∓σ(-(r_c - r_r)): ½ at a tie, ¼ where the odds are 3 to 1.
+    assert scores.grad is not None
+    assert scores.grad.tolist() == [pytest.approx(row) for row in ([-0.5, 0.5], [-0.25, 0.25], [-0.5, 0.5])]
+    scores.grad = None
+    preference_loss(scores, torch.zeros(3), center=0.1).sum().backward()
+    assert scores.grad is not None
+    assert scores.grad[2].tolist() == pytest.approx([-0.5 + 0.4, 0.5 + 0.4])  # 2c (r_c + r_r) on both
+
+
+def test_preference_loss_of_far_scores_is_finite():
+    scores = torch.tensor([[-1e4, 1e4], [1e4, -1e4]], requires_grad=True)
+    loss = preference_loss(scores, torch.zeros(2))
+    loss.sum().backward()
+    assert loss.tolist() == [2e4, 0.0] and scores.grad is not None and scores.grad.tolist() == [[-1.0, 1.0], [0.0, 0.0]]
+
+
+def test_rating_loss_is_half_the_squared_error():
+    scores = torch.tensor([[2.5], [-1.0]], requires_grad=True)
+    loss = rating_loss(scores, tensor(1.0, 1.0))
+    loss.sum().backward()
+    assert loss.tolist() == [1.125, 2.0] and scores.grad is not None and scores.grad.tolist() == [[1.5], [-2.0]]
+
+
+def test_statistics_are_sums_over_rows():
+    stats = judgement_stats(tensor(1.0, 2.5)) + judgement_stats(tensor(0.5))
+    assert (float(stats.policy_loss), float(stats.steps), float(stats.approx_kl), float(stats.ratio_max)) == (4, 3, 0, 1)
+    assert not judgement_stats(tensor(1.0, math.nan)).is_finite
+
+
+def test_correlations_give_the_numbers_worked_by_hand():
+    assert pearson(tensor(1, 2, 3), tensor(1, 2, 4)) == pytest.approx(3 / math.sqrt(2 * 42 / 9))
+    assert spearman(tensor(1, 2, 3), tensor(1, 2, 4)) == pytest.approx(1) == -spearman(tensor(3, 2, 1), tensor(1, 2, 4))
+    assert spearman(tensor(5, 5, 9), tensor(1, 2, 3)) == pytest.approx(math.sqrt(3) / 2)  # ranks 1½, 1½, 3
+    assert pearson(tensor(1, 1), tensor(1, 2)) == 0.0
+
+
+def test_pairs_of_unlike_ratings_are_counted_once_each():
+    assert share_in_order(tensor(1, 2, 3), tensor(1, 3, 2)) == pytest.approx(2 / 3)
+    assert share_in_order(tensor(1, 1, 7), tensor(1, 2, 2)) == pytest.approx(0.75)  # a tie, one in order, one not counted
+    assert share_in_order(tensor(1, 2), tensor(3, 3)) == 0.5

@@ -1,0 +1,352 @@
+"""A reward model as a user meets it: `RewardModel`, `surefoot reward-model`, resume, its use in PPO, bad input in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+
+from surefoot import PPO, SFT, InputError, RewardModel, TextTask, load_policy
+from surefoot.config import PolicyConfig, make_config
+from tests import inputs
+from tests.inputs import Outcome, model_folder, run_cli
+from tests.train.small_run import assert_equal, outcome, rows, weights, write_base
+from tests.train.warm import Strike, Warm, cold
+
+GOOD, BAD = ["good", "fine", "the best"], ["bad", "poor", "worst"]
+PAIRS: list[dict[str, Any]] = [
+    {"prompt": f"film {n}", "chosen": f" is {GOOD[n % 3]}", "rejected": f" is {BAD[n // 2 % 3]}"} for n in range(40)
+]
+RATINGS = [{"text": f"film {n} is {[*GOOD, *BAD][n % 6]}", "rating": 3.0 - n % 2 / 2 if n % 6 < 3 else -2} for n in range(60)]
+CHAT = [{"role": "user", "content": "who"}]
+SMALL = {"dtype": "float32", "verbose": 0}
+FAST: dict[str, Any] = {"held_out": 0.2, "epochs": 6, "learning_rate": 0.01, "batch_size": 8, **SMALL}
+KILL = [int(signal.SIGKILL)]
+STEP = "surefoot.train.update:take_step"
+CONFIG: dict[str, Any] = {
+    "seed": 5,
+    "device": "cpu",
+    "run": {"name": "run", "checkpoint_every": 2},
+    "policy": {"dtype": "float32", "adapter": {"rank": 2}},
+    "reward_model": {
+        "data": "pairs.jsonl",
+        "held_out": 0.3,
+        "epochs": 2,
+        "batch_size": 10,
+        "learning_rate": 0.01,
+        "lr_warmup": 0.3,
+        "center": 0.01,
+        "micro_batch_tokens": 80,
+    },
+    "evaluate": {"every": 2, "episodes": 6},
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "base"
+    write_base(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model that has learned to prefer the good films."""
+    folder = tmp_path_factory.mktemp("reward")
+    model = RewardModel(model_folder(), PAIRS, run_folder=str(folder / "runs"), **FAST).learn()
+    model.save(folder / "saved")
+    return folder / "saved"
+
+
+@pytest.fixture(scope="module")
+def warm():
+    with Warm() as interpreter:
+        yield interpreter
+
+
+def write_project(folder: Path, model: Path, *, data: Any = PAIRS, **sections: Any) -> Path:
+    """reward.yaml and its data; the run's folder to be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {key: value | sections.get(key, {}) if isinstance(value, dict) else value for key, value in CONFIG.items()}
+    config["policy"]["model"] = str(model)
+    (folder / "reward.yaml").write_text(yaml.safe_dump(config))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    return folder / "runs" / "run"
+
+
+def refusal(call: Callable[[], object]) -> str:
+    with pytest.raises(InputError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_preference_is_learned_in_seconds(capsys):
+    model = RewardModel(model_folder(), PAIRS, **FAST | {"verbose": 1})
+    assert model.learn() is model and model.run_folder == Path("runs/reward-model-1")
+    logged = rows(Path("runs/reward-model-1"))
+    evaluations = [row for row in logged if "eval/accuracy" in row]
+    assert evaluations[0]["eval/accuracy"] < 0.9 and evaluations[-1]["eval/accuracy"] == 1.0
+    assert logged[-2]["reward_model/loss"] < 0.1 and logged[-2]["reward_model/skipped_steps"] == 0
+    assert model.evaluate() == {name: value for name, value in evaluations[-1].items() if name != "update"}
+    assert "accuracy 1.000" in capsys.readouterr().out
+    good, bad = model.score(["film 99", "film 99"], [" is the best", " is worst"])
+    assert good > bad + 1
+    samples = rows(Path("runs/reward-model-1"), "samples.jsonl")
+    assert samples[-1].keys() == {"update", "split", "prompt", "chosen", "rejected", "margin", "scores"}
+    assert samples[-1]["scores"][0] > samples[-1]["scores"][1]
+    assert (Path("runs/reward-model-1/checkpoints/best")).exists()
+
+
+@pytest.mark.parametrize("adapter", [{"rank": 4}, None], ids=["adapter", "full"])
+def test_ratings_are_learned_whatever_their_scale(adapter):
+    found = []
+    for scale in (1.0, 100.0):
+        data = [{**row, "rating": row["rating"] * scale + 7} for row in RATINGS]
+        settings = FAST | {"learning_rate": 0.01 if adapter else 0.005, "epochs": 10, "adapter": adapter}
+        model = RewardModel(model_folder(), data, rating_range=[-400, 400], **settings).learn()
+        found.append((model.evaluate(), model.score(["", ""], ["film 3 is good", "film 8 is bad"])))
+    metrics, (good, bad) = found[0]
+    assert (
+        metrics["eval/pearson"] > 0.9 and metrics["eval/spearman"] > 0.7 and metrics["eval/accuracy"] > 0.9 and good > bad + 1
+    )
+    assert metrics == pytest.approx(found[1][0], abs=1e-3) and found[0][1] == pytest.approx(found[1][1], abs=1e-2)
+
+
+@pytest.mark.parametrize("held_out", [0.2, 0.0])
+def test_rewards_are_calibrated_on_the_held_out_texts(held_out):
+    model = RewardModel(model_folder(), PAIRS, **FAST | {"held_out": held_out, "epochs": 1}).learn()
+    assert model.data is not None
+    pairs = model.data.held_out or model.data.train
+    scores = torch.tensor(
+        model.score([one.prompt for one in pairs for _ in one.texts], [t for one in pairs for t in one.texts])
+    )
+    assert float(scores.mean()) == pytest.approx(0, abs=1e-4) and float(scores.std(correction=0)) == pytest.approx(1, abs=1e-4)
+    before = model.score(["film"], [" is good"])
+    assert model.learn(1).score(["film"], [" is good"]) != before  # calibrated again for the weights as they are now
+
+
+@pytest.mark.parametrize("adapter", [{"rank": 4}, None], ids=["adapter", "full"])
+def test_what_is_saved_scores_as_what_was_trained(adapter):
+    model = RewardModel(model_folder(), PAIRS, **FAST | {"epochs": 2, "adapter": adapter}).learn()
+    model.save("out")
+    texts = ["film 3", "a", ""], [" is good", "b", "film 9 is worst"]
+    loaded = RewardModel.load("out")
+    assert loaded.score(*texts) == pytest.approx(model.score(*texts), abs=1e-4)
+    assert loaded(prompts=texts[0], completions=texts[1], answer=[1, 2, 3]) == loaded.score(*texts)
+    # Alone or among others, longer ones too: padding does not matter.
+    assert [loaded.score([p], [c])[0] for p, c in zip(*texts, strict=True)] == pytest.approx(loaded.score(*texts), abs=1e-4)
+    # Where prompt ends and completion begins does not matter: what is scored is the text.
+    assert loaded.score(["film"], [" 3 is good"]) == loaded.score(["film 3"], [" is good"])
+    assert transformers.AutoModelForCausalLM.from_pretrained("out").config.model_type == "llama"
+    assert refusal(loaded.learn).startswith("this reward model was saved and only scores")
+    assert loaded.score([], []) == []
+
+
+def test_chats_go_through_the_models_own_template():
+    data = [{**row, "prompt": CHAT, "chosen": [{"role": "assistant", "content": row["chosen"]}]} for row in PAIRS]
+    model = RewardModel(model_folder(chat=True), data, **FAST | {"held_out": 0.0, "epochs": 1}).learn()
+    plain = model.score([CHAT], [" is good"])
+    assert plain == model.score([CHAT], [[{"role": "assistant", "content": " is good"}]]) != model.score(["who"], [" is good"])
+    assert "chat template" in refusal(lambda: RewardModel(model_folder(), data, **FAST | {"held_out": 0.0}).learn())
+
+
+def test_a_loaded_policy_becomes_a_reward_model():
+    policy = load_policy(str(model_folder()), PolicyConfig(dtype="float32"))
+    assert RewardModel(policy, PAIRS, **FAST).learn().evaluate()["eval/accuracy"] == 1.0
+
+
+def test_ppo_is_paid_by_a_reward_model(saved):
+    model = RewardModel.load(saved)
+    settings: dict[str, Any] = {"total_episodes": 4, "episodes_per_update": 4, "batch_size": 4, "max_new_tokens": 4, **SMALL}
+    ppo = PPO(model_folder(), TextTask(["film 1 is", "a band"], model, held_out=0.0), **settings).learn()
+    samples = rows(ppo.run_folder or Path(), "samples.jsonl")
+    expected = model.score([one["prompt"] for one in samples], [one["completion"] for one in samples])
+    assert [one["reward"]["score"] for one in samples] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_config_names_a_reward_models_folder_as_reward_or_metric(saved):
+    shutil.copytree(saved, "reward")
+    project = inputs.write_project(Path("project"), task={"reward": "../reward", "metric": "../reward"})
+    assert (done := run_cli("ppo", project, "--run.folder", "runs", "--device", "cpu")).code == 0, done.err
+    samples = rows(Path("runs/ppo-1"), "samples.jsonl")
+    expected = RewardModel.load("reward").score([one["prompt"] for one in samples], [one["completion"] for one in samples])
+    assert [one["reward"]["score"] for one in samples] == pytest.approx(expected, abs=1e-5)
+    assert yaml.safe_load(Path("runs/ppo-1/config.yaml").read_text())["task"]["reward"] == str(Path("reward").absolute())
+    # Naming a folder that holds something else is one line.
+    said = run_cli("ppo", project, "--task.reward", str(model_folder())).complaint
+    assert said.startswith(f"task.reward: no reward model in {model_folder()}, which would have a surefoot_reward.safetensors")
+
+
+def test_learning_more_and_going_on_in_another_process():
+    settings = FAST | {"lr_schedule": "constant", "lr_warmup": 0.0}
+    straight = RewardModel(model_folder(), PAIRS, run_name="a", **settings | {"epochs": 3}).learn()
+    first = RewardModel(model_folder(), PAIRS, run_name="b", **settings | {"epochs": 1}).learn()
+    assert first.is_finished
+    again = RewardModel.load("runs/b", PAIRS, verbose=0)
+    assert again.is_finished and again.score(["film"], [" is good"]) == first.score(["film"], [" is good"])
+    assert again.learn(2).is_finished
+    assert all(torch.equal(value, weights(straight)[name]) for name, value in weights(again).items())  # type: ignore[arg-type]
+    assert refusal(lambda: first.learn(1)).endswith("open it with RewardModel.load")
+    assert refusal(lambda: RewardModel.load("runs/b")).endswith("RewardModel.load(folder, data)")
+    assert refusal(lambda: RewardModel.load("runs/b", PAIRS[1:], verbose=0)).startswith("reward_model.data: these are not")
+
+
+def test_the_command_line_trains_resumes_and_says_what_is_next(base):
+    run = write_project(Path(), base)
+    done = run_cli("reward-model", "reward.yaml", "--reward-model.learning-rate", "2e-3")
+    assert done.code == 0, done.err
+    assert done.out.endswith("next:  surefoot ppo FILE --task.reward runs/run\n")
+    assert yaml.safe_load((run / "config.yaml").read_text())["reward_model"]["learning_rate"] == 2e-3
+    assert run_cli("resume", "runs/run").out == f"{run} is finished; its model is {run / 'model'}\n"
+    project = inputs.write_project(Path("project"))
+    assert run_cli("ppo", project, "--task.reward", "runs/run", "--run.folder", "runs").code == 0
+    assert run_cli("generate", "runs/run", "a").complaint.startswith("runs/run is a reward model's run, which writes nothing")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run = write_project(folder, base)
+    ended = cold(folder, "reward-model", "reward.yaml")
+    assert ended.code == 0, ended.stderr
+    return outcome(run)
+
+
+def test_the_run_under_test_exercises_what_it_should(uninterrupted):
+    training = [row for row in uninterrupted["metrics"] if "reward_model/loss" in row]
+    rates = [row["reward_model/learning_rate"] for row in training]
+    assert len(training) >= 6 and rates[0] < max(rates) > rates[-1]
+    assert uninterrupted["state"]["progress"]["best_update"] > 0 and uninterrupted["state"]["progress"]["bad_steps"] == 0
+    assert len(uninterrupted["optimizer"]) == 3 * len(uninterrupted["policy"])  # the head is trained
+    assert uninterrupted["critic"].keys() == {"weight", "bias", "shift", "scale"}
+
+
+@pytest.mark.parametrize(
+    "strike",
+    [
+        Strike("surefoot.train.loop:run", 1, KILL),
+        Strike(STEP, 1, KILL, after=True),
+        Strike("surefoot.train.checkpoint:_put_in_place", 1, KILL),
+        Strike(STEP, 5, KILL, after=True),
+        Strike("surefoot.train.loop:evaluate", 3, KILL, after=True),
+        Strike("surefoot.policies.reward:RewardPolicy.save", 1, KILL, after=True),
+    ],
+    ids=["before anything", "first step", "first checkpoint", "step", "evaluation", "model half written"],
+)
+def test_a_killed_and_resumed_run_is_the_run_that_was_not(tmp_path, base, warm, uninterrupted, strike):
+    run = write_project(tmp_path, base)
+    assert warm.run(tmp_path, "reward-model", "reward.yaml", strikes=[strike]).code == -signal.SIGKILL
+    ended = warm.run(tmp_path, "resume", "runs/run")
+    assert ended.code == 0, ended.stderr
+    assert_equal(run, uninterrupted)
+
+
+def test_all_weights_and_ratings_are_resumed_in_a_fresh_interpreter(tmp_path, base, warm):
+    folders = [tmp_path / "whole", tmp_path / "killed"]
+    runs = [
+        write_project(folder, base, data=RATINGS, policy={"adapter": None}, reward_model={"rating_range": [-4, 4]})
+        for folder in folders
+    ]
+    assert warm.run(folders[0], "reward-model", "reward.yaml").code == 0
+    assert warm.run(folders[1], "reward-model", "reward.yaml", strikes=[Strike(STEP, 5, KILL)]).code == -signal.SIGKILL
+    assert cold(folders[1], "resume", "runs/run").code == 0
+    assert_equal(runs[1], outcome(runs[0]))
+
+
+def test_a_signal_stops_with_a_checkpoint_and_says_how_to_go_on(tmp_path, base, warm, uninterrupted):
+    run = write_project(tmp_path, base)
+    ended = warm.run(tmp_path, "reward-model", "reward.yaml", strikes=[Strike(STEP, 3, [int(signal.SIGTERM)])])
+    assert ended.code == 143 and ended.stderr.endswith("saved; continue with: surefoot resume runs/run\n")
+    assert "no reward model in runs/run/model" in refusal(
+        lambda: TextTask(["a"], make_reward("runs/run"))  # it is not there before the run is done
+    )
+    assert warm.run(tmp_path, "resume", "runs/run").code == 0
+    assert_equal(run, uninterrupted)
+
+
+def make_reward(folder: str) -> Any:
+    from surefoot.build import build_reward
+
+    return build_reward(folder, "task.reward", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("sections", "flags", "said"),
+    [
+        ({"reward_model": {"data": None}}, (), "reward.yaml: no judgements to learn from; name a JSONL file as"),
+        ({"reward_model": {"data": "no.jsonl"}}, (), "data: no file no.jsonl; "),
+        ({}, ("--reward-model.epochs", "0"), "--reward-model.epochs: should be greater than 0, got 0"),
+        ({}, ("--reward-model.centre", "1"), "unknown flag '--reward-model.centre'; did you mean '--reward-model.center'?"),
+        ({}, ("--reward-model.held-out", "0.001"), "pairs.jsonl: of 40 judgements 0 are held out and two are needed"),
+        ({}, ("--reward-model.rating-range", "[4, -4]"), "--reward-model.rating-range: [4.0, -4.0] is no range; write the"),
+        ({}, ("--ppo.kl-coef", "0.1"), "reward.yaml: ppo: a reward_model run has no use for these settings; leave"),
+        ({}, ("--sft.data", "x"), "reward.yaml: a run has one of task, env and sft, and here are reward_model and sft; leave"),
+        ({}, ("--policy.model", "./no"), "policy.model: no folder ./no"),
+    ],
+)
+def test_bad_input_is_one_line_before_a_model_is_loaded(base, monkeypatch, sections, flags, said):
+    monkeypatch.setattr("surefoot.build.load_policy", None)
+    write_project(Path(), base, **sections)
+    ended: Outcome = run_cli("reward-model", "reward.yaml", *flags)
+    assert ended.complaint.startswith(said) and not Path("runs").exists()
+
+
+def test_verbs_and_files_that_do_not_belong_together_are_refused(base):
+    run = write_project(Path(), base)
+    said = "reward.yaml: has a reward_model section; that is for: surefoot reward-model reward.yaml"
+    assert run_cli("ppo", "reward.yaml").complaint == said
+    config = make_config(CONFIG, where="test")
+    assert refusal(lambda: PPO(str(base), TextTask(["a"], make_score), config=config)).endswith("give it to RewardModel")
+    RewardModel(str(base), PAIRS, config=config, **SMALL).learn()
+    assert refusal(lambda: SFT.load(run)) == "runs/run is no supervised run; open it with RewardModel.load"
+    assert "go on with RewardModel.load, or use it as a reward" in refusal(lambda: PPO.load(run))
+    SFT(str(base), ["a b", "the end"], run_name="sft", held_out=0.0, epochs=1, **SMALL).learn()
+    assert refusal(lambda: RewardModel.load("runs/sft")) == "runs/sft is no reward model's run; open it with SFT.load"
+    assert refusal(lambda: RewardModel.load(base)).startswith(f"reward model: no reward model in {base}")
+
+
+def make_score(prompts, completions, **columns):
+    return [0.0 for _ in completions]
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: RewardModel(model_folder()), "reward_model.data is missing: name a JSONL file of pairs or ratings"),
+        (lambda: RewardModel(7, PAIRS), "policy: expected a model's name or folder, or what load_policy gives, got a int"),  # type: ignore[arg-type]
+        (lambda: RewardModel(model_folder(), PAIRS, kl_coef=1), "unknown setting 'kl_coef'; docs/config.md lists them"),
+        (lambda: RewardModel(model_folder(), [*PAIRS, RATINGS[0]]), "data, row 41: is a rating, but data, row 1 is a pair"),
+        (lambda: RewardModel(model_folder(), PAIRS, **SMALL).learn(0), "total_epochs: expected a whole number above 0, got 0"),
+        (lambda: RewardModel(model_folder(), PAIRS, held_out=0.0, **SMALL).evaluate(), "no held-out judgements to evaluate on"),
+        (
+            lambda: RewardModel(model_folder(), [*PAIRS, {**PAIRS[0], "chosen": "a" * 200}], held_out=0.0, **SMALL).learn(),
+            "data, row 41: has 207 tokens, more than the model's context of 96; shorten it",
+        ),
+    ],
+)
+def test_bad_input_from_python_is_one_line(call, said):
+    assert refusal(call).startswith(said)
+
+
+def test_texts_that_cannot_be_scored_are_refused(saved):
+    model = RewardModel.load(saved)
+    assert refusal(lambda: model.score(["a"], [])) == "score: 1 prompts and 0 completions; one prompt each is needed"
+    assert refusal(lambda: model.score(["a", "a"], ["b", "c" * 100])).startswith("reward model: text 2: has 102 tokens, more")
+    assert refusal(lambda: RewardModel.load(saved, PAIRS)).startswith(
+        f"{saved} is no run folder, and what was saved only scores"
+    )

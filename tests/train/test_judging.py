@@ -1,0 +1,152 @@
+"""The step of a reward model: where the score is read, and what loss and gradient may depend on."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from surefoot.config import RewardModelConfig
+from surefoot.core.judgements import preference_loss, rating_loss
+from surefoot.core.losses import LossStats
+from surefoot.policies.reward import RewardPolicy
+from surefoot.rollout.batch import judged_batch, micro_batches
+from surefoot.train.metrics import judgement_metrics
+from surefoot.train.update import TokenBudget, accumulate_gradient, advantages, make_optimizer, update
+from surefoot.types import Batch
+from tests.tiny import FAMILIES, random_tokens, tiny_policy
+
+CONFIG = RewardModelConfig(batch_size=5).as_update()
+LENGTHS = ((9, 4), (3, 14), (2, 2), (7, 12), (1, 5))
+CPU = torch.device("cpu")
+CENTRED = functools.partial(preference_loss, center=0.1)
+
+
+def reward_policy(family: str = "llama", *, adapter: bool = True) -> RewardPolicy:
+    return RewardPolicy(tiny_policy(family, adapter=adapter, moved=True), seed=3)
+
+
+def texts(row: int) -> list[tuple[int, ...]]:
+    return [random_tokens(length, seed=10 * row + side) for side, length in enumerate(LENGTHS[row])]
+
+
+def pairs(rows: Sequence[int] = range(len(LENGTHS))) -> Batch:
+    margins = [0.0, 0.5, 0.0, 1.0, 0.0]
+    return judged_batch([texts(row) for row in rows], [margins[row] for row in rows], objective=CENTRED, device=CPU)
+
+
+def rated() -> Batch:
+    ratings = [0.3, -1.0, 2.0, 0.0, -0.5]
+    return judged_batch([texts(row)[:1] for row in range(5)], ratings, objective=rating_loss, device=CPU)
+
+
+def padded(batch: Batch, columns: int) -> Batch:
+    """The same with `columns` more of padding, which hold tokens of no meaning."""
+    tokens = torch.nn.functional.pad(batch.observations["tokens"], (0, 0, 0, columns), value=7)
+    changes = {
+        field.name: torch.ones(tokens.shape[:2], dtype=value.dtype)
+        for field in dataclasses.fields(batch)
+        if isinstance(value := getattr(batch, field.name), Tensor) and value.dim() == 2
+    }
+    observations = {"tokens": tokens, "lengths": batch.observations["lengths"]}
+    return dataclasses.replace(batch, **changes, observations=observations)  # type: ignore[arg-type]
+
+
+def gradients(policy: RewardPolicy, batch: Batch, tokens: int = 10**6) -> tuple[dict[str, Tensor], LossStats]:
+    optimizer = make_optimizer(policy, CONFIG)
+    rows = torch.arange(len(batch))
+    stats = accumulate_gradient(policy, batch, rows, config=CONFIG, optimizer=optimizer, budget=TokenBudget(tokens))
+    return {name: p.grad for name, p in policy.named_parameters_to_train() if p.grad is not None}, stats
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys() and "value_head.weight" in expected and len(expected) > 2
+    for name, value in expected.items():
+        assert float((found[name] - value).norm()) <= 1e-5 * float(value.norm()) + 1e-9, name  # the order of sums
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_score_is_read_at_the_last_real_token(family):
+    policy, batch = reward_policy(family), pairs()
+    with torch.no_grad():
+        found = policy.evaluate(batch).values_BT
+        for row in range(len(LENGTHS)):
+            for side, tokens in enumerate(texts(row)):
+                out = policy.trunk.lm(input_ids=torch.tensor([tokens]), use_cache=False, output_hidden_states=True)
+                expected = policy.trunk.value_head(out.hidden_states[-1][0, -1].float())
+                assert float(found[row, side]) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_the_head_starts_as_its_paper_says():
+    policy = RewardPolicy(tiny_policy(hidden_size=512), seed=0)
+    weight = policy.trunk.value_head.weight.detach()
+    assert float(weight.std() * 513**0.5) == pytest.approx(1, abs=0.1) and abs(float(weight.mean())) < 0.01
+    assert policy.trunk.value_head.bias.tolist() == [0] and (policy.shift, policy.scale) == (0, 1)
+    assert torch.equal(weight, RewardPolicy(tiny_policy(hidden_size=512), seed=0).trunk.value_head.weight)
+    assert not torch.equal(weight, RewardPolicy(tiny_policy(hidden_size=512), seed=1).trunk.value_head.weight)
+
+
+@pytest.mark.parametrize("adapter", [True, False], ids=["adapter", "full"])
+@pytest.mark.parametrize("batch", [pairs(), rated()], ids=["pairs", "ratings"])
+def test_loss_and_gradient_are_the_mean_over_rows_taken_one_by_one(batch, adapter):
+    policy = reward_policy(adapter=adapter)
+    found, stats = gradients(policy, batch)
+    total, loss = {name: torch.zeros_like(value) for name, value in found.items()}, 0.0
+    for row in range(len(batch)):
+        alone, its_stats = gradients(policy, batch.rows(torch.tensor([row])))
+        loss += float(its_stats.policy_loss) / 5
+        for name, value in alone.items():
+            total[name] += value / 5
+    assert_close(found, total)
+    assert float(stats.policy_loss / stats.steps) == pytest.approx(loss, rel=1e-5) and float(stats.steps) == 5
+
+
+@pytest.mark.parametrize("tokens", [1, 12, 30, 60])
+@pytest.mark.parametrize("batch", [pairs(), rated()], ids=["pairs", "ratings"])
+def test_micro_batches_do_not_change_the_gradient(batch, tokens):
+    policy = reward_policy()
+    expected, whole = gradients(policy, batch)
+    found, split = gradients(policy, batch, tokens)
+    assert len(micro_batches(batch, torch.arange(5), tokens // batch.observations["lengths"].shape[1])) > 1 or tokens == 60
+    assert_close(found, expected)
+    assert torch.allclose(split.sums, whole.sums, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [pairs(), rated()], ids=["pairs", "ratings"])
+def test_padding_changes_neither_score_nor_gradient(batch):
+    policy = reward_policy()
+    with torch.no_grad():
+        scores = [policy.evaluate(one).values_BT for one in (batch, padded(batch, 11))]
+    assert torch.allclose(*scores, atol=1e-6)
+    assert_close(gradients(policy, padded(batch, 11))[0], gradients(policy, batch)[0])
+
+
+def test_a_step_lifts_the_chosen_over_the_rejected():
+    policy, batch = reward_policy(), pairs()
+    assert advantages(batch) is batch and batch.advantages_BT is None
+
+    def lead() -> float:
+        with torch.no_grad():
+            scores = policy.evaluate(batch).values_BT
+        return float((scores[:, 0] - scores[:, 1]).mean())
+
+    before, optimizer = lead(), make_optimizer(policy, CONFIG)
+    first = judgement_metrics(
+        update(policy, batch, optimizer=optimizer, config=CONFIG, learning_rate=1e-3), learning_rate=1e-3, skipped=0
+    )
+    again = judgement_metrics(update(policy, batch, optimizer=optimizer, config=CONFIG), learning_rate=1e-3, skipped=0)
+    assert lead() > before and again["reward_model/loss"] < first["reward_model/loss"]
+
+
+def test_a_loss_that_is_not_finite_is_skipped():
+    policy, batch = reward_policy(), pairs()
+    assert batch.labels_B is not None
+    batch.labels_B[2] = float("nan")
+    before = {name: p.detach().clone() for name, p in policy.named_parameters_to_train()}
+    result = update(policy, batch, config=CONFIG)
+    assert (result.steps, result.skipped) == (0, 1)
+    assert all(torch.equal(p, before[name]) for name, p in policy.named_parameters_to_train())
