@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,21 @@ def test_python_and_commands_in_the_pages_are_real(page: Path) -> None:
     keys = {key for key, *_ in field_table()}
     for flag in re.findall(r"--((?:run|policy|task|generation|ppo|sft|reward_model|evaluate)\.[a-z_.-]+)", text):
         assert flag.replace("-", "_") in keys, f"--{flag}"
+
+
+def programs(page: str, *, with_name: str = "") -> list[str]:
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), flags=re.S)
+    return [block for block in blocks if with_name in block]
+
+
+CONTROL_PROGRAMS = [*programs("from-sb3.md"), *programs("extending.md", with_name="ControlPolicy")]
+
+
+@pytest.mark.parametrize("program", CONTROL_PROGRAMS, ids=range(len(CONTROL_PROGRAMS)))
+def test_the_programs_of_those_who_come_from_stable_baselines3_run(program: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_the_version_is_in_the_changelog() -> None:

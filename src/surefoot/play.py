@@ -12,13 +12,12 @@ import numpy
 from numpy.typing import NDArray
 
 from surefoot.build import build_recorded, build_vector
-from surefoot.envs.observations import OBSERVATION
 from surefoot.envs.vector import VectorStep
 from surefoot.errors import InputError
 from surefoot.ppo import PPO
 from surefoot.rollout.vector import play
 from surefoot.run import RunFolder
-from surefoot.types import Episode
+from surefoot.types import OBSERVATION, Episode
 
 MAX_WIDTH = 480  # pixels
 MAX_FRAMES = 600

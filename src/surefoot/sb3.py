@@ -26,7 +26,7 @@ NETWORK_KEYS = {
     "log_std_init": "log_std_init",
     "lstm_hidden_size": "lstm_hidden_size",
 }
-LSTM_DEFAULTS = {"shared_lstm": False, "enable_critic_lstm": True}  # of sb3-contrib
+LSTM_FLAGS = {"shared_lstm": False, "enable_critic_lstm": True}  # of sb3-contrib
 SCHEDULED = {"learning_rate": "lr_schedule", "clip_range": "clip_schedule"}
 
 
@@ -68,8 +68,8 @@ def _network(policy_kwargs: Mapping[str, Any]) -> dict[str, Any]:
             if not found:
                 raise InputError(f"policy_kwargs.activation_fn: {value!r} is not one of {', '.join(ACTIVATIONS)}")
             network["activation"] = found[0]
-        elif name in LSTM_DEFAULTS:
-            if value is not LSTM_DEFAULTS[name]:
+        elif name in LSTM_FLAGS:
+            if value is not LSTM_FLAGS[name]:
                 raise InputError(
                     f"policy_kwargs.{name}: actor and critic have an LSTM each here; network={{'share': True}} gives them one, "
                     "and one set of layers after it"

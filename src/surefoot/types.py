@@ -13,6 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
+# Names in the observations of environments.
+OBSERVATION = "obs"  # of one that has none
+ACTION_MASK = "action_mask"  # which actions are legal
+STARTS = "memory/starts"  # [B, T] bool, for a policy with memory: an episode begins with this step
+
 
 class StopReason(str, Enum):
     """Why a trajectory ended."""

@@ -12,10 +12,9 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from surefoot.errors import InputError
+from surefoot.types import ACTION_MASK, OBSERVATION
 
 Arrays = dict[str, NDArray[Any]]
-OBSERVATION = "obs"  # the name of an observation that has none
-ACTION_MASK = "action_mask"  # the key of one that names the legal actions
 
 
 def leaves(space: spaces.Space[Any], prefix: str = "") -> dict[str, Any]:

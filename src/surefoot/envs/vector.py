@@ -24,8 +24,9 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
 from surefoot.core.seeds import derived_seed
-from surefoot.envs.observations import ACTION_MASK, Arrays, Checks, choices, flat, leaves, mask_width
+from surefoot.envs.observations import Arrays, Checks, choices, flat, leaves, mask_width
 from surefoot.errors import InputError
+from surefoot.types import ACTION_MASK
 
 # What an id begins with -> the module that registers it, and our extra that brings it.
 PROVIDERS = {"ALE/": ("ale_py", "atari")} | {

@@ -17,7 +17,6 @@ from torch.nn import functional
 from surefoot.errors import InputError
 
 LOG_2PI = math.log(2.0 * math.pi)
-ACTION_MASK = "action_mask"  # the key of an observation that names the legal actions
 
 
 class ActionHead(Protocol):

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from surefoot.core.losses import LossSettings, LossStats, loss_and_gradients
-from surefoot.policies.actions import ACTION_MASK, LOG_2PI, CategoricalHead, GaussianHead, StateDependentHead
+from surefoot.policies.actions import LOG_2PI, CategoricalHead, GaussianHead, StateDependentHead
 from surefoot.policies.networks import Extractor, Tower
-from surefoot.types import Batch
+from surefoot.types import ACTION_MASK, Batch
 
 if TYPE_CHECKING:
     from surefoot.policies.control import ControlPolicy

@@ -20,17 +20,15 @@ from surefoot.core.losses import LossStats
 from surefoot.core.running import RunningMoments, RunningStats
 from surefoot.errors import InputError
 from surefoot.policies import closed_form
-from surefoot.policies.actions import ACTION_MASK, action_head
+from surefoot.policies.actions import action_head
 from surefoot.policies.networks import Extractor, Layers, Memory, is_image, orthogonal
 from surefoot.tensors import read_tensors
-from surefoot.types import Batch, Evaluation
+from surefoot.types import ACTION_MASK, OBSERVATION, STARTS, Batch, Evaluation
 
 WEIGHTS, MOMENTS = "policy.safetensors", "normalisation.json"
-OBSERVATION = "obs"  # the name of an observation that has none
 CLIP_OBSERVATION = 10.0
 # What a policy with memory finds beside the observations of a batch: [B, T] where episodes begin, and the state [B, 1, H]
 # before each row's first step.
-STARTS = "memory/starts"
 MEMORY = ("memory/pi_h", "memory/pi_c", "memory/vf_h", "memory/vf_c", STARTS)
 SMALL = 100_000  # parameters
 State = dict[str, Tensor]

@@ -22,9 +22,8 @@ from surefoot.errors import InputError
 from surefoot.policies.base import ActingPolicy
 from surefoot.rollout.league import League
 from surefoot.rollout.score import score_batch
-from surefoot.types import Batch, Episode
+from surefoot.types import STARTS, Batch, Episode
 
-STARTS = "memory/starts"
 CLIP_REWARD = 10.0
 LONGEST_EPISODE = 100_000  # steps of an evaluation: what has not ended by then never will
 WINDOW = 100  # finished episodes that the means are taken over, as Stable-Baselines3 does
@@ -115,14 +114,10 @@ class VectorRollout:
             env.close()
         return episode_metrics(played, "eval"), played
 
-    def check_is_free(self) -> None:
-        """Raise InputError in the middle of a rollout."""
-        if self._is_playing:
-            raise InputError("the training environment is in the middle of a rollout; evaluate in another one")
-
     def start_over(self) -> None:
         """Begin new episodes: somebody else has stepped the environment. Raises InputError in the middle of a rollout."""
-        self.check_is_free()
+        if self._is_playing:
+            raise InputError("the training environment is in the middle of a rollout; evaluate in another one")
         self._observations = None
         self._begin()
 

@@ -180,7 +180,8 @@ def run(training: Training) -> None:
                 if isinstance(error, Abandon):  # a callback has seen enough
                     return
                 raise
-            check_itself &= "ppo/policy_loss" not in metrics  # an update may have had nothing to learn from
+            # Once is enough, but an update of PPO may have had nothing to learn from.
+            check_itself &= not (batch.demonstrated or "ppo/policy_loss" in metrics)
             log(t, batch, metrics)
             _stop_if_diverged(t)
 
