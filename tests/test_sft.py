@@ -85,6 +85,13 @@ def reward(prompts, completions, **columns):
     return [float(len(c)) for c in completions]
 
 
+def test_a_run_checks_its_first_update_alone(monkeypatch):
+    seen = []
+    monkeypatch.setattr(loop, "check_first_minibatch", lambda stats, exact: seen.append((stats, exact)))
+    SFT(model_folder(), SENTENCES, held_out=0.0, epochs=3, verbose=0).learn()
+    assert len(seen) == 1
+
+
 def test_three_sentences_are_learnt_by_heart_and_go_on_to_ppo(capsys):
     model = SFT(model_folder(), SENTENCES, held_out=0.0, epochs=80, learning_rate=0.02, dtype="float32")
     assert model.learn() is model
