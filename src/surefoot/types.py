@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -17,6 +17,9 @@ from torch import Tensor
 OBSERVATION = "obs"  # of one that has none
 ACTION_MASK = "action_mask"  # which actions are legal
 STARTS = "memory/starts"  # [B, T] bool, for a policy with memory: an episode begins with this step
+
+# Raise rewards; imitate what others wrote; or, of a reward model, lower a loss: (scores [B, K], labels [B]) -> [B].
+Objective = Literal["policy", "imitation"] | Callable[[Tensor, Tensor], Tensor]
 
 
 class StopReason(str, Enum):
@@ -188,9 +191,8 @@ class Batch:
     step_limit: int | None = None  # most steps the policy may take in a row
     row_size: int = 1  # what a row counts for in `batch_size`: an episode 1, a sequence its timesteps
     collected: int | None = None  # units of the run's budget in it; None: its rows
-    demonstrated: bool = False  # others wrote it: to be imitated, not judged by rewards
+    objective: Objective = "policy"  # what its steps are to do
     labels_B: Tensor | None = None  # float32, of a reward model's batch: margins of pairs, or ratings
-    objective: Callable[[Tensor, Tensor], Tensor] | None = None  # its loss: (scores [B, K], labels [B]) -> [B]
     needs_scores: bool = False  # logprobs_BT and values_BT are still to be filled in
     version: int = 0  # number of updates the policy had seen when it wrote this
     metrics: dict[str, float] = field(default_factory=dict)  # measured while collecting

@@ -72,7 +72,7 @@ def demonstration_batch(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], *,
         rewards_BT=nothing_BT,
         ends_BT=torch.zeros(shape, dtype=torch.bool),
         bootstrap_BT=nothing_BT,
-        demonstrated=True,
+        objective="imitation",
     )
     return to_device(batch, device)
 
@@ -105,7 +105,6 @@ def judged_batch(
         rewards_BT=nothing_BT,
         ends_BT=torch.zeros(mask_BT.shape, dtype=torch.bool),
         bootstrap_BT=nothing_BT,
-        demonstrated=True,
         labels_B=torch.tensor(labels, dtype=torch.float32),
         objective=objective,
     )

@@ -181,7 +181,7 @@ def run(training: Training) -> None:
                     return
                 raise
             # Once is enough, but an update of PPO may have had nothing to learn from.
-            check_itself &= not (batch.demonstrated or "ppo/policy_loss" in metrics)
+            check_itself &= batch.objective == "policy" and "ppo/policy_loss" not in metrics
             log(t, batch, metrics)
             _stop_if_diverged(t)
 
@@ -211,7 +211,7 @@ def improve(t: Training, batch: Batch, *, budget: TokenBudget, check_itself: boo
     now = {"clip_range": scheduled(t, "clip_range", ppo.clip_schedule), "ent_coef": scheduled(t, "ent_coef", ppo.ent_schedule)}
     ppo = ppo.model_copy(update={**now, "kl_coef": p.kl_coef})
     advantages(batch, ppo)
-    metrics = batch_metrics(batch) | ({} if batch.demonstrated else {"kl/coef": p.kl_coef})
+    metrics = batch_metrics(batch) | ({"kl/coef": p.kl_coef} if batch.objective == "policy" else {})
     gate = functools.partial(check_first_minibatch, exact=t.policy.scores_like_sampler)
     result = update(
         t.policy,

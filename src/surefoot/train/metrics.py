@@ -84,7 +84,7 @@ METRICS = {
 def batch_metrics(batch: Batch) -> dict[str, float]:
     """What the rollout and the advantages say, before the update."""
     mask_BT = batch.mask_BT
-    if batch.demonstrated:
+    if batch.objective != "policy":
         return batch.metrics
     metrics = {}
     if batch.reference_logprobs_BT is not None:
@@ -132,7 +132,9 @@ def update_metrics(result: UpdateResult, *, learning_rate: float, skipped: int) 
 
 def measures_of(batch: Batch) -> Callable[..., dict[str, float]]:
     """Which of these functions measures an update on such a batch."""
-    return update_metrics if not batch.demonstrated else imitation_metrics if batch.objective is None else judgement_metrics
+    if batch.objective == "policy":
+        return update_metrics
+    return imitation_metrics if batch.objective == "imitation" else judgement_metrics
 
 
 def judgement_metrics(result: UpdateResult, *, learning_rate: float, skipped: int) -> dict[str, float]:

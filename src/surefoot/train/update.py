@@ -32,10 +32,10 @@ def make_optimizer(policy: Policy, config: PPOConfig) -> torch.optim.Adam:
 def advantages(batch: Batch, config: PPOConfig | None = None, *, kl_coef: float | None = None) -> Batch:
     """Fill `advantages_BT` and `returns_BT`: KL penalty into the rewards, whitening on request, then GAE.
 
-    Without a critic (docs/family.md) there are no returns, and what an answer is compared with stands in the batch. What was
-    demonstrated has neither rewards nor advantages.
+    Without a critic (docs/family.md) there are no returns, and what an answer is compared with stands in the batch. One of another
+    objective has neither rewards nor advantages.
     """
-    if batch.demonstrated:
+    if batch.objective != "policy":
         return batch
     config = config or PPOConfig()
     rewards_BT = batch.rewards_BT
@@ -137,8 +137,8 @@ def update(
     finite is skipped and counted; weights and optimiser state stay as they were. `generator` shuffles the minibatches.
     With `skip_equal_groups` nothing is done where no group is left.
     `before_first_step` sees the first minibatch's statistics while old and new policy are still one, and may raise.
-    A batch that was `demonstrated` has no advantages: its steps are those of the negative log-likelihood, or of its own
-    `objective`, as a reward model's.
+    A batch of another `objective` has no advantages: its steps are those of the negative log-likelihood of what was
+    demonstrated, or of a reward model's loss.
     """
     config = config or PPOConfig()
     optimizer = optimizer or make_optimizer(policy, config)
@@ -155,7 +155,7 @@ def update(
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate if learning_rate is None else learning_rate
     by_autograd: AbstractContextManager[Any] = nullcontext((None, optimizer))
-    is_whitened = config.normalize_advantage and config.has_critic and not batch.demonstrated
+    is_whitened = config.normalize_advantage and config.has_critic and batch.objective == "policy"
     if is_whitened and rows_per_minibatch >= len(batch) > 1:
         # All in one minibatch: its mean and spread are the same in every epoch.
         assert batch.advantages_BT is not None
@@ -192,11 +192,10 @@ def accumulate_gradient(
     while True:
         optimizer.zero_grad(set_to_none=True)
         try:
-            if batch.objective is not None:
-                return _judge(policy, batch, rows, token_budget=budget.tokens)
-            if batch.demonstrated:
-                return _imitate(policy, batch, rows, token_budget=budget.tokens)
-            return _accumulate(policy, batch, rows, config=config, token_budget=budget.tokens, accumulate=accumulate)
+            if batch.objective == "policy":
+                return _accumulate(policy, batch, rows, config=config, token_budget=budget.tokens, accumulate=accumulate)
+            teach = _imitate if batch.objective == "imitation" else _judge
+            return teach(policy, batch, rows, token_budget=budget.tokens)
         except torch.OutOfMemoryError as error:
             budget.shrink(error, smallest=int(batch.mask_BT.shape[1]))
 
@@ -315,7 +314,7 @@ def _judge(policy: Policy, batch: Batch, rows: Tensor, *, token_budget: int) -> 
     sides = batch.observations["lengths"].shape[1]
     for micro in micro_batches(batch, rows, token_budget // sides):
         part = batch.rows(micro)
-        assert part.objective is not None and part.labels_B is not None
+        assert callable(part.objective) and part.labels_B is not None
         losses_B = part.objective(policy.evaluate(part).values_BT, part.labels_B)
         (losses_B.sum() / len(rows)).backward()
         stats = judgement_stats(losses_B)
