@@ -25,6 +25,7 @@ from surefoot.policies.control import ControlPolicy
 from surefoot.policies.lm import CausalLMPolicy, check_model_folder, load_policy, resolve_dtype
 from surefoot.policies.reward import REWARD, RewardPolicy
 from surefoot.rewards.functions import RewardFunction, is_function, load_function, score
+from surefoot.rollout.base import Rollout
 from surefoot.rollout.demonstrations import DemonstrationRollout
 from surefoot.rollout.judgements import JudgementRollout, RewardScorer
 from surefoot.rollout.league import League
@@ -207,7 +208,7 @@ def build_control_policy(config: Config, env: Vector, module: nn.Module | None =
     return policy.to(device)
 
 
-def build_rollout(config: Config, policy: Any, env: Environment) -> loop.Rollout:
+def build_rollout(config: Config, policy: Any, env: Environment) -> Rollout:
     """What collects the batches of a run."""
     if isinstance(env, Demonstrations):
         assert config.sft is not None

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -35,8 +34,8 @@ from surefoot.policies.lm import CausalLMPolicy
 from surefoot.rollout.text import check_length, completion_text, encode_prompt, stop_check
 from surefoot.rollout.vector import env_actions
 from surefoot.run import RunFolder
-from surefoot.train import checkpoint, loop
-from surefoot.train.tensorboard import TensorBoard
+from surefoot.train import loop
+from surefoot.train.watch import watched
 from surefoot.types import Request, SamplingParams
 
 
@@ -298,39 +297,6 @@ class PPO:
         """Let training begin new episodes: its environment was used for something else."""
         if self._training is not None:
             self._training.rollout.start_over()  # type: ignore[attr-defined]
-
-
-@contextmanager
-def watched(training: loop.Training, *, show: bool) -> Iterator[ExitStack]:
-    """Hold the run folder, and tell TensorBoard and, with `show`, the display, unless there is nothing left to do.
-
-    Raises InputError if others use the folder, or have.
-    """
-    with ExitStack() as stack:
-        _hold_again(training)
-        stack.callback(training.folder.release)
-        if not training.is_finished:
-            board = TensorBoard(training.folder.path / "tensorboard", purge_from=training.progress.updates + 1)
-            stack.callback(board.close)
-            training.observers = [board]
-            if show:
-                from surefoot.train.display import Display  # here: it brings rich, which a quiet run does without
-
-                training.observers.append(stack.enter_context(Display(training.total_updates)))
-        yield stack
-
-
-def _hold_again(training: loop.Training) -> None:
-    """Take the run folder, which is free between two `learn`s. Raises InputError if it was used in between."""
-    if training.folder.is_held:
-        return
-    training.folder.hold()
-    newest = checkpoint.newest_checkpoint(training.folder.checkpoints)
-    if newest is not None and checkpoint.number_of(newest) > training.progress.updates:
-        training.folder.release()
-        raise InputError(
-            f"{training.folder.path} has gone on elsewhere, to {newest.name}; open it with {training.config.opener}.load"
-        )
 
 
 def save_policy(policy: Any, config: Config, folder: Path) -> None:

@@ -12,10 +12,11 @@ from surefoot.envs.judgements import Judgements
 from surefoot.errors import InputError
 from surefoot.policies.lm import CausalLMPolicy
 from surefoot.policies.reward import RewardPolicy
-from surefoot.ppo import check_count, merge, save_policy, watched
+from surefoot.ppo import check_count, merge, save_policy
 from surefoot.rollout.judgements import JudgementRollout, RewardScorer
 from surefoot.run import RunFolder
 from surefoot.train import loop
+from surefoot.train.watch import watched
 
 
 class RewardModel:

@@ -10,10 +10,11 @@ from surefoot import build
 from surefoot.config import Config, make_config, nested
 from surefoot.errors import InputError
 from surefoot.policies.lm import CausalLMPolicy
-from surefoot.ppo import check_count, generate_text, merge, save_policy, watched
+from surefoot.ppo import check_count, generate_text, merge, save_policy
 from surefoot.rollout.demonstrations import DemonstrationRollout
 from surefoot.run import RunFolder
 from surefoot.train import loop
+from surefoot.train.watch import watched
 
 
 class SFT:

@@ -20,6 +20,7 @@ from surefoot.core.schedules import schedule
 from surefoot.core.seeds import derived_seed
 from surefoot.errors import InputError, Interrupted, NonFiniteError, SurefootError
 from surefoot.policies.base import Policy
+from surefoot.rollout.base import Rollout
 from surefoot.rollout.score import sequence_kl
 from surefoot.run import RunFolder
 from surefoot.train import checkpoint
@@ -27,45 +28,7 @@ from surefoot.train.gates import NEGATIVE_KL_LIMIT, check_first_minibatch, check
 from surefoot.train.metrics import batch_metrics, measures_of
 from surefoot.train.signals import Abandon, StopRequest
 from surefoot.train.update import TokenBudget, advantages, update
-from surefoot.types import Batch, Demonstration, Episode, Judgement, Trajectory
-
-
-class Rollout(Protocol):
-    """Where batches come from: a policy in an environment. All its randomness follows from counters."""
-
-    unit: str
-    """What the run's budget counts: episodes, timesteps or examples."""
-
-    throughput: str
-    """The metric of masked steps a second."""
-
-    @property
-    def per_update(self) -> int:
-        """Units in one update."""
-        ...
-
-    def collect(self, *, first: int, count: int, version: int = 0, poll: Callable[[], None] | None = None) -> Batch:
-        """Play `count` units; a batch with rewards and reference log-probs. `poll` may raise to abandon it."""
-        ...
-
-    def evaluate(
-        self, episodes: int, *, poll: Callable[[], None] | None = None
-    ) -> tuple[dict[str, float], Sequence[Trajectory | Episode | Demonstration | Judgement]]:
-        """`eval/…` metrics on held-out episodes, and the episodes."""
-        ...
-
-    @property
-    def can_evaluate(self) -> bool:
-        """Whether there are held-out episodes."""
-        ...
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold, as JSON; large tensors by name in `tensors`, which have a file of their own."""
-        ...
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        ...
+from surefoot.types import Batch
 
 
 class Observer(Protocol):

@@ -32,8 +32,8 @@ def make_optimizer(policy: Policy, config: PPOConfig) -> torch.optim.Adam:
 def advantages(batch: Batch, config: PPOConfig | None = None, *, kl_coef: float | None = None) -> Batch:
     """Fill `advantages_BT` and `returns_BT`: KL penalty into the rewards, whitening on request, then GAE.
 
-    Without a critic (docs/family.md) there are no returns, and what an answer is compared with stands in the batch. One of another
-    objective has neither rewards nor advantages.
+    Without a critic (docs/family.md) there are no returns, and what an answer is compared with stands in the batch. A batch of
+    another objective has neither rewards nor advantages.
     """
     if batch.objective != "policy":
         return batch

@@ -1,0 +1,46 @@
+"""What the training loop asks of whatever collects its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from surefoot.types import Batch, Demonstration, Episode, Judgement, Trajectory
+
+
+class Rollout(Protocol):
+    """Where batches come from: a policy in an environment. All its randomness follows from counters."""
+
+    unit: str
+    """What the run's budget counts: episodes, timesteps or examples."""
+
+    throughput: str
+    """The metric of masked steps a second."""
+
+    @property
+    def per_update(self) -> int:
+        """Units in one update."""
+        ...
+
+    def collect(self, *, first: int, count: int, version: int = 0, poll: Callable[[], None] | None = None) -> Batch:
+        """Play `count` units; a batch with rewards and reference log-probs. `poll` may raise to abandon it."""
+        ...
+
+    def evaluate(
+        self, episodes: int, *, poll: Callable[[], None] | None = None
+    ) -> tuple[dict[str, float], Sequence[Trajectory | Episode | Demonstration | Judgement]]:
+        """`eval/…` metrics on held-out episodes, and the episodes."""
+        ...
+
+    @property
+    def can_evaluate(self) -> bool:
+        """Whether there are held-out episodes."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold, as JSON; large tensors by name in `tensors`, which have a file of their own."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        ...
