@@ -148,6 +148,7 @@ def test_a_value_of_another_type_is_named(written, text, said):
         ("ppo: {clip_range_high: 0.3, clip_schedule: linear}", "ppo.clip_schedule moves ppo.clip_range alone"),
         ("ppo: {dual_clip: 1.0}", "ppo.dual_clip: should be greater than 1"),
         ("env: {id: CartPole-v1}\nppo: {loss_aggregation: sequence}", "ppo.loss_aggregation is for text tasks"),
+        ("env: {id: CartPole-v1}\nppo: {ptx: {data: d.jsonl}}", "ppo.ptx is for text tasks"),
         ("env: {id: CartPole-v1}\nppo: {kl_in: loss}", "ppo.kl_in is for text tasks"),
         ("env: {id: CartPole-v1}\nppo: {sampler_ratio_cap: 2.0}", "ppo.sampler_ratio_cap is for text tasks"),
         ("ppo: {skip_equal_groups: true}", "ppo.skip_equal_groups is for ppo.advantage: grpo, dr_grpo, rloo; gae learns"),
@@ -473,7 +474,7 @@ def test_flat_setting_names_are_unique_across_sections():
         if leaf and key not in {"task", "sft", "reward_model"} and "." not in leaf
     ]
     assert [name for name, count in Counter(plain).items() if count > 1] == []
-    assert set(plain) | {"seed", "device", "adapter", "critic", "network", "self_play"} == set(keys)
+    assert set(plain) | {"seed", "device", "adapter", "critic", "network", "self_play", "ptx"} == set(keys)
     assert {key.split(".")[0] for key in keys.values()} == top
 
 
@@ -581,7 +582,7 @@ def test_every_field_has_a_type_a_default_and_a_description():
 
 def test_every_field_is_a_flag(written):
     """Each default, written as the table shows it, can be given back as a flag."""
-    text = "task: {prompts: p.jsonl, reward: 'r:r'}"
+    text = "{task: {prompts: p.jsonl, reward: 'r:r'}, ppo: {ptx: {}}}"
     control = "{env: {id: CartPole-v1, self_play: {}}, run: {checkpoint_every: 10}}"
     supervised, judged = "{sft: {data: d.jsonl}}", "{reward_model: {data: d.jsonl}}"
     # What an environment has as its defaults stands beside the models, not in the table.
@@ -594,6 +595,7 @@ def test_every_field_is_a_flag(written):
         for base, section in sections.items():
             own = {*other[base], "env.id", "sft.data", "reward_model.data"}
             is_foreign = key.split(".")[0] in {*sections.values()} - {section} or key in own
+            is_foreign |= key.startswith("ppo.ptx.") and section != "task"
             if default != "required" and not is_foreign:
                 config = load_config(written(base), {key.replace("_", "-"): default})
                 assert config.model_dump() == load_config(written(base)).model_dump(), (key, base)

@@ -35,7 +35,7 @@ def test_every_metric_that_is_logged_is_defined_and_every_defined_one_is_logged(
     source = "\n".join(path.read_text() for path in (ROOT / "src" / "surefoot").rglob("*.py"))
     named = set(
         re.findall(
-            r'"((?:reward|kl|ppo|critic|policy|length|sampler|time|throughput|eval|sft|reward_model)/[a-z_0-9]+)"', source
+            r'"((?:reward|kl|ppo|critic|policy|length|sampler|time|throughput|eval|sft|reward_model|ptx)/[a-z_0-9]+)"', source
         )
     )
     assert named <= METRICS.keys()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from surefoot import assets
-from surefoot.config import Config, EnvConfig, PolicyConfig, SelfPlayConfig, load_config
+from surefoot.config import Config, EnvConfig, PolicyConfig, PTXConfig, SelfPlayConfig, SFTConfig, load_config
 from surefoot.core.seeds import derived_seed
 from surefoot.envs.demonstrations import Demonstrations
 from surefoot.envs.games import GameVectorEnv, make_games
@@ -29,6 +29,7 @@ from surefoot.rollout.base import Rollout
 from surefoot.rollout.demonstrations import DemonstrationRollout
 from surefoot.rollout.judgements import JudgementRollout, RewardScorer
 from surefoot.rollout.league import League
+from surefoot.rollout.mixed import MixedRollout
 from surefoot.rollout.text import TextRollout
 from surefoot.rollout.vector import VectorRollout
 from surefoot.run import RunFolder
@@ -130,15 +131,17 @@ def build_judgements(config: Config, data: Any = None) -> Judgements:
     return Judgements(data, held_out=settings.held_out, rating_range=settings.rating_range)
 
 
-def build_demonstrations(config: Config, data: Any = None, *, say: Callable[[str], None] = assets.tell) -> Demonstrations:
-    """The examples of a run: `data`, or what `sft.data` names. Raises InputError for what cannot be learned from."""
-    sft = config.sft
-    assert sft is not None
+def build_demonstrations(
+    settings: SFTConfig | PTXConfig, data: Any = None, *, say: Callable[[str], None] = assets.tell
+) -> Demonstrations:
+    """The examples of a run: `data`, or what the section names. Raises InputError for what cannot be learned from."""
+    is_sft = isinstance(settings, SFTConfig)
+    key, given = ("sft.data", "data") if is_sft else ("ppo.ptx.data", "ptx_data")
     if data is None:
-        if sft.data is None:
-            raise InputError("sft.data is missing: name a JSONL file of examples; what was given in Python, give again")
-        data = assets.resolve(sft.data, key="sft.data", say=say)
-    return Demonstrations(data, held_out=sft.held_out, columns=sft.columns)
+        if settings.data is None:
+            raise InputError(f"{key} is missing: name a JSONL file of examples; what was given in Python ({given}), give again")
+        data = assets.resolve(settings.data, key=key, say=say)
+    return Demonstrations(data, held_out=settings.held_out, columns=settings.columns, name="data" if is_sft else key)
 
 
 def build_vector(config: Config, env: Any = None, *, for_evaluation: bool = False) -> Vector:
@@ -208,8 +211,8 @@ def build_control_policy(config: Config, env: Vector, module: nn.Module | None =
     return policy.to(device)
 
 
-def build_rollout(config: Config, policy: Any, env: Environment) -> Rollout:
-    """What collects the batches of a run."""
+def build_rollout(config: Config, policy: Any, env: Environment, demonstrations: Demonstrations | None = None) -> Rollout:
+    """What collects the batches of a run; `demonstrations` are those of `ppo.ptx`."""
     if isinstance(env, Demonstrations):
         assert config.sft is not None
         return DemonstrationRollout(policy, env, sft=config.sft, seed=config.seed)
@@ -217,7 +220,8 @@ def build_rollout(config: Config, policy: Any, env: Environment) -> Rollout:
         assert config.reward_model is not None
         return JudgementRollout(policy, env, settings=config.reward_model, seed=config.seed)
     if isinstance(env, TextTask):
-        return TextRollout(policy, env, generation=config.generation, ppo=config.ppo, seed=config.seed)
+        rollout = TextRollout(policy, env, generation=config.generation, ppo=config.ppo, seed=config.seed)
+        return rollout if demonstrations is None else _mixed(config, rollout, demonstrations)
     assert config.env is not None
     make = None if config.env.id is None else lambda: build_vector(config, for_evaluation=True)
     league = None
@@ -230,9 +234,25 @@ def build_rollout(config: Config, policy: Any, env: Environment) -> Rollout:
     )
 
 
-def build_training(config: Config, policy: Any, env: Environment, folder: RunFolder | None = None) -> loop.Training:
+def _mixed(config: Config, rollout: TextRollout, demonstrations: Demonstrations) -> MixedRollout:
+    ptx = config.ppo.ptx
+    assert ptx is not None
+    sft = SFTConfig(batch_size=ptx.batch_size, max_tokens=ptx.max_tokens, micro_batch_tokens=config.ppo.micro_batch_tokens)
+    # A seed of their own: a list as long as the prompts would be in the prompts' order.
+    seed = derived_seed(config.seed, "ptx", 0)
+    return MixedRollout(rollout, DemonstrationRollout(rollout.policy, demonstrations, sft=sft, seed=seed, key="ppo.ptx"))
+
+
+def build_training(
+    config: Config,
+    policy: Any,
+    env: Environment,
+    folder: RunFolder | None = None,
+    *,
+    demonstrations: Demonstrations | None = None,
+) -> loop.Training:
     """A run at its beginning, in a new folder where none is given, or at the newest whole checkpoint of its folder."""
-    rollout = build_rollout(config, policy, env)
+    rollout = build_rollout(config, policy, env, demonstrations)
     folder = folder or RunFolder.create(config)  # after the prompts were found to fit: a refused run leaves nothing
     training = loop.Training(
         config=config,

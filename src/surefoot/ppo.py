@@ -31,6 +31,7 @@ from surefoot.envs.vector import made_from
 from surefoot.errors import InputError
 from surefoot.generation.engine import generate
 from surefoot.policies.lm import CausalLMPolicy
+from surefoot.rollout.mixed import MixedRollout
 from surefoot.rollout.text import check_length, completion_text, encode_prompt, stop_check
 from surefoot.rollout.vector import env_actions
 from surefoot.run import RunFolder
@@ -49,8 +50,10 @@ class PPO:
 
     Settings are the fields of the configuration by their plain names: `learning_rate=1e-4`, `max_new_tokens=32`,
     `n_steps=128`, `seed=3`, `run_name="mine"`; `config` gives them all at once. Stable-Baselines3's keywords work as they
-    do there (docs/from-sb3.md). `verbose=0` shows nothing; `run` is an existing run folder to go on in (`PPO.load`
-    passes it). Raises InputError for anything unusable, before a model is loaded where that can be known.
+    do there (docs/from-sb3.md). `ptx_data` are demonstrations, a JSONL file or rows as `SFT` takes them, whose likelihood is
+    part of the loss (docs/sft.md); their settings are `ptx={"coef": 0.5}`. `verbose=0` shows nothing; `run` is an existing
+    run folder to go on in (`PPO.load` passes it). Raises InputError for anything unusable, before a model is loaded where
+    that can be known.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class PPO:
         config: Config | None = None,
         verbose: int = 1,
         run: RunFolder | None = None,
+        ptx_data: Any = None,
         **settings: Any,
     ):
         data = config.model_dump() if config is not None else {}
@@ -72,6 +76,8 @@ class PPO:
             if env is None and config is None:
                 raise InputError(f"env: PPO({policy!r:.40}) needs one: a Gymnasium id, environment or vector environment")
             _put_environment(data, env, settings, self._schedules)
+        if ptx_data is not None:
+            _put_demonstrations(data, ptx_data, is_begun=run is not None)
         if isinstance(policy, (str, Path)):
             data.setdefault("policy", {})["model"] = str(policy)
         elif not isinstance(policy, nn.Module if is_control else CausalLMPolicy):
@@ -88,6 +94,8 @@ class PPO:
         self.verbose = verbose
         if run is None and (env is not None or is_control):
             build.check_places(self.config)
+        ptx = self.config.ppo.ptx
+        self._demonstrations = build.build_demonstrations(ptx, ptx_data) if ptx is not None and env is not None else None
         self.policy: Any
         self.env: Any
         if is_control:
@@ -228,7 +236,8 @@ class PPO:
 
         After `save` a language model's adapter is merged in, so the saved weights are the new reference. `env` is the task
         or environment; a run that was started from a file or an id builds its own. `given` is what a file cannot hold: a
-        schedule that was a function (`learning_rate=...`), a network of your own (`policy=...`).
+        schedule that was a function (`learning_rate=...`), a network of your own (`policy=...`), demonstrations that were rows
+        (`ptx_data=...`).
         """
         folder = Path(folder)
         if (folder / "config.yaml").is_file():
@@ -282,7 +291,11 @@ class PPO:
         if self._training is None:
             if self.env is None:
                 raise InputError("there is no task to train on; give PPO a TextTask as its second argument")
-            self._training = build.build_training(self.config, self.policy, self.env, self._folder)
+            self._training = build.build_training(
+                self.config, self.policy, self.env, self._folder, demonstrations=self._demonstrations
+            )
+            if isinstance(rollout := self._training.rollout, MixedRollout) and rollout.notice and self.verbose:
+                print(rollout.notice)
             self._training.schedules = self._schedules
             self._folder = self._training.folder
             self._count_timesteps()
@@ -364,3 +377,12 @@ def _put_environment(data: dict[str, Any], env: Any, settings: dict[str, Any], s
     for value, schedule in sb3.SCHEDULED.items():
         if value in settings and value not in schedules and data["ppo"].get(schedule) == "function":
             data["ppo"][schedule] = "constant"
+
+
+def _put_demonstrations(data: dict[str, Any], ptx_data: Any, *, is_begun: bool) -> None:
+    """What is given goes before the file that the configuration names; for a run that goes on, its own name for it stays."""
+    ppo = data.setdefault("ppo", {})
+    if is_begun and ppo.get("ptx") is None:
+        raise InputError("ptx_data: this run was begun without demonstrations; go on without, or begin another")
+    if not is_begun:
+        ppo["ptx"] = (ppo.get("ptx") or {}) | {"data": str(ptx_data) if isinstance(ptx_data, (str, Path)) else None}

@@ -56,7 +56,8 @@ class SFT:
         if run is None:
             build.check_places(self.config)
         # A file may be named once more for a run that goes on; its own name for it stays.
-        self.data = build.build_demonstrations(self.config, data)
+        assert self.config.sft is not None
+        self.data = build.build_demonstrations(self.config.sft, data)
         self.policy = policy if isinstance(policy, CausalLMPolicy) else build.build_policy(self.config)
         self.policy.temperature = 1.0  # the likelihood is the model's own
         self._folder = run
@@ -142,8 +143,7 @@ class SFT:
             self._training = build.build_training(self.config, self.policy, self.data, self._folder)
             self._folder = self._training.folder
             rollout = self._training.rollout
-            assert isinstance(rollout, DemonstrationRollout) and self.config.sft is not None
-            if rollout.truncated and self.verbose:
-                total = len(self.data.train) + len(self.data.held_out)
-                print(f"{rollout.truncated} of {total} examples are cut to sft.max_tokens ({self.config.sft.max_tokens})")
+            assert isinstance(rollout, DemonstrationRollout)
+            if rollout.notice and self.verbose:
+                print(rollout.notice)
         return self._training

@@ -193,6 +193,7 @@ class Batch:
     collected: int | None = None  # units of the run's budget in it; None: its rows
     objective: Objective = "policy"  # what its steps are to do
     labels_B: Tensor | None = None  # float32, of a reward model's batch: margins of pairs, or ratings
+    demonstrations: Callable[[int], Batch] | None = None  # to imitate besides, in the update's step 0, 1, …
     needs_scores: bool = False  # logprobs_BT and values_BT are still to be filled in
     version: int = 0  # number of updates the policy had seen when it wrote this
     metrics: dict[str, float] = field(default_factory=dict)  # measured while collecting

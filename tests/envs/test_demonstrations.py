@@ -104,4 +104,4 @@ def test_a_bad_file_is_one_line_with_its_line(tmp_path, monkeypatch, content, sa
 
 
 def test_holding_out_everything_is_refused():
-    assert refusal(["a"], held_out=0.9999999).startswith("no examples to train on: all 1 were held out; lower held_out")
+    assert refusal(["a"], held_out=0.9999999).startswith("data: no examples to train on: all 1 were held out; lower held_out")

@@ -26,6 +26,7 @@ from surefoot.config.sections import (
     NetworkConfig,
     PolicyConfig,
     PPOConfig,
+    PTXConfig,
     RunConfig,
     Section,
     SelfPlayConfig,
@@ -46,6 +47,7 @@ __all__ = [
     "GenerationConfig",
     "NetworkConfig",
     "PPOConfig",
+    "PTXConfig",
     "PolicyConfig",
     "RewardModelConfig",
     "RunConfig",
@@ -271,7 +273,7 @@ def _set(data: dict[str, Any], key: str, text: str) -> None:
 
 def _make_paths_relative_to(folder: Path, data: dict[str, Any]) -> None:
     """Rewrite relative paths in place. Names of assets, hub ids and modules stay."""
-    for section, key in (
+    for *sections, key in (
         ("run", "folder"),
         ("policy", "model"),
         ("task", "prompts"),
@@ -280,10 +282,13 @@ def _make_paths_relative_to(folder: Path, data: dict[str, Any]) -> None:
         ("env", "id"),
         ("sft", "data"),
         ("reward_model", "data"),
+        ("ppo", "ptx", "data"),
     ):
-        values = data.get(section)
+        values: Any = data
+        for section in sections:
+            values = values.get(section) if isinstance(values, dict) else None
         value = values.get(key) if isinstance(values, dict) else None
-        if values and isinstance(value, str) and value[:1] not in ("", "~") and _is_path(key, value, folder):
+        if isinstance(value, str) and value[:1] not in ("", "~") and _is_path(key, value, folder):
             values[key] = os.path.normpath(folder / value)
 
 

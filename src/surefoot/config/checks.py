@@ -24,6 +24,7 @@ TEXT_ONLY = (
     "loss_aggregation",
     "kl_in",
     "sampler_ratio_cap",
+    "ptx",
     "missing_eos_penalty",
     "missing_eos_mode",
     "reward_scale",

@@ -213,6 +213,30 @@ class GenerationConfig(Section):
     slots: Positive = Field(64, description="Rows decoded at once; waiting prompts take the place of finished rows.")
 
 
+class PTXConfig(Section):
+    """Demonstrations whose negative log-likelihood is added to PPO's loss (PPO-ptx; Ouyang et al. 2022, arXiv:2203.02155)."""
+
+    data: PathText | None = Field(
+        None,
+        description="JSONL file of demonstrations, rows as for `sft.data`, or a name `surefoot fetch` knows; `null`: rows given in Python.",
+    )
+    columns: dict[Literal["text", "prompt", "completion", "messages"], str] = Field(
+        default_factory=dict, description="What the file calls these columns, as `sft.columns`."
+    )
+    held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="Fraction of demonstrations kept for evaluation, chosen by a hash of their text."
+    )
+    max_tokens: Positive | None = Field(
+        None,
+        description="Longer demonstrations are cut to so many tokens, and counted; `null`: one longer than the model's context is refused.",
+    )
+    batch_size: Positive = Field(16, description="Demonstrations added to each minibatch; all of them where there are fewer.")
+    coef: NonNegative = Field(
+        0.5, description="Weight of their mean negative log-likelihood per token in the loss; 0: they are evaluated alone."
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="How coef moves over the run.")
+
+
 class PPOConfig(Section):
     """The algorithm (Schulman et al. 2017, arXiv:1707.06347; for language models Ziegler et al. 2019, arXiv:1909.08593)."""
 
@@ -296,6 +320,7 @@ class PPOConfig(Section):
         gt=0,
         description="Trust region δ: the update stops before a step once a minibatch's KL(old‖new) passes this, nats per token; `null`: no stop.",
     )
+    ptx: PTXConfig | None = Field(None, description=PTXConfig.__doc__)
     missing_eos_penalty: NonNegative | None = Field(
         None, description="Charged when an answer was cut off by the length limit; `null`: nothing."
     )

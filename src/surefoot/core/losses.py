@@ -38,6 +38,7 @@ class LossStats:
     """Sums over the masked steps of one micro-batch, in the order of `NAMES`; they add up over micro-batches. Detached.
 
     Each name is also an attribute, a scalar tensor; means are these divided by `steps`. `ratio_max` is a maximum.
+    `imitation` has those of demonstrations whose loss was added.
     """
 
     NAMES = ("policy_loss", "value_loss", "entropy", "ratio", "approx_kl", "clipped", "value_clipped", "steps")
@@ -52,14 +53,20 @@ class LossStats:
 
     sums: Any  # [8] float32, a tensor or an array
     ratio_max: Any
+    imitation: LossStats | None = None
 
     @property
     def is_finite(self) -> bool:
         """Whether the losses are numbers."""
-        return math.isfinite(float(self.sums[:2].sum()))
+        return math.isfinite(float(self.sums[:2].sum())) and (self.imitation is None or self.imitation.is_finite)
 
     def __add__(self, other: LossStats) -> LossStats:
-        return LossStats(self.sums + other.sums, library_of(self.sums).maximum(self.ratio_max, other.ratio_max))
+        imitated = [stats.imitation for stats in (self, other) if stats.imitation is not None]
+        return LossStats(
+            self.sums + other.sums,
+            library_of(self.sums).maximum(self.ratio_max, other.ratio_max),
+            imitated[0] + imitated[1] if len(imitated) == 2 else next(iter(imitated), None),
+        )
 
 
 def clipped_policy_loss(

@@ -21,21 +21,25 @@ class Demonstrations:
     `data` is a JSONL file, a list or a `datasets.Dataset` of rows `{"text": …}` (or plain strings), `{"prompt": …,
     "completion": …}` or `{"messages": [{"role": …, "content": …}, …]}`; other columns are left alone. `columns` maps these
     names to the data's own. `held_out` is the fraction kept for evaluation, chosen by a hash of the contents. Raises
-    InputError, naming the line, for rows of another kind than the first or with nothing to learn.
+    InputError, naming the line (of a list: `name` and the row), for rows of another kind than the first or with nothing to
+    learn.
     """
 
-    def __init__(self, data: Any, *, held_out: float = 0.1, columns: Mapping[Any, str] | None = None):
+    def __init__(self, data: Any, *, held_out: float = 0.1, columns: Mapping[Any, str] | None = None, name: str = "data"):
+        source = data if isinstance(data, (str, Path)) else name
         columns = {name: name for name in _ROLES} | dict(columns or {})
         examples: list[Demonstration] = []
-        for where, row in read_rows(data, "data"):
+        for where, row in read_rows(data, name):
             examples.append(_demonstration(row, columns, where, like=examples[0] if examples else None))
         if not examples:
-            raise InputError(f"{data if isinstance(data, (str, Path)) else 'data'}: no examples there; one is needed at least")
+            raise InputError(f"{source}: no examples there; one is needed at least")
         is_held_out = [hash_fraction(json.dumps(example.contents, default=str)) < held_out for example in examples]
         self.train = [example for example, held in zip(examples, is_held_out, strict=True) if not held]
         self.held_out = [example for example, held in zip(examples, is_held_out, strict=True) if held]
         if not self.train:
-            raise InputError(f"no examples to train on: all {len(examples)} were held out; lower held_out or give more")
+            raise InputError(
+                f"{source}: no examples to train on: all {len(examples)} were held out; lower held_out or give more"
+            )
 
     def training_index(self, number: int, seed: int) -> int:
         """Which of `train` comes as number `number` of the run: every epoch has its own order."""
@@ -51,7 +55,7 @@ def _demonstration(row: Any, columns: Mapping[str, str], where: str, *, like: De
     found = [name for name in _ROLES if columns[name] in row]
     if tuple(found) not in KINDS:
         has = ", ".join(map(str, row)) or "nothing"
-        raise InputError(f"{where}: has {has}; one of text, prompt and completion, or messages is needed (sft.columns renames)")
+        raise InputError(f"{where}: has {has}; one of text, prompt and completion, or messages is needed (columns renames)")
     if like is not None and found != list(like.contents):
         raise InputError(
             f"{where}: has {' and '.join(found)}, but {like.where} has {' and '.join(like.contents)}; a file holds one kind"

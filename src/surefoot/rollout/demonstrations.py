@@ -33,20 +33,22 @@ class Lesson:
 class DemonstrationRollout:
     """Takes a run's batches from examples, one after the other through shuffled epochs; nothing is generated.
 
-    Raises InputError for an example that does not fit, or if the data is another than a checkpoint's.
+    `key` is the section of `sft`'s fields, for errors. Raises InputError for an example that does not fit, or if the data is
+    another than a checkpoint's.
     """
 
     unit = "examples"
     throughput = "throughput/tokens_per_s"
 
-    def __init__(self, policy: LanguagePolicy, data: Demonstrations, *, sft: SFTConfig, seed: int):
+    def __init__(self, policy: LanguagePolicy, data: Demonstrations, *, sft: SFTConfig, seed: int, key: str = "sft"):
         if sft.max_tokens is not None and sft.max_tokens > policy.context_length:
             raise InputError(
-                f"sft.max_tokens ({sft.max_tokens}) is more than the model's context of {policy.context_length} tokens"
+                f"{key}.max_tokens ({sft.max_tokens}) is more than the model's context of {policy.context_length} tokens"
             )
         if not policy.model_end_tokens:
             raise InputError("policy.model: names no end token, without which an answer would never end; set its eos_token")
         self.policy, self.data, self.sft, self.seed = policy, data, sft, seed
+        self.key = key
         self.truncated = 0  # examples that were cut to max_tokens
         self._train = [self._lesson(example) for example in data.train]
         self._held_out = [self._lesson(example) for example in data.held_out]
@@ -96,6 +98,14 @@ class DemonstrationRollout:
         """Whether examples were held out."""
         return bool(self._held_out)
 
+    @property
+    def notice(self) -> str:
+        """That examples were cut, if any were."""
+        if not self.truncated:
+            return ""
+        total = len(self._train) + len(self._held_out)
+        return f"{self.truncated} of {total} examples are cut to {self.key}.max_tokens ({self.sft.max_tokens})"
+
     def state(self) -> dict[str, Any]:
         """All that is random follows from counters; what the examples were is kept to be compared."""
         return {"examples": self._digest}
@@ -103,7 +113,9 @@ class DemonstrationRollout:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's `state`. Raises InputError for other examples than it was trained on."""
         if state["examples"] != self._digest:
-            raise InputError("sft.data: these are not the examples that the run was begun with; go on with the same ones")
+            raise InputError(
+                f"{self.key}.data: these are not the examples that the run was begun with; go on with the same ones"
+            )
 
     def _batch(self, lessons: Sequence[Lesson]) -> Batch:
         return demonstration_batch([(lesson.tokens, lesson.is_trained) for lesson in lessons], device=self.policy.device)
@@ -115,13 +127,13 @@ class DemonstrationRollout:
             if self.sft.max_tokens is None:
                 raise InputError(
                     f"{example.where}: has {len(lesson.tokens)} tokens, more than the model's context of {limit}; shorten it, "
-                    "or let sft.max_tokens cut it"
+                    f"or let {self.key}.max_tokens cut it"
                 )
             lesson = Lesson(lesson.tokens[:limit], lesson.is_trained[:limit])
             self.truncated += 1
         if not any(lesson.is_trained):
             raise InputError(
-                f"{example.where}: nothing to learn is left of it within {limit} tokens; raise sft.max_tokens or drop it"
+                f"{example.where}: nothing to learn is left of it within {limit} tokens; raise {self.key}.max_tokens or drop it"
             )
         return lesson
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # Metric -> how the table shows it.
 SHOWN = {
     "reward/mean": ("reward", "{:+.3f}"),
+    "ptx/loss": ("demonstrations", "{:.3f} nats/token"),
     "sft/nll": ("NLL", "{:.3f} nats/token"),
     "sft/epoch": ("epoch", "{:.2f}"),
     "reward_model/loss": ("loss", "{:.3f}"),
@@ -34,6 +35,7 @@ SHOWN = {
 # The same where each update is one line.
 IN_A_LINE = {
     "reward/mean": "reward {:+.3f}",
+    "ptx/loss": "demonstrations {:.3f}",
     "sft/nll": "NLL {:.3f}",
     "sft/epoch": "epoch {:.2f}",
     "reward_model/loss": "loss {:.3f}",
@@ -52,6 +54,7 @@ EVALUATED = {
     "eval/reward_std": "± {:.3f}",
     "eval/nll": "NLL {:.3f} nats/token",
     "eval/perplexity": "perplexity {:.2f}",
+    "eval/ptx_perplexity": "demonstrations' perplexity {:.2f}",
     "eval/accuracy": "accuracy {:.3f}",
     "eval/pearson": "Pearson {:.3f}",
     "eval/spearman": "Spearman {:.3f}",

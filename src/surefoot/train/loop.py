@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from threadpoolctl import threadpool_limits
 
-from surefoot.config import Config, PPOConfig
+from surefoot.config import Config, PPOConfig, PTXConfig
 from surefoot.core.kl import adapted_kl_coef
 from surefoot.core.schedules import schedule
 from surefoot.core.seeds import derived_seed
@@ -27,7 +27,7 @@ from surefoot.train import checkpoint
 from surefoot.train.gates import NEGATIVE_KL_LIMIT, check_first_minibatch, check_kl_sign, is_surely_negative
 from surefoot.train.metrics import batch_metrics, measures_of
 from surefoot.train.signals import Abandon, StopRequest
-from surefoot.train.update import TokenBudget, advantages, update
+from surefoot.train.update import TokenBudget, advantages, ptx_coef, update
 from surefoot.types import Batch
 
 
@@ -166,15 +166,23 @@ def scheduled(t: Training, name: str, kind: str) -> float:
     return float(getattr(t.ppo, name)) * schedule(kind, t.progress.updates, t.total_updates, warmup=warmup)
 
 
+def _ptx_now(t: Training) -> PTXConfig | None:
+    """The demonstrations' settings, their weight as the next update has it."""
+    if (ptx := t.ppo.ptx) is None:
+        return None
+    return ptx.model_copy(update={"coef": ptx.coef * schedule(ptx.schedule, t.progress.updates, t.total_updates)})
+
+
 def improve(t: Training, batch: Batch, *, budget: TokenBudget, check_itself: bool) -> dict[str, float]:
     """Advantages and one update; moves `progress` on and returns the update's metrics."""
     t.tell_phase("update")
     p, ppo, started = t.progress, t.ppo, time.perf_counter()
     learning_rate = scheduled(t, "learning_rate", ppo.lr_schedule)
     now = {"clip_range": scheduled(t, "clip_range", ppo.clip_schedule), "ent_coef": scheduled(t, "ent_coef", ppo.ent_schedule)}
-    ppo = ppo.model_copy(update={**now, "kl_coef": p.kl_coef})
+    ppo = ppo.model_copy(update={**now, "kl_coef": p.kl_coef, "ptx": _ptx_now(t)})
     advantages(batch, ppo)
     metrics = batch_metrics(batch) | ({"kl/coef": p.kl_coef} if batch.objective == "policy" else {})
+    metrics |= {} if ppo.ptx is None else {"ptx/coef": ptx_coef(batch, ppo)}
     gate = functools.partial(check_first_minibatch, exact=t.policy.scores_like_sampler)
     result = update(
         t.policy,
@@ -351,7 +359,8 @@ def _interrupted(t: Training) -> Interrupted:
     env, supervised = t.config.env, t.config.sft or t.config.reward_model
     named = env.id if env is not None else supervised.data if supervised is not None else t.config.task
     is_in_config = named is not None
-    again = f"{t.config.opener}.load({path!r}, {'data' if supervised else 'task' if env is None else 'env'})"
+    ptx_rows = ", ptx_data=rows" if (ptx := t.config.ppo.ptx) is not None and ptx.data is None else ""
+    again = f"{t.config.opener}.load({path!r}, {'data' if supervised else 'task' if env is None else 'env'}{ptx_rows})"
     how = f"surefoot resume {shlex.quote(path)}" if is_in_config else f"{again}.learn()"
     return Interrupted(t.stop.signal_number, f"stopped after update {t.progress.updates}, saved; continue with: {how}")
 

@@ -32,6 +32,8 @@ METRICS = {
     "ppo/grad_norm": "Gradient norm before clipping, mean over the steps taken.",
     "ppo/learning_rate": "Adam's step size in this update.",
     "ppo/skipped_steps": "Optimiser steps skipped so far because loss or gradient was not finite.",
+    "ptx/loss": "With ptx: negative log-likelihood of the demonstrations' trained tokens before each step, mean over those of the update's minibatches; nats per token.",
+    "ptx/coef": "With ptx: the weight of that loss in this update; 0 also while the critic alone learns.",
     "sft/nll": "Negative log-likelihood of the trained tokens before the step, mean over them; nats per token.",
     "sft/epoch": "Passes over the examples so far.",
     "sft/grad_norm": "With sft: gradient norm before clipping.",
@@ -68,6 +70,7 @@ METRICS = {
     "eval/metric": "Mean of the task's metric on held-out prompts; the reward if the task has none; with sft, -eval/nll; with reward_model, -eval/loss. The best checkpoint is kept by it.",
     "eval/nll": "With sft: negative log-likelihood of the held-out examples' trained tokens, mean over all of them; nats per token.",
     "eval/perplexity": "e to the eval/nll: 1 is certainty, the vocabulary's size is knowing nothing.",
+    "eval/ptx_perplexity": "With ptx: e to the negative log-likelihood of the held-out demonstrations' trained tokens, mean over all of them.",
     "eval/loss": "With reward_model: its loss on the held-out judgements, as `reward_model/loss`.",
     "eval/accuracy": "With reward_model: share of held-out pairs whose chosen text has the higher score; of ratings, of all pairs of unlike ratings, the share whose scores stand in the same order. Equal scores count half.",
     "eval/pearson": "With reward_model: correlation of scores and ratings on held-out texts.",
@@ -127,6 +130,8 @@ def update_metrics(result: UpdateResult, *, learning_rate: float, skipped: int) 
         }
         if result.has_critic:
             metrics |= {"critic/value_loss": means["value_loss"], "critic/clip_fraction": means["value_clipped"]}
+        if (imitation := result.stats.imitation) is not None:
+            metrics["ptx/loss"] = float(imitation.policy_loss / imitation.steps)
     return metrics
 
 

@@ -138,7 +138,8 @@ def update(
     With `skip_equal_groups` nothing is done where no group is left.
     `before_first_step` sees the first minibatch's statistics while old and new policy are still one, and may raise.
     A batch of another `objective` has no advantages: its steps are those of the negative log-likelihood of what was
-    demonstrated, or of a reward model's loss.
+    demonstrated, or of a reward model's loss. With `ptx` the batch's own `demonstrations` are imitated besides: to each
+    minibatch's loss comes `coef` times their mean negative log-likelihood, and the sum is one step.
     """
     config = config or PPOConfig()
     optimizer = optimizer or make_optimizer(policy, config)
@@ -162,11 +163,12 @@ def update(
         batch = replace(batch, advantages_BT=whiten(batch.advantages_BT, batch.mask_BT))
         config = config.model_copy(update={"normalize_advantage": False})
     with policy.closed_form(optimizer) or by_autograd as (accumulate, optimizer):
+        gradient = functools.partial(
+            accumulate_gradient, policy, config=config, optimizer=optimizer, budget=budget, accumulate=accumulate
+        )
         for _ in range(config.n_epochs):
             for piece, rows in minibatches(batch, rows_per_minibatch, generator):
-                stats = accumulate_gradient(
-                    policy, piece, rows, config=config, optimizer=optimizer, budget=budget, accumulate=accumulate
-                )
+                stats = gradient(piece, rows, step=result.steps + result.skipped)
                 if before_first_step is not None:
                     before_first_step(stats)
                     before_first_step = None
@@ -187,17 +189,34 @@ def accumulate_gradient(
     optimizer: torch.optim.Adam,
     budget: TokenBudget,
     accumulate: Callable[..., LossStats] | None = None,
+    step: int = 0,
 ) -> LossStats:
-    """Gradient of the minibatch `rows`, accumulated over micro-batches; its statistics. Out of memory: smaller ones."""
+    """Gradient of the minibatch `rows`, accumulated over micro-batches; its statistics. Out of memory: smaller ones.
+
+    `step` is the update's step that it is for: which demonstrations are added.
+    """
     while True:
         optimizer.zero_grad(set_to_none=True)
         try:
-            if batch.objective == "policy":
-                return _accumulate(policy, batch, rows, config=config, token_budget=budget.tokens, accumulate=accumulate)
-            teach = _imitate if batch.objective == "imitation" else _judge
-            return teach(policy, batch, rows, token_budget=budget.tokens)
+            if batch.objective == "imitation":
+                return _imitate(policy, batch, rows, token_budget=budget.tokens)
+            if batch.objective != "policy":
+                return _judge(policy, batch, rows, token_budget=budget.tokens)
+            stats = _accumulate(policy, batch, rows, config=config, token_budget=budget.tokens, accumulate=accumulate)
+            if not (coef := ptx_coef(batch, config)):
+                return stats
+            assert batch.demonstrations is not None, "ppo.ptx needs the batch's demonstrations"
+            examples = batch.demonstrations(step)
+            everything = torch.arange(len(examples))
+            return replace(stats, imitation=_imitate(policy, examples, everything, token_budget=budget.tokens, coef=coef))
         except torch.OutOfMemoryError as error:
             budget.shrink(error, smallest=int(batch.mask_BT.shape[1]))
+
+
+def ptx_coef(batch: Batch, config: PPOConfig) -> float:
+    """Weight of the demonstrations in the loss of such a batch; 0 also while the critic alone learns."""
+    is_warm = batch.version >= config.critic_warmup_updates
+    return config.ptx.coef if config.ptx is not None and is_warm else 0.0
 
 
 def _accumulate(
@@ -296,14 +315,14 @@ def _loss_settings(batch: Batch, config: PPOConfig) -> LossSettings:
     )
 
 
-def _imitate(policy: Policy, batch: Batch, rows: Tensor, *, token_budget: int) -> LossStats:
+def _imitate(policy: Policy, batch: Batch, rows: Tensor, *, token_budget: int, coef: float = 1.0) -> LossStats:
     denominator = max(int(batch.mask_BT[rows].sum()), 1)
     total: LossStats | None = None
     for micro in micro_batches(batch, rows, token_budget):
         part = batch.rows(micro)
         new = policy.evaluate(part)
         loss, stats = imitation_loss(new.logprobs_BT, new.entropies_BT, mask_BT=part.mask_BT, denominator=denominator)
-        loss.backward()
+        (coef * loss).backward()
         total = stats if total is None else total + stats
     assert total is not None
     return total
