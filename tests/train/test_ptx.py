@@ -177,7 +177,7 @@ def test_running_out_of_memory_in_the_demonstrations_begins_the_minibatch_again(
 
     def scarce(part: Batch, **options: Any) -> Any:
         calls.append(part.objective)
-        if calls.count("imitation") == 2:
+        if part.objective == "imitation" and calls.count("imitation") == 2:
             raise torch.OutOfMemoryError("no room left")
         return evaluate(part, **options)
 
@@ -280,9 +280,8 @@ def test_at_weight_0_demonstrations_are_evaluated_and_nothing_else_changes() -> 
     plain, watched = ppo(run_name="plain").learn(), ppo(run_name="watched", ptx_data=PAIRS, ptx={"coef": 0.0}).learn()
     assert all(torch.equal(value, weights(watched)[name]) for name, value in weights(plain).items())
     for line, other in zip(rows(Path("runs/plain")), rows(Path("runs/watched")), strict=True):
-        assert other == line | (
-            {"eval/ptx_perplexity": other["eval/ptx_perplexity"]} if "eval/reward" in line else {"ptx/coef": 0}
-        )
+        name = "eval/ptx_perplexity" if "eval/reward" in line else "ptx/coef"
+        assert other == line | {name: other[name]} and (other[name] > 1 or name == "ptx/coef")
 
 
 @pytest.mark.usefixtures("_in_a_folder_of_its_own")
@@ -335,7 +334,7 @@ MIXED = {
     "samples_per_prompt": 2,
     "skip_equal_groups": True,
     "batch_size": 2,
-    "target_kl": 0.02,
+    "target_kl": 0.2,
     "kl_target": None,
 }
 
@@ -356,7 +355,7 @@ def test_a_killed_and_resumed_mixed_run_is_the_run_that_was_not(tmp_path: Path, 
     handed_out = expected["state"]["rollout"]["ptx"]["handed_out"]
     full = 6 * 2 * CONFIG["ppo"]["episodes_per_update"] // MIXED["batch_size"] * MIXED["ptx"]["batch_size"]
     assert 0 < handed_out < full  # stopped updates ask for fewer
-    for nth in (2, 8, 14):
+    for nth in (2, 7, 12):  # between the steps of an update
         folder = tmp_path / str(nth)
         run = mixed_project(folder, base)
         struck = warm.run(folder, "ppo", "ppo.yaml", strikes=[Strike(STEP, nth, KILL, after=True)])
