@@ -91,7 +91,7 @@ def plain_signature(function: Callable[..., object]) -> str:
 
 
 SIGNATURES = {
-    PPO.__init__: "(self, policy, env=None, *, config=None, verbose=1, run=None, **settings)",
+    PPO.__init__: "(self, policy, env=None, *, config=None, verbose=1, run=None, ptx_data=None, **settings)",
     PPO.learn: "(self, total=None, /, callback=None, progress_bar=False, *, total_episodes=None, total_timesteps=None)",
     PPO.evaluate: "(self, episodes=None)",
     PPO.generate: "(self, prompts, *, seed=0, **sampling)",
