@@ -33,9 +33,10 @@ ALLOWED = {
     "ppo": {"core", "run", "policies", "envs", "generation", "rollout", "train", "build", "sb3"},
     "sft": {"run", "policies", "rollout", "train", "build", "ppo"},
     "reward_model": {"run", "policies", "envs", "rollout", "train", "build", "ppo"},
+    "pipeline": {"run", "ppo", "sft", "reward_model", "build", "assets"},
     "play": {"run", "ppo", "build", "envs", "rollout"},
     "demo": {"run", "ppo", "build"},
-    "cli": {"run", "ppo", "sft", "reward_model", "build", "demo", "play", "assets"},
+    "cli": {"run", "ppo", "sft", "reward_model", "build", "demo", "play", "pipeline", "assets"},
     "__init__": {"ppo", "sft", "reward_model", "sb3", "envs", "policies", "rollout", "train"},
 }
 NOUNS = {"errors", "types", "config"}

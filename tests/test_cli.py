@@ -104,9 +104,9 @@ def test_the_version_is_told():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "a verb is needed; there are ppo, sft, reward-model, resume, generate, play, fetch, demo"),
+        ([], "a verb is needed; there are ppo, sft, reward-model, pipeline, resume, generate, play, fetch, demo"),
         (["resum"], "unknown verb 'resum'; did you mean 'resume'?"),
-        (["train"], "unknown verb 'train'; there are ppo, sft, reward-model, resume, generate, play, fetch, demo"),
+        (["train"], "unknown verb 'train'; there are ppo, sft, reward-model, pipeline, resume, generate, play, fetch, demo"),
         (["--nosuch"], "the following arguments are required: VERB; see surefoot --help"),
         (["ppo"], "the following arguments are required: FILE; see surefoot ppo --help"),
         (["ppo", "config.yaml", "more"], "unrecognized arguments: more; see surefoot --help"),

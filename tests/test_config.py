@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 
 from surefoot.config import (
     ENV_DEFAULTS,
@@ -418,17 +420,30 @@ def test_a_list_on_the_command_line_is_yaml(written):
 YAMLS = sorted([ROOT / "src/surefoot/demo.yaml", *ROOT.glob("recipes/**/*.yaml"), *ROOT.glob("examples/**/*.yaml")])
 
 
+SWEEPS = [path for path in YAMLS if path.name.startswith("sweep")]
+PIPELINES = [path for path in YAMLS if path.name.startswith("pipeline")]
+
+
 def test_there_are_configurations_to_read():
     assert len(YAMLS) >= 2
 
 
-@pytest.mark.parametrize("path", YAMLS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", sorted({*YAMLS} - {*SWEEPS, *PIPELINES}), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_yaml_in_the_repository_is_a_whole_configuration(path):
     config = load_config(path)
     named = config.task.reward if config.task else config.env.id if config.env else None
     assert named is not None
     file = named.rsplit(":", 1)[0]
     assert not file.endswith(".py") or Path(file).is_file()
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_variant_of_a_sweep_is_a_whole_configuration(path):
+    sweep = yaml.safe_load(path.read_text())
+    assert len(sweep["variants"]) > 1 and len(sweep["seeds"]) >= 3
+    for flags in sweep["variants"].values():
+        words = shlex.split(flags or "")
+        load_config(path.parent / sweep["base"], {key[2:]: value for key, value in zip(words[::2], words[1::2], strict=True)})
 
 
 def test_what_is_written_reads_back_the_same(tmp_path):

@@ -86,6 +86,15 @@ def reward_model(options: argparse.Namespace, overrides: dict[str, str]) -> None
     _train(RewardModel(config.policy.model, config=config))
 
 
+def pipeline(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    """Run the stages of a YAML file one after the other, or go on with them where they were stopped."""
+    from surefoot.pipeline import load_pipeline, run_pipeline
+
+    stages = load_pipeline(options.file, overrides)
+    run_pipeline(stages)
+    print(f"done:  {stages[-1].product}")
+
+
 def resume(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     """Continue a run from its newest whole checkpoint, as it was begun."""
     import surefoot
@@ -155,16 +164,17 @@ def _train(model: PPO | SFT | RewardModel) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; a verb that takes the configuration's fields as flags lists them in its help."""
+    """Says what is wrong in one line, and in its help, where asked, the configuration's fields."""
 
     takes_fields = False
+    lists_fields = False
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see {self.prog} --help")
 
     def format_help(self) -> str:
         text = super().format_help()
-        if not self.takes_fields:
+        if not self.lists_fields:
             return text
         from surefoot.config import field_table
 
@@ -203,6 +213,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         name = getattr(function, "__name__", "").replace("_", "-")
         sub = group.add_parser(name, help=summary, description=summary, usage=f"surefoot {name} {usage}", allow_abbrev=False)
         sub.takes_fields = takes_fields
+        sub.lists_fields = takes_fields and function is not pipeline  # whose fields have its stages' names before them
         sub.set_defaults(verb=function)
         verbs[name] = sub
         return sub
@@ -211,6 +222,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     verb(sft, "FILE [--section.field value ...]", takes_fields=True).add_argument("file", metavar="FILE", help="YAML file")
     learner = verb(reward_model, "FILE [--section.field value ...]", takes_fields=True)
     learner.add_argument("file", metavar="FILE", help="YAML file")
+    stages = verb(pipeline, "FILE [--stages.name.section.field value ...]", takes_fields=True)
+    stages.add_argument("file", metavar="FILE", help="YAML file with stages (docs/pipeline.md)")
     verb(resume, "RUN").add_argument("run", metavar="RUN", help="run folder")
     writer = verb(generate, "RUN|MODEL TEXT [options]")
     writer.add_argument("model", metavar="RUN|MODEL", help="run folder, model folder, asset name or hub id")

@@ -56,11 +56,15 @@ __all__ = [
     "SelfPlayConfig",
     "TaskConfig",
     "absolute_paths",
+    "config_from",
     "dump_config",
     "field_table",
     "load_config",
     "make_config",
+    "make_paths_relative_to",
     "nested",
+    "read_sections",
+    "set_field",
     "setting_keys",
     "with_sampling",
 ]
@@ -169,17 +173,27 @@ def load_config(path: Path | str, overrides: Mapping[str, str] | None = None) ->
     Relative paths in the file are relative to the file; those in overrides to the working directory.
     Raises InputError with one line: what, where, how to mend it.
     """
-    path = Path(path)
-    data = strict_yaml.read(path)
+    return config_from(read_sections(path), Path(path), overrides)
+
+
+def read_sections(path: Path | str) -> dict[str, Any]:
+    """The sections of a YAML file, unchecked, without those whose lines are all comments. Raises InputError."""
+    data = strict_yaml.read(Path(path))
     data = {} if data is None else data
     if not isinstance(data, dict):
         raise InputError(f"{path}: expected sections such as 'ppo:' at the top, found {short(data)}")
-    data = {key: value for key, value in data.items() if value is not None}  # a section whose lines are all comments
-    _make_paths_relative_to(path.parent, data)
+    return {key: value for key, value in data.items() if value is not None}
+
+
+def config_from(
+    data: dict[str, Any], path: Path, overrides: Mapping[str, str] | None = None, *, where: str | None = None
+) -> Config:
+    """`load_config` for sections that were read from the file `path`; messages begin with `where`, by default `path`."""
+    make_paths_relative_to(path.parent, data)
     flags = {key.replace("-", "_"): text for key, text in (overrides or {}).items()}
     for key, text in flags.items():
-        _set(data, key, text)
-    return make_config(data, where=str(path), flags=flags)
+        set_field(data, key, text)
+    return make_config(data, where=where or str(path), flags=flags)
 
 
 def make_config(data: dict[str, Any], *, where: str, flags: Collection[str] = ()) -> Config:
@@ -201,7 +215,7 @@ def dump_config(config: Config, *, exclude: Collection[str] = ()) -> str:
 def absolute_paths(config: Config) -> Config:
     """The same configuration with its local files named from the root: it means the same wherever it is read."""
     data = config.model_dump()
-    _make_paths_relative_to(Path.cwd(), data)
+    make_paths_relative_to(Path.cwd(), data)
     return make_config(data, where="config")
 
 
@@ -252,8 +266,8 @@ def nested(settings: dict[str, Any], algorithm: Literal["ppo", "sft", "reward_mo
     return data
 
 
-def _set(data: dict[str, Any], key: str, text: str) -> None:
-    """Set `section.field` from a command-line string."""
+def set_field(data: dict[str, Any], key: str, text: str) -> None:
+    """Set `section.field` from a command-line string. Raises InputError for what is no such name."""
     if not text.strip():
         raise InputError(f"{as_flag(key)}: the value is empty; write null for none")
     value = strict_yaml.scalar(text)
@@ -271,8 +285,8 @@ def _set(data: dict[str, Any], key: str, text: str) -> None:
     data[leaf] = value
 
 
-def _make_paths_relative_to(folder: Path, data: dict[str, Any]) -> None:
-    """Rewrite relative paths in place. Names of assets, hub ids and modules stay."""
+def make_paths_relative_to(folder: Path, data: dict[str, Any]) -> None:
+    """Take the relative paths of `data` to be relative to `folder`, in place. Names of assets, hub ids and modules stay."""
     for *sections, key in (
         ("run", "folder"),
         ("policy", "model"),
@@ -283,6 +297,7 @@ def _make_paths_relative_to(folder: Path, data: dict[str, Any]) -> None:
         ("sft", "data"),
         ("reward_model", "data"),
         ("ppo", "ptx", "data"),
+        ("pseudo_labels", "join"),
     ):
         values: Any = data
         for section in sections:
@@ -296,7 +311,7 @@ def _is_path(key: str, value: str, folder: Path) -> bool:
     if key in {"reward", "metric", "id"}:
         return ".py:" in value or (key != "id" and os.path.isdir(folder / value))  # a reward model
     # A prompt file that is not there yet must not be found elsewhere by accident.
-    is_file_name = key in {"prompts", "data"} and ("/" in value or ".json" in value)
+    is_file_name = key in {"prompts", "data", "join"} and ("/" in value or ".json" in value)
     return key == "folder" or is_file_name or value.startswith(".") or os.path.exists(folder / value)
 
 

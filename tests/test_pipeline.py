@@ -1,0 +1,195 @@
+"""`surefoot pipeline`: stages that take what earlier ones left, resume, pseudo-labels, and bad input in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from surefoot import build, collect
+from surefoot.config.pipeline import PipelineConfig, PseudoLabelsConfig
+from surefoot.errors import InputError
+from surefoot.pipeline import load_pipeline
+from surefoot.types import StopReason, Trajectory
+from tests.inputs import model_folder, run_cli
+from tests.train.small_run import rows
+from tests.train.warm import Strike, Warm
+
+WEIGHTS = "model.safetensors"
+PAIRS = [{"prompt": f"{word} {number}", "completion": f" {word * 2}"} for word in ("the", "an", "in") for number in range(4)]
+RATINGS = [{"text": f"{word} film {number}", "rating": number % 3} for word in ("good", "bad") for number in range(6)]
+PROMPTS = [{"prompt": f"{word} {number}"} for word in ("the", "our", "in") for number in range(4)]
+STAGES: dict[str, Any] = {
+    "taught": {"sft": {"data": "pairs.jsonl", "epochs": 1, "batch_size": 4, "held_out": 0.3}},
+    "judge": {"reward_model": {"data": "ratings.jsonl", "epochs": 1, "batch_size": 4, "held_out": 0.3}},
+    "tuned": {
+        "policy": {"model": "stage:taught"},
+        "task": {"prompts": "prompts.jsonl", "reward": "stage:judge", "held_out": 0.3},
+        "generation": {"max_new_tokens": 3},
+        "ppo": {"total_episodes": 8, "episodes_per_update": 4, "batch_size": 4, "n_epochs": 1},
+    },
+    "answers": {
+        "policy": {"model": "stage:tuned"},
+        "task": {"prompts": "prompts.jsonl", "reward": "stage:judge", "held_out": 0.3},
+        "generation": {"max_new_tokens": 3, "stop": ["e", "o", "a", "i"]},
+        "pseudo_labels": {"episodes": 12, "keep": 0.25, "join": "pairs.jsonl"},
+    },
+    "again": {"sft": {"data": "stage:answers", "epochs": 1, "batch_size": 4, "held_out": 0.3}},
+}
+
+
+def write(folder: Path, stages: dict[str, Any]) -> Path:
+    """Data, model and `pipeline.yaml` in `folder`; the YAML's path."""
+    for name, data in (("pairs", PAIRS), ("ratings", RATINGS), ("prompts", PROMPTS)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    if not (folder / "model").exists():
+        shutil.copytree(model_folder(), folder / "model")
+    policy = {"model": "model", "adapter": {"rank": 2}, "dtype": "float32"}
+    common = {"seed": 5, "device": "cpu", "policy": policy, "evaluate": {"every": 1, "episodes": 2}}
+    pipeline = {"folder": "runs", "common": common, "stages": stages}
+    (folder / "pipeline.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(pipeline)), sort_keys=False))
+    return folder / "pipeline.yaml"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline that ran to its end without a stop."""
+    folder = tmp_path_factory.mktemp("whole")
+    outcome = run_cli("pipeline", str(write(folder, STAGES)))
+    assert outcome.code == 0, outcome.err
+    return folder
+
+
+def test_every_stage_leaves_what_the_next_one_takes(whole: Path):
+    runs = whole / "runs"
+    assert sorted(path.name for path in runs.iterdir()) == ["again", "answers", "judge", "taught", "tuned"]
+    tuned = yaml.safe_load((runs / "tuned" / "config.yaml").read_text())
+    assert tuned["policy"]["model"] == str(runs / "taught" / "model")
+    assert tuned["task"]["reward"] == str(runs / "judge" / "model")
+    assert (runs / "again" / "model" / "model.safetensors").is_file()
+
+
+def test_pseudo_labels_are_the_given_rows_and_then_the_best_answers(whole: Path):
+    lines = (whole / "runs" / "answers" / "pseudo_labels.jsonl").read_text().splitlines()
+    examples = [json.loads(line) for line in lines]
+    assert examples[: len(PAIRS)] == PAIRS
+    config = load_pipeline(whole / "pipeline.yaml")[3].config
+    task = build.build_task(config)
+    batch = collect(build.build_policy(config), task, episodes=12, seed=5, generation=config.generation, ppo=config.ppo)
+    written = sorted((t for t in batch.trajectories if isinstance(t, Trajectory)), key=lambda t: -t.score)
+    whole_ones = [t for t in written if t.text.strip() and t.completion.stop_reason is not StopReason.LENGTH]
+    assert {t.text for t in written} > {t.text for t in whole_ones}  # or there was nothing to leave out
+    best = dict.fromkeys((t.prompt, t.text) for t in whole_ones[:3])  # a quarter of 12, the same one once
+    assert [(row["prompt"], row["completion"]) for row in examples[len(PAIRS) :]] == list(best)
+
+
+def test_a_finished_pipeline_does_nothing(whole: Path):
+    before = {path: path.stat().st_mtime_ns for path in (whole / "runs").rglob("*") if path.is_file() and path.name != ".lock"}
+    outcome = run_cli("pipeline", str(whole / "pipeline.yaml"))
+    assert outcome.code == 0
+    assert outcome.out.count("finished before") == len(STAGES)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.parametrize(
+    "strike",
+    [
+        Strike("surefoot.train.update:take_step", nth=4, signals=[int(signal.SIGKILL)]),
+        Strike("surefoot.pipeline:write_durably", nth=2, signals=[int(signal.SIGKILL)]),
+        Strike("surefoot.reward_model:RewardModel.save", signals=[int(signal.SIGKILL)]),
+    ],
+    ids=["in a stage", "writing pseudo-labels", "between training and saving"],
+)
+def test_a_killed_pipeline_goes_on_to_the_same_weights(tmp_path: Path, whole: Path, strike: Strike):
+    file = write(tmp_path, STAGES)
+    with Warm() as warm:
+        assert warm.run(tmp_path, "pipeline", file, strikes=[strike]).code == -signal.SIGKILL
+        ended = warm.run(tmp_path, "pipeline", file)
+    assert ended.code == 0, ended.stderr
+    for stage in ("taught", "tuned", "again"):
+        mine, other = tmp_path / "runs" / stage, whole / "runs" / stage
+        assert rows(mine) == rows(other)
+        assert (mine / "model" / WEIGHTS).read_bytes() == (other / "model" / WEIGHTS).read_bytes()
+    labels = ("runs", "answers", "pseudo_labels.jsonl")
+    assert tmp_path.joinpath(*labels).read_bytes() == whole.joinpath(*labels).read_bytes()
+
+
+def test_flags_reach_a_stage_and_the_common_part(tmp_path: Path):
+    stages = load_pipeline(write(tmp_path, STAGES), {"common.seed": "9", "stages.tuned.ppo.total_episodes": "4"})
+    assert {stage.config.seed for stage in stages} == {9}
+    assert stages[2].config.ppo.total_episodes == 4
+
+
+def changed(name: str, **sections: Any) -> dict[str, Any]:
+    """`STAGES` with other sections in one stage; None takes one out."""
+    stage = {key: value for key, value in (STAGES[name] | sections).items() if value is not None}
+    return STAGES | {name: stage}
+
+
+TWO_KINDS = changed("answers", task=None, sft=STAGES["taught"]["sft"])
+BAD = {
+    "no stages": ({}, "stages"),
+    "a name that is a path": ({"../x": STAGES["taught"]}, "no name for a stage"),
+    "a later stage": ({"first": changed("tuned")["tuned"]}, "stage:taught is no earlier stage; no stage stands before it"),
+    "nothing to learn": ({"empty": {"seed": 1}}, "stage empty: nothing to learn"),
+    "a misspelt key": (changed("taught", sft={"data": "pairs.jsonl", "epoch": 1}), "stage taught: unknown key 'sft.epoch'"),
+    "no such file": (changed("judge", reward_model={"data": "none.jsonl"}), "none.jsonl"),
+    "no prompts": (changed("tuned", task=STAGES["tuned"]["task"] | {"prompts": "none.jsonl"}), "task.prompts: no file"),
+    "no examples to join": (
+        changed("answers", pseudo_labels={"join": "none.jsonl"}),
+        "stage answers: pseudo_labels.join: no file",
+    ),
+    "a share of nothing": (changed("answers", pseudo_labels={"keep": 0.0}), "stage answers, pseudo_labels: keep"),
+    "pseudo-labels without a task": (TWO_KINDS, "pseudo_labels answers the prompts of a task"),
+    "a name of its own": (changed("taught", run={"name": "x"}), "run.name and run.folder follow from the pipeline's folder"),
+}
+
+
+@pytest.mark.parametrize(("stages", "words"), BAD.values(), ids=BAD)
+def test_bad_pipelines_are_refused_in_one_line_before_any_stage(tmp_path: Path, stages: dict[str, Any], words: str):
+    assert words in run_cli("pipeline", write(tmp_path, stages)).complaint
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_stage_that_was_begun_with_other_settings_is_refused(whole: Path):
+    outcome = run_cli("pipeline", str(whole / "pipeline.yaml"), "--stages.tuned.ppo.kl-coef", "0.3")
+    assert "has other settings than stage tuned has now" in outcome.complaint
+    outcome = run_cli("pipeline", str(whole / "pipeline.yaml"), "--stages.answers.pseudo-labels.keep", "0.5")
+    assert "has other settings than stage answers has now" in outcome.complaint
+
+
+def test_answers_that_were_all_cut_off_are_no_examples(tmp_path: Path):
+    policy = {"policy": {"model": "model"}}
+    task = {"task": {"prompts": "prompts.jsonl", "reward": "reward.py:reward"}, "generation": {"max_new_tokens": 1}}
+    (tmp_path / "reward.py").write_text("def reward(prompts, completions, **columns):\n    return [0.0] * len(prompts)\n")
+    file = write(tmp_path, {"answers": policy | task | {"pseudo_labels": {"episodes": 2}}})
+    outcome = run_cli("pipeline", str(file))
+    assert "of 2 answers none says something and ended by itself" in outcome.err
+    assert outcome.code == 2
+
+
+def test_the_whole_is_checked_without_a_file(tmp_path: Path):
+    with pytest.raises(InputError, match=r"no such file"):
+        load_pipeline(tmp_path / "none.yaml")
+
+
+def test_the_pages_pipeline_is_one_and_its_table_is_whole(tmp_path: Path):
+    page = (Path(__file__).parent.parent / "docs" / "pipeline.md").read_text(encoding="utf-8")
+    example = yaml.safe_load(page.split("```yaml")[1].split("```")[0])
+    write(tmp_path, example["stages"])
+    (tmp_path / "pairs.jsonl").rename(tmp_path / "examples.jsonl")
+    (tmp_path / "prompts.jsonl").rename(tmp_path / "unlabelled.jsonl")
+    assert [stage.name for stage in load_pipeline(tmp_path / "pipeline.yaml")] == [
+        "taught",
+        "judge",
+        "tuned",
+        "answers",
+        "again",
+    ]
+    fields = [*PipelineConfig.model_fields, *(f"pseudo_labels.{name}" for name in PseudoLabelsConfig.model_fields)]
+    assert all(f"| `{name}` |" in page for name in fields)
