@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check format bench docs
+.PHONY: help setup demo test test-all check format bench docs recipe
 
 help:  ## List the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,10 @@ format: $(READY)  ## Format the code and mend what the linter can
 bench: $(READY)  ## Speed beside transformers' generate, and where an update's time goes
 	$(BIN)/python benchmarks/speed/generation.py
 	$(BIN)/python benchmarks/speed/update.py
+
+recipe: $(READY)  ## Make a recipe's table again: make recipe NAME=semi_supervised [ARGS=--quick]
+	@test -f recipes/$(NAME)/measure.py || { echo "recipes that measure themselves: $(patsubst recipes/%/measure.py,%,$(wildcard recipes/*/measure.py)); name one with NAME=..."; exit 2; }
+	$(BIN)/python recipes/$(NAME)/measure.py $(ARGS)
 
 docs: $(READY)  ## Write docs/config.md and docs/metrics.md again from the code
 	$(BIN)/python docs/generate.py

@@ -5,8 +5,7 @@
 The YAML names `base` (a configuration beside it), `seeds`, and `variants`: a name each, with the flags of `surefoot ppo` that
 make it. Every run is a process of its own; one that was finished before is not run again, one that was cut off is resumed. Means
 and standard deviations (n - 1) are over seeds. Reward and KL to the reference are those of the held-out prompts after the last
-update; step KL is KL(old‖new), the mean over updates; time is the process's CPU time between its first and its last update,
-memory its highest resident set.
+update; step KL is KL(old‖new), the mean over updates; CPU time and memory (its highest resident set) are the whole process's.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", type=Path)
     parser.add_argument("--output", type=Path, required=True, help="folder for the runs, the table and the plot")
+    parser.add_argument("--workers", type=int, default=1, help="runs at once, one thread each where there are several")
     options = parser.parse_args()
     sweep = yaml.safe_load(options.sweep.read_text())
     base = options.sweep.parent / sweep["base"]
-    results: Runs = {name: [] for name in sweep["variants"]}
+    if options.workers > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"
     # Seed by seed, so that a sweep that is cut short has seen every variant.
-    for seed in sweep["seeds"]:
-        for name, flags in sweep["variants"].items():
-            results[name].append(result_of(base, name, shlex.split(flags or ""), seed=seed, output=options.output))
+    cells = [(name, seed) for seed in sweep["seeds"] for name in sweep["variants"]]
+
+    def run(cell: tuple[str, int]) -> dict[str, Any]:
+        name, seed = cell
+        return result_of(base, name, shlex.split(sweep["variants"][name] or ""), seed=seed, output=options.output)
+
+    with ThreadPoolExecutor(options.workers) as pool:
+        finished = list(pool.map(run, cells))
+    results: Runs = {name: [] for name in sweep["variants"]}
+    for (name, _), result in zip(cells, finished, strict=True):
+        results[name].append(result)
     (options.output / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     text = table(results)
     (options.output / "table.md").write_text(text)

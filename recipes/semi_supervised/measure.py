@@ -1,0 +1,201 @@
+"""What few labels are worth, with and without the unlabelled: a table and a plot for 100, 300 and 1,000 labels, three seeds.
+
+    python recipes/semi_supervised/measure.py                  # make recipe NAME=semi_supervised
+    python recipes/semi_supervised/measure.py --quick          # one seed of 100 labels, a fraction of the steps
+
+Writing: the pipeline beside this file, with two more stages to compare with, PPO from the untaught model and PPO from the
+taught one, both with the reward model's plain score and nothing else. Everything is judged on openings of the test's
+sentences by a reward model that learned from ratings no stage ever sees, and by VADER's lexicon. Classification: the
+accuracy of the labels that a policy writes to the test's sentences, beside fine-tuning alone. What was finished before is
+not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import data
+import yaml
+from matplotlib.figure import Figure
+
+from surefoot import PPO, RewardModel
+from surefoot.rewards.sentiment import vader_compound
+
+HERE = Path(__file__).parent
+SUREFOOT = str(Path(sys.executable).with_name("surefoot"))
+SIZES, SEEDS = (100, 300, 1000), (0, 1, 2)
+# Stage -> its name in the table.
+WRITERS = {"taught": "SFT", "ppo_alone": "PPO", "taught_ppo": "SFT, PPO", "tuned": "the recipe", "again": "and pseudo-labels"}
+CLASSIFIERS = {"taught": "SFT", "tuned": "the recipe", "again": "and pseudo-labels"}
+QUICK = [
+    *("--stages.taught.sft.epochs", "1", "--stages.judge.reward_model.epochs", "1", "--stages.again.sft.epochs", "1"),
+    *("--stages.tuned.ppo.total-episodes", "96", "--stages.answers.pseudo-labels.episodes", "64"),
+]
+Results = dict[str, dict[str, list[dict[str, float]]]]  # labels -> method -> one a seed
+
+
+def main() -> None:
+    """Run what is missing, judge it, write `results.json`, `table.md` and `labels.png`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/semi_supervised_measured"))
+    parser.add_argument("--quick", action="store_true", help="does it run? Its figures say nothing")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="pipelines at once, a thread each")
+    options = parser.parse_args()
+    started, output = time.perf_counter(), options.output
+    cells = [(size, seed) for seed in SEEDS for size in SIZES][: 1 if options.quick else None]
+    jobs = [judge_command(output, quick=options.quick)]
+    for size, seed in cells:
+        data.prepare(output / f"{size}-{seed}" / "data", labels=size, seed=seed)
+        for task in ("write", "label"):
+            jobs.append(pipeline_command(output / f"{size}-{seed}", task, seed=seed, quick=options.quick))
+    with ThreadPoolExecutor(options.workers) as pool:
+        list(pool.map(run, [job for job in jobs if job]))
+    results = {"writing": measure(output, cells, WRITERS, Writing(output / "judge" / "model", quick=options.quick))}
+    results["classification"] = measure(output, cells, CLASSIFIERS, Classification(quick=options.quick))
+    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    text = tables(results)
+    (output / "table.md").write_text(text)
+    draw(output / "labels.png", results)
+    print(f"{text}\n{(time.perf_counter() - started) / 60:.0f} minutes")
+
+
+def judge_command(output: Path, *, quick: bool) -> list[str]:
+    """The judge, on ratings that are its own; nothing if it is there."""
+    output.mkdir(parents=True, exist_ok=True)
+    data.write(output / "judge.jsonl", data.sentences()["judge"][: 64 if quick else None])
+    stage = {"reward_model": {"data": "judge.jsonl", "rating_range": [-4, 4], "learning_rate": 5e-4, "epochs": 2}}
+    common = {"evaluate": {"every": None, "episodes": 128}}
+    (output / "judge.yaml").write_text(yaml.safe_dump({"folder": ".", "common": common, "stages": {"judge": stage}}))
+    return [SUREFOOT, "pipeline", str(output / "judge.yaml")]
+
+
+def pipeline_command(folder: Path, task: str, *, seed: int, quick: bool) -> list[str]:
+    """One pipeline beside this file, with the stages to compare with, in a folder of its own."""
+    pipeline = yaml.safe_load((HERE / {"write": "pipeline.yaml", "label": "pipeline_labels.yaml"}[task]).read_text())
+    pipeline["folder"] = task
+    stages = pipeline["stages"]
+    if task == "write":
+        plain = copy.deepcopy(stages["tuned"])
+        plain["task"]["reward"] = "stage:judge"
+        del plain["ppo"]["ptx"]
+        alone = {key: value for key, value in plain.items() if key != "policy"}
+        stages |= {"taught_ppo": plain, "ppo_alone": copy.deepcopy(alone)}
+    (folder / f"{task}.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(pipeline)), sort_keys=False))
+    flags = ["--common.seed", str(seed), *(QUICK if quick else [])]
+    if quick and task == "write":
+        flags += ["--stages.taught_ppo.ppo.total-episodes", "96", "--stages.ppo_alone.ppo.total-episodes", "96"]
+    return [SUREFOOT, "pipeline", str(folder / f"{task}.yaml"), *flags]
+
+
+def run(command: list[str]) -> None:
+    """One process with one thread, its output in a file; ends everything if it fails."""
+    log = Path(command[2]).with_suffix(".log")
+    with log.open("a") as file:
+        ended = subprocess.run(command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    print(f"{'done' if ended.returncode == 0 else 'FAILED'}: {' '.join(command[1:])}", flush=True)
+    if ended.returncode != 0:
+        sys.exit(f"see {log}")
+
+
+class Writing:
+    """What a judge that no stage knew gives for reviews that a policy writes."""
+
+    task = "write"
+
+    def __init__(self, judge: Path, *, quick: bool):
+        rows = data.sentences()["test"][: 16 if quick else 200]
+        self.openings = [data.opening(row["text"])[0] for row in rows]
+        self.judge = RewardModel.load(judge, verbose=0)
+
+    def __call__(self, policy: PPO) -> dict[str, float]:
+        """Means over the test's openings, one review each."""
+        reviews = policy.generate(self.openings, max_new_tokens=24, temperature=1.0)
+        texts = [opening + review for opening, review in zip(self.openings, reviews, strict=True)]
+        return {
+            "judge": statistics.fmean(self.judge.score([""] * len(texts), texts)),
+            "VADER": statistics.fmean(vader_compound(completions=texts)),
+            "distinct words": len({word for review in reviews for word in review.split()}) / len(" ".join(reviews).split()),
+        }
+
+
+class Classification:
+    """How often the label that a policy writes is the one people gave."""
+
+    task = "label"
+
+    def __init__(self, *, quick: bool):
+        rows = [row for row in data.sentences()["test"] if abs(row["rating"]) >= data.CLEAR][: 16 if quick else None]
+        self.questions = [data.question(row["text"]) for row in rows]
+        self.labels = [data.label(row["rating"]) for row in rows]
+
+    def __call__(self, policy: PPO) -> dict[str, float]:
+        """Share of the test's sentences."""
+        answers = policy.generate(self.questions, max_new_tokens=2, temperature=0.0)
+        return {"accuracy": statistics.fmean(a == b for a, b in zip(answers, self.labels, strict=True))}
+
+
+def measure(output: Path, cells: list[tuple[int, int]], methods: dict[str, str], judged: Any) -> Results:
+    """Judge every method's model of every cell; under 0 labels, the model that all began from."""
+    results: Results = {"0": {"untrained": [judged(PPO("smollm2-135m-instruct", verbose=0))]}}
+    for size, seed in cells:
+        for stage, name in methods.items():
+            model = PPO.open(output / f"{size}-{seed}" / judged.task / stage / "model")
+            results.setdefault(str(size), {}).setdefault(name, []).append({"seed": seed, **judged(model)})
+    return results
+
+
+def tables(results: dict[str, Results]) -> str:
+    """Mean ± standard deviation over seeds, in Markdown."""
+    lines = []
+    for task, by_size in results.items():
+        keys = [key for key in by_size["0"]["untrained"][0] if key != "seed"]
+        lines += [f"| {task}: labels | method | {' | '.join(keys)} |", "|---" * (len(keys) + 2) + "|"]
+        for size, methods in by_size.items():
+            for method, runs in methods.items():
+                cells = [spread([run[key] for run in runs]) for key in keys]
+                lines.append(f"| {size} | {method} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± deviation (n - 1)."""
+    return f"{statistics.fmean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def draw(path: Path, results: dict[str, Results]) -> None:
+    """The judge's mean score, and the accuracy, against the number of labels."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, (task, key) in zip(figure.subplots(1, 2), (("writing", "judge"), ("classification", "accuracy")), strict=True):
+        by_size = results[task]
+        axes.axhline(by_size["0"]["untrained"][0][key], color="grey", linestyle=":", label="untrained")
+        sizes = [size for size in by_size if size != "0"]
+        for method in by_size[sizes[0]]:
+            values = [[run[key] for run in by_size[size][method]] for size in sizes]
+            deviations = [statistics.stdev(runs) if len(runs) > 1 else 0.0 for runs in values]
+            means = [statistics.fmean(runs) for runs in values]
+            axes.errorbar([int(size) for size in sizes], means, yerr=deviations, marker="o", capsize=3, label=method)
+        axes.set_xscale("log")
+        axes.set_xticks([int(size) for size in sizes], sizes)
+        axes.minorticks_off()
+        axes.set_xlabel("labels")
+        axes.set_ylabel({"judge": "the judge's score, deviations from the mean review"}.get(key, key))
+        axes.set_title(task)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
