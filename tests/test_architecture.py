@@ -35,7 +35,8 @@ ALLOWED = {
     "reward_model": {"run", "policies", "envs", "rollout", "train", "build", "ppo"},
     "play": {"run", "ppo", "build", "envs", "rollout"},
     "demo": {"run", "ppo", "build"},
-    "cli": {"run", "ppo", "sft", "reward_model", "build", "demo", "play", "assets"},
+    "trl": {"strict_yaml", "wording", "policies", "tensors", "build", "trl"},
+    "cli": {"run", "ppo", "sft", "reward_model", "build", "demo", "play", "assets", "trl"},
     "__init__": {"ppo", "sft", "reward_model", "sb3", "envs", "policies", "rollout", "train"},
 }
 NOUNS = {"errors", "types", "config"}
