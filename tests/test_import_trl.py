@@ -109,7 +109,7 @@ peft = LoraConfig(r=32, lora_alpha=16, target_modules=["q_proj", "v_proj"])
 @pytest.mark.parametrize(
     ("arguments", "per_update", "step"),
     [
-        # The steps that accelerate took for these, counted with accelerate 1.14 and TRL 1.12's loop: 4, 1, 1, 2, 1 an epoch.
+        # The steps that accelerate took for these, counted with accelerate 1.15 and TRL 1.12's loop: 4, 1, 1, 2, 1 an epoch.
         ("per_device_train_batch_size=8, num_mini_batches=4", 8, 2),
         ("per_device_train_batch_size=2, gradient_accumulation_steps=4, num_mini_batches=4", 8, 8),
         ("per_device_train_batch_size=2, gradient_accumulation_steps=4, num_mini_batches=2", 8, 8),

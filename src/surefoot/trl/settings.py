@@ -187,7 +187,7 @@ OLD = Kind(
 PPO = Kind(
     "PPOConfig of TRL 0.12 and later", ("PPOConfig", "PPOv2Config"), "ppo",
     (
-        Row("learning_rate", "ppo.learning_rate", 3e-6, "5e-5 up to TRL 0.24"),
+        Row("learning_rate", "ppo.learning_rate", 3e-6, "5e-5 in TRL 0.24"),
         Row("kl_estimator", "ppo.kl_in", "k1", "k3 in the reward has no counterpart", (("k1", "reward"),)),
         Row("gamma", "ppo.gamma", 1.0),
         Row("lam", "ppo.gae_lambda", 0.95),
@@ -204,7 +204,7 @@ GRPO = Kind(
     "GRPOConfig", ("GRPOConfig",), "grpo",
     (
         Row("num_generations", "ppo.samples_per_prompt", 8),
-        Row("beta", "ppo.kl_coef", 0.0, "0.04 up to TRL 0.16. In the loss: TRL's k3, here k2 with the ratio (family.md)"),
+        Row("beta", "ppo.kl_coef", 0.0, "0.04 up to TRL 0.18. In the loss: TRL's k3, here k2 with the ratio (family.md)"),
         Row("scale_rewards", "ppo.advantage", "group", "by the batch's deviation has no counterpart",
             (("group", "grpo"), (True, "grpo"), ("none", "dr_grpo"), (False, "dr_grpo"))),
         Row("loss_type", "ppo.loss_aggregation", "dapo", "bnpo in TRL 0.19; the others are other losses",
