@@ -36,7 +36,8 @@ ALLOWED = {
     "pipeline": {"run", "ppo", "sft", "reward_model", "build", "assets"},
     "play": {"run", "ppo", "build", "envs", "rollout"},
     "demo": {"run", "ppo", "build"},
-    "cli": {"run", "ppo", "sft", "reward_model", "build", "demo", "play", "pipeline", "assets"},
+    "trl": {"strict_yaml", "wording", "policies", "tensors", "build", "trl"},
+    "cli": {"run", "ppo", "sft", "reward_model", "build", "demo", "play", "pipeline", "assets", "trl"},
     "__init__": {"ppo", "sft", "reward_model", "sb3", "envs", "policies", "rollout", "train"},
 }
 NOUNS = {"errors", "types", "config"}

@@ -20,6 +20,8 @@ from tests.inputs import Outcome, model_folder, run_cli, write_project
 
 HEAVY = ("torch", "transformers", "peft", "numpy", "safetensors", "rich", "tensorboard")
 
+VERBS = ("ppo", "sft", "reward-model", "pipeline", "resume", "generate", "play", "fetch", "import-trl", "demo")
+
 
 @pytest.fixture
 def project(tmp_path, monkeypatch) -> Path:
@@ -77,7 +79,7 @@ def test_a_wrong_file_is_refused_without_importing_torch(tmp_path):
 def test_help_lists_every_verb_with_what_it_does():
     outcome = run_cli("--help")
     assert outcome.code == 0 and outcome.err == ""
-    for verb in ("ppo", "sft", "reward-model", "resume", "generate", "fetch", "demo"):
+    for verb in VERBS:
         summary = (getattr(cli, verb.replace("-", "_")).__doc__ or "").split(",")[0].split(".")[0]
         assert f"    {verb} " in outcome.out.replace("\n", " ")  # a long one has a line of its own
         assert summary.split(" with")[0][:30] in " ".join(outcome.out.split())
@@ -85,7 +87,7 @@ def test_help_lists_every_verb_with_what_it_does():
         assert code in " ".join(outcome.out.split())
 
 
-@pytest.mark.parametrize("verb", ["ppo", "sft", "reward-model", "resume", "generate", "fetch", "demo"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_explains_itself(verb):
     outcome = run_cli(verb, "--help")
     assert outcome.code == 0 and outcome.out.startswith(f"usage: surefoot {verb} ")
@@ -104,9 +106,9 @@ def test_the_version_is_told():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "a verb is needed; there are ppo, sft, reward-model, pipeline, resume, generate, play, fetch, demo"),
+        ([], f"a verb is needed; there are {', '.join(VERBS)}"),
         (["resum"], "unknown verb 'resum'; did you mean 'resume'?"),
-        (["train"], "unknown verb 'train'; there are ppo, sft, reward-model, pipeline, resume, generate, play, fetch, demo"),
+        (["train"], f"unknown verb 'train'; there are {', '.join(VERBS)}"),
         (["--nosuch"], "the following arguments are required: VERB; see surefoot --help"),
         (["ppo"], "the following arguments are required: FILE; see surefoot ppo --help"),
         (["ppo", "config.yaml", "more"], "unrecognized arguments: more; see surefoot --help"),

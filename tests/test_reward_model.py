@@ -13,11 +13,13 @@ import pytest
 import torch
 import transformers
 import yaml
+from tokenizers import Tokenizer, decoders, models
 
 from surefoot import PPO, SFT, InputError, RewardModel, TextTask, load_policy
 from surefoot.config import PolicyConfig, make_config
 from tests import inputs
 from tests.inputs import Outcome, model_folder, run_cli
+from tests.tiny import tiny_lm
 from tests.train.small_run import assert_equal, outcome, rows, weights, write_base
 from tests.train.warm import Strike, Warm, cold
 
@@ -304,6 +306,74 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(base, monkeypatch, secti
     write_project(Path(), base, **sections)
     ended: Outcome = run_cli("reward-model", "reward.yaml", *flags)
     assert ended.complaint.startswith(said) and not Path("runs").exists()
+
+
+SAME_PROMPT = [{**row, "prompt": "the film"} for row in PAIRS]
+ONE_CLASS = [{**row, "rating": 1.0} for row in RATINGS]
+
+
+@pytest.mark.parametrize(
+    ("data", "flags", "said"),
+    [
+        ([*PAIRS[:2], {"chosen": "a", "rejected": "a"}], (), "pairs.jsonl, line 3: chosen and rejected are the same text"),
+        (
+            ONE_CLASS,
+            (),
+            "pairs.jsonl: all 41 judgements to train on have the rating 1, which says nothing; give texts of unlike",
+        ),
+        (
+            RATINGS,
+            ("--reward-model.rating-range", "[-1, 5]"),
+            "pairs.jsonl, line 4: the rating -2 is outside rating_range, -1 to 5",
+        ),
+        (PAIRS[:1], (), "pairs.jsonl: of 1 judgements "),
+        ([], (), "pairs.jsonl: of 0 judgements 0 are to train on and two are needed at least; give more"),
+        (SAME_PROMPT, (), "pairs.jsonl: of 40 judgements "),
+    ],
+    ids=["equal sides", "one class", "outside the range", "one row", "no row", "one prompt"],
+)
+def test_judgements_that_say_nothing_are_one_line_before_a_model_is_loaded(base, monkeypatch, data, flags, said):
+    monkeypatch.setattr("surefoot.build.load_policy", None)
+    write_project(Path(), base, data=data)
+    assert run_cli("reward-model", "reward.yaml", *flags).complaint.startswith(said) and not Path("runs").exists()
+
+
+def test_ppo_with_another_tokenizer_than_the_reward_models(saved, tmp_path):
+    # Text goes from one to the other: the policy's single characters are not the reward model's merged tokens.
+    project = inputs.write_project(tmp_path)
+    tokens = ["<eos>", "<pad>", *"zyxwvutsrqponmlkjihgfedcba .,"]
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    backend.add_special_tokens(tokens[:2])
+    backend.decoder = decoders.Fuse()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+    tiny_lm(eos_token_id=0, pad_token_id=1).save_pretrained("other")
+    tokenizer.save_pretrained("other")
+    flags = ("--policy.model", "other", "--task.reward", saved, "--run.folder", "runs", "--run.name", "x")
+    assert run_cli("ppo", project, *flags).code == 0
+    samples = [json.loads(line) for line in Path("runs/x/samples.jsonl").read_text().splitlines()]
+    scores = RewardModel.load(saved).score([s["prompt"] for s in samples], [s["completion"] for s in samples])
+    assert [s["reward"]["score"] for s in samples] == pytest.approx(scores, abs=1e-4)
+
+
+def test_a_reward_model_that_cannot_read_the_prompts_is_refused_in_one_line(saved, tmp_path):
+    chats = [{"prompt": [{"role": "user", "content": word}]} for word in ("the film", "a band", "one", "two")]
+    project = inputs.write_project(tmp_path, prompts=chats)
+    flags = ("--policy.model", model_folder(chat=True), "--task.reward", saved, "--run.folder", "runs")
+    said = run_cli("ppo", project, *flags).complaint
+    assert said == (
+        "reward model: text 1: its prompt is messages, and the reward model's tokenizer has no chat template; use texts"
+    )
+    assert not Path("runs").exists()
+    missing = run_cli("ppo", project, "--task.reward", "runs/none").complaint
+    assert missing.endswith("got 'runs/none'; nor is it a reward model's folder")
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "rloo", "dr_grpo"])
+def test_a_group_of_one_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, advantage):
+    monkeypatch.setattr("surefoot.build.load_policy", None)
+    project = inputs.write_project(tmp_path)
+    said = run_cli("ppo", project, "--ppo.advantage", advantage).complaint
+    assert f"{advantage} compares the answers to one prompt; give ppo.samples_per_prompt, now 1, 2 or more" in said
 
 
 def test_verbs_and_files_that_do_not_belong_together_are_refused(base):

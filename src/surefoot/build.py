@@ -99,6 +99,10 @@ def build_reward(name: str, key: str, device: str) -> RewardFunction:
     """The Python function or the reward model's folder that `name` is."""
     if Path(name).is_dir():
         return RewardScorer(load_reward(name, device=device, key=key))
+    if not is_function(name):
+        raise InputError(
+            f"{key}: expected 'file.py:function' or 'package.module:function', got {name!r}; nor is it a reward model's folder"
+        )
     return load_function(name, key=key)
 
 

@@ -137,6 +137,34 @@ def fetch(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     print(assets.fetch(options.name))
 
 
+def import_trl(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    """Turn a TRL set-up into a YAML file for ppo, or its value-head checkpoint into a model folder."""
+    from pathlib import Path
+
+    source, output = Path(options.source), options.output and Path(options.output)
+    if source.is_dir():
+        if output is None:
+            raise InputError(f"import-trl {source}: a folder is written; name a new one with --output")
+        from surefoot.trl.value_head import import_value_head
+
+        import_value_head(source, output)
+        print(f"model: {output}")
+        print(f"next:  in Python, PPO.load({str(output)!r}, task) keeps the critic; surefoot ppo begins a new one")
+        return
+    from surefoot.trl.translate import import_settings
+
+    imported = import_settings(source)
+    if output is None:
+        print(imported.yaml(), end="")
+    else:
+        try:
+            with output.open("x", encoding="utf-8") as file:
+                file.write(imported.yaml())
+        except FileExistsError:
+            raise InputError(f"--output {output}: exists; name a new file") from None
+    print(imported.report(), file=sys.stderr)
+
+
 def demo(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     """Fine-tune a real model towards a real reward, about five minutes on two cores."""
     from surefoot.demo import run_demo
@@ -240,6 +268,11 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     player.add_argument("--output", metavar="FOLDER", help="where film and plot go; default RUN/play")
     player.add_argument("--format", choices=("gif", "mp4"), default="gif", help="of the film; mp4 needs imageio-ffmpeg")
     verb(fetch, "NAME").add_argument("name", metavar="NAME", help="name of the asset; a wrong one lists them")
+    importer = verb(import_trl, "SOURCE [--output FILE]")
+    importer.add_argument("source", metavar="SOURCE", help=".py or .sh script, .yaml or .json file, or a checkpoint's folder")
+    importer.add_argument(
+        "--output", metavar="FILE", help="where the YAML goes, by default stdout; for a checkpoint a new folder"
+    )
     verb(demo, "[--section.field value ...]", takes_fields=True)
     return parser, verbs
 

@@ -191,7 +191,7 @@ def calling(callback: Any, model: PPO, training: loop.Training) -> Iterator[None
         yield
         return
     if model.config.env is None:
-        raise InputError("callback: these are for environments; for a text task see Observer in docs/extending.md")
+        raise InputError("callback: these are for environments; what a text task did is in its run folder (docs/index.md)")
     watch = _Watch(callbacks, model, training)
     training.watch = watch.step
     training.observers.append(watch)

@@ -18,7 +18,7 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """Advantages and TD(λ) returns, both [B, T] float32, 0 off the mask.
 
-    With s' the next masked step of the same trajectory (Schulman et al. 2015, arXiv:1506.02438, eq. 11, 16):
+    With s' the next masked step of the same trajectory (Schulman et al. 2015, arXiv:1506.02438, eq. 16):
 
         δ_t = r_t + γ V(s') - V(s_t),    A_t = δ_t + γ λ A(s'),    R_t = A_t + V(s_t)
 
@@ -65,7 +65,7 @@ def group_advantages(scores_B: Tensor, groups_B: Tensor, *, acted_B: Tensor, kin
 
         dr_grpo    A = r - mean(r)                        (Liu et al. 2025, arXiv:2503.20783, §3.2)
         grpo       A = (r - mean(r)) / (std(r) + 1e-4)    (Shao et al. 2024, arXiv:2402.03300, §4.1.2)
-        rloo       A = r - mean of the other G - 1        (Ahmadian et al. 2024, arXiv:2402.14740, §2.2)
+        rloo       A = r - mean of the other G - 1        (Ahmadian et al. 2024, arXiv:2402.14740)
                      = G / (G - 1) · (r - mean(r))
 
     std divides by G - 1, and the 1e-4 keeps equal scores at 0: both as TRL's `GRPOTrainer` has them.

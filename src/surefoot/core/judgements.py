@@ -12,8 +12,8 @@ from surefoot.core.losses import LossStats
 def preference_loss(scores_B2: Tensor, margins_B: Tensor, *, center: float = 0.0) -> Tensor:
     """-log σ(r_chosen - r_rejected - margin) + center · (r_chosen + r_rejected)² for each pair, [B], nats.
 
-    `scores_B2` has the chosen side first. Bradley & Terry 1952, for language models Stiennon et al. 2020, arXiv:2009.01325,
-    eq. 1; margin: Touvron et al. 2023, arXiv:2307.09288, eq. 2; centring: Eisenstein et al. 2023, arXiv:2312.09244, §2.
+    `scores_B2` has the chosen side first. Bradley & Terry 1952, for language models Stiennon et al. 2020, arXiv:2009.01325;
+    margin: Touvron et al. 2023, arXiv:2307.09288, eq. 2; centring: Eisenstein et al. 2023, arXiv:2312.09244, eq. 2.
     """
     chosen, rejected = scores_B2.unbind(1)
     return -logsigmoid(chosen - rejected - margins_B) + center * (chosen + rejected) ** 2

@@ -22,9 +22,9 @@ class RewardPolicy:
     """A reward model that `train/` can train: `evaluate` gives scores in place of log-probs.
 
     `trunk` is taken over, its value head made the scalar head. The head starts at N(0, 1/(D + 1)) of `seed` (Stiennon et
-    al. 2020, arXiv:2009.01325, appendix B): with unit hidden states its scores start near variance 1. `shift` and `scale`
+    al. 2020, arXiv:2009.01325): with unit hidden states its scores start near variance 1. `shift` and `scale`
     make them rewards of mean 0 and deviation 1 on reference texts, (score - shift) / scale (Ziegler et al. 2019,
-    arXiv:1909.08593, §2.1); they are set after training and don't enter the loss.
+    arXiv:1909.08593, §2); they are set after training and don't enter the loss.
     """
 
     reads_whole_rows = True

@@ -79,6 +79,8 @@ def score(function: RewardFunction, trajectories: Sequence[Trajectory], *, name:
     folder = os.getcwd()
     try:
         scores = function(prompts=prompts, completions=completions, **columns)
+    except InputError:  # a reward model's, which says in one line what is wrong
+        raise
     except (Exception, SystemExit) as error:
         where = _where_raised(error) or f"; it is called with the keywords {', '.join(('prompts', 'completions', *columns))}"
         raise InputError(f"the {name} function raised {type(error).__name__}: {error}{where}") from error

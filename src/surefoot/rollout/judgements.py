@@ -166,6 +166,8 @@ def _encoded(policy: ScoringPolicy, judgement: Judgement) -> list[tuple[int, ...
 def _tokens(policy: ScoringPolicy, prompt: Any, text: str, where: str) -> tuple[int, ...]:
     """Prompt and answer as the tokens of one text, and an end token: where the score is read, the text is over."""
     tokenizer = policy.tokenizer
+    if not (prompt is None or isinstance(prompt, str) or getattr(tokenizer, "chat_template", None)):
+        raise InputError(f"{where}: its prompt is messages, and the reward model's tokenizer has no chat template; use texts")
     if prompt is None or isinstance(prompt, str):
         tokens = encode_prompt(tokenizer, (prompt or "") + text)
     else:

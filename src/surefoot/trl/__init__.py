@@ -1,0 +1,1 @@
+"""For those who come from TRL: its settings and its value-head checkpoints, made ours."""
