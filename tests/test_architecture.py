@@ -32,7 +32,7 @@ ALLOWED = {
     "sb3": {"envs", "policies", "rollout", "train", "build", "ppo"},
     "ppo": {"core", "run", "policies", "envs", "generation", "rollout", "train", "build", "sb3"},
     "sft": {"run", "policies", "rollout", "train", "build", "ppo"},
-    "reward_model": {"run", "policies", "envs", "rollout", "train", "build", "ppo"},
+    "reward_model": {"core", "run", "policies", "envs", "rollout", "train", "build", "ppo"},
     "play": {"run", "ppo", "build", "envs", "rollout"},
     "demo": {"run", "ppo", "build"},
     "cli": {"run", "ppo", "sft", "reward_model", "build", "demo", "play", "assets"},

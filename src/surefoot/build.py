@@ -23,7 +23,7 @@ from surefoot.errors import InputError
 from surefoot.policies.base import ActingPolicy, Policy
 from surefoot.policies.control import ControlPolicy
 from surefoot.policies.lm import CausalLMPolicy, check_model_folder, load_policy, resolve_dtype
-from surefoot.policies.reward import REWARD, RewardPolicy
+from surefoot.policies.reward import REWARD, RewardPolicy, saved_heads
 from surefoot.rewards.functions import RewardFunction, is_function, load_function, score
 from surefoot.rollout.demonstrations import DemonstrationRollout
 from surefoot.rollout.judgements import JudgementRollout, RewardScorer
@@ -108,14 +108,16 @@ def load_reward(folder: str | Path, *, device: str = "auto", key: str = "reward 
     if not (folder / REWARD).is_file():
         raise InputError(f"{key}: no reward model in {folder}, which would have a {REWARD}; train it to its end, or save it")
     settings = PolicyConfig(adapter=None, dtype=load_config(folder / SETTINGS).policy.dtype)
-    policy = RewardPolicy(load_policy(str(folder), settings, device=build_device(device)), seed=0)
+    heads = saved_heads(folder)
+    policy = RewardPolicy(load_policy(str(folder), settings, device=build_device(device)), seed=0, heads=heads)
     policy.load_head(folder)
     return policy
 
 
 def build_reward_policy(config: Config, trunk: CausalLMPolicy) -> RewardPolicy:
     """A reward model over a language model, which it takes over."""
-    return RewardPolicy(trunk, seed=derived_seed(config.seed, "reward head", 0))
+    assert config.reward_model is not None
+    return RewardPolicy(trunk, seed=derived_seed(config.seed, "reward head", 0), heads=config.reward_model.heads)
 
 
 def build_judgements(config: Config, data: Any = None) -> Judgements:

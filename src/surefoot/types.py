@@ -189,8 +189,8 @@ class Batch:
     row_size: int = 1  # what a row counts for in `batch_size`: an episode 1, a sequence its timesteps
     collected: int | None = None  # units of the run's budget in it; None: its rows
     demonstrated: bool = False  # others wrote it: to be imitated, not judged by rewards
-    labels_B: Tensor | None = None  # float32, of a reward model's batch: margins of pairs, or ratings
-    objective: Callable[[Tensor, Tensor], Tensor] | None = None  # its loss: (scores [B, K], labels [B]) -> [B]
+    labels_B: Tensor | None = None  # float32, of a reward model's batch: margins or ratings; by head [B, 1, H], NaN: not shown
+    objective: Callable[[Tensor, Tensor], Tensor] | None = None  # its loss: (scores [B, K], or [B, K, H], labels) -> [B]
     needs_scores: bool = False  # logprobs_BT and values_BT are still to be filled in
     version: int = 0  # number of updates the policy had seen when it wrote this
     metrics: dict[str, float] = field(default_factory=dict)  # measured while collecting
@@ -232,7 +232,7 @@ class Batch:
 class Evaluation:
     """A policy's view of a batch: log-probs, values and entropies, [B, T] float32; anything off the mask.
 
-    Of a reward model's batch, whose rows have K texts each, the values are the texts' scores, [B, K].
+    Of a reward model's batch, whose rows have K texts each, the values are the texts' scores, [B, K], or by H heads [B, K, H].
     """
 
     logprobs_BT: Tensor

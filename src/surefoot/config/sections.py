@@ -73,7 +73,10 @@ class CriticConfig(Section):
     kind: Literal["shared"] = Field(
         "shared", description="`shared`: a linear fp32 head on the policy's last hidden state, zero at the start."
     )
-    stop_gradient: bool = Field(False, description="Keep the value loss's gradient out of the shared trunk.")
+    stop_gradient: bool = Field(
+        False,
+        description="Keep the value loss's gradient out of the shared trunk; with `reward_model` the heads alone learn, and the model under them stays as it was.",
+    )
 
 
 class NetworkConfig(Section):
