@@ -24,7 +24,7 @@ ALLOWED = {
     "policies": {"core", "policies", "tensors"},
     "generation": {"generation"},
     "envs": {"core", "rewards", "envs"},
-    "rewards": {"core"},
+    "rewards": {"core", "rewards"},
     "rollout": {"core", "policies", "envs", "generation", "rewards", "rollout"},
     "train": {"core", "run", "rollout", "policies", "train", "tensors"},
     "assets": {"policies"},

@@ -87,7 +87,7 @@ class Trajectory:
     text: str
     columns: dict[str, Any] = field(default_factory=dict)  # the task's other columns
     score: float = float("nan")  # what the reward function gave
-    reward_parts: dict[str, float] = field(default_factory=dict)  # what became of it: penalty, scaling, clipping
+    reward_parts: dict[str, float] = field(default_factory=dict)  # what it was added up from, and became: see rewards/
     kl: float = 0.0  # log p - log p_ref summed over the written tokens, nats
 
     def record(self) -> dict[str, Any]:

@@ -116,28 +116,6 @@ class PolicyConfig(Section):
     )
 
 
-class TaskConfig(Section):
-    """The prompts and the reward."""
-
-    prompts: PathText = Field(description="JSONL file of prompts, or a name `surefoot fetch` knows.")
-    reward: PathText = Field(description="Reward function as `file.py:function` or `package.module:function`.")
-    metric: PathText | None = Field(
-        None,
-        description="A task metric apart from the reward, same form and signature; the best checkpoint is kept by it. Default: the reward.",
-    )
-    prompt_column: str = Field(
-        "prompt", description="Column of the file that holds the prompt; the others go to the reward function."
-    )
-    chat: bool = Field(
-        False,
-        description="Put plain-text prompts through the tokenizer's chat template as a user message. Prompts that are message lists always go through it.",
-    )
-    prompt_tokens: Positive | None = Field(None, description="Keep only the first so many tokens of each prompt.")
-    held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.1, description="Fraction of prompts kept for evaluation, chosen by a hash of their text."
-    )
-
-
 class SelfPlayConfig(Section):
     """Opponents of a two-player game: past selves, the newest self, and a random player."""
 
