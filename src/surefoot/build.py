@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from surefoot import assets
-from surefoot.config import Config, EnvConfig, PolicyConfig, PTXConfig, SelfPlayConfig, SFTConfig, load_config
+from surefoot.config import Config, EnvConfig, PolicyConfig, PTXConfig, RewardPart, SelfPlayConfig, SFTConfig, load_config
 from surefoot.core.seeds import derived_seed
 from surefoot.envs.demonstrations import Demonstrations
 from surefoot.envs.games import GameVectorEnv, make_games
@@ -23,11 +23,12 @@ from surefoot.errors import InputError
 from surefoot.policies.base import ActingPolicy, Policy
 from surefoot.policies.control import ControlPolicy
 from surefoot.policies.lm import CausalLMPolicy, check_model_folder, load_policy, resolve_dtype
-from surefoot.policies.reward import REWARD, RewardPolicy
+from surefoot.policies.reward import REWARD, RewardPolicy, saved_heads
 from surefoot.rewards.functions import RewardFunction, is_function, load_function, score
+from surefoot.rewards.mixed import MixedReward, assign_scores
 from surefoot.rollout.base import Rollout
 from surefoot.rollout.demonstrations import DemonstrationRollout
-from surefoot.rollout.judgements import JudgementRollout, RewardScorer
+from surefoot.rollout.judgements import NO_UNCERTAINTY, JudgementRollout, RewardScorer
 from surefoot.rollout.league import League
 from surefoot.rollout.mixed import MixedRollout
 from surefoot.rollout.text import TextRollout
@@ -82,7 +83,7 @@ def build_task(config: Config, *, say: Callable[[str], None] = assets.tell) -> T
     task = config.task
     if task is None:
         raise InputError("the configuration has no task; name task.prompts and task.reward")
-    reward = build_reward(task.reward, "task.reward", config.device)
+    reward = build_rewards(task.reward, config.device)
     metric = build_reward(task.metric, "task.metric", config.device) if task.metric else None
     return TextTask(
         assets.resolve(task.prompts, key="task.prompts", say=say),
@@ -95,10 +96,22 @@ def build_task(config: Config, *, say: Callable[[str], None] = assets.tell) -> T
     )
 
 
-def build_reward(name: str, key: str, device: str) -> RewardFunction:
+def build_rewards(reward: str | list[RewardPart], device: str) -> RewardFunction | MixedReward:
+    """The one reward that `task.reward` names, or the sum of its parts: all are found before a model is loaded."""
+    if isinstance(reward, str):
+        return build_reward(reward, "task.reward", device)
+    for part in reward:
+        _check_part(part)
+    functions: dict[str, RewardFunction] = {}
+    for part in sorted(reward, key=lambda part: Path(part.name).is_dir()):
+        functions[part.called] = build_reward(part.name, _key(part), device, uncertainty=part.uncertainty)
+    return MixedReward({part.called: (functions[part.called], part.weight) for part in reward})
+
+
+def build_reward(name: str, key: str, device: str, *, uncertainty: float = 0.0) -> RewardFunction:
     """The Python function or the reward model's folder that `name` is."""
     if Path(name).is_dir():
-        return RewardScorer(load_reward(name, device=device, key=key))
+        return RewardScorer(load_reward(name, device=device, key=key), uncertainty=uncertainty)
     if not is_function(name):
         raise InputError(
             f"{key}: expected 'file.py:function' or 'package.module:function', got {name!r}; nor is it a reward model's folder"
@@ -106,22 +119,46 @@ def build_reward(name: str, key: str, device: str) -> RewardFunction:
     return load_function(name, key=key)
 
 
+def _check_part(part: RewardPart) -> None:
+    """Raise InputError for a folder without a reward model, and for what knows no uncertainty where it counts."""
+    is_model = Path(part.name).is_dir()
+    heads = saved_heads(_reward_folder(part.name, _key(part))) if is_model else 0
+    if part.uncertainty and not is_model:
+        raise InputError(
+            f"{_key(part)}: uncertainty is of a reward model's folder, and {part.name!r:.60} is none; leave it out"
+        )
+    if part.uncertainty and heads == 1:
+        raise InputError(f"{_key(part)}: {NO_UNCERTAINTY}")
+
+
+def _key(part: RewardPart) -> str:
+    return f"task.reward, {part.called}"
+
+
 def load_reward(folder: str | Path, *, device: str = "auto", key: str = "reward model") -> RewardPolicy:
     """The reward model that lies in `folder`, its run folder or what `save` wrote. Raises InputError naming `key`."""
+    folder = _reward_folder(folder, key)
+    settings = PolicyConfig(adapter=None, dtype=load_config(folder / SETTINGS).policy.dtype)
+    heads = saved_heads(folder)
+    policy = RewardPolicy(load_policy(str(folder), settings, device=build_device(device)), seed=0, heads=heads)
+    policy.load_head(folder)
+    return policy
+
+
+def _reward_folder(folder: str | Path, key: str) -> Path:
+    """Where in `folder` the reward model is."""
     folder = Path(folder)
     if (folder / "config.yaml").is_file():
         folder = folder / "model"
     if not (folder / REWARD).is_file():
         raise InputError(f"{key}: no reward model in {folder}, which would have a {REWARD}; train it to its end, or save it")
-    settings = PolicyConfig(adapter=None, dtype=load_config(folder / SETTINGS).policy.dtype)
-    policy = RewardPolicy(load_policy(str(folder), settings, device=build_device(device)), seed=0)
-    policy.load_head(folder)
-    return policy
+    return folder
 
 
 def build_reward_policy(config: Config, trunk: CausalLMPolicy) -> RewardPolicy:
     """A reward model over a language model, which it takes over."""
-    return RewardPolicy(trunk, seed=derived_seed(config.seed, "reward head", 0))
+    assert config.reward_model is not None
+    return RewardPolicy(trunk, seed=derived_seed(config.seed, "reward head", 0), heads=config.reward_model.heads)
 
 
 def build_judgements(config: Config, data: Any = None) -> Judgements:
@@ -301,7 +338,7 @@ def probe_functions(task: TextTask) -> None:
         for example, text in zip(examples, ("A short answer.", ""), strict=True)
     ]
     generators = checkpoint.generator_states()
-    score(task.reward, trajectories)
+    assign_scores(task.reward, trajectories)
     if task.metric is not None:
         score(task.metric, trajectories, name="metric")
     checkpoint.restore_generators(generators)

@@ -8,12 +8,13 @@ from typing import Any
 
 from surefoot import build
 from surefoot.config import Config, load_config, make_config, nested
+from surefoot.core.judgements import deviation_over_heads
 from surefoot.envs.judgements import Judgements
 from surefoot.errors import InputError
 from surefoot.policies.lm import CausalLMPolicy
 from surefoot.policies.reward import RewardPolicy
 from surefoot.ppo import check_count, merge, save_policy
-from surefoot.rollout.judgements import JudgementRollout, RewardScorer
+from surefoot.rollout.judgements import NO_UNCERTAINTY, JudgementRollout, RewardScorer
 from surefoot.run import RunFolder
 from surefoot.train import loop
 from surefoot.train.watch import watched
@@ -114,6 +115,22 @@ class RewardModel:
         """
         self._calibrate()
         return RewardScorer(self.policy)(prompts, completions)
+
+    def uncertainty(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
+        """Standard deviation of each score over the heads, in units of the score. Raises InputError for a model with one."""
+        if self.policy.heads == 1:
+            raise InputError(NO_UNCERTAINTY)
+        self._calibrate()
+        scores_NH = RewardScorer(self.policy).by_head(prompts, completions)
+        return [float(deviation) for deviation in deviation_over_heads(scores_NH)]
+
+    def lower_bound(self, uncertainty: float = 1.0) -> RewardScorer:
+        """A reward function: the score less `uncertainty` times its standard deviation over the heads, calibrated as of now.
+
+        Raises InputError for a model with one head.
+        """
+        self._calibrate()
+        return RewardScorer(self.policy, uncertainty=uncertainty)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         """`score` with a reward function's signature."""

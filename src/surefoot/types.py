@@ -90,7 +90,7 @@ class Trajectory:
     text: str
     columns: dict[str, Any] = field(default_factory=dict)  # the task's other columns
     score: float = float("nan")  # what the reward function gave
-    reward_parts: dict[str, float] = field(default_factory=dict)  # what became of it: penalty, scaling, clipping
+    reward_parts: dict[str, float] = field(default_factory=dict)  # what it was added up from, and became: see rewards/
     kl: float = 0.0  # log p - log p_ref summed over the written tokens, nats
 
     def record(self) -> dict[str, Any]:
@@ -192,7 +192,7 @@ class Batch:
     row_size: int = 1  # what a row counts for in `batch_size`: an episode 1, a sequence its timesteps
     collected: int | None = None  # units of the run's budget in it; None: its rows
     objective: Objective = "policy"  # what its steps are to do
-    labels_B: Tensor | None = None  # float32, of a reward model's batch: margins of pairs, or ratings
+    labels_B: Tensor | None = None  # float32, of a reward model's batch: margins or ratings; by head [B, 1, H], NaN: not shown
     demonstrations: Callable[[int], Batch] | None = None  # to imitate besides, in the update's step 0, 1, …
     needs_scores: bool = False  # logprobs_BT and values_BT are still to be filled in
     version: int = 0  # number of updates the policy had seen when it wrote this
@@ -235,7 +235,7 @@ class Batch:
 class Evaluation:
     """A policy's view of a batch: log-probs, values and entropies, [B, T] float32; anything off the mask.
 
-    Of a reward model's batch, whose rows have K texts each, the values are the texts' scores, [B, K].
+    Of a reward model's batch, whose rows have K texts each, the values are the texts' scores, [B, K], or by H heads [B, K, H].
     """
 
     logprobs_BT: Tensor

@@ -30,9 +30,9 @@ from surefoot.config.sections import (
     RunConfig,
     Section,
     SelfPlayConfig,
-    TaskConfig,
 )
 from surefoot.config.supervised import RewardModelConfig, SFTConfig
+from surefoot.config.task import RewardPart, TaskConfig, check_weights
 from surefoot.errors import InputError
 from surefoot.wording import as_flag, first_problem, short, suggestion
 
@@ -50,12 +50,14 @@ __all__ = [
     "PTXConfig",
     "PolicyConfig",
     "RewardModelConfig",
+    "RewardPart",
     "RunConfig",
     "SFTConfig",
     "Section",
     "SelfPlayConfig",
     "TaskConfig",
     "absolute_paths",
+    "check_weights",
     "config_from",
     "dump_config",
     "field_table",
@@ -302,9 +304,13 @@ def make_paths_relative_to(folder: Path, data: dict[str, Any]) -> None:
         values: Any = data
         for section in sections:
             values = values.get(section) if isinstance(values, dict) else None
-        value = values.get(key) if isinstance(values, dict) else None
-        if isinstance(value, str) and value[:1] not in ("", "~") and _is_path(key, value, folder):
-            values[key] = os.path.normpath(folder / value)
+        places = [(values, key)]
+        if key == "reward" and isinstance(values, dict) and isinstance(values.get(key), list):
+            places = [(part, "name") for part in values[key]]
+        for place, name in places:
+            value = place.get(name) if isinstance(place, dict) else None
+            if isinstance(value, str) and value[:1] not in ("", "~") and _is_path(key, value, folder):
+                place[name] = os.path.normpath(folder / value)
 
 
 def _is_path(key: str, value: str, folder: Path) -> bool:

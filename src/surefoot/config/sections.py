@@ -73,7 +73,10 @@ class CriticConfig(Section):
     kind: Literal["shared"] = Field(
         "shared", description="`shared`: a linear fp32 head on the policy's last hidden state, zero at the start."
     )
-    stop_gradient: bool = Field(False, description="Keep the value loss's gradient out of the shared trunk.")
+    stop_gradient: bool = Field(
+        False,
+        description="Keep the value loss's gradient out of the shared trunk; with `reward_model` the heads alone learn, and the model under them stays as it was.",
+    )
 
 
 class NetworkConfig(Section):
@@ -110,28 +113,6 @@ class PolicyConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="Arithmetic. Trained weights are float32 always; `bfloat16` computes under autocast, a frozen base is also stored in it. `auto`: bfloat16 where the processor has it in hardware, else float32.",
-    )
-
-
-class TaskConfig(Section):
-    """The prompts and the reward."""
-
-    prompts: PathText = Field(description="JSONL file of prompts, or a name `surefoot fetch` knows.")
-    reward: PathText = Field(description="Reward function as `file.py:function` or `package.module:function`.")
-    metric: PathText | None = Field(
-        None,
-        description="A task metric apart from the reward, same form and signature; the best checkpoint is kept by it. Default: the reward.",
-    )
-    prompt_column: str = Field(
-        "prompt", description="Column of the file that holds the prompt; the others go to the reward function."
-    )
-    chat: bool = Field(
-        False,
-        description="Put plain-text prompts through the tokenizer's chat template as a user message. Prompts that are message lists always go through it.",
-    )
-    prompt_tokens: Positive | None = Field(None, description="Keep only the first so many tokens of each prompt.")
-    held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.1, description="Fraction of prompts kept for evaluation, chosen by a hash of their text."
     )
 
 

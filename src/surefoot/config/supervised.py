@@ -8,6 +8,8 @@ from pydantic import Field, field_validator
 
 from surefoot.config.sections import Fraction, NonNegative, PathText, Positive, PPOConfig, Section
 
+MAX_HEADS = 32  # each has a bit of a judgement's hash
+
 
 class SFTConfig(Section):
     """Supervised fine-tuning on examples, in place of a task: what others wrote is made likelier."""
@@ -62,6 +64,12 @@ class RewardModelConfig(Section):
     )
     center: NonNegative = Field(
         0.0, description="Weight of (r_chosen + r_rejected)², which holds the scores of pairs near 0; 0.01 is usual."
+    )
+    heads: int = Field(
+        1,
+        ge=1,
+        le=MAX_HEADS,
+        description="Scores on one trunk, each learned from its own half of the judgements: their mean is the score, their standard deviation tells how unsure it is; 8 is usual. 1: no uncertainty.",
     )
     epochs: Positive = Field(2, description="Passes over the judgements; rounded up to whole updates.")
     batch_size: Positive = Field(32, description="Judgements in one optimiser step.")

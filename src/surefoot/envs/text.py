@@ -14,6 +14,7 @@ import torch
 from surefoot.core.seeds import derived_seed
 from surefoot.errors import InputError
 from surefoot.rewards.functions import RewardFunction
+from surefoot.rewards.mixed import MixedReward
 
 Prompt = str | list[dict[str, Any]]
 
@@ -41,15 +42,16 @@ class TextTask:
 
     `prompts` is a list of strings, of message lists (`[{"role": "user", "content": …}]`) or of dicts with a `prompt`
     column and others; a JSONL file of such dicts or strings; or a `datasets.Dataset`. `reward` has TRL's signature:
-    `reward(prompts, completions, **columns) -> list[float]`; `metric` has the same and judges evaluations apart from
-    the reward. `held_out` is the fraction of prompts kept for evaluation, chosen by a hash of the text, or a list of
-    prompts of its own. Raises InputError for prompts that are empty, of no usable type, or that don't exist.
+    `reward(prompts, completions, **columns) -> list[float]`, or is a dict of such functions with their weights in the sum,
+    `{"polite": (polite, 1.0), "long": (length, -0.01)}`; `metric`, a function, judges evaluations apart from the reward.
+    `held_out` is the fraction of prompts kept for evaluation, chosen by a hash of the text, or a list of prompts of its
+    own. Raises InputError for prompts that are empty, of no usable type, or that don't exist.
     """
 
     def __init__(
         self,
         prompts: Any,
-        reward: RewardFunction,
+        reward: RewardFunction | Mapping[str, tuple[RewardFunction, float]] | MixedReward,
         *,
         metric: RewardFunction | None = None,
         held_out: float | Sequence[Any] = 0.1,
@@ -57,8 +59,10 @@ class TextTask:
         prompt_tokens: int | None = None,
         chat: bool = False,
     ):
+        reward = MixedReward(reward) if isinstance(reward, Mapping) else reward
         for name, function in (("reward", reward), ("metric", metric)):
-            if not callable(function) and (name == "reward" or function is not None):
+            is_usable = callable(function) or (isinstance(function, MixedReward) if name == "reward" else function is None)
+            if not is_usable:
                 raise InputError(f"{name}: expected a function of (prompts, completions, **columns), got {function!r}")
         if prompt_tokens is not None and (not isinstance(prompt_tokens, int) or prompt_tokens < 1):
             raise InputError(f"prompt_tokens: expected a whole number above 0, or None, got {prompt_tokens!r}")

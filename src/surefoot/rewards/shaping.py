@@ -10,7 +10,7 @@ from surefoot.types import Trajectory
 
 
 def shape_rewards(trajectories: Sequence[Trajectory], config: PPOConfig, stats: RunningStats) -> RunningStats:
-    """Fill `reward_parts` of every trajectory; `reward_parts["total"]` is what goes on its last written token.
+    """Fill up `reward_parts` of every trajectory; `reward_parts["total"]` is what goes on its last written token.
 
     In this order: the penalty for an answer cut off by the length limit is subtracted, or replaces the score by its
     negative (as lm-human-preferences does); the result is divided by the running standard deviation of all scores so
@@ -19,7 +19,7 @@ def shape_rewards(trajectories: Sequence[Trajectory], config: PPOConfig, stats: 
     for t in trajectories:
         missing_end = not t.completion.stop_reason.ended_by_itself
         penalty = config.missing_eos_penalty if missing_end else None
-        t.reward_parts = {"score": t.score, "total": t.score}
+        t.reward_parts |= {"score": t.score, "total": t.score}
         if penalty is not None:
             t.reward_parts["missing_eos_penalty"] = -penalty
             t.reward_parts["total"] = -penalty if config.missing_eos_mode == "replace" else t.score - penalty

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from surefoot.config import RewardModelConfig
-from surefoot.core.judgements import pearson, preference_loss, rating_loss, share_in_order, spearman
+from surefoot.core.judgements import (
+    deviation_over_heads,
+    ensemble_loss,
+    pearson,
+    preference_loss,
+    rating_loss,
+    share_in_order,
+    spearman,
+)
+from surefoot.core.seeds import derived_seed
 from surefoot.envs.judgements import Judgements
 from surefoot.errors import InputError
 from surefoot.policies.base import Policy
@@ -22,6 +31,7 @@ from surefoot.rollout.text import encode_prompt
 from surefoot.types import Batch, Judgement
 
 SCORED_TOKENS = 4096  # at once, where nothing is trained
+NO_UNCERTAINTY = "uncertainty: this reward model has one head, which knows none; train one with reward_model.heads: 8"
 
 
 class ScoringPolicy(Policy, Protocol):
@@ -30,6 +40,7 @@ class ScoringPolicy(Policy, Protocol):
     tokenizer: Any
     context_length: int
     model_end_tokens: frozenset[int]
+    heads: int
     shift: float
     scale: float
 
@@ -38,8 +49,9 @@ class JudgementRollout:
     """Takes a run's batches from judgements, one after the other through shuffled epochs.
 
     Ratings are learned in units of their own mean and deviation over the training examples: how fast a head learns does not
-    depend on the scale people were given. Raises InputError for a text that does not fit, or if the data is another than a
-    checkpoint's.
+    depend on the scale people were given. Of an ensemble each head learns from its own half of the judgements, the same in
+    every epoch, chosen by a hash of the seed and the judgement's number. Raises InputError for a text that does not fit, or if
+    the data is another than a checkpoint's.
     """
 
     unit = "examples"
@@ -67,6 +79,8 @@ class JudgementRollout:
         started = time.perf_counter()
         indices = [self.data.training_index(number, self.seed) for number in range(first, first + count)]
         batch = self._batch([self._train[index] for index in indices], [self.data.train[index] for index in indices])
+        if self.policy.heads > 1:
+            self._share_out(batch, indices)
         batch.version = version
         batch.metrics = {
             "reward_model/epoch": (first + count) / len(self._train),
@@ -80,7 +94,7 @@ class JudgementRollout:
         """Loss on the first `episodes` held-out judgements, and how far the scores agree with them."""
         judgements = self.data.held_out[:episodes]
         batch = self._batch(self._held_out[:episodes], judgements)
-        scores_BK = _scores(self.policy, batch, poll)
+        scores_BK = _scores(self.policy, batch, poll).mean(2)
         assert batch.labels_B is not None
         labels_B = batch.labels_B.cpu()
         loss = float(self._objective(scores_BK, labels_B).mean())
@@ -102,7 +116,7 @@ class JudgementRollout:
     def calibrate(self) -> None:
         """Set the policy's `shift` and `scale`: the held-out texts (without any, the others) get mean 0, deviation 1."""
         texts, judgements = (self._held_out, self.data.held_out) if self._held_out else (self._train, self.data.train)
-        scores = _scores(self.policy, self._batch(texts, judgements)).double()
+        scores = _scores(self.policy, self._batch(texts, judgements)).mean(2).double()
         self.policy.shift, self.policy.scale = float(scores.mean()), float(scores.std(correction=0)) or 1.0
 
     def state(self) -> dict[str, Any]:
@@ -116,6 +130,15 @@ class JudgementRollout:
                 "reward_model.data: these are not the judgements that the run was begun with; go on with the same ones"
             )
 
+    def _share_out(self, batch: Batch, indices: Sequence[int]) -> None:
+        """Let each head see the labels of its own half alone."""
+        assert batch.labels_B is not None
+        numbers = [derived_seed(self.seed, "shares of heads", index) for index in indices]
+        is_shown = [[bool(number >> head & 1) for head in range(self.policy.heads)] for number in numbers]
+        is_shown_B1H = torch.tensor(is_shown, device=batch.labels_B.device)[:, None]
+        batch.labels_B = torch.where(is_shown_B1H, batch.labels_B[:, None, None], torch.nan)
+        batch.objective = functools.partial(ensemble_loss, loss=self._objective)
+
     def _batch(self, rows: Sequence[Sequence[Sequence[int]]], judgements: Sequence[Judgement]) -> Batch:
         labels = [(judgement.label - self._mean) / self._deviation for judgement in judgements]
         return judged_batch(rows, labels, objective=self._objective, device=self.policy.device)
@@ -125,38 +148,47 @@ class RewardScorer:
     """A reward model in TRL's signature: `scorer(prompts=[…], completions=[…]) -> list[float]`.
 
     What goes in is text, so policy and reward model may have different tokenizers. Prompts and completions are strings, which
-    are read as one text, or message lists, which go through the reward model's own chat template.
+    are read as one text, or message lists, which go through the reward model's own chat template. The score is the mean over
+    the heads, less `uncertainty` times their standard deviation. Raises InputError for an `uncertainty` that one head has not.
     """
 
-    def __init__(self, policy: ScoringPolicy):
-        self.policy = policy
+    def __init__(self, policy: ScoringPolicy, *, uncertainty: float = 0.0):
+        if uncertainty and policy.heads == 1:
+            raise InputError(NO_UNCERTAINTY)
+        self.policy, self.uncertainty = policy, uncertainty
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         """Calibrated scores, one a completion. Raises InputError for a text that does not fit the model's context."""
+        scores_NH = self.by_head(prompts, completions)
+        lowered_N = scores_NH.mean(1) - self.uncertainty * deviation_over_heads(scores_NH)
+        return [float(score) for score in lowered_N]
+
+    def by_head(self, prompts: Sequence[Any], completions: Sequence[Any]) -> Tensor:
+        """What each head says of each completion, [N, H] float64, calibrated."""
         if len(prompts) != len(completions):
             raise InputError(f"score: {len(prompts)} prompts and {len(completions)} completions; one prompt each is needed")
         if not completions:
-            return []
+            return torch.zeros(0, self.policy.heads, dtype=torch.float64)
         texts = [c if isinstance(c, str) else "".join(str(message["content"]) for message in c) for c in completions]
         rows = [
             [_tokens(self.policy, prompt, text, f"reward model: text {number}")]
             for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), start=1)
         ]
         batch = judged_batch(rows, [0.0] * len(rows), objective=rating_loss, device=self.policy.device)
-        scores_B = _scores(self.policy, batch)[:, 0].double()
-        return [float(score) for score in (scores_B - self.policy.shift) / self.policy.scale]
+        scores_NH = _scores(self.policy, batch)[:, 0].double()
+        return (scores_NH - self.policy.shift) / self.policy.scale
 
 
 @torch.no_grad()
-def _scores(policy: Policy, batch: Batch, poll: Callable[[], None] | None = None) -> Tensor:
-    """Scores of all texts, [B, K] float32 on the CPU, before calibration."""
+def _scores(policy: ScoringPolicy, batch: Batch, poll: Callable[[], None] | None = None) -> Tensor:
+    """Scores of all texts by every head, [B, K, H] float32 on the CPU, before calibration."""
     sides = batch.observations["lengths"].shape[1]
-    scores_BK = torch.zeros(len(batch), sides)
+    scores_BKH = torch.zeros(len(batch), sides, policy.heads)
     for rows in micro_batches(batch, torch.arange(len(batch)), SCORED_TOKENS // sides):
         if poll is not None:
             poll()
-        scores_BK[rows] = policy.evaluate(batch.rows(rows)).values_BT.float().cpu()
-    return scores_BK
+        scores_BKH[rows] = policy.evaluate(batch.rows(rows)).values_BT.float().cpu().view(len(rows), sides, policy.heads)
+    return scores_BKH
 
 
 def _encoded(policy: ScoringPolicy, judgement: Judgement) -> list[tuple[int, ...]]:

@@ -18,6 +18,7 @@ from surefoot.errors import InputError
 from surefoot.generation.engine import TokenModel, generate
 from surefoot.policies.base import Policy
 from surefoot.rewards.functions import score
+from surefoot.rewards.mixed import PART, assign_scores
 from surefoot.rewards.shaping import shape_rewards
 from surefoot.rollout.batch import text_batch
 from surefoot.rollout.score import score_batch, sequence_kl
@@ -85,7 +86,7 @@ class TextRollout:
         if self.ppo.advantage == "remax":
             greedy = self.play(examples[::group], seeds[::group], poll, params=replace(self.params, temperature=0.0))
         played = time.perf_counter()
-        self._score(trajectories + greedy)
+        assign_scores(self.task.reward, trajectories + greedy)
         self.reward_stats = shape_rewards(trajectories + greedy, self.ppo, self.reward_stats)
         batch = text_batch(trajectories, device=self.policy.device, version=version)
         totals_B = _totals(trajectories, self.policy.device)
@@ -107,7 +108,7 @@ class TextRollout:
         examples = self.task.held_out[:episodes]
         seeds = [derived_seed(self.seed, "evaluation", number) for number in range(len(examples))]
         trajectories = self.play(examples, seeds, poll)
-        self._score(trajectories)
+        assign_scores(self.task.reward, trajectories)
         batch = text_batch(trajectories, device=self.policy.device)
         self._compare_with_reference(batch)
         rewards = [t.score for t in trajectories]
@@ -121,7 +122,7 @@ class TextRollout:
             "eval/length": sum(len(t.completion.tokens) for t in trajectories) / n,
             "eval/end_rate": sum(t.completion.stop_reason.ended_by_itself for t in trajectories) / n,
         }
-        return metrics, trajectories
+        return metrics | _part_means(trajectories, "eval/part/<label>"), trajectories
 
     @property
     def can_evaluate(self) -> bool:
@@ -174,10 +175,6 @@ class TextRollout:
         """Go on from a checkpoint's `state`."""
         self.reward_stats = RunningStats(**state["reward_stats"])
 
-    def _score(self, trajectories: list[Trajectory]) -> None:
-        for trajectory, value in zip(trajectories, score(self.task.reward, trajectories), strict=True):
-            trajectory.score = value
-
     def _compare_with_reference(self, batch: Batch) -> None:
         score_batch(self.policy, batch, token_budget=self.ppo.micro_batch_tokens)
         for trajectory, kl in zip(batch.trajectories, sequence_kl(batch).tolist(), strict=True):
@@ -212,7 +209,15 @@ def episode_metrics(batch: Batch) -> dict[str, float]:
         "reward/total": float(totals_B[acted_B].sum() / rows),
         "length/mean": float(mask_BT.sum() / rows),
         "length/end_rate": sum(ended) / max(len(ended), 1),
+        **_part_means(trajectories, "reward/part/<label>"),
     }
+
+
+def _part_means(trajectories: Sequence[Trajectory], name: str) -> dict[str, float]:
+    """Mean of each part of a mixed reward, by the metric's `name` with the part's label put in."""
+    labels = [key.removeprefix(PART) for key in trajectories[0].reward_parts if key.startswith(PART)] if trajectories else []
+    n = len(trajectories)
+    return {name.replace("<label>", label): sum(t.reward_parts[PART + label] for t in trajectories) / n for label in labels}
 
 
 def stop_check(tokenizer: Any, stops: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:

@@ -1,0 +1,92 @@
+"""The section of a text task: its prompts, and its reward or the parts that it is added up from."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, field_validator
+
+from surefoot.config.sections import NonNegative, PathText, Positive, Section
+from surefoot.wording import first_problem, short
+
+
+class RewardPart(Section):
+    """One of several rewards that are added up."""
+
+    name: PathText = Field(description="Reward function, or a reward model's folder.")
+    weight: float = Field(1.0, description="What its scores count in the sum; below 0 they are a cost, 0 is only logged.")
+    label: str | None = Field(
+        None, description="Its name in metrics and samples; default: the function's, or the folder's last part."
+    )
+    uncertainty: NonNegative = Field(
+        0.0, description="Lower a reward model's score by so many of its standard deviations over the heads."
+    )
+
+    @property
+    def called(self) -> str:
+        """Its name in metrics and samples."""
+        return Path(self.name.rpartition(":")[2]).name if self.label is None else self.label
+
+
+class TaskConfig(Section):
+    """The prompts and the reward."""
+
+    prompts: PathText = Field(description="JSONL file of prompts, or a name `surefoot fetch` knows.")
+    reward: PathText | list[RewardPart] = Field(
+        description="Reward function as `file.py:function` or `package.module:function`, or a reward model's folder; or a list of `{name, weight, label, uncertainty}`, whose weighted sum it is (docs/extending.md)."
+    )
+    metric: PathText | None = Field(
+        None,
+        description="A task metric apart from the reward, same form and signature; the best checkpoint is kept by it. Default: the reward.",
+    )
+    prompt_column: str = Field(
+        "prompt", description="Column of the file that holds the prompt; the others go to the reward function."
+    )
+    chat: bool = Field(
+        False,
+        description="Put plain-text prompts through the tokenizer's chat template as a user message. Prompts that are message lists always go through it.",
+    )
+    prompt_tokens: Positive | None = Field(None, description="Keep only the first so many tokens of each prompt.")
+    held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="Fraction of prompts kept for evaluation, chosen by a hash of their text."
+    )
+
+    @field_validator("reward", mode="before")
+    @classmethod
+    def _each_part(cls, reward: Any) -> Any:
+        if not isinstance(reward, list):
+            return reward
+        parts = [_part(part, number) for number, part in enumerate(reward, start=1)]
+        labels = [part.called for part in parts]
+        if twice := next((label for label in labels if labels.count(label) > 1), None):
+            raise ValueError(f"two parts are called {twice!r}; give each a label of its own")
+        check_weights(dict(zip(labels, (part.weight for part in parts), strict=True)))
+        return parts
+
+
+def _part(part: Any, number: int) -> RewardPart:
+    """A part of a reward, from what was written. Its problems are said as its own."""
+    if isinstance(part, RewardPart):
+        return part
+    if not isinstance(part, dict):
+        raise ValueError(f"part {number} is {short(part)}; write {{name: …, weight: 1.0}}")
+    try:
+        return RewardPart.model_validate(part)
+    except ValidationError as error:
+        kinds = dict.fromkeys(RewardPart.model_fields, "")
+        raise ValueError(first_problem(error.errors(), where=f"part {number}", kinds=kinds)) from None
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Raise ValueError: weights of a reward's parts, by their labels, that make no reward, or labels that name no metric."""
+    for label, weight in weights.items():
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", label):
+            raise ValueError(f"{short(label)} cannot name a metric; give a label of letters, digits, '.', '_' and '-'")
+        if not math.isfinite(weight):
+            raise ValueError(f"the weight of {label} is {weight}; give a finite number")
+    if not any(weights.values()):
+        raise ValueError("no part has a weight other than 0; give one, or there is nothing to learn")

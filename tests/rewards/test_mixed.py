@@ -1,0 +1,226 @@
+"""Rewards that are added up: the sum by hand, every part in the logs, and what is refused before a model is loaded."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from surefoot import PPO, InputError, RewardModel, TextTask
+from surefoot.build import build_task
+from surefoot.config import PPOConfig, absolute_paths, load_config
+from surefoot.core.running import RunningStats
+from surefoot.rewards.mixed import MixedReward, assign_scores
+from surefoot.rewards.shaping import shape_rewards
+from surefoot.types import StopReason
+from tests.fakes import trajectory
+from tests.inputs import model_folder, run_cli, write_project
+from tests.rollout.test_text import played, task
+from tests.test_reward_model import FAST, PAIRS
+from tests.train.small_run import rows
+
+TWO = """
+def long(prompts, completions, **columns):
+    return [float(len(text)) for text in completions]
+
+def vowels(prompts, completions, **columns):
+    return [sum(letter in "aeiou" for letter in text) for text in completions]
+"""
+PARTS = [{"name": "reward.py:long", "weight": -0.5}, {"name": "reward.py:vowels", "weight": 2, "label": "aeiou"}]
+
+
+def long(prompts, completions, **columns):
+    return [float(len(text)) for text in completions]
+
+
+def vowels(prompts, completions, **columns):
+    return [sum(letter in "aeiou" for letter in text) for text in completions]
+
+
+def test_the_sum_by_hand_and_what_shaping_adds():
+    answers = [trajectory(text, stop_reason=StopReason.LENGTH) for text in ("fine", "you and me")]
+    mixed = MixedReward({"long": (long, -0.5), "vowels": (vowels, 2), "unused": (long, 0)})
+    assign_scores(mixed, answers)
+    assert [t.score for t in answers] == [-0.5 * 4 + 2 * 2, -0.5 * 10 + 2 * 4]
+    assert answers[1].reward_parts == {"score": 3.0, "part/long": 10.0, "part/vowels": 4.0, "part/unused": 10.0}
+    shape_rewards(answers, PPOConfig(missing_eos_penalty=1.0, reward_clip=1.5), RunningStats())
+    assert answers[1].record()["reward"] == {
+        "score": 3.0,
+        "part/long": 10.0,
+        "part/vowels": 4.0,
+        "part/unused": 10.0,
+        "total": 1.5,
+        "missing_eos_penalty": -1.0,
+    }
+    assign_scores(long, answers)
+    assert [t.reward_parts for t in answers] == [{"score": 4.0}, {"score": 10.0}]
+
+
+def test_each_part_gets_what_a_function_gets_and_is_checked_as_one():
+    seen: list[Any] = []
+
+    def recording(**given):
+        seen.append(given)
+        return [1.0]
+
+    assign_scores(MixedReward({"a": (recording, 1), "b": (recording, 1)}), [trajectory("x", columns={"answer": 4})])
+    assert seen[0] == seen[1] and seen[0]["answer"] == [4] and seen[0]["completions"] == ["x"]
+    for bad, said in (
+        (lambda **given: [math.nan], "the reward b function returned nan for sample 0"),
+        (lambda **given: [1.0, 2.0], "the reward b function returned 2 scores for 1 completions"),
+        (lambda **given: 1 / 0, "the reward b function raised ZeroDivisionError"),
+    ):
+        with pytest.raises(InputError, match=said):
+            assign_scores(MixedReward({"a": (long, 1), "b": (bad, 1)}), [trajectory("x")])
+    with pytest.raises(InputError, match="add up to inf for sample 0"):
+        assign_scores(MixedReward({"a": (lambda **given: [1e300], 1e300)}), [trajectory("x")])
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({}, "reward: no part has a weight other than 0"),
+        ({"a": (long, 0.0)}, "reward: no part has a weight other than 0"),
+        ({"a": (long, math.nan)}, "reward: the weight of a is nan; give a finite number"),
+        ({"a": (long, True)}, "reward: expected a label with a function and its weight, got 'a'"),
+        ({"a": long}, "reward: expected a label with a function and its weight, got 'a'"),
+        ({"a": (1.0, long)}, "reward: expected a label with a function and its weight, got 'a'"),
+        ({"a/b": (long, 1.0)}, "reward: 'a/b' cannot name a metric; give a label of letters"),
+        ([long], "reward: expected a function of"),
+    ],
+)
+def test_what_is_no_reward_in_python_is_one_line(parts, said):
+    with pytest.raises(InputError) as caught:
+        TextTask(["a"], parts)
+    assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"samples_per_prompt": 4, "advantage": "grpo"}, {"samples_per_prompt": 4, "advantage": "remax"}]
+)
+def test_a_batch_is_that_of_the_one_function_that_is_the_sum(settings):
+    def both(prompts, completions, **columns):
+        return [-0.5 * a + 2 * b for a, b in zip(long(prompts, completions), vowels(prompts, completions), strict=True)]
+
+    ppo = PPOConfig(micro_batch_tokens=60, **settings)
+    mixed = played(env=task(reward={"long": (long, -0.5), "vowels": (vowels, 2)}), ppo=ppo)
+    whole = played(env=task(reward=both), ppo=ppo)
+    assert bool((mixed.rewards_BT == whole.rewards_BT).all())
+    if mixed.baselines_B is not None and whole.baselines_B is not None:
+        assert bool((mixed.baselines_B == whole.baselines_B).all())
+    lengths = [len(t.text) for t in mixed.trajectories]  # type: ignore[union-attr]
+    assert mixed.metrics["reward/part/long"] == pytest.approx(sum(lengths) / len(lengths))
+    assert mixed.metrics.keys() - whole.metrics.keys() == {"reward/part/long", "reward/part/vowels"}
+    parts = -0.5 * mixed.metrics["reward/part/long"] + 2 * mixed.metrics["reward/part/vowels"]
+    assert mixed.metrics["reward/mean"] == pytest.approx(parts)
+
+
+def test_a_file_names_parts_which_are_logged_evaluated_and_resumed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ppo = {"total_episodes": 16, "reward_scale": "running_std"}
+    project = write_project(tmp_path / "project", reward=TWO, task={"reward": PARTS}, ppo=ppo)
+    flags = ("--run.folder", "runs", "--device", "cpu")
+    assert (done := run_cli("ppo", project, *flags, "--run.name", "whole")).code == 0, done.err
+    logged = rows(Path("runs/whole"))
+    updates = [row for row in logged if "reward/mean" in row]
+    assert len(updates) == 4
+    for row in updates:
+        assert row["reward/mean"] == pytest.approx(-0.5 * row["reward/part/long"] + 2 * row["reward/part/aeiou"], abs=1e-5)
+    last = [row for row in logged if "eval/reward" in row][-1]
+    assert last["eval/reward"] == pytest.approx(-0.5 * last["eval/part/long"] + 2 * last["eval/part/aeiou"])
+    for sample in rows(Path("runs/whole"), "samples.jsonl"):
+        assert sample["reward"]["part/long"] == len(sample["completion"])
+    kept = yaml.safe_load(Path("runs/whole/config.yaml").read_text())["task"]["reward"]
+    assert [part["name"] for part in kept] == [f"{tmp_path / 'project' / 'reward.py'}:{name}" for name in ("long", "vowels")]
+    # Half of the run, then the rest from its folder.
+    config = load_config(project, {"run.folder": "runs", "run.name": "half", "device": "cpu"})
+    PPO(config.policy.model, build_task(config), config=config, verbose=0).learn(8)
+    gc.collect()  # the run folder is let go
+    PPO.load("runs/half", verbose=0).learn(8)
+    updates_of = [[row for row in rows(Path(run)) if "kl/coef" in row] for run in ("runs/whole", "runs/half")]
+    timeless = [[{k: v for k, v in row.items() if k[:4] not in ("time", "thro")} for row in run] for run in updates_of]
+    assert len(timeless[1]) == 4 and timeless[0] == timeless[1]
+
+
+def test_paths_of_parts_are_the_files_and_survive_a_round_trip(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    project = write_project(tmp_path / "project", reward=TWO, task={"reward": [*PARTS, {"name": "judge", "weight": 1}]})
+    (tmp_path / "project" / "judge").mkdir()
+    config = load_config(project)
+    assert config.task is not None
+    folder = tmp_path / "project"
+    names = [f"{folder / 'reward.py'}:long", f"{folder / 'reward.py'}:vowels", str(folder / "judge")]
+    assert [part.name for part in config.task.reward] == names  # type: ignore[union-attr]
+    assert [part.name for part in absolute_paths(config).task.reward] == names  # type: ignore[union-attr]
+    assert [part.called for part in absolute_paths(config).task.reward] == ["long", "aeiou", "judge"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        ([{"name": "reward.py:long", "wieght": 1}], "task.reward: part 1: unknown key 'wieght'; did you mean 'weight'?"),
+        ([{"weight": 1}], "task.reward: part 1: name is missing"),
+        ([{"name": "reward.py:long", "weight": "x"}], "task.reward: part 1: weight: should be a number, got 'x'"),
+        (
+            [{"name": "reward.py:long"}, {"name": "other.py:long"}],
+            "task.reward: two parts are called 'long'; give each a label of its own",
+        ),
+        ([{"name": "reward.py:long", "weight": 0}], "task.reward: no part has a weight other than 0; give one"),
+        ([{"name": "reward.py:long", "weight": math.inf}], "task.reward: part 1: weight: should be a finite number, got inf"),
+        ([{"name": "reward.py:long", "uncertainty": -1}], "task.reward: part 1: uncertainty: should be greater than"),
+        ([{"name": "reward.py:long", "label": "a b"}], "task.reward: 'a b' cannot name a metric; give a label of letters"),
+        (["reward.py:long"], "task.reward: part 1 is 'reward.py:long'; write {name: …, weight: 1.0}"),
+        ([], "task.reward: no part has a weight other than 0"),
+    ],
+)
+def test_parts_that_make_no_reward_are_one_line(tmp_path, reward, said):
+    project = write_project(tmp_path, reward=TWO, task={"reward": reward})
+    assert run_cli("ppo", project).complaint.startswith(f"{project}: {said}")
+
+
+def test_what_parts_lack_is_said_before_any_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = RewardModel(model_folder(), PAIRS, run_folder="runs", **FAST | {"epochs": 1}).learn()
+    model.save("judge")
+    monkeypatch.setattr("surefoot.build.load_policy", None)
+    project = write_project(tmp_path, reward=TWO)
+    for parts, said in (
+        (
+            [{"name": "judge", "uncertainty": 1.0}],
+            "task.reward, judge: uncertainty: this reward model has one head, which knows",
+        ),
+        (
+            [{"name": "reward.py:long", "uncertainty": 1.0}],
+            "task.reward, long: uncertainty is of a reward model's folder, and 'reward.py:long' is none; leave it out",
+        ),
+        ([{"name": "judge"}, {"name": "reward.py:short"}], "task.reward, short: reward.py has no function 'short'"),
+        ([{"name": "judge"}, {"name": "model"}], "task.reward, model: no reward model in model, which would have a"),
+    ):
+        found = run_cli("ppo", project, "--task.reward", json.dumps(parts)).complaint
+        assert found.startswith(said), found
+
+
+def test_a_reward_model_is_a_part_and_its_uncertainty_lowers_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = RewardModel(model_folder(), PAIRS, run_folder="runs", **FAST | {"epochs": 2, "heads": 3}).learn()
+    model.save("judge")
+    parts = [{"name": "judge", "weight": 0.5, "uncertainty": 2.0}, {"name": "reward.py:long", "weight": 0.1}]
+    project = write_project(tmp_path, reward=TWO, task={"reward": parts})
+    assert (done := run_cli("ppo", project, "--run.folder", "runs", "--device", "cpu")).code == 0, done.err
+    samples = rows(Path("runs/ppo-1"), "samples.jsonl")
+    texts = [one["prompt"] for one in samples], [one["completion"] for one in samples]
+    loaded = RewardModel.load("judge")
+    lowered = [s - 2.0 * u for s, u in zip(loaded.score(*texts), loaded.uncertainty(*texts), strict=True)]
+    assert [one["reward"]["part/judge"] for one in samples] == pytest.approx(lowered, abs=1e-4)
+    total = [0.5 * value + 0.1 * len(text) for value, text in zip(lowered, texts[1], strict=True)]
+    assert [one["reward"]["score"] for one in samples] == pytest.approx(total, abs=1e-4)
+    # The same from Python.
+    env = TextTask(["film 1 is"], {"judge": (loaded.lower_bound(2.0), 0.5), "long": (long, 0.1)}, held_out=0.0)
+    answer = trajectory(texts[1][0], prompt=texts[0][0])
+    assign_scores(env.reward, [answer])
+    assert answer.score == pytest.approx(total[0], abs=1e-4)
