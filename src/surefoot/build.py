@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from surefoot import assets
-from surefoot.config import Config, EnvConfig, PolicyConfig, SelfPlayConfig, load_config
+from surefoot.config import Config, CriticConfig, EnvConfig, PolicyConfig, SelfPlayConfig, load_config
 from surefoot.core.seeds import derived_seed
 from surefoot.envs.demonstrations import Demonstrations
 from surefoot.envs.games import GameVectorEnv, make_games
@@ -22,8 +22,9 @@ from surefoot.envs.vector import Vector, make_vector, wrap_vector
 from surefoot.errors import InputError
 from surefoot.policies.base import ActingPolicy, Policy
 from surefoot.policies.control import ControlPolicy
-from surefoot.policies.lm import CausalLMPolicy, check_model_folder, load_policy, resolve_dtype
-from surefoot.policies.reward import REWARD, RewardPolicy
+from surefoot.policies.lm import CausalLMPolicy, load_policy, resolve_dtype
+from surefoot.policies.pretrained import REWARD, check_model_folder
+from surefoot.policies.reward import RewardPolicy
 from surefoot.rewards.functions import RewardFunction, is_function, load_function, score
 from surefoot.rollout.demonstrations import DemonstrationRollout
 from surefoot.rollout.judgements import JudgementRollout, RewardScorer
@@ -57,6 +58,8 @@ def check_places(config: Config) -> None:
     build_device(config.device)
     if config.env is None and config.policy.model not in assets.ASSETS:
         check_model_folder(config.policy.model)
+        if (critic := config.policy.critic.model) is not None and critic not in assets.ASSETS:
+            check_model_folder(_model_of_run(critic), key="policy.critic.model")
 
 
 def build_policy(config: Config, *, say: Callable[[str], None] = assets.tell) -> CausalLMPolicy:
@@ -68,11 +71,27 @@ def build_policy(config: Config, *, say: Callable[[str], None] = assets.tell) ->
         say(f"{source} is no folder here and no asset ({', '.join(assets.ASSETS)}): asking the Hugging Face hub for it")
     return load_policy(
         source,
-        config.policy,
+        config.policy.model_copy(update={"critic": _critic(config, say)}),
         device=device,
         temperature=config.generation.temperature,
         seed=derived_seed(config.seed, "adapter", 0),
     )
+
+
+def _critic(config: Config, say: Callable[[str], None]) -> CriticConfig:
+    """The critic that is built: none of its own where no values are learned, and its model as a folder."""
+    critic = config.policy.critic
+    if not config.ppo.has_critic:
+        return CriticConfig()
+    if critic.model is None:
+        return critic
+    source = _model_of_run(assets.resolve(critic.model, key="policy.critic.model", say=say))
+    return critic.model_copy(update={"model": source})
+
+
+def _model_of_run(folder: str) -> str:
+    """The model's folder in a run folder, or `folder` itself."""
+    return str(Path(folder) / "model") if (Path(folder) / "config.yaml").is_file() else folder
 
 
 def build_task(config: Config, *, say: Callable[[str], None] = assets.tell) -> TextTask:
@@ -102,9 +121,7 @@ def build_reward(name: str, key: str, device: str) -> RewardFunction:
 
 def load_reward(folder: str | Path, *, device: str = "auto", key: str = "reward model") -> RewardPolicy:
     """The reward model that lies in `folder`, its run folder or what `save` wrote. Raises InputError naming `key`."""
-    folder = Path(folder)
-    if (folder / "config.yaml").is_file():
-        folder = folder / "model"
+    folder = Path(_model_of_run(str(folder)))
     if not (folder / REWARD).is_file():
         raise InputError(f"{key}: no reward model in {folder}, which would have a {REWARD}; train it to its end, or save it")
     settings = PolicyConfig(adapter=None, dtype=load_config(folder / SETTINGS).policy.dtype)
@@ -115,6 +132,7 @@ def load_reward(folder: str | Path, *, device: str = "auto", key: str = "reward 
 
 def build_reward_policy(config: Config, trunk: CausalLMPolicy) -> RewardPolicy:
     """A reward model over a language model, which it takes over."""
+    _check_no_critic(trunk)
     return RewardPolicy(trunk, seed=derived_seed(config.seed, "reward head", 0))
 
 
@@ -209,6 +227,8 @@ def build_control_policy(config: Config, env: Vector, module: nn.Module | None =
 
 def build_rollout(config: Config, policy: Any, env: Environment) -> loop.Rollout:
     """What collects the batches of a run."""
+    if config.supervised or not config.ppo.has_critic:
+        _check_no_critic(policy)
     if isinstance(env, Demonstrations):
         assert config.sft is not None
         return DemonstrationRollout(policy, env, sft=config.sft, seed=config.seed)
@@ -227,6 +247,12 @@ def build_rollout(config: Config, policy: Any, env: Environment) -> loop.Rollout
     return VectorRollout(
         policy, env, settings=config.env, ppo=config.ppo, seed=config.seed, make_evaluation=make, league=league
     )
+
+
+def _check_no_critic(policy: Any) -> None:
+    """Raise InputError for a loaded policy that brings a critic's weights along to where no values are learned."""
+    if getattr(policy, "critic", None) is not None:
+        raise InputError("policy: it has a critic of its own, which this run would not train; load it with critic.kind: shared")
 
 
 def build_training(config: Config, policy: Any, env: Environment, folder: RunFolder | None = None) -> loop.Training:

@@ -274,6 +274,7 @@ def _make_paths_relative_to(folder: Path, data: dict[str, Any]) -> None:
     for section, key in (
         ("run", "folder"),
         ("policy", "model"),
+        ("policy.critic", "model"),
         ("task", "prompts"),
         ("task", "reward"),
         ("task", "metric"),
@@ -281,7 +282,9 @@ def _make_paths_relative_to(folder: Path, data: dict[str, Any]) -> None:
         ("sft", "data"),
         ("reward_model", "data"),
     ):
-        values = data.get(section)
+        values: Any = data
+        for name in section.split("."):
+            values = values.get(name) if isinstance(values, dict) else None
         value = values.get(key) if isinstance(values, dict) else None
         if values and isinstance(value, str) and value[:1] not in ("", "~") and _is_path(key, value, folder):
             values[key] = os.path.normpath(folder / value)
