@@ -171,6 +171,16 @@ def test_policy_and_reference_are_what_they_are_without_the_critic(critic, adapt
     assert saved.keys() == expected.keys() and all(torch.equal(saved[name], expected[name]) for name in saved)
 
 
+def test_the_critics_adapter_starts_at_0_from_a_seed_of_its_own():
+    torch.manual_seed(3)
+    named, again = (dict(tiny_policy(critic=ADAPTER).named_parameters_to_train()) for _ in range(2))
+    for name, parameter in named.items():
+        assert torch.equal(parameter, again[name])
+        if name.startswith("critic."):
+            own = named["model." + name.removeprefix("critic.").replace(".critic.", ".default.")]
+            assert parameter.shape == own.shape and torch.equal(parameter, own) == (".lora_B." in name)
+
+
 @KINDS
 @pytest.mark.parametrize("columns", [1, 7])
 def test_padding_and_neighbours_change_no_value(critic, columns):

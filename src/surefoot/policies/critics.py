@@ -58,8 +58,8 @@ def separate_critic(lm: Any, tokenizer: Any, config: CriticConfig, *, dtype: tor
     """A copy of `lm`, or the model that `config` names, cut to its first `layers`; all of it is trained, in float32.
 
     A reward model's folder gives the head too: (score - shift) / scale, its calibrated reward, is where the values start
-    (Ziegler et al. 2019, arXiv:1909.08593; Stiennon et al. 2020, arXiv:2009.01325, start their value functions from the
-    reward model). Raises InputError for a model that is no critic for this policy.
+    (Stiennon et al. 2020, arXiv:2009.01325, start their separate value function from the reward model). Raises InputError
+    for a model that is no critic for this policy.
     """
     head, source = None, lm
     if config.model is not None:
