@@ -93,13 +93,15 @@ def tiny_policy(
     dtype: torch.dtype = torch.float32,
     temperature: float = 1.0,
     stop_gradient: bool = False,
+    critic: CriticConfig | None = None,
     tokenizer: Any = None,
     lm: Any = None,
     **overrides: Any,
 ) -> CausalLMPolicy:
     """A policy over `tiny_lm`; `moved` gives everything that is trained, the critic too, a random push."""
     lm = tiny_lm(family, **overrides) if lm is None else lm
-    config = PolicyConfig(adapter=AdapterConfig(rank=4) if adapter else None, critic=CriticConfig(stop_gradient=stop_gradient))
+    critic = critic or CriticConfig(stop_gradient=stop_gradient)
+    config = PolicyConfig(adapter=AdapterConfig(rank=4) if adapter else None, critic=critic)
     if adapter and dtype == torch.bfloat16:
         lm = lm.to(dtype)  # as `load_policy` stores a frozen base
     policy = wrap_policy(lm, tokenizer or tiny_tokenizer(), config=config, dtype=dtype, temperature=temperature)

@@ -66,12 +66,12 @@ def fetch(name: str, *, say: Callable[[str], None] = tell) -> Path:
 def resolve(source: str, *, key: str = "policy.model", say: Callable[[str], None] = tell) -> str:
     """`source` itself, or the path of the asset it names. A local file or folder of that name wins.
 
-    `key` says what it is for, `policy.model` or `task.prompts`. Raises InputError for an asset of the other kind, and
+    `key` says what it is for, `policy.model` or `task.prompts`, say. Raises InputError for an asset of the other kind, and
     for prompts that are neither a file nor an asset; a model may still be on the Hugging Face hub.
     """
     if os.path.exists(source):
         return source
-    fitting = sorted(name for name, asset in ASSETS.items() if (asset.product == "") == (key == "policy.model"))
+    fitting = sorted(name for name, asset in ASSETS.items() if (asset.product == "") == key.endswith(".model"))
     if source in fitting:
         return str(fetch(source, say=say))
     if source in ASSETS:

@@ -11,7 +11,17 @@ import torch
 from torch import nn
 
 from surefoot import assets
-from surefoot.config import Config, EnvConfig, PolicyConfig, PTXConfig, RewardPart, SelfPlayConfig, SFTConfig, load_config
+from surefoot.config import (
+    Config,
+    CriticConfig,
+    EnvConfig,
+    PolicyConfig,
+    PTXConfig,
+    RewardPart,
+    SelfPlayConfig,
+    SFTConfig,
+    load_config,
+)
 from surefoot.core.seeds import derived_seed
 from surefoot.envs.demonstrations import Demonstrations
 from surefoot.envs.games import GameVectorEnv, make_games
@@ -22,8 +32,9 @@ from surefoot.envs.vector import Vector, make_vector, wrap_vector
 from surefoot.errors import InputError
 from surefoot.policies.base import ActingPolicy, Policy
 from surefoot.policies.control import ControlPolicy
-from surefoot.policies.lm import CausalLMPolicy, check_model_folder, load_policy, resolve_dtype
-from surefoot.policies.reward import REWARD, RewardPolicy, saved_heads
+from surefoot.policies.lm import CausalLMPolicy, load_policy, resolve_dtype
+from surefoot.policies.pretrained import REWARD, check_model_folder
+from surefoot.policies.reward import RewardPolicy, saved_heads
 from surefoot.rewards.functions import RewardFunction, is_function, load_function, score
 from surefoot.rewards.mixed import MixedReward, assign_scores
 from surefoot.rollout.base import Rollout
@@ -60,6 +71,8 @@ def check_places(config: Config) -> None:
     build_device(config.device)
     if config.env is None and config.policy.model not in assets.ASSETS:
         check_model_folder(config.policy.model)
+        if (critic := config.policy.critic.model) is not None and critic not in assets.ASSETS:
+            check_model_folder(_model_of_run(critic), key="policy.critic.model")
 
 
 def build_policy(config: Config, *, say: Callable[[str], None] = assets.tell) -> CausalLMPolicy:
@@ -71,11 +84,27 @@ def build_policy(config: Config, *, say: Callable[[str], None] = assets.tell) ->
         say(f"{source} is no folder here and no asset ({', '.join(assets.ASSETS)}): asking the Hugging Face hub for it")
     return load_policy(
         source,
-        config.policy,
+        config.policy.model_copy(update={"critic": _critic(config, say)}),
         device=device,
         temperature=config.generation.temperature,
         seed=derived_seed(config.seed, "adapter", 0),
     )
+
+
+def _critic(config: Config, say: Callable[[str], None]) -> CriticConfig:
+    """The critic that is built: none of its own where no values are learned, and its model as a folder."""
+    critic = config.policy.critic
+    if not config.ppo.has_critic:
+        return CriticConfig()
+    if critic.model is None:
+        return critic
+    source = _model_of_run(assets.resolve(critic.model, key="policy.critic.model", say=say))
+    return critic.model_copy(update={"model": source})
+
+
+def _model_of_run(folder: str) -> str:
+    """The model's folder in a run folder, or `folder` itself."""
+    return str(Path(folder) / "model") if (Path(folder) / "config.yaml").is_file() else folder
 
 
 def build_task(config: Config, *, say: Callable[[str], None] = assets.tell) -> TextTask:
@@ -147,9 +176,7 @@ def load_reward(folder: str | Path, *, device: str = "auto", key: str = "reward 
 
 def _reward_folder(folder: str | Path, key: str) -> Path:
     """Where in `folder` the reward model is."""
-    folder = Path(folder)
-    if (folder / "config.yaml").is_file():
-        folder = folder / "model"
+    folder = Path(_model_of_run(str(folder)))
     if not (folder / REWARD).is_file():
         raise InputError(f"{key}: no reward model in {folder}, which would have a {REWARD}; train it to its end, or save it")
     return folder
@@ -157,6 +184,7 @@ def _reward_folder(folder: str | Path, key: str) -> Path:
 
 def build_reward_policy(config: Config, trunk: CausalLMPolicy) -> RewardPolicy:
     """A reward model over a language model, which it takes over."""
+    _check_no_critic(trunk)
     assert config.reward_model is not None
     return RewardPolicy(trunk, seed=derived_seed(config.seed, "reward head", 0), heads=config.reward_model.heads)
 
@@ -254,6 +282,8 @@ def build_control_policy(config: Config, env: Vector, module: nn.Module | None =
 
 def build_rollout(config: Config, policy: Any, env: Environment, demonstrations: Demonstrations | None = None) -> Rollout:
     """What collects the batches of a run; `demonstrations` are those of `ppo.ptx`."""
+    if config.supervised or not config.ppo.has_critic:
+        _check_no_critic(policy)
     if isinstance(env, Demonstrations):
         assert config.sft is not None
         return DemonstrationRollout(policy, env, sft=config.sft, seed=config.seed)
@@ -282,6 +312,12 @@ def _mixed(config: Config, rollout: TextRollout, demonstrations: Demonstrations)
     # A seed of their own: a list as long as the prompts would be in the prompts' order.
     seed = derived_seed(config.seed, "ptx", 0)
     return MixedRollout(rollout, DemonstrationRollout(rollout.policy, demonstrations, sft=sft, seed=seed, key="ppo.ptx"))
+
+
+def _check_no_critic(policy: Any) -> None:
+    """Raise InputError for a loaded policy that brings a critic's weights along to where no values are learned."""
+    if getattr(policy, "critic", None) is not None:
+        raise InputError("policy: it has a critic of its own, which this run would not train; load it with critic.kind: shared")
 
 
 def build_training(

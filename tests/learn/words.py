@@ -8,7 +8,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from surefoot.config import AdapterConfig, PolicyConfig
+from surefoot.config import AdapterConfig, CriticConfig, PolicyConfig
 from surefoot.policies.lm import CausalLMPolicy, wrap_policy
 
 END = "<eos>"
@@ -22,7 +22,14 @@ def word_tokenizer() -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token=END)
 
 
-def word_policy(*, seed: int = 0, width: int = 16, adapter: bool = False, temperature: float = 1.0) -> CausalLMPolicy:
+def word_policy(
+    *,
+    seed: int = 0,
+    width: int = 16,
+    adapter: bool = False,
+    temperature: float = 1.0,
+    critic: CriticConfig | None = None,
+) -> CausalLMPolicy:
     """One layer. Its answers to one prompt differ in probability, but every word is written now and then."""
     config = transformers.LlamaConfig(
         vocab_size=len(WORDS),
@@ -38,5 +45,5 @@ def word_policy(*, seed: int = 0, width: int = 16, adapter: bool = False, temper
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         lm = transformers.LlamaForCausalLM(config)
-    policy_config = PolicyConfig(adapter=AdapterConfig(rank=4) if adapter else None)
+    policy_config = PolicyConfig(adapter=AdapterConfig(rank=4) if adapter else None, critic=critic or CriticConfig())
     return wrap_policy(lm, word_tokenizer(), config=policy_config, temperature=temperature)

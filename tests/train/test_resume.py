@@ -144,9 +144,19 @@ def test_other_base_weights_are_refused(tmp_path: Path, warm: Warm) -> None:
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_all_weights_are_resumed_when_there_is_no_adapter(tmp_path: Path, base: Path, warm: Warm) -> None:
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"adapter": None},
+        {"critic": {"kind": "adapter"}},
+        {"critic": {"kind": "separate"}},
+        {"adapter": None, "critic": {"kind": "separate", "layers": 1}},
+    ],
+    ids=["no adapter", "critic's adapter", "separate critic", "no adapter, small separate critic"],
+)
+def test_whatever_is_trained_is_resumed(tmp_path: Path, base: Path, warm: Warm, policy: dict[str, Any]) -> None:
     folders = [tmp_path / "whole", tmp_path / "killed"]
-    runs = [write_project(folder, base, policy={"adapter": None}) for folder in folders]
+    runs = [write_project(folder, base, policy=policy) for folder in folders]
     assert warm.run(folders[0], "ppo", "ppo.yaml").code == 0
     assert warm.run(folders[1], "ppo", "ppo.yaml", strikes=[Strike(STEP, 15, KILL)]).code == -signal.SIGKILL
     assert warm.run(folders[1], "resume", "runs/run").code == 0

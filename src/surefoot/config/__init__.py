@@ -292,6 +292,7 @@ def make_paths_relative_to(folder: Path, data: dict[str, Any]) -> None:
     for *sections, key in (
         ("run", "folder"),
         ("policy", "model"),
+        ("policy", "critic", "model"),
         ("task", "prompts"),
         ("task", "reward"),
         ("task", "metric"),

@@ -71,6 +71,8 @@ def check_supervised(config: Config, name: str) -> None:
     for other in ("task", "env", "reward_model"):
         if other != name and getattr(config, other) is not None:
             raise ValueError(f"a run has one of task, env and {name}, and here are {other} and {name}; leave one out")
+    if config.policy.critic.kind != "shared":
+        raise ValueError(f"policy.critic: a run of {name} learns no values and has no critic; leave the section out")
     if config.ppo != PPOConfig():
         run = "an sft" if name == "sft" else f"a {name}"
         raise ValueError(f"ppo: {run} run has no use for these settings; leave the section out, its own are under {name}")
@@ -90,10 +92,11 @@ def check_text(config: Config) -> None:
             f"ppo.samples_per_prompt ({ppo.samples_per_prompt}) does not divide ppo.episodes_per_update "
             f"({ppo.episodes_per_update}); try {_nearest_divisor(ppo.episodes_per_update, ppo.samples_per_prompt)}"
         )
-    if ppo.critic_warmup_updates and not config.policy.critic.stop_gradient:
+    critic = config.policy.critic
+    if ppo.critic_warmup_updates and critic.kind == "shared" and not critic.stop_gradient:
         raise ValueError(
             "ppo.critic_warmup_updates trains the critic alone, but its loss would move the trunk it shares with the policy; "
-            "set policy.critic.stop_gradient: true"
+            "set policy.critic.stop_gradient: true, or give it weights of its own by policy.critic.kind"
         )
     for name in ("top_k", "top_p"):
         if getattr(generation, name) is not None:
@@ -109,6 +112,8 @@ def check_environment(config: Config) -> None:
     if config.task is not None:
         raise ValueError("a run has a task (text) or an env (Gymnasium), not both; leave one out")
     _check_unused(ppo, TEXT_ONLY, "is for text tasks; leave it out")
+    if config.policy.critic.kind != "shared":
+        raise ValueError("policy.critic is for text tasks; with env policy.network.share says whether policy and value share")
     if ppo.kl_coef or ppo.kl_target is not None:
         raise ValueError("ppo.kl_coef needs a reference model, which a network that starts from nothing has not; leave it out")
     if model not in NETWORKS:

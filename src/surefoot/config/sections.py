@@ -70,13 +70,28 @@ class AdapterConfig(Section):
 class CriticConfig(Section):
     """The value function."""
 
-    kind: Literal["shared"] = Field(
-        "shared", description="`shared`: a linear fp32 head on the policy's last hidden state, zero at the start."
+    kind: Literal["shared", "adapter", "separate"] = Field(
+        "shared",
+        description="`shared`: a linear fp32 head on the policy's last hidden state, zero at the start; `adapter`: such a head on a LoRA adapter of its own, over the policy's frozen base; `separate`: on a transformer of its own, all of whose weights are trained.",
     )
     stop_gradient: bool = Field(
         False,
-        description="Keep the value loss's gradient out of the shared trunk; with `reward_model` the heads alone learn, and the model under them stays as it was.",
+        description="`shared`: keep the value loss's gradient out of the shared trunk; with `reward_model` the heads alone learn, and the model under them stays as it was.",
     )
+    model: PathText | None = Field(
+        None,
+        description="`separate`: the model it starts as, named as `policy.model` is, with the policy's tokenizer, or a reward model's folder, whose head it starts with too; `null`: a copy of the policy's base.",
+    )
+    layers: Positive | None = Field(
+        None, description="`separate`: keep only the first so many layers of that model; `null`: all."
+    )
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> CriticConfig:
+        for name, kind in (("stop_gradient", "shared"), ("model", "separate"), ("layers", "separate")):
+            if getattr(self, name) and self.kind != kind:
+                raise ValueError(f"{name} is for kind: {kind}, and this is {self.kind}; leave it out")
+        return self
 
 
 class NetworkConfig(Section):
@@ -114,6 +129,12 @@ class PolicyConfig(Section):
         "auto",
         description="Arithmetic. Trained weights are float32 always; `bfloat16` computes under autocast, a frozen base is also stored in it. `auto`: bfloat16 where the processor has it in hardware, else float32.",
     )
+
+    @model_validator(mode="after")
+    def _adapters_together(self) -> PolicyConfig:
+        if self.critic.kind == "adapter" and self.adapter is None:
+            raise ValueError("critic.kind: adapter needs the frozen base under policy.adapter, which is null; use separate")
+        return self
 
 
 class SelfPlayConfig(Section):

@@ -1,11 +1,10 @@
-"""A causal language model as a policy with a critic on its trunk. The one home of transformers and peft."""
+"""A causal language model as a policy with a critic."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +14,11 @@ from torch import Tensor, nn
 
 from surefoot.config import PolicyConfig
 from surefoot.errors import InputError
-from surefoot.policies import head
+from surefoot.policies import adapters, head
+from surefoot.policies.critics import Critic, adapter_critic, context_length, separate_critic
+from surefoot.policies.pretrained import check_model_folder, load_pretrained, one_line
 from surefoot.policies.quiet import quiet_transformers
-from surefoot.tensors import check_safetensors, read_tensors
+from surefoot.tensors import read_tensors
 from surefoot.types import Batch, Evaluation
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ class CausalLMPolicy:
 
     `lm` is any transformers causal LM, in evaluation mode for good: dropout would make old and new log-probs differ
     before the first step. With an adapter the reference is the same model with the adapter off; without one it is a
-    frozen copy. Temperature divides the logits wherever a log-prob is computed, the reference's too.
+    frozen copy. Temperature divides the logits wherever a log-prob is computed, the reference's too. Without `critic` the
+    value head reads the policy's own last hidden state.
     """
 
     reads_whole_rows = True
@@ -45,6 +47,7 @@ class CausalLMPolicy:
         *,
         adapter: Any = None,
         dtype: torch.dtype = torch.float32,
+        critic: Critic | None = None,
         stop_gradient: bool = False,
         temperature: float = 1.0,
     ):
@@ -52,17 +55,20 @@ class CausalLMPolicy:
         self.adapter = adapter  # the PeftModel around `lm`, or None
         self.lm = lm.eval()
         self.dtype = dtype
+        self.critic = critic
         self.stop_gradient = stop_gradient
         self.temperature = temperature
         self.scores_like_sampler = dtype == torch.float32
         self._body = lm.base_model
         self._head = lm.get_output_embeddings()
         self._cap = getattr(lm.config, "final_logit_softcapping", None)
-        width = self._head.weight.shape[1]
+        width = self._head.weight.shape[1] if critic is None else critic.width
         # Zero, so that the first values are 0 and the first advantages are the rewards' own.
         self.value_head: nn.Linear = nn.utils.skip_init(nn.Linear, width, 1, device=self.device, dtype=torch.float32)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+        if critic is not None and critic.head is not None:
+            self.value_head.load_state_dict(critic.head)
         self._reference = None if adapter is not None else copy.deepcopy(lm).requires_grad_(False)
 
     @property
@@ -74,7 +80,8 @@ class CausalLMPolicy:
     @property
     def context_length(self) -> int:
         """Most tokens of prompt and answer together."""
-        return int(getattr(self.lm.config, "max_position_embeddings", 1 << 30))
+        own = context_length(self.lm)
+        return own if self.critic is None else min(own, self.critic.context_length)
 
     @property
     def model_end_tokens(self) -> frozenset[int]:
@@ -85,7 +92,10 @@ class CausalLMPolicy:
 
     def named_parameters_to_train(self) -> Iterable[tuple[str, nn.Parameter]]:
         """The adapter's parameters, or all of the model's, then the critic's."""
-        yield from ((name, p) for name, p in self.lm.named_parameters() if p.requires_grad)
+        critics = {} if self.critic is None else self.critic.parameters()
+        not_the_policys = {id(p) for p in critics.values()}
+        yield from ((name, p) for name, p in self.lm.named_parameters() if p.requires_grad and id(p) not in not_the_policys)
+        yield from ((f"critic.{name}", p) for name, p in critics.items())
         yield from ((f"value_head.{name}", p) for name, p in self.value_head.named_parameters())
 
     def new_cache(self, *, slots: int, columns: int) -> SlotCache:
@@ -95,7 +105,10 @@ class CausalLMPolicy:
         return SlotCache(layers=int(self.lm.config.get_text_config().num_hidden_layers), slots=slots, columns=columns)
 
     def step(self, tokens_BT: Tensor, positions_BT: Tensor, attention_BS: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
-        """Feed tokens after what `cache` holds; float32 logits [B, V] and value [B] at the last of them."""
+        """Feed tokens after what `cache` holds; float32 logits [B, V] and value [B] at the last of them.
+
+        A critic of its own has no cache: its values come afterwards, from `score_values`, and are 0 here.
+        """
         with self._autocast():
             hidden = self._body(
                 input_ids=tokens_BT,
@@ -105,10 +118,11 @@ class CausalLMPolicy:
                 use_cache=True,
             )
             last_BD = hidden.last_hidden_state[:, -1]
-            return head.logits(last_BD, self._head, self._cap), self._values(last_BD)
+            logits_BV = head.logits(last_BD, self._head, self._cap)
+            return logits_BV, self._values(last_BD) if self.critic is None else logits_BV.new_zeros(len(logits_BV))
 
     def evaluate(self, batch: Batch, *, entropy_gradient: bool = False) -> Evaluation:
-        """What policy and critic think of the written tokens, from one forward pass over the whole rows."""
+        """What policy and critic think of the written tokens, from one forward pass (of each) over the whole rows."""
         mask_BT = batch.mask_BT
         with self._autocast():
             hidden_ND = _hidden_before(self._body, batch.observations, mask_BT)
@@ -120,18 +134,23 @@ class CausalLMPolicy:
                 temperature=self.temperature,
                 entropy_gradient=entropy_gradient,
             )
-            values_N = self._values(hidden_ND)
+            values_N = self._values(hidden_ND if self.critic is None else self._critics_hidden(batch))
         return Evaluation(
             logprobs_BT=_scatter(logprobs_N, mask_BT),
             values_BT=_scatter(values_N, mask_BT),
             entropies_BT=_scatter(entropies_N, mask_BT),
         )
 
+    @property
+    def score_values(self) -> Callable[[Batch], Tensor] | None:
+        """What gives the values [B, T] of written tokens that `step` did not; None where it did."""
+        return None if self.critic is None else self._critics_values
+
     @torch.no_grad()
     def reference_logprobs(self, batch: Batch) -> Tensor:
         """Log-probs of the written tokens under the model as it was before training."""
         reference = self.lm if self._reference is None else self._reference
-        without_adapter = self.adapter.disable_adapter() if self.adapter is not None else contextlib.nullcontext()
+        without_adapter = contextlib.nullcontext() if self.adapter is None else adapters.using(self.adapter)
         with without_adapter, self._autocast():
             hidden_ND = _hidden_before(reference.base_model, batch.observations, batch.mask_BT)
             logprobs_N, _ = head.score_actions(
@@ -173,22 +192,32 @@ class CausalLMPolicy:
     def save(self, folder: Path) -> None:
         """Write what `save_model` writes, and the critic beside it."""
         self.save_model(folder)
-        save_file({name: p.data.contiguous() for name, p in self.value_head.state_dict().items()}, folder / CRITIC)
+        save_file({name: p.data.contiguous() for name, p in self._critics_parameters().items()}, folder / CRITIC)
 
     def save_model(self, folder: Path) -> None:
-        """Write plain transformers weights (the adapter merged in) that `AutoModelForCausalLM.from_pretrained` opens, and the
-        tokenizer."""
-        plain = self.lm if self.adapter is None else copy.deepcopy(self.adapter).float().merge_and_unload()
+        """Write plain transformers weights (the policy's adapter merged in) that `AutoModelForCausalLM.from_pretrained`
+        opens, and the tokenizer."""
+        plain = self.lm if self.adapter is None else self._merged()
         with quiet_transformers():
             plain.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def load_extras(self, folder: Path) -> None:
         """The critic that `save` wrote beside the weights. Raises InputError if it does not fit."""
-        try:
-            self.value_head.load_state_dict(read_tensors(folder / CRITIC))
-        except RuntimeError as error:  # torch's, for other names or shapes
-            raise InputError(f"{folder / CRITIC} does not fit this model: {_one_line(error)}") from None
+        own, saved = self._critics_parameters(), read_tensors(folder / CRITIC)
+        odd = [name for name in sorted(own.keys() | saved.keys()) if name not in own or name not in saved]
+        odd = odd or [name for name, parameter in own.items() if parameter.shape != saved[name].shape]
+        if odd:
+            raise InputError(
+                f"{folder / CRITIC} does not fit this model and its policy.critic: {odd[0]} is not the same in both"
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(saved[name])
+
+    def _merged(self) -> Any:
+        merged = copy.deepcopy(self.adapter).float()
+        return merged.merge_and_unload(adapter_names=[adapters.POLICY])
 
     @contextlib.contextmanager
     def _autocast(self) -> Iterator[None]:
@@ -196,6 +225,19 @@ class CausalLMPolicy:
         enabled = self.dtype == torch.bfloat16
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
             yield
+
+    def _critics_parameters(self) -> dict[str, nn.Parameter]:
+        trunk = {} if self.critic is None else self.critic.parameters()
+        return dict(self.value_head.named_parameters()) | {f"trunk.{name}": p for name, p in trunk.items()}
+
+    def _critics_hidden(self, batch: Batch) -> Tensor:
+        assert self.critic is not None
+        with self.critic.in_use():
+            return _hidden_before(self.critic.body, batch.observations, batch.mask_BT)
+
+    def _critics_values(self, batch: Batch) -> Tensor:
+        with self._autocast():
+            return _scatter(self._values(self._critics_hidden(batch)), batch.mask_BT)
 
     def _values(self, hidden: Tensor) -> Tensor:
         hidden = hidden.detach() if self.stop_gradient else hidden
@@ -228,37 +270,10 @@ def load_policy(
     """
     config = config or PolicyConfig()
     check_model_folder(source)
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
+    if config.critic.model is not None:
+        check_model_folder(config.critic.model, key="policy.critic.model")
     dtype = resolve_dtype(config.dtype, device)
-    frozen_base = config.adapter is not None
-    part = "configuration"
-    try:
-        model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        part = "tokenizer"
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        part = "causal language model"
-        with quiet_transformers():
-            lm, report = AutoModelForCausalLM.from_pretrained(
-                source,
-                config=model_config,
-                dtype=dtype if frozen_base else torch.float32,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, with their names
-            )
-    except Exception as error:  # what a broken folder makes transformers raise can be anything, a KeyError too
-        raise InputError(f"policy.model {source}: no {part} that can be loaded: {_one_line(error)}") from error
-    if report["mismatched_keys"]:
-        name, found, expected = sorted(report["mismatched_keys"])[0]
-        raise InputError(f"policy.model {source}: {name} is {list(found)}, and config.json says {list(expected)}")
-    if report["missing_keys"]:
-        # transformers fills the gap with random numbers and goes on.
-        missing = sorted(report["missing_keys"])
-        raise InputError(
-            f"policy.model {source}: {len(missing)} weights of the model are not in the folder, such as {missing[0]}"
-        )
+    lm, tokenizer = load_pretrained(source, dtype=torch.float32 if config.adapter is None else dtype)
     return wrap_policy(lm.to(device), tokenizer, config=config, dtype=dtype, temperature=temperature, seed=seed)
 
 
@@ -272,48 +287,32 @@ def wrap_policy(
     seed: int = 0,
 ) -> CausalLMPolicy:
     """Put adapter and critic on a transformers model that is already in memory."""
-    config = config or PolicyConfig()
+    config, critic = config or PolicyConfig(), None
     if dtype == torch.bfloat16 and lm.device.type == "cpu":
         # The fused kernel rounds differently for every row length: old and new log-probs of the same tokens would
         # differ by several percent. The plain one gives the same bits whatever the padding, as fast.
         lm.set_attn_implementation("eager")
+    if config.critic.kind == "separate":
+        critic = separate_critic(lm, tokenizer, config.critic, dtype=dtype)
     if config.adapter is None:
         adapter = None
         lm.requires_grad_(True)
     else:
-        adapter = _add_adapter(lm, config, seed)
+        adapter = adapters.add_adapter(lm, config.adapter, seed)
         lm = adapter.get_base_model()
+        if config.critic.kind == "adapter":
+            critic = adapter_critic(adapter, seed=seed)
     policy = CausalLMPolicy(
         lm,
         tokenizer,
         adapter=adapter,
         dtype=dtype,
+        critic=critic,
         stop_gradient=config.critic.stop_gradient,
         temperature=temperature,
     )
     _check_model(policy)
     return policy
-
-
-def _add_adapter(lm: nn.Module, config: PolicyConfig, seed: int) -> Any:
-    from peft import LoraConfig, get_peft_model
-    from transformers.pytorch_utils import Conv1D
-
-    assert config.adapter is not None
-    settings = LoraConfig(
-        r=config.adapter.rank,
-        lora_alpha=config.adapter.alpha,
-        lora_dropout=0.0,
-        target_modules=config.adapter.targets,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in lm.modules()),  # GPT-2 keeps weights transposed
-        task_type="CAUSAL_LM",
-    )
-    try:
-        with torch.random.fork_rng(devices=[]), quiet_transformers():
-            torch.manual_seed(seed)
-            return get_peft_model(lm, settings)
-    except ValueError as error:
-        raise InputError(f"policy.adapter.targets: {_one_line(error)}") from None
 
 
 @torch.no_grad()
@@ -334,7 +333,7 @@ def _check_model(policy: CausalLMPolicy) -> None:
         cache.window.end = 4
         fourth, _ = policy.step(tokens[None, 3:], tokens[None, 3:], attention, cache)
     except Exception as error:  # an architecture we have not met can fail in any way
-        raise InputError(f"policy.model: {name} cannot be decoded token by token here: {_one_line(error)}") from error
+        raise InputError(f"policy.model: {name} cannot be decoded token by token here: {one_line(error)}") from error
     worst = (torch.cat([third, fourth]) - expected).abs().max() / expected.abs().max()
     if not worst < (1e-3 if policy.dtype == torch.float32 else 0.1):
         raise InputError(
@@ -353,41 +352,3 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
         )
         return torch.bfloat16 if fast else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def check_model_folder(source: str) -> None:
-    """Raise InputError if `source` looks like a local folder and is not a whole, safe model."""
-    folder = Path(source)
-    if not folder.is_dir():
-        if folder.exists() or folder.is_absolute() or source.startswith(".") or source.count("/") > 1:
-            raise InputError(f"policy.model: no folder {source}")
-        return
-    if not (folder / "config.json").is_file():
-        raise InputError(f"policy.model {source}: no config.json there; is it a whole model folder?")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, LookupError, TypeError, AttributeError):
-            raise InputError(f"{index}: damaged; fetch or save the model again") from None
-        for name in shards:
-            if Path(name).name != name:
-                raise InputError(f"{index}: names {name!r}, which is not in the folder; fetch or save the model again")
-            if not (folder / name).is_file():
-                raise InputError(f"policy.model {source}: half-written, {name} is missing")
-            check_safetensors(folder / name)
-        return
-    weights = folder / "model.safetensors"
-    if not weights.is_file():
-        pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in folder.glob(pattern)]
-        if pickles:
-            raise InputError(
-                f"policy.model {source}: {pickles[0]} is a pickle and is not loaded, since loading one can run code; "
-                "convert it to safetensors where you trust it (save_pretrained does)"
-            )
-        raise InputError(f"policy.model {source}: no model.safetensors there; is it a whole model folder?")
-    check_safetensors(weights)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

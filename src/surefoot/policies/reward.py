@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 from surefoot.errors import InputError
 from surefoot.policies.lm import CausalLMPolicy
+from surefoot.policies.pretrained import REWARD
 from surefoot.tensors import read_tensors
 from surefoot.types import Batch, Evaluation
-
-# Written beside the weights by `save`: the scalar head, and what its scores are shifted and scaled by.
-REWARD = "surefoot_reward.safetensors"
 
 
 class RewardPolicy:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,10 +14,11 @@ from surefoot.types import Batch
 
 
 @torch.no_grad()
-def score_batch(policy: Policy, batch: Batch, *, token_budget: int) -> None:
+def score_batch(policy: Policy, batch: Batch, *, token_budget: int, values: Callable[[Batch], Tensor] | None = None) -> None:
     """Fill `reference_logprobs_BT`, and where sampler and trainer differ by more than rounding (bfloat16), the old
     log-probs and values too: they must come from the code that will compute the new ones, or the first ratio isn't 1.
-    A batch whose sampler wrote no log-probs at all (`needs_scores`) gets them here.
+    A batch whose sampler wrote no log-probs at all (`needs_scores`) gets them here; one whose sampler had no values gets
+    them from `values`, which must be the code that trains them too.
     """
     rescore = batch.needs_scores or not policy.scores_like_sampler
     references: list[tuple[Tensor, Tensor]] = []
@@ -32,6 +35,8 @@ def score_batch(policy: Policy, batch: Batch, *, token_budget: int) -> None:
             view = policy.evaluate(part)
             batch.logprobs_BT[rows, :length] = view.logprobs_BT
             batch.values_BT[rows, :length] = view.values_BT
+        elif values is not None:
+            batch.values_BT[rows, :length] = values(part)
     batch.needs_scores = False
     if references:
         batch.reference_logprobs_BT = torch.zeros_like(batch.logprobs_BT)

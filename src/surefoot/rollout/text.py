@@ -32,6 +32,11 @@ class LanguagePolicy(Policy, TokenModel, Protocol):
     temperature: float
 
     @property
+    def score_values(self) -> Callable[[Batch], torch.Tensor] | None:
+        """What gives values [B, T] after the rollout, where `step` has none to give."""
+        ...
+
+    @property
     def model_end_tokens(self) -> frozenset[int]:
         """Tokens that end an answer."""
         ...
@@ -95,7 +100,7 @@ class TextRollout:
         batch.step_limit = self.params.max_new_tokens
         batch.groups_B = torch.tensor([number // group for number in numbers], device=self.policy.device)
         batch.baselines_B = _totals(greedy, self.policy.device).repeat_interleave(group) if greedy else None
-        self._compare_with_reference(batch)
+        self._compare_with_reference(batch, values=self.policy.score_values if self.ppo.has_critic else None)
         batch.metrics = episode_metrics(batch)
         batch.metrics |= {"time/rollout_s": played - started, "time/score_s": time.perf_counter() - played}
         return batch
@@ -175,8 +180,8 @@ class TextRollout:
         """Go on from a checkpoint's `state`."""
         self.reward_stats = RunningStats(**state["reward_stats"])
 
-    def _compare_with_reference(self, batch: Batch) -> None:
-        score_batch(self.policy, batch, token_budget=self.ppo.micro_batch_tokens)
+    def _compare_with_reference(self, batch: Batch, *, values: Callable[[Batch], torch.Tensor] | None = None) -> None:
+        score_batch(self.policy, batch, token_budget=self.ppo.micro_batch_tokens, values=values)
         for trajectory, kl in zip(batch.trajectories, sequence_kl(batch).tolist(), strict=True):
             assert isinstance(trajectory, Trajectory)
             trajectory.kl = kl

@@ -198,7 +198,7 @@ PPO = Kind(
         *_ON_POLICY,
     ),
     {"ppo.max_grad_norm": NO_CLIP},
-    ("value_model: TRL's critic is a model of its own; here it is a head on the policy's trunk (policy.critic)",),
+    ("value_model: TRL's critic is a model of its own; here that is policy.critic.kind: separate (docs/critics.md)",),
 )  # fmt: skip
 GRPO = Kind(
     "GRPOConfig", ("GRPOConfig",), "grpo",

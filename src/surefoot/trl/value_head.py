@@ -12,7 +12,8 @@ from torch import Tensor
 from surefoot.build import SETTINGS
 from surefoot.config import Config, PolicyConfig, dump_config
 from surefoot.errors import InputError
-from surefoot.policies.lm import CRITIC, check_model_folder, load_policy
+from surefoot.policies.lm import CRITIC, load_policy
+from surefoot.policies.pretrained import check_model_folder
 from surefoot.tensors import read_tensors
 
 WEIGHTS, INDEX, SHARDS = "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"

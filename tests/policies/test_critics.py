@@ -1,0 +1,438 @@
+"""Critics with weights of their own: what their values are, what reaches their weights, what is kept of them."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from surefoot import PPO, SFT, RewardModel, TextTask, load_policy
+from surefoot.config import AdapterConfig, CriticConfig, PolicyConfig, PPOConfig, load_config
+from surefoot.errors import InputError
+from surefoot.policies.lm import CausalLMPolicy
+from surefoot.rollout.score import score_batch
+from surefoot.tensors import read_tensors
+from surefoot.train.update import TokenBudget, accumulate_gradient, advantages, make_optimizer
+from surefoot.types import Batch
+from tests.inputs import model_folder
+from tests.policies.test_training import first_minibatch, rollout, update
+from tests.tiny import FAMILIES, move, random_tokens, tiny_config, tiny_lm, tiny_policy, tiny_tokenizer, written_batch
+
+ADAPTER, SEPARATE, SMALL = CriticConfig(kind="adapter"), CriticConfig(kind="separate"), CriticConfig(kind="separate", layers=1)
+KINDS = pytest.mark.parametrize("critic", [ADAPTER, SEPARATE, SMALL], ids=["adapter", "separate", "one layer"])
+# What is trained beside it: only a critic of its own weights can go with either.
+SETTINGS = pytest.mark.parametrize(
+    ("critic", "adapter"),
+    [(ADAPTER, True), (SEPARATE, True), (SMALL, True), (SEPARATE, False)],
+    ids=["adapter", "separate", "one layer", "separate, all weights"],
+)
+PAIRS = [(random_tokens(p, seed=p), random_tokens(a, seed=40 + a)) for p, a in ((3, 5), (1, 1), (9, 4), (2, 12))]
+RUN: dict[str, Any] = {
+    "dtype": "float32",
+    "verbose": 0,
+    "total_episodes": 8,
+    "episodes_per_update": 8,
+    "batch_size": 4,
+    "max_new_tokens": 4,
+    "learning_rate": 0.01,
+    "run_checkpoint_every": 1,
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model with a calibration that is not 0 and 1."""
+    folder = tmp_path_factory.mktemp("reward")
+    pairs = [{"prompt": f"film {n}", "chosen": " is good", "rejected": f" is bad {n}"} for n in range(20)]
+    settings = {"dtype": "float32", "verbose": 0, "epochs": 2, "learning_rate": 0.01, "batch_size": 8, "held_out": 0.3}
+    RewardModel(model_folder(), pairs, run_folder=str(folder / "runs"), run_name="run", **settings).learn().save(
+        folder / "saved"
+    )
+    return folder / "saved"
+
+
+def critics_own(name: str) -> bool:
+    return name.startswith(("critic.", "value_head."))
+
+
+@torch.no_grad()
+def plain_values(policy: CausalLMPolicy, rows: Any = PAIRS, *, family: str = "llama") -> Tensor:
+    """Values of every written token from a plain transformers model that has the critic's weights, row by row."""
+    assert policy.critic is not None
+    trained = {name: p.detach() for name, p in policy.critic.parameters().items()}
+    if policy.critic.adapter is None:
+        layers = policy.critic.body.config.num_hidden_layers
+        lm = tiny_lm(family, num_hidden_layers=layers, **({"layer_types": None} if family == "gemma2" else {}))
+        lm.base_model.load_state_dict(trained, strict=False)
+    else:
+        lm, scale = tiny_lm(family), 32 / 4
+        weights = dict(lm.base_model.named_parameters())
+        for name, a in trained.items():
+            if ".lora_A." in name:
+                b, weight = trained[name.replace(".lora_A.", ".lora_B.")], weights[name.split(".lora_A.")[0] + ".weight"]
+                weight += (scale * b @ a).T if weight.shape != (b @ a).shape or family == "gpt2" else scale * b @ a
+    lm.eval()
+    found = []
+    for prompt, answer in rows:
+        for t in range(len(answer)):
+            tokens = torch.tensor([[*prompt, *answer[:t]]])
+            hidden = lm(input_ids=tokens, use_cache=False, output_hidden_states=True).hidden_states[-1][0, -1]
+            found.append(policy.value_head(hidden))
+    return torch.cat(found)
+
+
+def gradients(policy: CausalLMPolicy, loss: Tensor) -> set[str]:
+    """Names of the parameters that the loss reaches."""
+    named = dict(policy.named_parameters_to_train())
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {name for name, gradient in zip(named, found, strict=True) if gradient is not None and gradient.abs().max() > 0}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@KINDS
+def test_values_are_those_of_the_critics_own_model(family, critic):
+    policy = tiny_policy(family, critic=critic)
+    move(policy)
+    batch = written_batch(PAIRS)
+    assert policy.score_values is not None
+    with torch.no_grad():
+        found, alone = policy.evaluate(batch).values_BT, policy.score_values(batch)
+    assert torch.allclose(found[batch.mask_BT], plain_values(policy, family=family), atol=2e-4)
+    assert torch.equal(found, alone) and (found[~batch.mask_BT] == 0).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_critic_of_n_layers_starts_as_the_model_without_the_others(family):
+    policy = tiny_policy(family, critic=SMALL)
+    short = {"num_hidden_layers": 1} | ({"layer_types": ["sliding_attention"]} if family == "gemma2" else {})
+    lm = transformers.AutoModelForCausalLM.from_config(tiny_config(family, **short)).eval()
+    left_out = lm.load_state_dict(tiny_lm(family).state_dict(), strict=False)
+    assert not left_out.missing_keys and left_out.unexpected_keys
+    tokens = torch.tensor([random_tokens(9, seed=1)])
+    with torch.no_grad():
+        expected = lm(input_ids=tokens, use_cache=False, output_hidden_states=True).hidden_states[-1]
+        assert torch.equal(policy.critic.body(input_ids=tokens, use_cache=False).last_hidden_state, expected)
+        assert policy.lm.config.num_hidden_layers == 2  # the policy keeps its own
+
+
+@SETTINGS
+def test_the_value_loss_reaches_the_critic_alone_and_the_policy_loss_the_policy_alone(critic, adapter):
+    policy = tiny_policy(critic=critic, adapter=adapter, moved=True)
+    batch = written_batch(PAIRS)
+    policy.reference_logprobs(batch)  # switches adapters off and on again
+    names = {name for name, _ in policy.named_parameters_to_train()}
+    own = {name for name in names if critics_own(name)}
+    view = policy.evaluate(batch, entropy_gradient=True)
+    assert gradients(policy, view.values_BT.square().sum()) == own and len(own) > 10
+    view = policy.evaluate(batch, entropy_gradient=True)
+    assert gradients(policy, view.logprobs_BT.sum()) == names - own and len(names - own) > 10
+    view = policy.evaluate(batch, entropy_gradient=True)
+    policy.score_values(batch)  # a switch between forward and backward loses nothing
+    policy.reference_logprobs(batch)
+    (view.values_BT.square().sum() + view.logprobs_BT.sum() + view.entropies_BT.sum()).backward()
+    assert {name for name, p in policy.named_parameters_to_train() if p.grad is not None} == names
+    assert {p.dtype for _, p in policy.named_parameters_to_train()} == {torch.float32}
+
+
+@SETTINGS
+def test_policy_and_reference_are_what_they_are_without_the_critic(critic, adapter):
+    plain, policy = tiny_policy(adapter=adapter), tiny_policy(critic=critic, adapter=adapter)
+    batch = written_batch(PAIRS)
+    own = dict(plain.named_parameters_to_train())
+    for name, parameter in policy.named_parameters_to_train():
+        if not critics_own(name):
+            assert torch.equal(parameter, own[name]), name
+    assert policy.fingerprint() == plain.fingerprint()
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters_to_train():
+            parameter.add_(0.05)
+            if not critics_own(name):
+                own[name].add_(0.05)
+        assert torch.equal(policy.reference_logprobs(batch), plain.reference_logprobs(batch))
+        policy.score_values(batch)
+        assert torch.equal(policy.evaluate(batch).logprobs_BT, plain.evaluate(batch).logprobs_BT)
+    assert policy.fingerprint() == plain.fingerprint()
+    policy.save_model(Path("with"))
+    plain.save_model(Path("without"))
+    saved, expected = (read_tensors(Path(folder) / "model.safetensors") for folder in ("with", "without"))
+    assert saved.keys() == expected.keys() and all(torch.equal(saved[name], expected[name]) for name in saved)
+
+
+def test_the_critics_adapter_starts_at_0_from_a_seed_of_its_own():
+    torch.manual_seed(3)
+    named, again = (dict(tiny_policy(critic=ADAPTER).named_parameters_to_train()) for _ in range(2))
+    for name, parameter in named.items():
+        assert torch.equal(parameter, again[name])
+        if name.startswith("critic."):
+            own = named["model." + name.removeprefix("critic.").replace(".critic.", ".default.")]
+            assert parameter.shape == own.shape and torch.equal(parameter, own) == (".lora_B." in name)
+
+
+@KINDS
+@pytest.mark.parametrize("columns", [1, 7])
+def test_padding_and_neighbours_change_no_value(critic, columns):
+    from tests.policies.test_lm import padded
+
+    policy = tiny_policy(critic=critic, moved=True)
+    batch = padded(written_batch(PAIRS), columns, filler=5)
+    with torch.no_grad():
+        together = policy.score_values(batch)
+        for row, pair in enumerate(PAIRS):
+            alone = written_batch([pair])
+            expected = policy.score_values(alone)[alone.mask_BT]
+            assert torch.allclose(together[row][batch.mask_BT[row]], expected, atol=1e-5)
+
+
+@KINDS
+def test_the_gradient_does_not_depend_on_how_a_minibatch_is_split(critic):
+    def gradient(tokens: int) -> dict[str, Tensor]:
+        policy = tiny_policy(critic=critic, moved=True)
+        batch = rollout(policy)
+        config = PPOConfig(batch_size=12, n_epochs=1, vf_coef=1.0)
+        accumulate_gradient(
+            policy,
+            advantages(batch, config),
+            torch.arange(len(batch)),
+            config=config,
+            optimizer=make_optimizer(policy, config),
+            budget=TokenBudget(tokens),
+        )
+        return {name: p.grad.clone() for name, p in policy.named_parameters_to_train() if p.grad is not None}
+
+    whole, split = gradient(10**6), gradient(60)
+    assert whole.keys() == split.keys() and any(map(critics_own, whole))
+    for name, expected in whole.items():
+        assert torch.allclose(split[name], expected, atol=1e-5 * max(1.0, float(expected.abs().max()))), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@SETTINGS
+def test_a_rollouts_values_are_the_critics_and_the_first_ratio_is_1(critic, adapter, dtype):
+    policy = tiny_policy(critic=critic, adapter=adapter, dtype=dtype, moved=True)
+    batch = rollout(policy, episodes=32)
+    assert (batch.behaviour_logprobs_BT is None) == (dtype == torch.float32)  # what the sampler gave is not scored again
+    with torch.no_grad():
+        expected = policy.score_values(batch)
+    assert expected.abs().max() > 0.1
+    assert torch.allclose(batch.values_BT, expected, atol=1e-4 if dtype == torch.float32 else 0.05)
+    config = PPOConfig(batch_size=4, n_epochs=1, learning_rate=1e-6, micro_batch_tokens=90)
+    seen = first_minibatch(update(policy, batch, config=config))
+    exact = dtype == torch.float32
+    assert seen["ratio"] == pytest.approx(1, abs=1e-6 if exact else 1e-3) and seen["clipped"] == 0
+    assert seen["ratio_max"] == pytest.approx(1, abs=1e-4 if exact else 0.05)
+
+
+def test_where_no_values_are_learned_none_are_computed():
+    policy = tiny_policy(critic=SEPARATE)
+    batch = written_batch(PAIRS)
+    policy.critic.body.forward = None  # type: ignore[union-attr,method-assign]
+    score_batch(policy, batch, token_budget=10**6)
+    assert (batch.values_BT == 0).all() and batch.reference_logprobs_BT is not None
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+def test_a_critic_may_start_as_another_model(layers):
+    tiny_lm(seed=3, hidden_size=16, num_hidden_layers=3).save_pretrained("smaller")
+    tiny_tokenizer().save_pretrained("smaller")
+    critic = CriticConfig(kind="separate", model="smaller", layers=layers)
+    policy = load_policy(str(model_folder()), PolicyConfig(critic=critic, dtype="float32"))
+    other = tiny_lm(seed=3, hidden_size=16, num_hidden_layers=3)
+    assert policy.critic is not None and policy.value_head.weight.shape == (1, 16)
+    own = policy.critic.body.state_dict()
+    assert all(torch.equal(value, other.base_model.state_dict()[name]) for name, value in own.items())
+    assert len(policy.critic.body.layers) == (layers or 3)
+
+
+# --- a reward model as critic ---
+
+
+@pytest.mark.parametrize("adapter", [AdapterConfig(rank=2), None], ids=["LoRA", "all weights"])
+def test_a_reward_model_is_a_critic_whose_value_at_the_end_token_is_the_calibrated_reward(reward_folder, adapter):
+    critic = CriticConfig(kind="separate", model=str(reward_folder))
+    policy = load_policy(str(model_folder()), PolicyConfig(critic=critic, adapter=adapter, dtype="float32"))
+    judge = RewardModel.load(reward_folder)
+    assert judge.policy.shift != 0 and judge.policy.scale != 1
+    texts = ["film 3 is good", "film 8 is bad", "the end"]
+    end = tiny_tokenizer().eos_token_id
+    rows = [
+        ((*tiny_tokenizer()(text)["input_ids"], end), (7,)) for text in texts
+    ]  # the value before 7 is read at the end token
+    batch = written_batch(rows)
+    with torch.no_grad():
+        values = policy.evaluate(batch).values_BT[batch.mask_BT]
+    assert values.tolist() == pytest.approx(judge.score(["", "", ""], texts), abs=1e-5)
+    assert max(values) - min(values) > 0.1
+
+
+def test_a_reward_models_run_folder_names_its_model(reward_folder):
+    policy = load_policy(str(model_folder()), PolicyConfig(critic=CriticConfig(kind="separate", model=str(reward_folder))))
+    run = str(reward_folder.parent / "runs" / "run")
+    shutil.copytree(reward_folder, Path(run) / "model", dirs_exist_ok=True)
+    model = PPO(model_folder(), verbose=0, critic=CriticConfig(kind="separate", model=run))
+    assert torch.equal(model.policy.value_head.weight, policy.value_head.weight)
+
+
+# --- what is kept ---
+
+
+def vowels(prompts: list[str], completions: list[str]) -> list[float]:
+    return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
+
+
+def task() -> TextTask:
+    return TextTask([f"film {n}" for n in range(12)], vowels, held_out=0.3)
+
+
+@KINDS
+def test_save_and_load_keep_the_critic(critic):
+    model = PPO(model_folder(), task(), critic=critic, **RUN).learn()
+    model.save("out")
+    kept = read_tensors(Path("out/surefoot_critic.safetensors"))
+    again = PPO.load("out", task(), verbose=0)
+    before, after = ({n: p for n, p in m.policy.named_parameters_to_train() if critics_own(n)} for m in (model, again))
+    assert before.keys() == after.keys() and len(kept) == len(before)
+    assert all(torch.equal(parameter, after[name]) for name, parameter in before.items())
+    assert model.policy.value_head.weight.abs().max() > 0
+    batch = written_batch(PAIRS)
+    if critic.kind == "separate":
+        assert torch.equal(again.policy.score_values(batch), model.policy.score_values(batch))
+    opened = PPO.open("out")
+    assert opened.policy.critic is None  # to write with, it needs none
+    again.learn(8)
+
+
+def test_a_saved_critic_of_another_kind_is_refused():
+    PPO(model_folder(), critic=SMALL, dtype="float32", verbose=0).save("out")
+    text = Path("out/surefoot.yaml").read_text()
+    Path("out/surefoot.yaml").write_text(text.replace("layers: 1", "layers: null"))
+    said = refusal(lambda: PPO.load("out", task()))
+    assert said.startswith("out/surefoot_critic.safetensors does not fit this model and its policy.critic: trunk.layers.1.")
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "reinforce_pp"])
+def test_without_values_no_critic_is_built(advantage):
+    settings = RUN | {"advantage": advantage, "samples_per_prompt": 2}
+    model = PPO(model_folder(), task(), critic=SEPARATE, **settings).learn()
+    assert model.policy.critic is None
+    assert PPO.load(model.run_folder, task(), verbose=0).is_finished
+    loaded = load_policy(str(model_folder()), PolicyConfig(critic=SEPARATE, dtype="float32"))
+    said = "policy: it has a critic of its own, which this run would not train; load it with critic.kind: shared"
+    assert refusal(lambda: PPO(copy.deepcopy(loaded), task(), **settings).learn()) == said
+    assert refusal(lambda: SFT(copy.deepcopy(loaded), ["a b", "the end"], held_out=0.0, verbose=0).learn()) == said
+    pairs = [{"chosen": "good", "rejected": "bad"}, {"chosen": "fine", "rejected": "poor"}]
+    assert refusal(lambda: RewardModel(loaded, pairs, held_out=0.0, verbose=0)) == said
+
+
+def test_while_the_critic_warms_up_the_policy_stays():
+    model = PPO(model_folder(), task(), critic=ADAPTER, critic_warmup_updates=1, **RUN)
+    before = {name: p.detach().clone() for name, p in model.policy.named_parameters_to_train()}
+    model.learn(8)
+    moved = {name for name, p in model.policy.named_parameters_to_train() if not torch.equal(p, before[name])}
+    assert moved and all(map(critics_own, moved))
+
+
+# --- bad input ---
+
+
+def refusal(call: Callable[[], object]) -> str:
+    with pytest.raises(InputError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def other_model(folder: str, *, tokenizer: Any = None, **overrides: Any) -> str:
+    tiny_lm(seed=3, **overrides).save_pretrained(folder)
+    (tokenizer or tiny_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+def other_tokenizer() -> Any:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["film"])
+    return tokenizer
+
+
+def without_calibration(reward: Path) -> str:
+    shutil.copytree(reward, "odd")
+    (Path("odd") / "surefoot_reward.safetensors").write_bytes(b"")
+    return "odd"
+
+
+CASES: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
+    "no folder": (lambda _: {"model": "./none"}, "policy.critic.model: no folder ./none"),
+    "no model": (lambda _: {"model": str(Path())}, "policy.critic.model .: no config.json there; is it a whole model folder?"),
+    "too many layers": (lambda _: {"layers": 3}, "policy.critic.layers: 3 of 2, which is all that LlamaModel has"),
+    "other tokenizer": (
+        lambda _: {"model": other_model("other", tokenizer=other_tokenizer())},
+        "policy.critic.model other: its tokenizer is not the policy's ('film' is 57 in one and None in the other); a critic",
+    ),
+    "fewer embeddings": (
+        lambda _: {"model": other_model("other", vocab_size=58)},
+        "policy.critic.model other: it has embeddings for 58 tokens; the policy may write 61",
+    ),
+    "a cut reward model": (
+        lambda reward: {"model": str(reward), "layers": 1},
+        "policy.critic.layers would cut the reward model",
+    ),
+    "a damaged reward model": (
+        lambda reward: {"model": without_calibration(reward)},
+        "odd/surefoot_reward.safetensors is not a",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_critic_that_does_not_fit_is_refused_in_one_line(case, reward_folder):
+    make, said = CASES[case]
+    critic = CriticConfig(kind="separate", **make(reward_folder))
+    assert refusal(lambda: load_policy(str(model_folder()), PolicyConfig(critic=critic, dtype="float32"))).startswith(said)
+    assert refusal(lambda: PPO(model_folder(), task(), critic=critic, **RUN)).startswith(said)
+    assert not Path("runs").exists()
+
+
+def test_a_critic_that_looks_ahead_is_refused():
+    settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.BertConfig(vocab_size=61, is_decoder=False, initializer_range=0.5, **settings)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained("bert")
+    tiny_tokenizer().save_pretrained("bert")
+    critic = CriticConfig(kind="separate", model="bert")
+    said = refusal(lambda: load_policy(str(model_folder()), PolicyConfig(critic=critic, dtype="float32")))
+    assert said == "policy.critic.model bert: it looks ahead, and a value must not know what comes after it"
+
+
+def test_a_configs_critic_lies_beside_the_file(tmp_path, monkeypatch):
+    other_model("project/critic")
+    Path("project/c.yaml").write_text("policy: {critic: {kind: separate, model: critic}}")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load_config("../project/c.yaml").policy.critic.model == "../project/critic"
+
+
+def test_the_batch_of_a_rollout_is_scored_by_micro_batches():
+    policy = tiny_policy(critic=ADAPTER, moved=True)
+    whole, split = written_batch(PAIRS), written_batch(PAIRS)
+    sizes: list[int] = []
+
+    def values(part: Batch) -> Tensor:
+        sizes.append(len(part))
+        assert policy.score_values is not None
+        return policy.score_values(part)
+
+    score_batch(policy, whole, token_budget=10**6, values=values)
+    score_batch(policy, split, token_budget=20, values=values)
+    assert sizes[0] == 4 and len(sizes) > 3
+    assert torch.allclose(whole.values_BT, split.values_BT, atol=1e-5) and whole.values_BT.abs().max() > 0
