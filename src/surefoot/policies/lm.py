@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -19,9 +20,6 @@ from surefoot.policies import head
 from surefoot.policies.quiet import quiet_transformers
 from surefoot.tensors import check_safetensors, read_tensors
 from surefoot.types import Batch, Evaluation
-
-if TYPE_CHECKING:
-    from surefoot.policies.kv_cache import SlotCache
 
 # Written beside the weights by `save`.
 CRITIC = "surefoot_critic.safetensors"
@@ -88,8 +86,10 @@ class CausalLMPolicy:
         yield from ((name, p) for name, p in self.lm.named_parameters() if p.requires_grad)
         yield from ((f"value_head.{name}", p) for name, p in self.value_head.named_parameters())
 
-    def new_cache(self, *, slots: int, columns: int) -> SlotCache:
-        """An empty key/value cache for `slots` rows of up to `columns` tokens."""
+    def new_cache(self, *, slots: int, columns: int) -> Any:
+        """An empty cache for `slots` rows of up to `columns` tokens: keys and values, or what the model says it keeps."""
+        if hasattr(self.lm, "new_cache"):
+            return self.lm.new_cache(slots=slots, columns=columns)
         from surefoot.policies.kv_cache import SlotCache  # here: it brings transformers, which environments do without
 
         return SlotCache(layers=int(self.lm.config.get_text_config().num_hidden_layers), slots=slots, columns=columns)
@@ -230,6 +230,7 @@ def load_policy(
     check_model_folder(source)
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    importlib.import_module("surefoot.policies.lstm_lm")  # by which the Auto classes know it
     dtype = resolve_dtype(config.dtype, device)
     frozen_base = config.adapter is not None
     part = "configuration"
@@ -295,11 +296,13 @@ def wrap_policy(
     return policy
 
 
-def _add_adapter(lm: nn.Module, config: PolicyConfig, seed: int) -> Any:
+def _add_adapter(lm: Any, config: PolicyConfig, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
     assert config.adapter is not None
+    if not any(isinstance(module, (nn.Linear, Conv1D)) for module in lm.base_model.modules()):
+        raise InputError(f"policy.adapter: {type(lm).__name__} has no linear layers to adapt; train all: policy.adapter: null")
     settings = LoraConfig(
         r=config.adapter.rank,
         lora_alpha=config.adapter.alpha,
