@@ -77,7 +77,7 @@ def test_a_wrong_file_is_refused_without_importing_torch(tmp_path):
 def test_help_lists_every_verb_with_what_it_does():
     outcome = run_cli("--help")
     assert outcome.code == 0 and outcome.err == ""
-    for verb in ("ppo", "sft", "reward-model", "resume", "generate", "fetch", "demo"):
+    for verb in ("ppo", "sft", "new-model", "reward-model", "resume", "generate", "fetch", "demo"):
         summary = (getattr(cli, verb.replace("-", "_")).__doc__ or "").split(",")[0].split(".")[0]
         assert f"    {verb} " in outcome.out.replace("\n", " ")  # a long one has a line of its own
         assert summary.split(" with")[0][:30] in " ".join(outcome.out.split())
@@ -85,13 +85,13 @@ def test_help_lists_every_verb_with_what_it_does():
         assert code in " ".join(outcome.out.split())
 
 
-@pytest.mark.parametrize("verb", ["ppo", "sft", "reward-model", "resume", "generate", "fetch", "demo"])
+@pytest.mark.parametrize("verb", ["ppo", "sft", "new-model", "reward-model", "resume", "generate", "fetch", "demo"])
 def test_every_verb_explains_itself(verb):
     outcome = run_cli(verb, "--help")
     assert outcome.code == 0 and outcome.out.startswith(f"usage: surefoot {verb} ")
 
 
-@pytest.mark.parametrize("verb", ["ppo", "sft", "reward-model", "demo"])
+@pytest.mark.parametrize("verb", ["ppo", "sft", "new-model", "reward-model", "demo"])
 def test_the_help_of_a_verb_that_takes_fields_lists_each_of_them(verb):
     flags = {word for word in run_cli(verb, "--help").out.split() if word.startswith("--")}
     assert flags >= {f"--{key.replace('_', '-')}" for key, *_ in field_table()}
@@ -104,9 +104,9 @@ def test_the_version_is_told():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "a verb is needed; there are ppo, sft, reward-model, resume, generate, play, fetch, demo"),
+        ([], "a verb is needed; there are ppo, sft, new-model, reward-model, resume, generate, play, fetch, demo"),
         (["resum"], "unknown verb 'resum'; did you mean 'resume'?"),
-        (["train"], "unknown verb 'train'; there are ppo, sft, reward-model, resume, generate, play, fetch, demo"),
+        (["train"], "unknown verb 'train'; there are ppo, sft, new-model, reward-model, resume, generate, play, fetch, demo"),
         (["--nosuch"], "the following arguments are required: VERB; see surefoot --help"),
         (["ppo"], "the following arguments are required: FILE; see surefoot ppo --help"),
         (["ppo", "config.yaml", "more"], "unrecognized arguments: more; see surefoot --help"),

@@ -40,7 +40,10 @@ def new_model(
 
 
 def write_new_model(config: Config, data: Any = None, *, say: Callable[[str], None] = tell) -> Path:
-    """The model that `config` describes, in the folder `policy.model`, from `data` or what `sft.data` names. Raises InputError."""
+    """The model that `config` describes, in the folder `policy.model`, from `data` or what `sft.data` names.
+
+    Raises InputError as `new_model` does.
+    """
     from surefoot.policies.new_lm import learn_tokenizer, plain_texts, random_lm
 
     assert config.new_model is not None
@@ -60,8 +63,8 @@ def write_new_model(config: Config, data: Any = None, *, say: Callable[[str], No
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise InputError(f"{folder} could not be written: {getattr(error, 'strerror', None) or error}") from error
-    count = sum(parameter.numel() for parameter in lm.parameters())
-    say(f"{folder}: {config.new_model.kind} of {count:,} weights over {len(tokenizer):,} tokens, from {len(contents):,} examples")
+    weights, tokens, examples = sum(p.numel() for p in lm.parameters()), len(tokenizer), len(contents)
+    say(f"{folder}: {config.new_model.kind} of {weights:,} weights over {tokens:,} tokens, from {examples:,} examples")
     return folder
 
 

@@ -40,9 +40,9 @@ def test_the_equations_are_the_lstms(lm):
         for layer, (h, c) in enumerate(states):
             w, u, b, d = (weights[f"{name}_l{layer}"] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
             i, f, g, o = (w @ x + u @ h + b + d).chunk(4)
-            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-            x = torch.sigmoid(o) * torch.tanh(c)
-            states[layer] = (x, c)
+            now = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+            x = torch.sigmoid(o) * torch.tanh(now)
+            states[layer] = (x, now)
         assert torch.allclose(hidden(lm, ROWS[0])[t], x, atol=1e-5)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.tiny import LSTM
 from tests.train.small_run import EPISODES, UPDATES, assert_equal, outcome, write_base, write_project
 from tests.train.warm import Strike, Warm, cold, wait_for
 
@@ -144,9 +145,11 @@ def test_other_base_weights_are_refused(tmp_path: Path, warm: Warm) -> None:
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_all_weights_are_resumed_when_there_is_no_adapter(tmp_path: Path, base: Path, warm: Warm) -> None:
+@pytest.mark.parametrize("family", ["llama", LSTM])
+def test_all_weights_are_resumed_when_there_is_no_adapter(tmp_path: Path, warm: Warm, family: str) -> None:
+    write_base(tmp_path / "base", family=family)
     folders = [tmp_path / "whole", tmp_path / "killed"]
-    runs = [write_project(folder, base, policy={"adapter": None}) for folder in folders]
+    runs = [write_project(folder, tmp_path / "base", policy={"adapter": None}) for folder in folders]
     assert warm.run(folders[0], "ppo", "ppo.yaml").code == 0
     assert warm.run(folders[1], "ppo", "ppo.yaml", strikes=[Strike(STEP, 15, KILL)]).code == -signal.SIGKILL
     assert warm.run(folders[1], "resume", "runs/run").code == 0

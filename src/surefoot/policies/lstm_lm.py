@@ -113,7 +113,7 @@ class LstmForCausalLM(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Embedding, nn.LSTM)):
-            # torch's own: with transformers' narrow embeddings, made for layers that normalise, the gates would hardly see tokens.
+            # torch's own: transformers' narrow embeddings are for layers that normalise; gates would hardly see them.
             module.reset_parameters()
         else:
             super()._init_weights(module)
@@ -127,7 +127,7 @@ class LstmForCausalLM(PreTrainedModel):
         return self.lm_head
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> CausalLMOutputWithPast:
-        """Logits [B, T, V], and the hidden states they come from. `inputs` as `_Body.forward` takes them; others change nothing."""
+        """Logits [B, T, V], and the hidden states they come from. `inputs` are `_Body.forward`'s; others change nothing."""
         out = self.model(input_ids, **inputs)
         hidden = out.last_hidden_state
         return CausalLMOutputWithPast(logits=self.lm_head(hidden), past_key_values=out.past_key_values, hidden_states=(hidden,))

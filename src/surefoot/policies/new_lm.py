@@ -37,9 +37,7 @@ def learn_tokenizer(texts: Iterable[str], vocab: int, *, chat: bool = False) -> 
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -61,9 +59,7 @@ def random_lm(settings: NewModelConfig, tokenizer: Any, *, seed: int) -> Any:
     }
     config: Any = LstmConfig(**common)
     if settings.kind == "transformer":
-        config = LlamaConfig(
-            **common, intermediate_size=5 * settings.width // 2, num_attention_heads=settings.width // HEAD
-        )
+        config = LlamaConfig(**common, intermediate_size=5 * settings.width // 2, num_attention_heads=settings.width // HEAD)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config)
