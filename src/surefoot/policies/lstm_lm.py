@@ -45,9 +45,7 @@ class StateCache:
         self.states[:, :, targets] = self.states[:, :, sources]
 
     def copy_from(self, other: StateCache, first_row: int, rows: int) -> None:
-        """Take over the states of `other`'s first rows. Widens the window to the left if they are longer."""
-        window, width = self.window, other.window.end - other.window.begin
-        window.begin = min(window.begin, window.end - width)
+        """Take over the states of `other`'s first rows; they end wherever the window does."""
         self.states[:, :, first_row : first_row + rows] = other.states[:, :, :rows]
 
     def shift_to(self, new_end: int) -> None:
