@@ -32,13 +32,14 @@ ALLOWED = {
     "sb3": {"envs", "policies", "rollout", "train", "build", "ppo"},
     "ppo": {"core", "run", "policies", "envs", "generation", "rollout", "train", "build", "sb3"},
     "sft": {"run", "policies", "rollout", "train", "build", "ppo"},
+    "from_scratch": {"core", "policies", "assets", "build"},
     "reward_model": {"core", "run", "policies", "envs", "rollout", "train", "build", "ppo"},
     "pipeline": {"run", "ppo", "sft", "reward_model", "build", "assets"},
     "play": {"run", "ppo", "build", "envs", "rollout"},
     "demo": {"run", "ppo", "build"},
     "trl": {"strict_yaml", "wording", "policies", "tensors", "build", "trl"},
-    "cli": {"run", "ppo", "sft", "reward_model", "build", "demo", "play", "pipeline", "assets", "trl"},
-    "__init__": {"ppo", "sft", "reward_model", "sb3", "envs", "policies", "rollout", "train"},
+    "cli": {"run", "ppo", "sft", "from_scratch", "reward_model", "build", "demo", "play", "pipeline", "assets", "trl"},
+    "__init__": {"ppo", "sft", "from_scratch", "reward_model", "sb3", "envs", "policies", "rollout", "train"},
 }
 NOUNS = {"errors", "types", "config"}
 # Of the policies, rollout and train know the protocol alone.
@@ -47,6 +48,7 @@ PROTOCOL_ONLY = {"rollout", "train"}
 HOMES = {
     "transformers": {"policies", "assets"},
     "peft": {"policies"},
+    "tokenizers": {"policies"},
     "tensorboard": {"train"},
     "rich": {"train", "demo"},
     "vaderSentiment": {"rewards"},

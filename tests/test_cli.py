@@ -20,7 +20,7 @@ from tests.inputs import Outcome, model_folder, run_cli, write_project
 
 HEAVY = ("torch", "transformers", "peft", "numpy", "safetensors", "rich", "tensorboard")
 
-VERBS = ("ppo", "sft", "reward-model", "pipeline", "resume", "generate", "play", "fetch", "import-trl", "demo")
+VERBS = ("ppo", "sft", "new-model", "reward-model", "pipeline", "resume", "generate", "play", "fetch", "import-trl", "demo")
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_every_verb_explains_itself(verb):
     assert outcome.code == 0 and outcome.out.startswith(f"usage: surefoot {verb} ")
 
 
-@pytest.mark.parametrize("verb", ["ppo", "sft", "reward-model", "demo"])
+@pytest.mark.parametrize("verb", ["ppo", "sft", "new-model", "reward-model", "demo"])
 def test_the_help_of_a_verb_that_takes_fields_lists_each_of_them(verb):
     flags = {word for word in run_cli(verb, "--help").out.split() if word.startswith("--")}
     assert flags >= {f"--{key.replace('_', '-')}" for key, *_ in field_table()}

@@ -439,7 +439,7 @@ def test_there_are_configurations_to_read():
 @pytest.mark.parametrize("path", sorted({*YAMLS} - {*SWEEPS, *PIPELINES}), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_yaml_in_the_repository_is_a_whole_configuration(path):
     config = load_config(path)
-    named = config.task.reward if config.task else config.env.id if config.env else None
+    named = config.task.reward if config.task else config.env.id if config.env else config.sft.data if config.sft else None
     assert named is not None
     file = named.rsplit(":", 1)[0]
     assert not file.endswith(".py") or Path(file).is_file()
@@ -489,12 +489,12 @@ def test_a_section_can_be_left_out_of_what_is_written():
 def test_flat_setting_names_are_unique_across_sections():
     keys = setting_keys()
     assert Counter(keys.values()).most_common(1)[0][1] == 1
-    top = {name for name, info in Config.model_fields.items() if name not in {"task", "sft", "reward_model"}}
+    top = {name for name, info in Config.model_fields.items() if name not in {"task", "sft", "new_model", "reward_model"}}
     prefixed, too_plain = {"run", "evaluate"}, {"env.id", "env.kwargs"}
     plain = [
         f"{key}_{leaf}" if key in prefixed or f"{key}.{leaf}" in too_plain else leaf
         for key, _, leaf in (k.partition(".") for k, *_ in field_table())
-        if leaf and key not in {"task", "sft", "reward_model"} and "." not in leaf
+        if leaf and key not in {"task", "sft", "new_model", "reward_model"} and "." not in leaf
     ]
     assert [name for name, count in Counter(plain).items() if count > 1] == []
     assert set(plain) | {"seed", "device", "adapter", "critic", "network", "self_play", "ptx"} == set(keys)
@@ -608,12 +608,19 @@ def test_every_field_is_a_flag(written):
     text = "{task: {prompts: p.jsonl, reward: 'r:r'}, ppo: {ptx: {}}}"
     control = "{env: {id: CartPole-v1, self_play: {}}, run: {checkpoint_every: 10}}"
     supervised, judged = "{sft: {data: d.jsonl}}", "{reward_model: {data: d.jsonl}}"
+    made = "{new_model: {}, sft: {data: d.jsonl}}"
     # What an environment has as its defaults stands beside the models, not in the table.
     other = {
         base: {f"{section}.{name}" for section, values in defaults.items() for name in values}
-        for base, defaults in ((text, {}), (control, ENV_DEFAULTS), (supervised, SFT_DEFAULTS), (judged, SFT_DEFAULTS))
+        for base, defaults in (
+            (text, {}),
+            (control, ENV_DEFAULTS),
+            (supervised, SFT_DEFAULTS),
+            (made, SFT_DEFAULTS),
+            (judged, SFT_DEFAULTS),
+        )
     }
-    sections = {text: "task", control: "env", supervised: "sft", judged: "reward_model"}
+    sections = {text: "task", control: "env", supervised: "sft", judged: "reward_model", made: "new_model"}
     for key, _, default, _ in field_table():
         for base, section in sections.items():
             own = {*other[base], "env.id", "sft.data", "reward_model.data"}

@@ -18,6 +18,7 @@ from surefoot import PPO, SFT, InputError, TextTask
 from surefoot.config import make_config
 from surefoot.train import loop
 from tests.inputs import Outcome, model_folder, run_cli
+from tests.tiny import LSTM
 from tests.train.small_run import assert_equal, outcome, rows, weights, write_base
 from tests.train.warm import Strike, Warm, cold
 
@@ -221,9 +222,11 @@ def test_a_killed_and_resumed_run_is_the_run_that_was_not(tmp_path, base, warm, 
     assert_equal(run, uninterrupted)
 
 
-def test_all_weights_are_resumed_in_a_fresh_interpreter(tmp_path, base, warm):
+@pytest.mark.parametrize("family", ["llama", LSTM])
+def test_all_weights_are_resumed_in_a_fresh_interpreter(tmp_path, warm, family):
+    write_base(tmp_path / "base", family=family)
     folders = [tmp_path / "whole", tmp_path / "killed"]
-    runs = [write_project(folder, base, policy={"adapter": None}) for folder in folders]
+    runs = [write_project(folder, tmp_path / "base", policy={"adapter": None}) for folder in folders]
     assert warm.run(folders[0], "sft", "sft.yaml").code == 0
     assert warm.run(folders[1], "sft", "sft.yaml", strikes=[Strike(STEP, 5, KILL)]).code == -signal.SIGKILL
     assert cold(folders[1], "resume", "runs/run").code == 0

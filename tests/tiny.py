@@ -12,6 +12,7 @@ from torch import Tensor
 
 from surefoot.config import AdapterConfig, CriticConfig, PolicyConfig
 from surefoot.policies.lm import CausalLMPolicy, wrap_policy
+from surefoot.policies.lstm_lm import LstmConfig, LstmForCausalLM
 from surefoot.rollout.batch import text_batch
 from surefoot.types import Batch, Completion, StopReason, Trajectory
 
@@ -43,12 +44,13 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", {**_GROUPED, "sliding_window": SLIDING_WINDOW}),
     "phi": ("PhiConfig", _DECODER),
 }
-FAMILIES = tuple(_CONFIGS)
+LSTM = "lstm"  # ours; without linear layers for an adapter, so that it is trained whole
+FAMILIES = (*_CONFIGS, LSTM)
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:
     """A transformers config of `family`: two layers of width 32."""
-    name, settings = _CONFIGS[family]
+    name, settings = _CONFIGS.get(family, ("", {"hidden_size": 32}))
     common = {
         "vocab_size": VOCABULARY,
         "max_position_embeddings": CONTEXT,
@@ -58,7 +60,8 @@ def tiny_config(family: str, **overrides: Any) -> Any:
         "eos_token_id": END,
         "pad_token_id": PAD,
     }
-    return getattr(transformers, name)(**{**common, **settings, **overrides})
+    kind = LstmConfig if family == LSTM else getattr(transformers, name)
+    return kind(**{**common, **settings, **overrides})
 
 
 def tiny_lm(family: str = "llama", *, seed: int = 0, **overrides: Any) -> Any:
@@ -68,6 +71,9 @@ def tiny_lm(family: str = "llama", *, seed: int = 0, **overrides: Any) -> Any:
         lm = transformers.AutoModelForCausalLM.from_config(tiny_config(family, **overrides))
         if lm.get_output_embeddings().bias is not None:  # transformers starts it at zero, where it would go unnoticed
             torch.nn.init.normal_(lm.get_output_embeddings().bias)
+        if family == LSTM:  # by default too narrow to remember much
+            for parameter in lm.model.lstm.parameters():
+                torch.nn.init.normal_(parameter, std=WIDE)
     return lm
 
 
@@ -98,8 +104,12 @@ def tiny_policy(
     lm: Any = None,
     **overrides: Any,
 ) -> CausalLMPolicy:
-    """A policy over `tiny_lm`; `moved` gives everything that is trained, the critic too, a random push."""
+    """A policy over `tiny_lm`; `moved` gives everything that is trained, the critic too, a random push.
+
+    An LSTM is trained whole, whatever `adapter` says.
+    """
     lm = tiny_lm(family, **overrides) if lm is None else lm
+    adapter = adapter and not isinstance(lm, LstmForCausalLM)
     critic = critic or CriticConfig(stop_gradient=stop_gradient)
     config = PolicyConfig(adapter=AdapterConfig(rank=4) if adapter else None, critic=critic)
     if adapter and dtype == torch.bfloat16:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from surefoot.envs.text import TextTask
     from surefoot.errors import GateError, InputError, Interrupted, NonFiniteError, SurefootError
+    from surefoot.from_scratch import new_model
     from surefoot.policies.lm import load_policy
     from surefoot.ppo import PPO
     from surefoot.reward_model import RewardModel
@@ -31,6 +32,7 @@ _HOMES = {
     "collect": "rollout.text",
     "evaluate_policy": "sb3",
     "load_policy": "policies.lm",
+    "new_model": "from_scratch",
     "update": "train.update",
 }
 
@@ -50,6 +52,7 @@ __all__ = [
     "collect",
     "evaluate_policy",
     "load_policy",
+    "new_model",
     "update",
 ]
 

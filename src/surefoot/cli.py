@@ -74,6 +74,23 @@ def sft(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     _train(SFT(config.policy.model, config=config))
 
 
+def new_model(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    """Make an untaught language model and its tokenizer from the examples of a YAML file."""
+    from surefoot.config import NewModelConfig, PolicyConfig, load_config
+
+    config = load_config(options.file, overrides)
+    if config.sft is None or config.sft.data is None:
+        raise InputError(f"{options.file}: no text for the tokenizer to learn from; name a JSONL file as sft.data")
+    if config.policy.model == PolicyConfig().model:
+        raise InputError(f"{options.file}: the new model needs a folder; name one as policy.model")
+    if config.policy.adapter is not None:
+        raise InputError(f"{options.file}: random weights are no base for an adapter; train all of them: policy.adapter: null")
+    config = config if config.new_model else config.model_copy(update={"new_model": NewModelConfig()})
+    from surefoot.from_scratch import write_new_model
+
+    print(f"model: {write_new_model(config)}\nnext:  surefoot sft {shlex.quote(options.file)}")
+
+
 def reward_model(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     """Train a reward model on pairs or ratings from a YAML file."""
     from surefoot.config import load_config
@@ -248,6 +265,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
     verb(ppo, "FILE [--section.field value ...]", takes_fields=True).add_argument("file", metavar="FILE", help="YAML file")
     verb(sft, "FILE [--section.field value ...]", takes_fields=True).add_argument("file", metavar="FILE", help="YAML file")
+    maker = verb(new_model, "FILE [--section.field value ...]", takes_fields=True)
+    maker.add_argument("file", metavar="FILE", help="YAML file of the sft that will teach it")
     learner = verb(reward_model, "FILE [--section.field value ...]", takes_fields=True)
     learner.add_argument("file", metavar="FILE", help="YAML file")
     stages = verb(pipeline, "FILE [--stages.name.section.field value ...]", takes_fields=True)

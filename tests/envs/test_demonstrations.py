@@ -37,6 +37,13 @@ def test_plain_strings_are_texts():
     assert [example.contents for example in Demonstrations(["the film"], held_out=0.0).train] == [TEXT]
 
 
+def test_a_column_that_stands_for_another_is_not_itself_besides():
+    data = Demonstrations([{"prompt": "a film", "rating": 3.0}], held_out=0.0, columns={"text": "prompt"})
+    assert data.train[0].contents == {"text": "a film"}
+    with pytest.raises(InputError, match="has text; one of"):
+        Demonstrations(["a film"], held_out=0.0, columns={"prompt": "text"})
+
+
 def test_columns_may_have_other_names():
     data = Demonstrations([{"q": "the", "a": " film"}], held_out=0.0, columns={"prompt": "q", "completion": "a"})
     assert data.train[0].contents == PAIR

@@ -12,8 +12,9 @@ from surefoot.generation.engine import generate
 from surefoot.generation.sampling import request_uniforms
 from surefoot.policies.kv_cache import SlotCache
 from surefoot.policies.lm import CausalLMPolicy
+from surefoot.policies.lstm_lm import StateCache
 from surefoot.types import Completion, Request, SamplingParams, StopReason
-from tests.tiny import END, FAMILIES, plain_scores, random_tokens, tiny_lm, tiny_policy, written_batch
+from tests.tiny import END, FAMILIES, LSTM, plain_scores, random_tokens, tiny_lm, tiny_policy, written_batch
 
 # Short and long by turns; the longest come late, when the columns in use are narrower than they are.
 LENGTHS = (3, 1, 7, 2, 5, 9, 1, 4, 26, 6, 21, 1, 8)
@@ -76,35 +77,36 @@ def test_what_the_engine_reports_is_what_a_full_forward_pass_computes(family):
             )
 
 
-def test_the_requests_above_exercise_every_move_of_the_cache(monkeypatch):
+@pytest.mark.parametrize(("family", "kind"), [("llama", SlotCache), (LSTM, StateCache)])
+def test_the_requests_above_exercise_every_move_of_the_cache(monkeypatch, family, kind):
     seen = {"moved": 0, "shifted": 0, "widened": 0, "reused": 0}
 
     def watch(name, counter, happened):
-        original = getattr(SlotCache, name)
+        original = getattr(kind, name)
 
         def watched(cache, *args):
             seen[counter] += bool(happened(cache, *args))
             return original(cache, *args)
 
-        monkeypatch.setattr(SlotCache, name, watched)
+        monkeypatch.setattr(kind, name, watched)
 
     watch("move_rows", "moved", lambda cache, sources, targets: sources)
     watch("shift_to", "shifted", lambda cache, end: cache.window.end > end)
-    watch("copy_from", "reused", lambda cache, other, first, rows: cache.layers[0].is_initialized)
-    copy_and_count = SlotCache.copy_from
+    watch("copy_from", "reused", lambda cache, other, first, rows: cache.window.begin < cache.window.end)
+    copy_and_count = kind.copy_from
 
     def widening(cache, other, first, rows):
         seen["widened"] += first > 0 and other.window.end > cache.window.end - cache.window.begin
         return copy_and_count(cache, other, first, rows)
 
-    monkeypatch.setattr(SlotCache, "copy_from", widening)
-    completions = run(policy_of("llama"))
+    monkeypatch.setattr(kind, "copy_from", widening)
+    completions = run(policy_of(family))
     assert all(seen.values()), seen
     assert len({len(c.tokens) for c in completions}) > 3
     assert {c.stop_reason for c in completions} == {StopReason.END_TOKEN, StopReason.LENGTH}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma2", LSTM])
 def test_a_request_gets_the_same_tokens_whatever_its_neighbours_order_and_slots(family):
     policy = policy_of(family)
     expected = run(policy)
@@ -118,7 +120,7 @@ def test_a_request_gets_the_same_tokens_whatever_its_neighbours_order_and_slots(
     assert run(policy, REQUESTS[8:9])[0].tokens == expected[8].tokens
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "phi"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "phi", LSTM])
 def test_a_twin_without_cache_or_batch_writes_the_same(family):
     policy = policy_of(family)
     assert [c.tokens for c in run(policy)] == [naive_twin(policy, request) for request in REQUESTS]

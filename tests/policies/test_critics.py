@@ -23,7 +23,7 @@ from surefoot.train.update import TokenBudget, accumulate_gradient, advantages, 
 from surefoot.types import Batch
 from tests.inputs import model_folder
 from tests.policies.test_training import first_minibatch, rollout, update
-from tests.tiny import FAMILIES, move, random_tokens, tiny_config, tiny_lm, tiny_policy, tiny_tokenizer, written_batch
+from tests.tiny import FAMILIES, LSTM, move, random_tokens, tiny_config, tiny_lm, tiny_policy, tiny_tokenizer, written_batch
 
 ADAPTER, SEPARATE, SMALL = CriticConfig(kind="adapter"), CriticConfig(kind="separate"), CriticConfig(kind="separate", layers=1)
 KINDS = pytest.mark.parametrize("critic", [ADAPTER, SEPARATE, SMALL], ids=["adapter", "separate", "one layer"])
@@ -64,6 +64,9 @@ def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "saved"
 
 
+TRANSFORMERS = [family for family in FAMILIES if family != LSTM]
+
+
 def critics_own(name: str) -> bool:
     return name.startswith(("critic.", "value_head."))
 
@@ -101,7 +104,7 @@ def gradients(policy: CausalLMPolicy, loss: Tensor) -> set[str]:
     return {name for name, gradient in zip(named, found, strict=True) if gradient is not None and gradient.abs().max() > 0}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRANSFORMERS)
 @KINDS
 def test_values_are_those_of_the_critics_own_model(family, critic):
     policy = tiny_policy(family, critic=critic)
@@ -114,7 +117,7 @@ def test_values_are_those_of_the_critics_own_model(family, critic):
     assert torch.equal(found, alone) and (found[~batch.mask_BT] == 0).all()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRANSFORMERS)
 def test_a_critic_of_n_layers_starts_as_the_model_without_the_others(family):
     policy = tiny_policy(family, critic=SMALL)
     short = {"num_hidden_layers": 1} | ({"layer_types": ["sliding_attention"]} if family == "gemma2" else {})
@@ -436,3 +439,17 @@ def test_the_batch_of_a_rollout_is_scored_by_micro_batches():
     score_batch(policy, split, token_budget=20, values=values)
     assert sizes[0] == 4 and len(sizes) > 3
     assert torch.allclose(whole.values_BT, split.values_BT, atol=1e-5) and whole.values_BT.abs().max() > 0
+
+
+def test_an_lstm_has_a_separate_critic_but_not_the_other_kinds():
+    policy = tiny_policy(LSTM, critic=CriticConfig(kind="separate"))
+    move(policy)
+    assert policy.critic is not None and policy.score_values is not None
+    lm = tiny_lm(LSTM)
+    lm.base_model.load_state_dict({name: p.detach() for name, p in policy.critic.parameters().items()})
+    batch = written_batch(PAIRS)
+    hidden_BTD = lm(batch.observations["tokens"]).hidden_states[-1]
+    expected = policy.value_head(hidden_BTD[:, :-1]).squeeze(-1)[batch.mask_BT[:, 1:]]
+    torch.testing.assert_close(policy.score_values(batch)[batch.mask_BT], expected)
+    with pytest.raises(InputError, match=r"policy\.critic\.layers: _Body is no single stack of layers"):
+        tiny_policy(LSTM, critic=CriticConfig(kind="separate", layers=1))

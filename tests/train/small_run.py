@@ -54,9 +54,9 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def write_base(folder: Path, *, seed: int = 0) -> None:
+def write_base(folder: Path, *, family: str = "llama", seed: int = 0) -> None:
     """A random model and its tokenizer, as a Hugging Face folder."""
-    lm = tiny_lm("llama", seed=seed)
+    lm = tiny_lm(family, seed=seed)
     lm.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
 

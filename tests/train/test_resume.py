@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.tiny import LSTM
 from tests.train.small_run import EPISODES, UPDATES, assert_equal, outcome, write_base, write_project
 from tests.train.warm import Strike, Warm, cold, wait_for
 
@@ -145,18 +146,20 @@ def test_other_base_weights_are_refused(tmp_path: Path, warm: Warm) -> None:
 
 
 @pytest.mark.parametrize(
-    "policy",
+    ("family", "policy"),
     [
-        {"adapter": None},
-        {"critic": {"kind": "adapter"}},
-        {"critic": {"kind": "separate"}},
-        {"adapter": None, "critic": {"kind": "separate", "layers": 1}},
+        ("llama", {"adapter": None}),
+        (LSTM, {"adapter": None}),
+        ("llama", {"critic": {"kind": "adapter"}}),
+        ("llama", {"critic": {"kind": "separate"}}),
+        ("llama", {"adapter": None, "critic": {"kind": "separate", "layers": 1}}),
     ],
-    ids=["no adapter", "critic's adapter", "separate critic", "no adapter, small separate critic"],
+    ids=["no adapter", "an LSTM", "critic's adapter", "separate critic", "no adapter, small separate critic"],
 )
-def test_whatever_is_trained_is_resumed(tmp_path: Path, base: Path, warm: Warm, policy: dict[str, Any]) -> None:
+def test_whatever_is_trained_is_resumed(tmp_path: Path, warm: Warm, family: str, policy: dict[str, Any]) -> None:
+    write_base(tmp_path / "base", family=family)
     folders = [tmp_path / "whole", tmp_path / "killed"]
-    runs = [write_project(folder, base, policy=policy) for folder in folders]
+    runs = [write_project(folder, tmp_path / "base", policy=policy) for folder in folders]
     assert warm.run(folders[0], "ppo", "ppo.yaml").code == 0
     assert warm.run(folders[1], "ppo", "ppo.yaml", strikes=[Strike(STEP, 15, KILL)]).code == -signal.SIGKILL
     assert warm.run(folders[1], "resume", "runs/run").code == 0

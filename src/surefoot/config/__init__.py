@@ -31,7 +31,7 @@ from surefoot.config.sections import (
     Section,
     SelfPlayConfig,
 )
-from surefoot.config.supervised import RewardModelConfig, SFTConfig
+from surefoot.config.supervised import NewModelConfig, RewardModelConfig, SFTConfig
 from surefoot.config.task import RewardPart, TaskConfig, check_weights
 from surefoot.errors import InputError
 from surefoot.wording import as_flag, first_problem, short, suggestion
@@ -46,6 +46,7 @@ __all__ = [
     "EvaluateConfig",
     "GenerationConfig",
     "NetworkConfig",
+    "NewModelConfig",
     "PPOConfig",
     "PTXConfig",
     "PolicyConfig",
@@ -82,6 +83,7 @@ class Config(Section):
     task: TaskConfig | None = Field(None, description=TaskConfig.__doc__)
     env: EnvConfig | None = Field(None, description=EnvConfig.__doc__)
     sft: SFTConfig | None = Field(None, description=SFTConfig.__doc__)
+    new_model: NewModelConfig | None = Field(None, description=NewModelConfig.__doc__)
     reward_model: RewardModelConfig | None = Field(None, description=RewardModelConfig.__doc__)
     generation: GenerationConfig = Field(default_factory=GenerationConfig, description=GenerationConfig.__doc__)
     ppo: PPOConfig = Field(default_factory=PPOConfig, description=PPOConfig.__doc__)
@@ -243,7 +245,7 @@ def setting_keys(algorithm: Literal["ppo", "sft", "reward_model"] = "ppo") -> di
         if isinstance(section, type) and issubclass(section, Section):
             prefix = f"{name}_" if name in ("run", "evaluate") else ""
             keys |= {prefix + inner: f"{name}.{inner}" for inner in section.model_fields}
-        elif name not in ("task", "env", *SUPERVISED):
+        elif name not in ("task", "env", "new_model", *SUPERVISED):
             keys[name] = name
     named_alike = {"id", "kwargs"}
     return keys | {("env_" if inner in named_alike else "") + inner: f"env.{inner}" for inner in EnvConfig.model_fields}

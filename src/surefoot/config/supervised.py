@@ -1,10 +1,10 @@
-"""The sections of supervised runs: fine-tuning on examples, and reward models."""
+"""The sections of supervised runs: fine-tuning on examples, a new model to teach, and reward models."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from surefoot.config.sections import Fraction, NonNegative, PathText, Positive, PPOConfig, Section
 
@@ -46,6 +46,29 @@ class SFTConfig(Section):
     def as_update(self) -> PPOConfig:
         """What `train/` reads: one step on each batch, and nothing of PPO's own."""
         return _one_step(self)
+
+
+class NewModelConfig(Section):
+    """The untaught model that `surefoot new-model` makes for `sft`, from the examples' text and the seed."""
+
+    kind: Literal["transformer", "lstm"] = Field(
+        "transformer",
+        description="`transformer`: transformers' Llama, heads of 32 numbers, two and a half times the width inside; `lstm`: embedding, LSTM, output layer.",
+    )
+    vocab: Positive = Field(
+        2048,
+        description="Most tokens: 256 bytes, an end token (and three roles for chats), the rest pieces of the text that stand often (BPE); 257 reads bytes alone.",
+    )
+    width: Positive = Field(128, description="Numbers in a hidden state; of a transformer a multiple of 32.")
+    layers: Positive = Field(2, description="Layers one above the other.")
+
+    @model_validator(mode="after")
+    def _can_be_made(self) -> NewModelConfig:
+        if self.vocab < 257:
+            raise ValueError(f"vocab is {self.vocab}; 256 bytes and an end token need 257, and more learn pieces of the text")
+        if self.kind == "transformer" and self.width % 32:
+            raise ValueError(f"width is {self.width}; a transformer's heads take a multiple of 32")
+        return self
 
 
 class RewardModelConfig(Section):

@@ -27,7 +27,9 @@ class Demonstrations:
 
     def __init__(self, data: Any, *, held_out: float = 0.1, columns: Mapping[Any, str] | None = None, name: str = "data"):
         source = data if isinstance(data, (str, Path)) else name
-        columns = {name: name for name in _ROLES} | dict(columns or {})
+        columns = dict(columns or {})
+        # A column that was given another role is not also what its own name says.
+        columns = {role: role for role in _ROLES if role not in columns.values()} | columns
         examples: list[Demonstration] = []
         for where, row in read_rows(data, name):
             examples.append(_demonstration(row, columns, where, like=examples[0] if examples else None))
@@ -49,10 +51,10 @@ class Demonstrations:
 
 def _demonstration(row: Any, columns: Mapping[str, str], where: str, *, like: Demonstration | None) -> Demonstration:
     if isinstance(row, str):
-        row = {columns["text"]: row}
+        row = {columns.get("text", "text"): row}
     if not isinstance(row, Mapping):
         raise InputError(f"{where}: expected an object with text, prompt and completion, or messages, got {type(row).__name__}")
-    found = [name for name in _ROLES if columns[name] in row]
+    found = [name for name in _ROLES if name in columns and columns[name] in row]
     if tuple(found) not in KINDS:
         has = ", ".join(map(str, row)) or "nothing"
         raise InputError(f"{where}: has {has}; one of text, prompt and completion, or messages is needed (columns renames)")

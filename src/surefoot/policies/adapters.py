@@ -19,14 +19,16 @@ from surefoot.policies.quiet import quiet_transformers
 POLICY, CRITIC = "default", "critic"
 
 
-def add_adapter(lm: nn.Module, config: AdapterConfig, seed: int) -> Any:
+def add_adapter(lm: Any, config: AdapterConfig, seed: int) -> Any:
     """The PeftModel around `lm` with the policy's adapter, which starts at 0 and from `seed`; the base is frozen.
 
-    Raises InputError for targets that are not there.
+    Raises InputError for targets that are not there, and for a model without linear layers.
     """
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
+    if not any(isinstance(module, (nn.Linear, Conv1D)) for module in lm.base_model.modules()):
+        raise InputError(f"policy.adapter: {type(lm).__name__} has no linear layers to adapt; train all: policy.adapter: null")
     settings = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,

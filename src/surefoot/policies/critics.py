@@ -97,18 +97,20 @@ def _width(lm: Any) -> int:
 
 def _cut(body: nn.Module, layers: int) -> None:
     """Keep the first `layers` blocks, in place; what stands after them, such as the final norm, stays."""
-    config: Any = body.config
-    total = int(config.num_hidden_layers)
-    if layers > total:
+    config: Any = getattr(body, "config", None)  # an LSTM's layers are one module, without a configuration
+    total = 0 if config is None else int(config.num_hidden_layers)
+    if config is not None and layers > total:
         raise InputError(f"policy.critic.layers: {layers} of {total}, which is all that {type(body).__name__} has")
     stacks = [
         (parent, name, child)
         for parent in body.modules()
         for name, child in parent.named_children()
-        if isinstance(child, nn.ModuleList) and len(child) == total
+        if isinstance(child, nn.ModuleList) and len(child) == total > 0
     ]
     if len(stacks) != 1:
-        raise InputError(f"policy.critic.layers: {type(body).__name__} is no single stack of layers that can be cut")
+        raise InputError(
+            f"policy.critic.layers: {type(body).__name__} is no single stack of layers that can be cut; leave it out"
+        )
     (parent, name, stack), *_ = stacks
     setattr(parent, name, stack[:layers])
     config.num_hidden_layers = layers
@@ -142,7 +144,7 @@ def _check_vocabulary(name: str, tokenizer: Any, other: Any, critic: Any, lm: An
 @torch.no_grad()
 def _check_causal(name: str, body: Any) -> None:
     """Raise InputError for a model that looks ahead: its values would know what is still to be written."""
-    tokens = torch.arange(4, device=body.device)[None]
+    tokens = torch.arange(4, device=next(body.parameters()).device)[None]
     try:
         longer, shorter = (body(input_ids=tokens[:, :n], use_cache=False).last_hidden_state for n in (4, 3))
     except Exception as error:  # an architecture we have not met can fail in any way

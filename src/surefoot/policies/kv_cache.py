@@ -18,7 +18,7 @@ class _Layer(CacheLayerMixin):
     is_compileable = False
     is_sliding = False  # the whole row is kept; a sliding layer's mask hides what is too old
 
-    def __init__(self, shape: _Window):
+    def __init__(self, shape: Window):
         super().__init__()
         self.window = shape
 
@@ -48,7 +48,7 @@ class _Layer(CacheLayerMixin):
         return -1
 
 
-class _Window:
+class Window:
     """What all layers share: the size, and which columns `[begin, end)` are in use."""
 
     def __init__(self, slots: int, columns: int):
@@ -60,7 +60,7 @@ class SlotCache(Cache):
     """The cache of one batch. `window.begin` and `window.end` are moved by the engine."""
 
     def __init__(self, *, layers: int, slots: int, columns: int):
-        self.window = _Window(slots, columns)
+        self.window = Window(slots, columns)
         super().__init__(layers=[_Layer(self.window) for _ in range(layers)])
 
     def move_rows(self, sources: list[int], targets: list[int]) -> None:

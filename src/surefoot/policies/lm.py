@@ -6,7 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -20,9 +20,6 @@ from surefoot.policies.pretrained import check_model_folder, load_pretrained, on
 from surefoot.policies.quiet import quiet_transformers
 from surefoot.tensors import read_tensors
 from surefoot.types import Batch, Evaluation
-
-if TYPE_CHECKING:
-    from surefoot.policies.kv_cache import SlotCache
 
 # Written beside the weights by `save`.
 CRITIC = "surefoot_critic.safetensors"
@@ -98,8 +95,10 @@ class CausalLMPolicy:
         yield from ((f"critic.{name}", p) for name, p in critics.items())
         yield from ((f"value_head.{name}", p) for name, p in self.value_head.named_parameters())
 
-    def new_cache(self, *, slots: int, columns: int) -> SlotCache:
-        """An empty key/value cache for `slots` rows of up to `columns` tokens."""
+    def new_cache(self, *, slots: int, columns: int) -> Any:
+        """An empty cache for `slots` rows of up to `columns` tokens: keys and values, or what the model says it keeps."""
+        if hasattr(self.lm, "new_cache"):
+            return self.lm.new_cache(slots=slots, columns=columns)
         from surefoot.policies.kv_cache import SlotCache  # here: it brings transformers, which environments do without
 
         return SlotCache(layers=int(self.lm.config.get_text_config().num_hidden_layers), slots=slots, columns=columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ def load_pretrained(source: str, *, dtype: torch.dtype, key: str = "policy.model
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    importlib.import_module("surefoot.policies.lstm_lm")  # by which the Auto classes know it
     part = "configuration"
     try:
         model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
