@@ -39,8 +39,9 @@ def test_bins_and_their_error_by_hand():
 
 
 def test_a_run_on_pairs_leaves_probabilities_beside_what_people_chose():
-    model = RewardModel(model_folder(), PAIRS, **FAST | {"heads": 3, "epochs": 2}).learn()
+    model = RewardModel(model_folder(), PAIRS, **FAST | {"heads": 3, "epochs": 1, "learning_rate": 1e-4}).learn()
     assert model.data is not None and model.run_folder is not None
+    assert model.evaluate()["eval/accuracy"] < 1  # some it has wrong, and is sure of all the same
     left = json.loads((model.run_folder / "calibration.json").read_text())
     prompts = [one.prompt for one in model.data.held_out]
     chosen, rejected = (model.score(prompts, [one.texts[side] for one in model.data.held_out]) for side in (0, 1))
