@@ -1,7 +1,7 @@
 """A reward model from people's ratings of sentences, beside VADER's lexicon, on sentences of its own kind and of others.
 
 python recipes/reward_model/train.py --ratings 2500                      a few minutes on two cores
-python recipes/reward_model/train.py --domain product-reviews --heads 8  and where is it unsure?
+python recipes/reward_model/train.py --domain product-reviews --heads 8  and how far do eight heads disagree?
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def compare(model: RewardModel, domain: str, rows: list[dict[str, Any]]) -> None
         assert model.data is not None
         learned = [judgement.label for judgement in model.data.train]
         in_units = statistics.pstdev(learned)  # ratings were learned in units of their deviation
-        predicted = statistics.fmean(learned) + in_units * (model.policy.shift + model.policy.scale * scores)
+        predicted = statistics.fmean(learned) + in_units * (float(model.policy.shift_H.mean()) + model.policy.scale * scores)
         unsure = torch.tensor(model.uncertainty([""] * len(texts), texts)) * model.policy.scale * in_units
         error = (predicted - ratings).abs()
         print(
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--ratings", type=int, default=2500, help="sentences used, a fifth of them held out")
     parser.add_argument("--others", type=int, default=500, help="sentences of each other domain to be judged")
     parser.add_argument("--model", default="smollm2-135m-instruct", help="the language model under the heads")
-    parser.add_argument("--heads", type=int, default=1, help="8: an ensemble, which knows where it is unsure")
+    parser.add_argument("--heads", type=int, default=1, help="8: an ensemble, whose disagreement is printed too")
     parser.add_argument("--learning-rate", type=float, default=2e-4, help="fewer ratings want more")
     parser.add_argument("--seed", type=int, default=0, help="of the model's head, its adapter and the order of the sentences")
     parser.add_argument("--save", default=None, metavar="FOLDER", help="leave the reward model here")
