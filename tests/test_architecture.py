@@ -55,7 +55,7 @@ HOMES = {
     "pydantic": {"config"},
     "gymnasium": {"envs"},
     "pettingzoo": {"envs"},
-    "matplotlib": {"play"},
+    "matplotlib": {"play", "reward_model"},
     "PIL": {"play"},
     "imageio_ffmpeg": {"play"},
 }

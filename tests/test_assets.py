@@ -374,7 +374,10 @@ def rated_texts_archive(lines: list[str], table: str) -> bytes:
     return packed("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz", inner)
 
 
-@pytest.mark.parametrize(("name", "table"), [("movie-reviews", "movieReviewSnippets"), ("tweets", "tweets")])
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [("movie-reviews", "movieReviewSnippets"), ("product-reviews", "amazonReviewSnippets"), ("tweets", "tweets")],
+)
 def test_rated_texts_become_prompts_with_their_rating(cache, pip, monkeypatch, name, table):
     from surefoot.envs.text import TextTask
 

@@ -108,12 +108,25 @@ def test_a_heads_gradient_is_that_of_a_single_head_on_its_own_half(data):
 
 
 def test_heads_agree_on_what_they_have_learned_and_less_elsewhere():
-    model = RewardModel(model_folder(), PAIRS, **FOUR | {"epochs": 20}).learn()
-    assert model.evaluate()["eval/accuracy"] == 1.0
-    seen = model.uncertainty([one["prompt"] for one in PAIRS], [one["chosen"] for one in PAIRS])
+    model = RewardModel(model_folder(), RATINGS, **FOUR | {"heads": 8, "epochs": 20}).learn()
+    seen = model.uncertainty([""] * len(RATINGS), [one["text"] for one in RATINGS])
     strange = ["q" * 30, "9 9 9 9", "why? why?", "zzz zzz zz", "x-ray 4:0", "jjjjjj", "0: 1: 2:", "wxyz wxyz"]
     elsewhere = model.uncertainty([""] * 8, strange)
-    assert sum(elsewhere) / 8 > 1.5 * sum(seen) / len(seen)
+    assert sum(elsewhere) / 8 > 3 * sum(seen) / len(seen)
+
+
+def test_heads_that_differ_by_a_constant_do_not_disagree():
+    model = RewardModel(model_folder(), PAIRS, **FOUR | {"epochs": 1}).learn()
+    texts = ["film 3", "a", ""], [" is good", "b", "film 9 is worst"]
+    rollout = model._prepare_training().rollout
+    assert isinstance(rollout, JudgementRollout)
+    rollout.calibrate()
+    before = model.score(*texts), model.uncertainty(*texts)
+    with torch.no_grad():
+        model.policy.trunk.value_head.bias += torch.tensor([0.0, 5.0, -3.0, 100.0])
+    rollout.calibrate()
+    assert model.score(*texts) == pytest.approx(before[0], abs=1e-4)
+    assert model.uncertainty(*texts) == pytest.approx(before[1], abs=1e-4)
 
 
 def test_the_score_is_the_mean_and_the_uncertainty_the_deviation_also_after_a_save():

@@ -196,6 +196,7 @@ ASSETS = {
         needs="gguf",
     ),
     "movie-reviews": _rated_texts("10,605 rated movie-review sentences", "movieReviewSnippets"),
+    "product-reviews": _rated_texts("3,708 rated product-review sentences", "amazonReviewSnippets"),
     "tweets": _rated_texts("4,200 rated tweets", "tweets"),
 }
 

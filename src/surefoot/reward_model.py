@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from surefoot.policies.lm import CausalLMPolicy
 from surefoot.policies.reward import RewardPolicy
 from surefoot.ppo import check_count, merge, save_policy
 from surefoot.rollout.judgements import NO_UNCERTAINTY, JudgementRollout, RewardScorer
-from surefoot.run import RunFolder
+from surefoot.run import RunFolder, write_durably
 from surefoot.train import loop
 from surefoot.train.watch import watched
 
@@ -58,6 +60,7 @@ class RewardModel:
         self._folder = run
         self._training: loop.Training | None = None
         self._calibrated_at: int | None = None  # number of updates
+        self._calibration: dict[str, Any] = {}
         self.data: Judgements | None = None
         if isinstance(policy, RewardPolicy):  # one that was saved: to score with
             self.policy = policy
@@ -82,7 +85,8 @@ class RewardModel:
     def learn(self, total_epochs: int | None = None) -> RewardModel:
         """Train for `total_epochs` more passes over the judgements, or, without a number, to the end that was asked for last.
 
-        Everything the run leaves is in `run_folder`. A new run starts Python's, NumPy's and torch's global generators from
+        Everything the run leaves is in `run_folder`, at the end also `calibration.json` and, where matplotlib is installed, its
+        plot `calibration.png`. A new run starts Python's, NumPy's and torch's global generators from
         its seed. Raises Interrupted after SIGTERM or Ctrl-C, once it has saved; `learn()` then goes on.
         """
         check_count("total_epochs", total_epochs)
@@ -92,6 +96,8 @@ class RewardModel:
         with watched(training, show=bool(self.verbose)):
             if not training.is_finished:
                 loop.run(training)
+            self._calibrate()
+            _write_calibration(training.folder.path, self._calibration)
         return self
 
     def evaluate(self, examples: int | None = None) -> dict[str, float]:
@@ -187,5 +193,38 @@ class RewardModel:
         training = self._prepare_training()
         assert isinstance(training.rollout, JudgementRollout)
         if self._calibrated_at != training.progress.updates:
-            training.rollout.calibrate()
+            self._calibration = training.rollout.calibrate()
             self._calibrated_at = training.progress.updates
+
+
+def _write_calibration(folder: Path, calibration: dict[str, Any]) -> None:
+    """Leave the numbers and, where it can be drawn, their plot. Raises InputError if the disk does not take them."""
+    try:
+        write_durably(folder / "calibration.json", json.dumps(calibration, indent=1).encode())
+        if importlib.util.find_spec("matplotlib") is not None:
+            draw_calibration(folder / "calibration.png", calibration)
+    except OSError as error:
+        raise InputError(f"{folder / 'calibration.json'} could not be written: {error.strerror}") from error
+
+
+def draw_calibration(path: Path, calibration: dict[str, Any]) -> None:
+    """Write a PNG: what people said over what was predicted, a point with its standard error for each bin."""
+    from matplotlib.figure import Figure
+
+    bins, of_pairs = calibration["bins"], calibration["kind"] == "pairs"
+    predicted, observed = [row["predicted"] for row in bins], [row["observed"] for row in bins]
+    figure = Figure(figsize=(5.6, 5.2), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    ends = (0.5, 1.0) if of_pairs else (min(*predicted, *observed), max(*predicted, *observed))
+    axes.plot(ends, ends, color="grey", linestyle="--", linewidth=1, label="perfect")
+    errors = [row["standard_error"] for row in bins]
+    axes.errorbar(predicted, observed, yerr=errors, fmt="o-", color="tab:blue", capsize=3, label="mean ± standard error")
+    axes.set_xlabel("predicted probability of the better text" if of_pairs else "predicted rating")
+    axes.set_ylabel("share in which people agree" if of_pairs else "people's rating")
+    count = int(sum(row["count"] for row in bins))
+    kind = f"{calibration['texts']} {calibration['kind']}"
+    axes.set_title(f"{count} {kind}, calibration error {calibration['calibration_error']:.3f}")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path)

@@ -7,6 +7,7 @@ samples.jsonl      prompts, answers, reward parts and KL
 tensorboard/       the same metrics for TensorBoard
 checkpoints/       see train/checkpoint.py
 model/             the trained model, written when the run ends
+calibration.json   of a reward model: its predictions beside what people said, with a plot where matplotlib is
 """
 
 from __future__ import annotations

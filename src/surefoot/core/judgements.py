@@ -45,6 +45,28 @@ def deviation_over_heads(scores_NH: Tensor) -> Tensor:
     return deviation_N
 
 
+def reliability(predicted_N: Tensor, observed_N: Tensor, *, bins: int = 10) -> tuple[list[dict[str, float]], float]:
+    """How what was observed agrees with what was predicted: bins of equal size, by rising prediction, and their error.
+
+    A bin has the means of both, the standard error of the observed mean, and its size, 10 texts at least, for which there are
+    fewer bins. The error is the mean over all texts of |predicted - observed| of their bins: for probabilities the expected
+    calibration error (Guo et al. 2017, arXiv:1706.04599), there with bins of equal width.
+    """
+    order = predicted_N.argsort(stable=True)
+    pieces = order.tensor_split(max(1, min(bins, len(order) // 10)))
+    rows = [
+        {
+            "predicted": float(predicted_N[piece].double().mean()),
+            "observed": float(observed_N[piece].double().mean()),
+            "standard_error": float(observed_N[piece].double().std()) / len(piece) ** 0.5 if len(piece) > 1 else 0.0,
+            "count": float(len(piece)),
+        }
+        for piece in pieces
+    ]
+    error = sum(row["count"] * abs(row["predicted"] - row["observed"]) for row in rows) / len(order)
+    return rows, error
+
+
 def judgement_stats(losses_B: Tensor) -> LossStats:
     """The losses' sum as `policy_loss` over so many rows; with no older policy to compare with, the ratio is 1."""
     total = losses_B.detach().sum().float()

@@ -20,8 +20,9 @@ class RewardPolicy:
     """A reward model that `train/` can train: `evaluate` gives scores in place of log-probs.
 
     `trunk` is taken over, its value head made so many `heads`. Each starts at N(0, 1/(D + 1)) of `seed` (Stiennon et
-    al. 2020, arXiv:2009.01325): with unit hidden states its scores start near variance 1. `shift` and `scale`
-    make them rewards of mean 0 and deviation 1 on reference texts, (score - shift) / scale (Ziegler et al. 2019,
+    al. 2020, arXiv:2009.01325): with unit hidden states its scores start near variance 1. Of several, half of that
+    variance is common to all: from starts that have nothing in common the trunk learns worse (docs/log.md). `shift_H` and
+    `scale` make them rewards of mean 0 and deviation 1 on reference texts, (score - shift) / scale (Ziegler et al. 2019,
     arXiv:1909.08593, §2); they are set after training and don't enter the loss.
     """
 
@@ -31,12 +32,15 @@ class RewardPolicy:
 
     def __init__(self, trunk: CausalLMPolicy, *, seed: int, heads: int = 1):
         self.trunk, self.heads = trunk, heads
-        self.shift, self.scale = 0.0, 1.0
+        self.shift_H, self.scale = torch.zeros(heads, dtype=torch.float64), 1.0
         trunk.drop_reference()
         width = trunk.value_head.in_features
         if heads > 1:
             trunk.value_head = nn.utils.skip_init(nn.Linear, width, heads, device=trunk.device, dtype=torch.float32)
-        start_HD = torch.randn(heads, width, generator=torch.Generator().manual_seed(seed)) / (width + 1) ** 0.5
+        generator = torch.Generator().manual_seed(seed)
+        start_HD = torch.randn(1, width, generator=generator) / (width + 1) ** 0.5
+        if heads > 1:
+            start_HD = (start_HD + torch.randn(heads, width, generator=generator) / (width + 1) ** 0.5) / 2**0.5
         with torch.no_grad():
             trunk.value_head.weight.copy_(start_HD)
             trunk.value_head.bias.zero_()
@@ -54,8 +58,8 @@ class RewardPolicy:
         return self.trunk.named_parameters_to_train()
 
     def evaluate(self, batch: Batch, *, entropy_gradient: bool = False) -> Evaluation:
-        """Scores before `shift` and `scale` as the evaluation's values: one for each of a row's K texts, [B, K] float32, or of
-        an ensemble one for each text and head, [B, K, H].
+        """Scores before `shift_H` and `scale` as the evaluation's values: one for each of a row's K texts, [B, K] float32,
+        or of an ensemble one for each text and head, [B, K, H].
 
         Of `batch` it reads the observations `tokens` [B, T, K], right-padded, and `lengths` [B, K].
         """
@@ -81,14 +85,14 @@ class RewardPolicy:
         """Write model and tokenizer as transformers has them (the adapter merged in), and the heads with their calibration."""
         self.trunk.save_model(folder)
         head = {name: p.data.contiguous() for name, p in self.trunk.value_head.state_dict().items()}
-        calibration = {"shift": torch.tensor(self.shift).double(), "scale": torch.tensor(self.scale).double()}
+        calibration = {"shift": self.shift_H.squeeze().clone(), "scale": torch.tensor(self.scale).double()}
         save_file(head | calibration, folder / REWARD)
 
     def load_head(self, folder: Path) -> None:
         """Heads and calibration that `save` wrote. Raises InputError if they do not fit."""
         tensors = read_tensors(folder / REWARD)
         try:
-            self.shift, self.scale = float(tensors.pop("shift")), float(tensors.pop("scale"))
+            self.shift_H, self.scale = tensors.pop("shift").double().reshape(self.heads), float(tensors.pop("scale"))
             self.trunk.value_head.load_state_dict(tensors)
         except (KeyError, RuntimeError) as error:  # torch's, for other names or shapes
             raise InputError(f"{folder / REWARD} does not fit this model: {' '.join(str(error).split())}") from None

@@ -19,6 +19,7 @@ from surefoot.core.judgements import (
     pearson,
     preference_loss,
     rating_loss,
+    reliability,
     share_in_order,
     spearman,
 )
@@ -41,7 +42,7 @@ class ScoringPolicy(Policy, Protocol):
     context_length: int
     model_end_tokens: frozenset[int]
     heads: int
-    shift: float
+    shift_H: Tensor
     scale: float
 
 
@@ -113,11 +114,32 @@ class JudgementRollout:
         """Whether judgements were held out."""
         return bool(self._held_out)
 
-    def calibrate(self) -> None:
-        """Set the policy's `shift` and `scale`: the held-out texts (without any, the others) get mean 0, deviation 1."""
+    def calibrate(self) -> dict[str, Any]:
+        """Set the policy's `shift_H` and `scale`: the held-out texts (without any, the others) get mean 0, deviation 1.
+
+        Each head has a shift of its own: pairs leave the constant open, and heads that differ by one do not disagree.
+        Returns, as JSON, how far what the model predicts of these texts is what people said: docs/reward-model.md.
+        """
         texts, judgements = (self._held_out, self.data.held_out) if self._held_out else (self._train, self.data.train)
-        scores = _scores(self.policy, self._batch(texts, judgements)).mean(2).double()
-        self.policy.shift, self.policy.scale = float(scores.mean()), float(scores.std(correction=0)) or 1.0
+        scores_BKH = _scores(self.policy, self._batch(texts, judgements))
+        scores_BK = scores_BKH.mean(2).double()
+        self.policy.shift_H = scores_BKH.double().mean((0, 1))
+        self.policy.scale = float(scores_BK.std(correction=0)) or 1.0
+        if self.data.of_pairs:
+            differences_B = scores_BK[:, 0] - scores_BK[:, 1]
+            kind, predicted_B = "pairs", differences_B.abs().sigmoid()
+            observed_B = 0.5 + 0.5 * differences_B.sign()
+            wrong_B, by_head_BH = (-differences_B).sigmoid(), scores_BKH[:, 0] - scores_BKH[:, 1]
+        else:
+            kind, predicted_B = "ratings", self._mean + self._deviation * scores_BK[:, 0]
+            observed_B = torch.tensor([judgement.label for judgement in judgements], dtype=torch.float64)
+            wrong_B, by_head_BH = (predicted_B - observed_B).abs(), self._deviation * (scores_BKH[:, 0] - self.policy.shift_H)
+        bins, error = reliability(predicted_B, observed_B)
+        found = {"kind": kind, "texts": "held out" if self._held_out else "training", "calibration_error": error, "bins": bins}
+        if self.policy.heads > 1:
+            unsure_B = deviation_over_heads(by_head_BH.double())
+            found |= {"uncertainty": float(unsure_B.mean()), "uncertainty_spearman": spearman(unsure_B, wrong_B)}
+        return found
 
     def state(self) -> dict[str, Any]:
         """All that is random follows from counters; what the judgements were is kept to be compared."""
@@ -176,7 +198,7 @@ class RewardScorer:
         ]
         batch = judged_batch(rows, [0.0] * len(rows), objective=rating_loss, device=self.policy.device)
         scores_NH = _scores(self.policy, batch)[:, 0].double()
-        return (scores_NH - self.policy.shift) / self.policy.scale
+        return (scores_NH - self.policy.shift_H) / self.policy.scale
 
 
 @torch.no_grad()
