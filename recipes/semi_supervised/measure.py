@@ -33,7 +33,10 @@ from surefoot.rewards.sentiment import vader_compound
 
 HERE = Path(__file__).parent
 SUREFOOT = str(Path(sys.executable).with_name("surefoot"))
-SIZES, SEEDS = (100, 300, 1000), (0, 1, 2)
+SEEDS = (0, 1, 2)
+# Labels -> passes over them, for the examples and for the reward models: fewer labels are seen more often.
+SIZES = {100: (4, 8), 300: (2, 4), 1000: (1, 1)}
+CLASSIFIED = (100, 300)
 # Stage -> its name in the table.
 WRITERS = {"taught": "SFT", "ppo_alone": "PPO", "taught_ppo": "SFT, PPO", "tuned": "the recipe", "again": "and pseudo-labels"}
 CLASSIFIERS = {"taught": "SFT", "tuned": "the recipe", "again": "and pseudo-labels"}
@@ -56,12 +59,17 @@ def main() -> None:
     jobs = [judge_command(output, quick=options.quick)]
     for size, seed in cells:
         data.prepare(output / f"{size}-{seed}" / "data", labels=size, seed=seed)
-        for task in ("write", "label"):
-            jobs.append(pipeline_command(output / f"{size}-{seed}", task, seed=seed, quick=options.quick))
+        for task in ("write", "label") if size in CLASSIFIED else ("write",):
+            jobs.append(pipeline_command(output / f"{size}-{seed}", task, labels=size, seed=seed, quick=options.quick))
     with ThreadPoolExecutor(options.workers) as pool:
-        list(pool.map(run, [job for job in jobs if job]))
+        try:
+            list(pool.map(run, jobs))
+        except RuntimeError as error:
+            pool.shutdown(cancel_futures=True)
+            sys.exit(str(error))
     results = {"writing": measure(output, cells, WRITERS, Writing(output / "judge" / "model", quick=options.quick))}
-    results["classification"] = measure(output, cells, CLASSIFIERS, Classification(quick=options.quick))
+    classified = [(size, seed) for size, seed in cells if size in CLASSIFIED]
+    results["classification"] = measure(output, classified, CLASSIFIERS, Classification(quick=options.quick))
     (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     text = tables(results)
     (output / "table.md").write_text(text)
@@ -73,13 +81,15 @@ def judge_command(output: Path, *, quick: bool) -> list[str]:
     """The judge, on ratings that are its own; nothing if it is there."""
     output.mkdir(parents=True, exist_ok=True)
     data.write(output / "judge.jsonl", data.sentences()["judge"][: 64 if quick else None])
-    stage = {"reward_model": {"data": "judge.jsonl", "rating_range": [-4, 4], "learning_rate": 5e-4, "epochs": 2}}
+    stage = {
+        "reward_model": {"data": "judge.jsonl", "rating_range": [-4, 4], "learning_rate": 5e-4, "epochs": 1, "batch_size": 8}
+    }
     common = {"evaluate": {"every": None, "episodes": 128}}
     (output / "judge.yaml").write_text(yaml.safe_dump({"folder": ".", "common": common, "stages": {"judge": stage}}))
     return [SUREFOOT, "pipeline", str(output / "judge.yaml")]
 
 
-def pipeline_command(folder: Path, task: str, *, seed: int, quick: bool) -> list[str]:
+def pipeline_command(folder: Path, task: str, *, labels: int, seed: int, quick: bool) -> list[str]:
     """One pipeline beside this file, with the stages to compare with, in a folder of its own."""
     pipeline = yaml.safe_load((HERE / {"write": "pipeline.yaml", "label": "pipeline_labels.yaml"}[task]).read_text())
     pipeline["folder"] = task
@@ -91,20 +101,25 @@ def pipeline_command(folder: Path, task: str, *, seed: int, quick: bool) -> list
         alone = {key: value for key, value in plain.items() if key != "policy"}
         stages |= {"taught_ppo": plain, "ppo_alone": copy.deepcopy(alone)}
     (folder / f"{task}.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(pipeline)), sort_keys=False))
-    flags = ["--common.seed", str(seed), *(QUICK if quick else [])]
+    examples, judgements = SIZES[labels]
+    if task == "label":
+        judgements = max(judgements // 2, 1)  # a pair is two texts
+    flags = ["--common.seed", str(seed), "--stages.taught.sft.epochs", str(examples)]
+    flags += ["--stages.judge.reward_model.epochs", str(judgements), "--stages.again.sft.epochs", str(max(examples // 2, 1))]
+    flags += QUICK if quick else []
     if quick and task == "write":
         flags += ["--stages.taught_ppo.ppo.total-episodes", "96", "--stages.ppo_alone.ppo.total-episodes", "96"]
     return [SUREFOOT, "pipeline", str(folder / f"{task}.yaml"), *flags]
 
 
 def run(command: list[str]) -> None:
-    """One process with one thread, its output in a file; ends everything if it fails."""
+    """One process with one thread, its output in a file. Raises RuntimeError if it fails."""
     log = Path(command[2]).with_suffix(".log")
     with log.open("a") as file:
         ended = subprocess.run(command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
     print(f"{'done' if ended.returncode == 0 else 'FAILED'}: {' '.join(command[1:])}", flush=True)
     if ended.returncode != 0:
-        sys.exit(f"see {log}")
+        raise RuntimeError(f"stopped; see {log}")
 
 
 class Writing:
@@ -113,7 +128,7 @@ class Writing:
     task = "write"
 
     def __init__(self, judge: Path, *, quick: bool):
-        rows = data.sentences()["test"][: 16 if quick else 200]
+        rows = data.sentences()["test"][: 16 if quick else 120]
         self.openings = [data.opening(row["text"])[0] for row in rows]
         self.judge = RewardModel.load(judge, verbose=0)
 
@@ -134,7 +149,7 @@ class Classification:
     task = "label"
 
     def __init__(self, *, quick: bool):
-        rows = [row for row in data.sentences()["test"] if abs(row["rating"]) >= data.CLEAR][: 16 if quick else None]
+        rows = [row for row in data.sentences()["test"] if abs(row["rating"]) >= data.CLEAR][: 16 if quick else 200]
         self.questions = [data.question(row["text"]) for row in rows]
         self.labels = [data.label(row["rating"]) for row in rows]
 
