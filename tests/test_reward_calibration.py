@@ -51,7 +51,7 @@ def test_a_run_on_pairs_leaves_probabilities_beside_what_people_chose():
     assert only["predicted"] == pytest.approx(statistics.fmean(probabilities), abs=1e-5)
     assert only["observed"] == pytest.approx(model.evaluate()["eval/accuracy"]) and only["count"] == len(prompts)
     assert left["calibration_error"] == pytest.approx(abs(only["predicted"] - only["observed"]))
-    assert (left["kind"], left["texts"]) == ("pairs", "held out")
+    assert (left["kind"], left["texts"]) == ("pairs", "held-out")
     assert left["uncertainty"] > 0 and -1 <= left["uncertainty_spearman"] <= 1
 
 

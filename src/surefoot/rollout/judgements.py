@@ -135,7 +135,7 @@ class JudgementRollout:
             observed_B = torch.tensor([judgement.label for judgement in judgements], dtype=torch.float64)
             wrong_B, by_head_BH = (predicted_B - observed_B).abs(), self._deviation * (scores_BKH[:, 0] - self.policy.shift_H)
         bins, error = reliability(predicted_B, observed_B)
-        found = {"kind": kind, "texts": "held out" if self._held_out else "training", "calibration_error": error, "bins": bins}
+        found = {"kind": kind, "texts": "held-out" if self._held_out else "training", "calibration_error": error, "bins": bins}
         if self.policy.heads > 1:
             unsure_B = deviation_over_heads(by_head_BH.double())
             found |= {"uncertainty": float(unsure_B.mean()), "uncertainty_spearman": spearman(unsure_B, wrong_B)}
