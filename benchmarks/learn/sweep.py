@@ -2,10 +2,12 @@
 
     python benchmarks/learn/sweep.py recipes/trust_region/sweep.yaml --output runs/trust_region
 
-The YAML names `base` (a configuration beside it), `seeds`, and `variants`: a name each, with the flags of `surefoot ppo` that
-make it. Every run is a process of its own; one that was finished before is not run again, one that was cut off is resumed. Means
-and standard deviations (n - 1) are over seeds. Reward and KL to the reference are those of the held-out prompts after the last
-update; step KL is KL(old‖new), the mean over updates; CPU time and memory (its highest resident set) are the whole process's.
+The YAML names `base` (a configuration beside it), `seeds`, and `variants`: a name each, with the flags of `surefoot ppo`
+that make it. Every run is a process of its own; one that was finished before is not run again, one that was cut off is
+resumed. Means and standard deviations (n - 1) are over seeds. Reward and KL to the reference are those of the held-out
+prompts after the last update; step KL is KL(old‖new), the mean over updates, explained variance the mean over the second
+half of them; CPU time and memory (its highest resident set) are the whole process's, of a run that was cut off its last
+process's.
 """
 
 from __future__ import annotations
@@ -86,18 +88,27 @@ def result_of(base: Path, name: str, flags: list[str], *, seed: int, output: Pat
         "reward": held_out[-1]["eval/reward"],
         "kl": held_out[-1]["eval/kl"],
         "step_kl": statistics.fmean(row["ppo/approx_kl"] for row in updates),
-        "explained_variance": updates[-1].get("critic/explained_variance"),
+        "explained_variance": explained(updates[len(updates) // 2 :]),
         "seconds_an_update": statistics.median(sum(row[f"time/{part}_s"] for part in parts) for row in updates),
         **json.loads(cost.read_text()),
     }
 
 
+def explained(updates: list[dict[str, Any]]) -> float | None:
+    """Mean over these updates of the share of the returns' variance that the critic explains; None without a critic."""
+    values = [row["critic/explained_variance"] for row in updates if "critic/explained_variance" in row]
+    return statistics.fmean(values) if values else None
+
+
 def table(results: Runs) -> str:
     """One Markdown row a variant."""
-    heads = "| | reward | KL to the reference, nats | step KL, nats a token | s an update (wall) | CPU s a run | memory, MiB |"
-    rows = [heads, "|---|---|---|---|---|---|---|"]
+    heads = ["", "reward", "KL to the reference, nats", "step KL, nats a token", "explained variance", "s an update (wall)"]
+    heads += ["CPU s a run", "memory, MiB"]
+    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, runs in results.items():
         cells = [spread(runs, "reward", 3, sign="+"), spread(runs, "kl", 1), spread(runs, "step_kl", 3)]
+        has_critic = runs[0]["explained_variance"] is not None
+        cells.append(spread(runs, "explained_variance", 2) if has_critic else "no critic")
         cells += [f"{statistics.median(run[key] for run in runs):.{n}f}" for key, n in (("seconds_an_update", 1), ("cpu_s", 0))]
         cells.append(f"{max(run['memory_mib'] for run in runs):.0f}")
         rows.append(f"| {name} | {' | '.join(cells)} |")

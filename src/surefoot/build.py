@@ -335,7 +335,7 @@ def build_training(
         config=config,
         policy=policy,
         rollout=rollout,
-        optimizer=make_optimizer(policy, config.algorithm),
+        optimizer=make_optimizer(policy, config.algorithm, critic_learning_rate=config.policy.critic.learning_rate),
         folder=folder,
         progress=loop.Progress(kl_coef=config.ppo.kl_coef),
         total=_budget(config, env),

@@ -52,12 +52,13 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     transformers.utils.logging.disable_progress_bar()
 
 
-@pytest.fixture(scope="module")
-def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[1, 3], ids=["one head", "an ensemble"])
+def reward_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reward model with a calibration that is not 0 and 1."""
     folder = tmp_path_factory.mktemp("reward")
     pairs = [{"prompt": f"film {n}", "chosen": " is good", "rejected": f" is bad {n}"} for n in range(20)]
     settings = {"dtype": "float32", "verbose": 0, "epochs": 2, "learning_rate": 0.01, "batch_size": 8, "held_out": 0.3}
+    settings["heads"] = request.param
     RewardModel(model_folder(), pairs, run_folder=str(folder / "runs"), run_name="run", **settings).learn().save(
         folder / "saved"
     )
@@ -267,7 +268,7 @@ def test_a_reward_model_is_a_critic_whose_value_at_the_end_token_is_the_calibrat
     critic = CriticConfig(kind="separate", model=str(reward_folder))
     policy = load_policy(str(model_folder()), PolicyConfig(critic=critic, adapter=adapter, dtype="float32"))
     judge = RewardModel.load(reward_folder)
-    assert judge.policy.shift != 0 and judge.policy.scale != 1
+    assert bool((judge.policy.shift_H != 0).all()) and judge.policy.scale != 1
     texts = ["film 3 is good", "film 8 is bad", "the end"]
     end = tiny_tokenizer().eos_token_id
     rows = [
@@ -439,6 +440,20 @@ def test_the_batch_of_a_rollout_is_scored_by_micro_batches():
     score_batch(policy, split, token_budget=20, values=values)
     assert sizes[0] == 4 and len(sizes) > 3
     assert torch.allclose(whole.values_BT, split.values_BT, atol=1e-5) and whole.values_BT.abs().max() > 0
+
+
+def test_a_critic_has_a_step_size_of_its_own_which_the_schedule_moves_too():
+    policy = tiny_policy(critic=CriticConfig(kind="separate"))
+    before = {name: p.detach().clone() for name, p in policy.named_parameters_to_train()}
+    config = PPOConfig(learning_rate=0.01, n_epochs=1, batch_size=100, max_grad_norm=1e9)
+    optimizer = make_optimizer(policy, config, critic_learning_rate=0.001)
+    update(policy, rollout(policy), config=config, optimizer=optimizer, learning_rate=0.005)  # half of its highest
+    largest = {True: 0.0, False: 0.0}
+    for name, parameter in policy.named_parameters_to_train():
+        is_critics = critics_own(name)
+        largest[is_critics] = max(largest[is_critics], float((parameter.detach() - before[name]).abs().max()))
+    # Adam's first step is its step size, but for ε, whatever the gradient.
+    assert largest == {True: pytest.approx(0.0005, rel=0.02), False: pytest.approx(0.005, rel=0.02)}
 
 
 def test_an_lstm_has_a_separate_critic_but_not_the_other_kinds():

@@ -151,7 +151,7 @@ def test_other_base_weights_are_refused(tmp_path: Path, warm: Warm) -> None:
         ("llama", {"adapter": None}),
         (LSTM, {"adapter": None}),
         ("llama", {"critic": {"kind": "adapter"}}),
-        ("llama", {"critic": {"kind": "separate"}}),
+        ("llama", {"critic": {"kind": "separate", "learning_rate": 0.003}}),
         ("llama", {"adapter": None, "critic": {"kind": "separate", "layers": 1}}),
     ],
     ids=["no adapter", "an LSTM", "critic's adapter", "separate critic", "no adapter, small separate critic"],

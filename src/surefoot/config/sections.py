@@ -85,12 +85,19 @@ class CriticConfig(Section):
     layers: Positive | None = Field(
         None, description="`separate`: keep only the first so many layers of that model; `null`: all."
     )
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="`adapter` and `separate`: the critic's own step size at its highest, moved as `ppo.lr_schedule` says; `null`: `ppo.learning_rate`, which all weights of a model may want smaller.",
+    )
 
     @model_validator(mode="after")
     def _of_one_kind(self) -> CriticConfig:
         for name, kind in (("stop_gradient", "shared"), ("model", "separate"), ("layers", "separate")):
             if getattr(self, name) and self.kind != kind:
                 raise ValueError(f"{name} is for kind: {kind}, and this is {self.kind}; leave it out")
+        if self.learning_rate is not None and self.kind == "shared":
+            raise ValueError("learning_rate is for a critic with weights of its own, and this is shared; leave it out")
         return self
 
 

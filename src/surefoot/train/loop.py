@@ -358,8 +358,8 @@ def _interrupted(t: Training) -> Interrupted:
     # What was made in Python is not in the configuration.
     env, supervised = t.config.env, t.config.sft or t.config.reward_model
     named = env.id if env is not None else supervised.data if supervised is not None else t.config.task
-    is_in_config = named is not None
     ptx_rows = ", ptx_data=rows" if (ptx := t.config.ppo.ptx) is not None and ptx.data is None else ""
+    is_in_config = named is not None and not ptx_rows
     again = f"{t.config.opener}.load({path!r}, {'data' if supervised else 'task' if env is None else 'env'}{ptx_rows})"
     how = f"surefoot resume {shlex.quote(path)}" if is_in_config else f"{again}.learn()"
     return Interrupted(t.stop.signal_number, f"stopped after update {t.progress.updates}, saved; continue with: {how}")

@@ -72,7 +72,7 @@ METRICS = {
     "eval/metric": "Mean of the task's metric on held-out prompts; the reward if the task has none; with sft, -eval/nll; with reward_model, -eval/loss. The best checkpoint is kept by it.",
     "eval/nll": "With sft: negative log-likelihood of the held-out examples' trained tokens, mean over all of them; nats per token.",
     "eval/perplexity": "e to the eval/nll: 1 is certainty, the vocabulary's size is knowing nothing.",
-    "eval/ptx_perplexity": "With ptx: e to the negative log-likelihood of the held-out demonstrations' trained tokens, mean over all of them.",
+    "eval/ptx_perplexity": "With ptx: e to the negative log-likelihood of the held-out demonstrations' trained tokens at generation.temperature, mean over all of them.",
     "eval/loss": "With reward_model: its loss on the held-out judgements, as `reward_model/loss`.",
     "eval/accuracy": "With reward_model: share of held-out pairs whose chosen text has the higher score; of ratings, of all pairs of unlike ratings, the share whose scores stand in the same order. Equal scores count half.",
     "eval/pearson": "With reward_model: correlation of scores and ratings on held-out texts.",

@@ -22,11 +22,19 @@ from surefoot.policies.base import Policy
 from surefoot.rollout.batch import have_signal, micro_batches, minibatches
 from surefoot.types import Batch, Evaluation
 
+# What the names of a critic's own parameters begin with.
+CRITIC_NAMES = ("critic.", "value_head.")
 
-def make_optimizer(policy: Policy, config: PPOConfig) -> torch.optim.Adam:
-    """Adam over everything the policy trains."""
-    parameters = [parameter for _, parameter in policy.named_parameters_to_train()]
-    return torch.optim.Adam(parameters, lr=config.learning_rate, eps=config.adam_epsilon, fused=True)
+
+def make_optimizer(policy: Policy, config: PPOConfig, *, critic_learning_rate: float | None = None) -> torch.optim.Adam:
+    """Adam over everything the policy trains; a critic of its own may have a step size of its own."""
+    groups: dict[bool, list[torch.nn.Parameter]] = {False: [], True: []}
+    for name, parameter in policy.named_parameters_to_train():
+        groups[critic_learning_rate is not None and name.startswith(CRITIC_NAMES)].append(parameter)
+    optimizer = torch.optim.Adam(groups[False], lr=config.learning_rate, eps=config.adam_epsilon, fused=True)
+    if critic_learning_rate is not None:
+        optimizer.add_param_group({"params": groups[True], "scale": critic_learning_rate / config.learning_rate})
+    return optimizer
 
 
 def advantages(batch: Batch, config: PPOConfig | None = None, *, kl_coef: float | None = None) -> Batch:
@@ -154,7 +162,7 @@ def update(
         return result
     rows_per_minibatch = max(1, config.batch_size // batch.row_size)
     for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate if learning_rate is None else learning_rate
+        group["lr"] = (config.learning_rate if learning_rate is None else learning_rate) * group.get("scale", 1.0)
     by_autograd: AbstractContextManager[Any] = nullcontext((None, optimizer))
     is_whitened = config.normalize_advantage and config.has_critic and batch.objective == "policy"
     if is_whitened and rows_per_minibatch >= len(batch) > 1:
