@@ -34,7 +34,6 @@ from surefoot.reward_model import RewardModel
 from surefoot.rewards.mixed import assign_scores
 from surefoot.run import RunFolder, write_durably
 from surefoot.sft import SFT
-from surefoot.types import Trajectory
 
 
 @dataclass(frozen=True)
@@ -140,10 +139,7 @@ def _stage(name: str, sections: dict[str, Any], pipeline: PipelineConfig, where:
 
 
 def _check_inputs(stage: Stage, made: Mapping[str, Stage]) -> None:
-    """Raise InputError for models, functions and data that are missing or no use, now and not after the stages before.
-
-    `made` are what stages leave, by path: it need not be there yet.
-    """
+    """Raise InputError for models, functions and data that are missing, if no stage will have `made` them, or of no use."""
     config, critic = stage.config, stage.config.policy.critic.model
     build.build_device(config.device)
     if config.env is None and config.policy.model not in {*made, *assets.ASSETS}:
@@ -161,9 +157,7 @@ def _check_inputs(stage: Stage, made: Mapping[str, Stage]) -> None:
 
 
 def _check_task(config: Config, made: Mapping[str, Stage]) -> set[str]:
-    """Raise InputError for rewards that are not there and prompts that are none; the kinds of rows of which its answers
-    would be pseudo-labels, as far as the prompts are there.
-    """
+    """The kinds of rows that its answers would be, if its prompts are there. Raises InputError for bad rewards and prompts."""
     task = config.task
     if task is None:
         return set()
@@ -202,11 +196,9 @@ def _check_begun(stage: Stage, stages: list[Stage]) -> None:
     labels = stage.pseudo_labels
     begun = stage.folder / ("config.yaml" if labels is None else "pseudo_labels.yaml")
     now = _leaves(stage.config.model_dump() | ({} if labels is None else {"pseudo_labels": labels.model_dump()}))
-    for earlier in stages:
-        if stage.folder.exists() and str(earlier.product) in now.values() and not earlier.product.exists():
-            raise InputError(
-                f"stage {stage.name} was made from what stage {earlier.name} no longer is; remove {stage.folder} too"
-            )
+    gone = [other.name for other in stages if str(other.product) in now.values() and not other.product.exists()]
+    if gone and stage.folder.exists():
+        raise InputError(f"stage {stage.name} was made from what stage {gone[0]} no longer is; remove {stage.folder} too")
     if not begun.is_file():
         if labels is None:
             RunFolder.check_free(stage.config)
@@ -259,7 +251,7 @@ def _write_pseudo_labels(stage: Stage, labels: PseudoLabelsConfig) -> None:
     numbers, group = range(labels.episodes), config.ppo.samples_per_prompt
     prompts = [task.training_example(number // group, config.seed) for number in numbers]
     seeds = [derived_seed(config.seed, "sampling", number) for number in numbers]
-    answers: list[Trajectory] = rollout.play(prompts, seeds, None)
+    answers = rollout.play(prompts, seeds, None)
     usable = [answer for answer in answers if answer.text.strip() and answer.completion.stop_reason.ended_by_itself]
     if not usable:
         raise InputError(
