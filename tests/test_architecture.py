@@ -34,7 +34,7 @@ ALLOWED = {
     "sft": {"run", "policies", "rollout", "train", "build", "ppo"},
     "from_scratch": {"core", "policies", "assets", "build"},
     "reward_model": {"core", "run", "policies", "envs", "rollout", "train", "build", "ppo"},
-    "pipeline": {"run", "ppo", "sft", "reward_model", "build", "assets"},
+    "pipeline": {"core", "policies", "envs", "rewards", "run", "ppo", "sft", "reward_model", "build", "assets"},
     "play": {"run", "ppo", "build", "envs", "rollout"},
     "demo": {"run", "ppo", "build"},
     "trl": {"strict_yaml", "wording", "policies", "tensors", "build", "trl"},

@@ -196,6 +196,7 @@ def test_a_run_folder_holds_all_of_the_run(finished):
 
 def test_a_second_run_of_the_same_name_is_refused_before_anything_is_read(project, monkeypatch):
     (project / "runs" / "mine").mkdir(parents=True)
+    (project / "runs" / "mine" / "config.yaml").touch()
     for heavy in ("load_policy", "TextTask", "load_function"):
         monkeypatch.setattr(f"surefoot.build.{heavy}", None)
     said = run_cli("ppo", "config.yaml", "--run.name", "mine", "--run.folder", "runs").complaint

@@ -15,8 +15,10 @@ from surefoot import build, collect
 from surefoot.config.pipeline import PipelineConfig, PseudoLabelsConfig
 from surefoot.errors import InputError
 from surefoot.pipeline import load_pipeline
+from surefoot.rollout.text import encode_prompt
 from surefoot.types import StopReason, Trajectory
 from tests.inputs import model_folder, run_cli
+from tests.tiny import tiny_tokenizer
 from tests.train.small_run import rows
 from tests.train.warm import Strike, Warm
 
@@ -24,6 +26,8 @@ WEIGHTS = "model.safetensors"
 PAIRS = [{"prompt": f"{word} {number}", "completion": f" {word * 2}"} for word in ("the", "an", "in") for number in range(4)]
 RATINGS = [{"text": f"{word} film {number}", "rating": number % 3} for word in ("good", "bad") for number in range(6)]
 PROMPTS = [{"prompt": f"{word} {number}"} for word in ("the", "our", "in") for number in range(4)]
+CHATS = [{"messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": " end"}]}]
+MIXED = [{"prompt": prompt} for prompt in ("the", "our", "in", [{"role": "user", "content": "the"}])]
 STAGES: dict[str, Any] = {
     "taught": {"sft": {"data": "pairs.jsonl", "epochs": 1, "batch_size": 4, "held_out": 0.3}},
     "judge": {"reward_model": {"data": "ratings.jsonl", "epochs": 1, "batch_size": 4, "held_out": 0.3}},
@@ -37,7 +41,7 @@ STAGES: dict[str, Any] = {
         "policy": {"model": "stage:tuned"},
         "task": {"prompts": "prompts.jsonl", "reward": "stage:judge", "held_out": 0.3},
         "generation": {"max_new_tokens": 3, "stop": ["e", "o", "a", "i"]},
-        "pseudo_labels": {"episodes": 12, "keep": 0.25, "join": "pairs.jsonl"},
+        "pseudo_labels": {"episodes": 36, "keep": 0.5, "join": "pairs.jsonl"},
     },
     "again": {"sft": {"data": "stage:answers", "epochs": 1, "batch_size": 4, "held_out": 0.3}},
 }
@@ -45,7 +49,7 @@ STAGES: dict[str, Any] = {
 
 def write(folder: Path, stages: dict[str, Any]) -> Path:
     """Data, model and `pipeline.yaml` in `folder`; the YAML's path."""
-    for name, data in (("pairs", PAIRS), ("ratings", RATINGS), ("prompts", PROMPTS)):
+    for name, data in (("pairs", PAIRS), ("ratings", RATINGS), ("prompts", PROMPTS), ("chats", CHATS), ("mixed", MIXED)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
     if not (folder / "model").exists():
         shutil.copytree(model_folder(), folder / "model")
@@ -80,11 +84,13 @@ def test_pseudo_labels_are_the_given_rows_and_then_the_best_answers(whole: Path)
     assert examples[: len(PAIRS)] == PAIRS
     config = load_pipeline(whole / "pipeline.yaml")[3].config
     task = build.build_task(config)
-    batch = collect(build.build_policy(config), task, episodes=12, seed=5, generation=config.generation, ppo=config.ppo)
+    batch = collect(build.build_policy(config), task, episodes=36, seed=5, generation=config.generation, ppo=config.ppo)
     written = sorted((t for t in batch.trajectories if isinstance(t, Trajectory)), key=lambda t: -t.score)
     whole_ones = [t for t in written if t.text.strip() and t.completion.stop_reason is not StopReason.LENGTH]
     assert {t.text for t in written} > {t.text for t in whole_ones}  # or there was nothing to leave out
-    best = dict.fromkeys((t.prompt, t.text) for t in whole_ones[:3])  # a quarter of 12, the same one once
+    half = round(len(whole_ones) / 2)
+    assert 2 <= half < 18 < len(written)
+    best = dict.fromkeys((t.prompt, t.text) for t in whole_ones[:half])  # the same one once
     assert [(row["prompt"], row["completion"]) for row in examples[len(PAIRS) :]] == list(best)
 
 
@@ -119,6 +125,36 @@ def test_a_killed_pipeline_goes_on_to_the_same_weights(tmp_path: Path, whole: Pa
     assert tmp_path.joinpath(*labels).read_bytes() == whole.joinpath(*labels).read_bytes()
 
 
+def test_a_relative_path_means_the_same_from_another_folder(tmp_path: Path):
+    here, there = tmp_path / "a", tmp_path / "a" / "b"
+    there.mkdir(parents=True)
+    write(there, {"taught": STAGES["taught"]})
+    strike = Strike("surefoot.sft:SFT.save", signals=[int(signal.SIGKILL)])
+    with Warm() as warm:
+        assert warm.run(here, "pipeline", "b/pipeline.yaml", strikes=[strike]).code == -signal.SIGKILL
+        checkpoint = next((there / "runs" / "taught" / "checkpoints").glob("*/*.safetensors"))
+        before = checkpoint.stat().st_mtime_ns
+        refused = warm.run(there, "pipeline", "../b/pipeline.yaml", "--stages.taught.sft.learning-rate", "0.5")
+        assert "stage taught was begun with sft.learning_rate" in refused.stderr
+        ended = warm.run(there, "pipeline", "../b/pipeline.yaml")
+    assert ended.code == 0, ended.stderr
+    assert (there / "runs" / "taught" / "model" / WEIGHTS).is_file()
+    assert checkpoint.stat().st_mtime_ns == before  # it went on from there
+    assert not [path for path in tmp_path.rglob("runs") if path != there / "runs"]
+
+
+def test_paths_in_flags_are_relative_to_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = write(tmp_path, {"taught": STAGES["taught"]})
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "pairs.jsonl").rename(tmp_path / "elsewhere" / "mine.jsonl")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (stage,) = load_pipeline("../pipeline.yaml", {"stages.taught.sft.data": "./mine.jsonl", "folder": "here"})
+    assert stage.config.sft is not None
+    assert stage.config.sft.data == str(tmp_path / "elsewhere" / "mine.jsonl")
+    assert stage.product == tmp_path / "elsewhere" / "here" / "taught" / "model"
+    assert stage.config.policy.model == str(tmp_path / "model") and file.parent == tmp_path
+
+
 def test_flags_reach_a_stage_and_the_common_part(tmp_path: Path):
     stages = load_pipeline(write(tmp_path, STAGES), {"common.seed": "9", "stages.tuned.ppo.total_episodes": "4"})
     assert {stage.config.seed for stage in stages} == {9}
@@ -131,6 +167,12 @@ def changed(name: str, **sections: Any) -> dict[str, Any]:
     return STAGES | {name: stage}
 
 
+def task(**settings: Any) -> dict[str, Any]:
+    """The task of `STAGES` with other settings."""
+    return STAGES["tuned"]["task"] | settings
+
+
+UNSURE = task(reward=[{"name": "stage:judge", "uncertainty": 1.0}])
 TWO_KINDS = changed("answers", task=None, sft=STAGES["taught"]["sft"])
 BAD = {
     "no stages": ({}, "stages"),
@@ -146,6 +188,57 @@ BAD = {
     ),
     "a share of nothing": (changed("answers", pseudo_labels={"keep": 0.0}), "stage answers, pseudo_labels: keep"),
     "pseudo-labels without a task": (TWO_KINDS, "pseudo_labels answers the prompts of a task"),
+    "pseudo-labels that are no section": (changed("answers", pseudo_labels=5), "pseudo_labels: should be a section"),
+    "a run that is no section": (changed("taught", run=5), "stage taught: run: should be a section"),
+    "a new model": (changed("taught", new_model={}), "new_model is read by surefoot new-model"),
+    "a share of a group": (
+        changed("answers", ppo={"samples_per_prompt": 8, "episodes_per_update": 64, "batch_size": 8}),
+        "stage answers: ppo.samples_per_prompt (8) does not divide pseudo_labels.episodes (36)",
+    ),
+    "no such function": (
+        changed("tuned", task=task(metric="none.py:metric")),
+        "stage tuned: task.metric: no file",
+    ),
+    "no such part": (
+        changed("tuned", task=task(reward=[{"name": "stage:judge"}, {"name": "math:sinus"}])),
+        "stage tuned: task.reward: math has no function 'sinus'",
+    ),
+    "no reward model": (changed("tuned", task=task(reward="model")), "stage tuned: task.reward: no reward model in"),
+    "no such column": (changed("tuned", task=task(prompt_column="text")), "line 1: no column 'text'; it has prompt"),
+    "no such model": (changed("taught", policy={"model": "./none"}), "stage taught: policy.model: no folder"),
+    "a reward model as policy": (
+        changed("tuned", policy={"model": "stage:judge"}),
+        "stage tuned: policy.model takes a language model, and stage judge leaves a reward model",
+    ),
+    "a language model as reward": (
+        changed("tuned", task=task(reward=[{"name": "stage:taught"}])),
+        "stage tuned: task.reward.name takes a reward model, and stage taught leaves a language model",
+    ),
+    "a model as examples": (
+        changed("again", sft={"data": "stage:tuned"}),
+        "stage again: sft.data takes examples, and stage tuned leaves a language model",
+    ),
+    "a stage as a name": (changed("again", device="stage:tuned"), "device takes nothing of a stage's"),
+    "uncertainty of one head": (
+        changed("tuned", task=UNSURE),
+        "task.reward, judge: uncertainty needs reward_model.heads above 1",
+    ),
+    "chats to join for strings": (
+        changed("answers", pseudo_labels={"episodes": 12, "join": "chats.jsonl"}),
+        "pseudo_labels.join has messages, and the answers will be prompt and completion",
+    ),
+    "pairs to join for a chat": (
+        changed("answers", task=task(chat=True)),
+        "pseudo_labels.join has prompt and completion, and the answers will be messages",
+    ),
+    "ratings to join": (
+        changed("answers", pseudo_labels={"episodes": 12, "join": "ratings.jsonl"}),
+        "pseudo_labels.join has text, and",
+    ),
+    "prompts of both kinds": (
+        changed("answers", task=task(prompts="mixed.jsonl", held_out=0.0)),
+        "task.prompts are strings and messages",
+    ),
     "a name of its own": (changed("taught", run={"name": "x"}), "run.name and run.folder follow from the pipeline's folder"),
 }
 
@@ -158,15 +251,81 @@ def test_bad_pipelines_are_refused_in_one_line_before_any_stage(tmp_path: Path, 
 
 def test_a_stage_that_was_begun_with_other_settings_is_refused(whole: Path):
     outcome = run_cli("pipeline", str(whole / "pipeline.yaml"), "--stages.tuned.ppo.kl-coef", "0.3")
-    assert "has other settings than stage tuned has now" in outcome.complaint
-    outcome = run_cli("pipeline", str(whole / "pipeline.yaml"), "--stages.answers.pseudo-labels.keep", "0.5")
-    assert "has other settings than stage answers has now" in outcome.complaint
+    assert "stage tuned was begun with ppo.kl_coef 0.05, and now has 0.3; name another folder" in outcome.complaint
+    outcome = run_cli("pipeline", str(whole / "pipeline.yaml"), "--stages.answers.pseudo-labels.keep", "0.25")
+    assert "stage answers was begun with pseudo_labels.keep 0.5, and now has 0.25; name another" in outcome.complaint
+
+
+def test_settings_are_compared_as_settings_and_not_as_text(whole: Path):
+    config = whole / "runs" / "tuned" / "config.yaml"
+    text = config.read_text()
+    config.write_text("# A remark.\n" + yaml.safe_dump(yaml.safe_load(text), sort_keys=True))
+    outcome = run_cli("pipeline", str(whole / "pipeline.yaml"))
+    config.write_text(text)
+    assert outcome.code == 0, outcome.err
+
+
+def test_a_stage_made_from_one_that_was_removed_is_refused(whole: Path, tmp_path: Path):
+    file = whole / "pipeline.yaml"
+    aside = tmp_path / "taught"
+    shutil.move(whole / "runs" / "taught", aside)
+    outcome = run_cli("pipeline", str(file))
+    shutil.move(aside, whole / "runs" / "taught")
+    assert "stage tuned was made from what stage taught no longer is; remove" in outcome.complaint
+    shutil.move(whole / "runs" / "again", aside)  # nothing stands on it
+    outcome = run_cli("pipeline", str(file))
+    assert outcome.code == 0 and outcome.out.count("finished before") == len(STAGES) - 1
+
+
+def test_a_folder_that_is_no_whole_run_is_to_be_removed(tmp_path: Path):
+    file = write(tmp_path, {"taught": STAGES["taught"]})
+    (tmp_path / "runs" / "taught").mkdir(parents=True)
+    assert "taught exists, but has no config.yaml and is no whole run; remove it" in run_cli("pipeline", file).complaint
+
+
+def test_an_empty_section_of_pseudo_labels_has_their_defaults(tmp_path: Path):
+    stages = load_pipeline(write(tmp_path, STAGES | {"answers": STAGES["answers"] | {"pseudo_labels": None}}))
+    assert stages[3].pseudo_labels == PseudoLabelsConfig()
+
+
+def test_a_part_that_is_a_stage_is_called_by_its_name(tmp_path: Path):
+    parts = [{"name": "stage:judge"}, {"name": "stage:judge2", "weight": 0.5}, {"name": "stage:judge", "label": "other"}]
+    judges = dict.fromkeys(("judge", "judge2"), STAGES["judge"])
+    stages = load_pipeline(
+        write(tmp_path, {**judges, "tuned": changed("tuned", task=task(reward=parts), policy=None)["tuned"]})
+    )
+    settings = stages[2].config.task
+    assert settings is not None and not isinstance(settings.reward, str)
+    assert [part.called for part in settings.reward] == ["judge", "judge2", "other"]
+
+
+REWARD = "def reward(prompts, completions, **columns):\n    return [float(len(prompt)) for prompt in prompts]\n"
+
+
+def test_answers_of_a_chat_are_learned_behind_the_tokens_they_were_written_behind(tmp_path: Path):
+    (tmp_path / "reward.py").write_text(REWARD)
+    shutil.copytree(model_folder(chat=True), tmp_path / "model")
+    section = {"prompts": "prompts.jsonl", "reward": "reward.py:reward", "chat": True}
+    labels = {"episodes": 12, "keep": 1.0, "join": "chats.jsonl"}
+    generation = {"max_new_tokens": 3, "stop": ["e", "o", "a", "i"]}
+    file = write(tmp_path, {"answers": {"task": section, "generation": generation, "pseudo_labels": labels}})
+    outcome = run_cli("pipeline", file)
+    assert outcome.code == 0, outcome.err
+    given, *examples = [json.loads(line)["messages"] for line in (tmp_path / "runs/answers/pseudo_labels.jsonl").open()]
+    assert given == CHATS[0]["messages"] and examples
+    tokenizer = tiny_tokenizer(chat=True)
+    for user, assistant in examples:
+        assert (user["role"], assistant["role"]) == ("user", "assistant")
+        asked = encode_prompt(tokenizer, [user])
+        assert asked == encode_prompt(tokenizer, user["content"], chat=True)
+        whole = tokenizer.apply_chat_template([user, assistant], tokenize=True, return_dict=True)["input_ids"]
+        assert tuple(whole[: len(asked)]) == asked
 
 
 def test_answers_that_were_all_cut_off_are_no_examples(tmp_path: Path):
     policy = {"policy": {"model": "model"}}
     task = {"task": {"prompts": "prompts.jsonl", "reward": "reward.py:reward"}, "generation": {"max_new_tokens": 1}}
-    (tmp_path / "reward.py").write_text("def reward(prompts, completions, **columns):\n    return [0.0] * len(prompts)\n")
+    (tmp_path / "reward.py").write_text(REWARD)
     file = write(tmp_path, {"answers": policy | task | {"pseudo_labels": {"episodes": 2}}})
     outcome = run_cli("pipeline", str(file))
     assert "of 2 answers none says something and ended by itself" in outcome.err

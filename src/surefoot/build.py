@@ -72,7 +72,7 @@ def check_places(config: Config) -> None:
     if config.env is None and config.policy.model not in assets.ASSETS:
         check_model_folder(config.policy.model)
         if (critic := config.policy.critic.model) is not None and critic not in assets.ASSETS:
-            check_model_folder(_model_of_run(critic), key="policy.critic.model")
+            check_model_folder(model_of_run(critic), key="policy.critic.model")
 
 
 def build_policy(config: Config, *, say: Callable[[str], None] = assets.tell) -> CausalLMPolicy:
@@ -98,11 +98,11 @@ def _critic(config: Config, say: Callable[[str], None]) -> CriticConfig:
         return CriticConfig()
     if critic.model is None:
         return critic
-    source = _model_of_run(assets.resolve(critic.model, key="policy.critic.model", say=say))
+    source = model_of_run(assets.resolve(critic.model, key="policy.critic.model", say=say))
     return critic.model_copy(update={"model": source})
 
 
-def _model_of_run(folder: str) -> str:
+def model_of_run(folder: str) -> str:
     """The model's folder in a run folder, or `folder` itself."""
     return str(Path(folder) / "model") if (Path(folder) / "config.yaml").is_file() else folder
 
@@ -130,7 +130,7 @@ def build_rewards(reward: str | list[RewardPart], device: str) -> RewardFunction
     if isinstance(reward, str):
         return build_reward(reward, "task.reward", device)
     for part in reward:
-        _check_part(part)
+        check_part(part, _key(part))
     functions: dict[str, RewardFunction] = {}
     for part in sorted(reward, key=lambda part: Path(part.name).is_dir()):
         functions[part.called] = build_reward(part.name, _key(part), device, uncertainty=part.uncertainty)
@@ -148,16 +148,14 @@ def build_reward(name: str, key: str, device: str, *, uncertainty: float = 0.0) 
     return load_function(name, key=key)
 
 
-def _check_part(part: RewardPart) -> None:
+def check_part(part: RewardPart, key: str) -> None:
     """Raise InputError for a folder without a reward model, and for what knows no uncertainty where it counts."""
     is_model = Path(part.name).is_dir()
-    heads = saved_heads(_reward_folder(part.name, _key(part))) if is_model else 0
+    heads = saved_heads(_reward_folder(part.name, key)) if is_model else 0
     if part.uncertainty and not is_model:
-        raise InputError(
-            f"{_key(part)}: uncertainty is of a reward model's folder, and {part.name!r:.60} is none; leave it out"
-        )
+        raise InputError(f"{key}: uncertainty is of a reward model's folder, and {part.name!r:.60} is none; leave it out")
     if part.uncertainty and heads == 1:
-        raise InputError(f"{_key(part)}: {NO_UNCERTAINTY}")
+        raise InputError(f"{key}: {NO_UNCERTAINTY}")
 
 
 def _key(part: RewardPart) -> str:
@@ -176,7 +174,7 @@ def load_reward(folder: str | Path, *, device: str = "auto", key: str = "reward 
 
 def _reward_folder(folder: str | Path, key: str) -> Path:
     """Where in `folder` the reward model is."""
-    folder = Path(_model_of_run(str(folder)))
+    folder = Path(model_of_run(str(folder)))
     if not (folder / REWARD).is_file():
         raise InputError(f"{key}: no reward model in {folder}, which would have a {REWARD}; train it to its end, or save it")
     return folder

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
 from surefoot.config.sections import Fraction, PathText, Positive, Section
 from surefoot.errors import InputError
-from surefoot.wording import first_problem
+from surefoot.wording import first_problem, short
 
 Kind = TypeVar("Kind", bound=Section)
+
+REFERENCE = "stage:"
+# What a stage leaves, and the settings that take it.
+Product = Literal["a language model", "a reward model", "examples", "an environment's policy"]
+TAKEN_BY: dict[str, tuple[Product, ...]] = {
+    "policy.model": ("a language model",),
+    "policy.critic.model": ("a language model", "a reward model"),
+    **dict.fromkeys(("task.reward", "task.reward.name", "task.metric"), ("a reward model",)),
+    **dict.fromkeys(("task.prompts", "sft.data", "ppo.ptx.data", "pseudo_labels.join"), ("examples",)),
+}
 
 
 class PseudoLabelsConfig(Section):
@@ -18,7 +29,7 @@ class PseudoLabelsConfig(Section):
 
     episodes: Positive = Field(512, description="Answers written.")
     keep: Annotated[Fraction, Field(gt=0)] = Field(
-        0.25, description="Fraction of them that is kept, best reward first, of those that ended by themselves."
+        0.25, description="Fraction that is kept, best reward first, of those that say something and ended by themselves."
     )
     join: PathText | None = Field(
         None, description="JSONL file of `{prompt, completion}` or `{messages}` rows that stand before the kept ones."
@@ -38,7 +49,33 @@ class PipelineConfig(Section):
 
 def checked(kind: type[Kind], data: Any, where: str) -> Kind:
     """`data` as a `PipelineConfig` or `PseudoLabelsConfig`. Raises InputError naming the key, and the nearest real one."""
+    if not isinstance(data, dict):
+        raise InputError(f"{where}: should be a section with settings of its own, got {short(data)}")
     try:
         return kind.model_validate(data)
     except ValidationError as error:
         raise InputError(first_problem(error.errors(), where=where, kinds=dict.fromkeys(kind.model_fields, ""))) from None
+
+
+def with_products(value: Any, left: Mapping[str, tuple[Product, str]], where: str, *, key: str = "") -> Any:
+    """Nested sections anew, each `stage:NAME` replaced by what that stage left: `left` has its kind and path by NAME.
+
+    A part of a reward is then called by the stage's name. Raises InputError for what is no earlier stage, or of no use there.
+    """
+    if isinstance(value, dict):
+        inner = {name: with_products(part, left, where, key=f"{key}.{name}".lstrip(".")) for name, part in value.items()}
+        name = value.get("name")
+        is_model = key == "task.reward" and isinstance(name, str) and name.startswith(REFERENCE)
+        return {"label": str(name).removeprefix(REFERENCE)} | inner if is_model else inner
+    if isinstance(value, list):
+        return [with_products(part, left, where, key=key) for part in value]
+    if not (isinstance(value, str) and value.startswith(REFERENCE)):
+        return value
+    if (name := value.removeprefix(REFERENCE)) not in left:
+        known = f"before it are {', '.join(left)}" if left else "no stage stands before it"
+        raise InputError(f"{where}: {key}: {value} is no earlier stage; {known}")
+    kind, path = left[name]
+    if kind not in TAKEN_BY.get(key, ()):
+        takes = " or ".join(TAKEN_BY.get(key, ())) or "nothing of a stage's"
+        raise InputError(f"{where}: {key} takes {takes}, and stage {name} leaves {kind}")
+    return path
