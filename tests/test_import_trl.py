@@ -432,7 +432,11 @@ def test_a_shorter_number_format_and_shards_lose_nothing(tmp_path):
         part = {name: tensors[name] for name in names if files[name] == file}
         save_file(part, tmp_path / "trl" / file, metadata={"format": "pt"})
     (tmp_path / "trl" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    # What an earlier save left is no part of the model.
+    save_file({"lm_head.weight": torch.zeros(1), "stale": torch.zeros(1)}, tmp_path / "trl" / "model-00009-of-00009.safetensors")
+    (tmp_path / "ours.tmp").mkdir()
     import_value_head(tmp_path / "trl", tmp_path / "ours")
+    assert {path.name for path in tmp_path.iterdir()} == {"trl", "ours", "ours.tmp"}
     critic = PPO.load(tmp_path / "ours", verbose=0, dtype="float32").policy.value_head
     assert critic.weight.dtype == torch.float32 and torch.equal(critic.weight.detach(), summary.weight.detach().float())
     written = load_file(tmp_path / "ours" / "model.safetensors")
@@ -479,6 +483,16 @@ def half(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def linked_weights(folder: Path) -> None:
+    target = folder / "elsewhere"
+    (folder / "model.safetensors").rename(target)
+    (folder / "model.safetensors").symlink_to(target)
+
+
+def linked_text(folder: Path) -> None:
+    (folder / "notes.txt").symlink_to(Path(__file__))
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -487,13 +501,15 @@ def half(folder: Path) -> None:
         (only_pickle, "pytorch_model.bin is a pickle and is not loaded"),
         (adapter, "an adapter with its value head in a pickle"),
         (half, "half-written"),
+        (linked_weights, "model.safetensors: a link, which is not followed; where you trust the folder, copy it: cp -rL"),
+        (linked_text, "notes.txt: a link, which is not followed"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_taken_is_refused_and_leaves_nothing(tmp_path, damage, said):
     value_head_folder(tmp_path / "trl")
     damage(tmp_path / "trl")
     complaint = run_cli("import-trl", tmp_path / "trl", "--output", tmp_path / "ours").complaint
-    assert said in complaint and ".tmp" not in complaint
+    assert said in complaint and str(tmp_path / "ours") not in complaint
     assert sorted(path.name for path in tmp_path.iterdir()) == ["trl"]
 
 
