@@ -229,7 +229,8 @@ def test_the_folder_is_beside_the_file_and_sft_finds_it_there():
     assert run_cli("new-model", "of_mine/sft.yaml").out.startswith("model: of_mine/untaught\n")
     assert not Path("untaught").exists()
     assert run_cli("sft", "of_mine/sft.yaml", "--run.name", "taught").code == 0
-    assert yaml.safe_load(Path("runs/taught/config.yaml").read_text())["policy"]["model"] == str(Path("of_mine/untaught").absolute())
+    written = yaml.safe_load(Path("runs/taught/config.yaml").read_text())
+    assert written["policy"]["model"] == str(Path("of_mine/untaught").absolute())
     # Another model, named for one run, keeps its name.
     shutil.move("of_mine/untaught", "elsewhere")
     assert run_cli("sft", "of_mine/sft.yaml", "--policy.model", "elsewhere").code == 0

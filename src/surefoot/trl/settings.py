@@ -133,7 +133,7 @@ _GROUPS = (
     Row("max_grad_norm", "ppo.max_grad_norm", 1.0),
     Row("max_prompt_length", note="TRL keeps a prompt's last tokens, task.prompt_tokens the first"),
     Row("mask_truncated_completions", default=False, note="ppo.missing_eos_penalty charges for them instead"),
-    Row("reward_weights", note="weigh the rewards in your function"),
+    Row("reward_weights", "task.reward", by_hand=True, note="a list of `{name, weight}`, one of each function (extending.md)"),
     Row("top_p", default=1.0, note=_NO_SAMPLING),
     Row("top_k", default=0, note=_NO_SAMPLING),
     Row("min_p", note=_NO_SAMPLING),
@@ -214,7 +214,7 @@ GRPO = Kind(
         Row("use_bias_correction_kl", default=True, note="the KL in the loss carries the ratio, always"),
         Row("use_adaptive_entropy", default=False, note="the entropy's weight follows ppo.ent_schedule"),
         Row("importance_sampling_level", default="token", note="ratios are each token's"),
-        Row("multi_objective_aggregation", default="sum_then_normalize", note="a reward function returns one number"),
+        Row("multi_objective_aggregation", default="sum_then_normalize", note="advantages are of the rewards' weighted sum"),
         Row("top_entropy_quantile", default=1.0, note="every written token is trained on"),
         Row("off_policy_mask_threshold", note="ppo.sampler_ratio_cap is the one correction"),
         *_GROUPS,
@@ -251,20 +251,39 @@ OLD_RLOO = Kind(
 )  # fmt: skip
 KINDS = {"PPO ≤ 0.11": OLD, "PPO": PPO, "GRPO": GRPO, "RLOO": RLOO, "RLOO ≤ 0.21": OLD_RLOO}
 
-# How names begin that change where things are logged, saved and shown, or how fast it goes; and those that belong to a switch
-# which is in the table (`loss_type`, `sync_ref_model`, `use_adaptive_entropy`).
+# Names of settings that change where things are logged, saved and shown, how fast it goes, or nothing: of accelerate, transformers
+# 4.30 to 5 and TRL. What is not here and has no row is reported as not known.
 # fmt: off
-ASIDE = (
-    "accelerator_", "activation_checkpointing", "attn_implementation", "average_tokens", "batch_eval", "batch_size",
-    "compare_steps", "config", "config_file", "data_seed", "dataloader_", "dataset_", "ddp_", "debug", "deepspeed",
-    "disable_tqdm", "do_", "ds3_", "entropy_coef_", "entropy_target", "eval_", "exp_name", "fp16_", "fsdp",
-    "full_determinism", "gradient_checkpointing", "group_by_length", "half_precision", "hub_", "ignore_data", "include_",
-    "is_encoder", "is_peft", "jit_", "label_", "length_column", "liger_", "load_best", "local_", "log_", "logging_",
-    "lora_task_type", "main_process", "metric_for", "micro_batch_size", "mini_batch_size", "mixed_precision",
-    "model_init_kwargs", "num_completions_to_print", "num_machines", "num_sample_generations", "num_total_batches",
-    "optimize_", "pad_to", "parallelism", "past_index", "per_device_eval", "per_gpu", "prediction_loss", "project",
-    "push_to_hub", "ray_", "ref_model_", "remove_unused", "report_to", "restore_", "resume_", "router_aux", "run_name",
-    "sapo_", "save_", "skip_memory", "task_name", "tf32", "torch_", "torchdynamo", "tpu_", "tracker_", "train_sampling",
-    "use_cpu", "use_liger", "use_transformers_", "use_vllm", "vespo_", "vllm_", "wandb_", "world_size",
+ASIDE = frozenset((
+    "accelerator_config", "accelerator_kwargs", "activation_checkpointing", "activation_checkpointing_kwargs",
+    "attn_implementation", "average_tokens_across_devices", "backward_batch_size", "batch_eval_metrics", "batch_size",
+    "bf16_full_eval", "compare_steps", "config_file", "data_seed", "dataset_num_proc", "debug", "deepspeed", "disable_tqdm",
+    "do_eval", "do_predict", "do_train", "ds3_gather_for_generation", "enable_jit_checkpoint", "exp_name", "fp16_backend",
+    "fp16_full_eval", "fp16_opt_level", "fsdp", "full_determinism", "global_backward_batch_size", "global_batch_size", "gpu_ids",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "greater_is_better", "group_by_length",
+    "half_precision_backend", "ignore_data_skip", "include_for_metrics", "include_inputs_for_metrics",
+    "include_num_input_tokens_seen", "include_tokens_per_second", "is_encoder_decoder", "is_peft_model", "jit_mode_eval",
+    "label_names", "label_smoothing_factor", "length_column_name", "liger_kernel_config", "load_best_model_at_end",
+    "local_batch_size", "local_mini_batch_size", "local_rank", "local_rollout_forward_batch_size", "log_completions",
+    "log_completions_hub_repo", "log_level", "log_level_replica", "log_on_each_node", "log_unique_prompts", "log_with",
+    "lora_task_type", "machine_rank", "main_process_ip", "main_process_port", "metric_for_best_model", "micro_batch_size",
+    "mini_batch_size", "mixed_precision", "mp_parameters", "multi_gpu", "num_completions_to_print", "num_generations_eval",
+    "num_machines", "num_sample_generations", "num_total_batches", "optimize_cuda_cache", "optimize_device_cache",
+    "overwrite_output_dir", "parallelism_config", "past_index", "per_device_eval_batch_size", "per_gpu_eval_batch_size",
+    "per_gpu_train_batch_size", "prediction_loss_only", "project", "project_kwargs", "push_to_hub",
+    "push_to_hub_if_best_kwargs", "push_to_hub_model_id", "push_to_hub_organization", "push_to_hub_token", "ray_scope",
+    "remove_unused_columns", "report_to", "restore_callback_states_from_checkpoint", "resume_from_checkpoint", "run_name",
+    "skip_memory_metrics", "task_name", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode",
+    "torch_empty_cache_steps", "torchdynamo", "train_sampling_strategy", "trackio_bucket_id", "trackio_space_id",
+    "trackio_static_space_id", "tracker_kwargs", "tracker_project_name", "use_cache", "use_cpu", "use_deepspeed", "use_ipex",
+    "use_liger_kernel", "use_liger_loss", "use_mps_device", "use_transformers_paged", "use_vllm", "vllm_device",
+    "vllm_enable_prefix_caching", "vllm_enable_sleep_mode", "vllm_gpu_memory_utilization", "vllm_group_port",
+    "vllm_max_model_len", "vllm_max_model_length", "vllm_mode", "vllm_model_impl", "vllm_tensor_parallel_size", "world_size",
+))
+# Families of such names, and of those that belong to a switch which is in the table (`loss_type`, `sync_ref_model`,
+# `use_adaptive_entropy`).
+ASIDE_FAMILIES = (
+    "dataloader_", "ddp_", "entropy_coef_", "entropy_target", "eval_", "fsdp_", "hub_", "logging_", "ref_model_", "sapo_",
+    "save_", "tpu_", "vespo_", "vllm_server_", "wandb_",
 )
 # fmt: on
