@@ -544,7 +544,7 @@ def trl_says(lm: Any, summary: nn.Linear, tokens: Tensor) -> tuple[Tensor, Tenso
     return out.logits.float(), summary(out.hidden_states[-1]).squeeze(-1).float()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "lstm"])  # which TRL has not
 @pytest.mark.parametrize("prefix", ["", "pretrained_model."], ids=["plain", "prefixed"])
 def test_a_value_head_checkpoint_gives_the_same_logits_and_values(tmp_path, family, prefix):
     lm, summary = value_head_folder(tmp_path / "trl", family, prefix=prefix)

@@ -146,10 +146,7 @@ def _script(text: str, path: Path) -> Found:
     # A script of the old API has its critic on the model; one that says nothing is taken for the newest.
     found.kind = OLD if OLD in best and (len(best) == 1 or "ValueHead" in text) else best[-1]
     for node in nodes:
-        if isinstance(node, ast.Call):
-            _read_call(found, node)
-        else:
-            _read_assignment(found, node)
+        _read_call(found, node) if isinstance(node, ast.Call) else _read_assignment(found, node)
     return found
 
 
@@ -214,10 +211,10 @@ def _take_others(found: Found, of: str, pairs: list[tuple[str | None, ast.expr]]
 
 
 def _set_again(found: Found, name: str, node: ast.expr | ast.stmt) -> None:
-    for known in {name, LORA[name][0] if name in LORA else name}:
-        if any(known == row.theirs for row in found.kind.rows):
-            found.values.pop(known, None)
-            found.expressions[known] = f"set again by {_at(node)}"
+    name = LORA.get(name, (name,))[0]
+    if any(name == row.theirs for row in found.kind.rows):
+        found.values.pop(name, None)
+        found.expressions[name] = f"set again by {_at(node)}"
 
 
 def _is_none(node: ast.expr) -> bool:

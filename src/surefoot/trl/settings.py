@@ -251,39 +251,32 @@ OLD_RLOO = Kind(
 )  # fmt: skip
 KINDS = {"PPO ≤ 0.11": OLD, "PPO": PPO, "GRPO": GRPO, "RLOO": RLOO, "RLOO ≤ 0.21": OLD_RLOO}
 
-# Names of settings that change where things are logged, saved and shown, how fast it goes, or nothing: of accelerate, transformers
-# 4.30 to 5 and TRL. What is not here and has no row is reported as not known.
+# Settings of accelerate, transformers and TRL that change logging, saving, speed, or nothing, and families of them, some of
+# switches that are in the table (`loss_type`, `sync_ref_model`, `use_adaptive_entropy`). Others are "not known".
+_NAMES = """
+    accelerator_config accelerator_kwargs attn_implementation average_tokens_across_devices backward_batch_size
+    batch_eval_metrics batch_size bf16_full_eval compare_steps config_file data_seed dataset_num_proc debug deepspeed
+    disable_tqdm do_eval do_predict do_train ds3_gather_for_generation enable_jit_checkpoint exp_name fp16_backend
+    fp16_full_eval fp16_opt_level fsdp full_determinism global_backward_batch_size global_batch_size gpu_ids greater_is_better
+    group_by_length half_precision_backend ignore_data_skip include_for_metrics include_inputs_for_metrics
+    include_num_input_tokens_seen include_tokens_per_second is_encoder_decoder is_peft_model jit_mode_eval label_names
+    label_smoothing_factor length_column_name liger_kernel_config load_best_model_at_end local_batch_size local_mini_batch_size
+    local_rank local_rollout_forward_batch_size log_on_each_node log_unique_prompts log_with lora_task_type machine_rank
+    main_process_ip main_process_port metric_for_best_model micro_batch_size mini_batch_size mp_parameters multi_gpu
+    num_completions_to_print num_generations_eval num_machines num_sample_generations num_total_batches optimize_cuda_cache
+    optimize_device_cache overwrite_output_dir parallelism_config past_index per_device_eval_batch_size per_gpu_eval_batch_size
+    per_gpu_train_batch_size prediction_loss_only project project_kwargs ray_scope remove_unused_columns report_to
+    restore_callback_states_from_checkpoint resume_from_checkpoint run_name skip_memory_metrics task_name tf32
+    torch_empty_cache_steps torchdynamo train_sampling_strategy use_cache use_cpu use_deepspeed use_ipex use_liger_kernel
+    use_liger_loss use_mps_device use_transformers_paged use_vllm vllm_device vllm_enable_prefix_caching vllm_enable_sleep_mode
+    vllm_gpu_memory_utilization vllm_group_port vllm_max_model_len vllm_max_model_length vllm_mode vllm_model_impl
+    vllm_tensor_parallel_size world_size
+"""
+ASIDE = frozenset(_NAMES.split())
 # fmt: off
-ASIDE = frozenset((
-    "accelerator_config", "accelerator_kwargs", "activation_checkpointing", "activation_checkpointing_kwargs",
-    "attn_implementation", "average_tokens_across_devices", "backward_batch_size", "batch_eval_metrics", "batch_size",
-    "bf16_full_eval", "compare_steps", "config_file", "data_seed", "dataset_num_proc", "debug", "deepspeed", "disable_tqdm",
-    "do_eval", "do_predict", "do_train", "ds3_gather_for_generation", "enable_jit_checkpoint", "exp_name", "fp16_backend",
-    "fp16_full_eval", "fp16_opt_level", "fsdp", "full_determinism", "global_backward_batch_size", "global_batch_size", "gpu_ids",
-    "gradient_checkpointing", "gradient_checkpointing_kwargs", "greater_is_better", "group_by_length",
-    "half_precision_backend", "ignore_data_skip", "include_for_metrics", "include_inputs_for_metrics",
-    "include_num_input_tokens_seen", "include_tokens_per_second", "is_encoder_decoder", "is_peft_model", "jit_mode_eval",
-    "label_names", "label_smoothing_factor", "length_column_name", "liger_kernel_config", "load_best_model_at_end",
-    "local_batch_size", "local_mini_batch_size", "local_rank", "local_rollout_forward_batch_size", "log_completions",
-    "log_completions_hub_repo", "log_level", "log_level_replica", "log_on_each_node", "log_unique_prompts", "log_with",
-    "lora_task_type", "machine_rank", "main_process_ip", "main_process_port", "metric_for_best_model", "micro_batch_size",
-    "mini_batch_size", "mixed_precision", "mp_parameters", "multi_gpu", "num_completions_to_print", "num_generations_eval",
-    "num_machines", "num_sample_generations", "num_total_batches", "optimize_cuda_cache", "optimize_device_cache",
-    "overwrite_output_dir", "parallelism_config", "past_index", "per_device_eval_batch_size", "per_gpu_eval_batch_size",
-    "per_gpu_train_batch_size", "prediction_loss_only", "project", "project_kwargs", "push_to_hub",
-    "push_to_hub_if_best_kwargs", "push_to_hub_model_id", "push_to_hub_organization", "push_to_hub_token", "ray_scope",
-    "remove_unused_columns", "report_to", "restore_callback_states_from_checkpoint", "resume_from_checkpoint", "run_name",
-    "skip_memory_metrics", "task_name", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode",
-    "torch_empty_cache_steps", "torchdynamo", "train_sampling_strategy", "trackio_bucket_id", "trackio_space_id",
-    "trackio_static_space_id", "tracker_kwargs", "tracker_project_name", "use_cache", "use_cpu", "use_deepspeed", "use_ipex",
-    "use_liger_kernel", "use_liger_loss", "use_mps_device", "use_transformers_paged", "use_vllm", "vllm_device",
-    "vllm_enable_prefix_caching", "vllm_enable_sleep_mode", "vllm_gpu_memory_utilization", "vllm_group_port",
-    "vllm_max_model_len", "vllm_max_model_length", "vllm_mode", "vllm_model_impl", "vllm_tensor_parallel_size", "world_size",
-))
-# Families of such names, and of those that belong to a switch which is in the table (`loss_type`, `sync_ref_model`,
-# `use_adaptive_entropy`).
 ASIDE_FAMILIES = (
-    "dataloader_", "ddp_", "entropy_coef_", "entropy_target", "eval_", "fsdp_", "hub_", "logging_", "ref_model_", "sapo_",
-    "save_", "tpu_", "vespo_", "vllm_server_", "wandb_",
+    "activation_checkpointing", "dataloader_", "ddp_", "entropy_coef_", "entropy_target", "eval_", "fsdp_",
+    "gradient_checkpointing", "hub_", "log_completions", "log_level", "logging_", "push_to_hub", "ref_model_", "sapo_",
+    "save_", "torch_compile", "tpu_", "tracker_", "trackio_", "vespo_", "vllm_server_", "wandb_",
 )
 # fmt: on

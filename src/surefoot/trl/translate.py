@@ -26,11 +26,9 @@ NEEDED = {
 # What a trainer takes besides its configuration.
 OUTSIDE = {
     "callbacks": "none for text tasks; the run folder has metrics, samples and checkpoints",
-    "optimizer": "Adam, with ppo's settings",
     "optimizers": "Adam, with ppo's settings",
     "ref_model": "the reference is the policy as the run begins",
-    "dataset_config": "task.prompts is a file",
-    "dataset_train_split": "task.prompts is a file",
+    "mixed_precision": "policy.dtype says it",
     "vllm_importance_sampling_cap": "ppo.sampler_ratio_cap is the like, for each token",
     "LoraConfig.use_rslora": "LoRA's scale is alpha / rank; with it alpha / √rank: set policy.adapter.alpha to that end",
     "generation_kwargs.do_sample": "answers are always drawn at generation.temperature",
@@ -237,16 +235,14 @@ def _number(found: Found, name: str, value: Any) -> float:
 def _list_others(done: Imported, found: Found) -> None:
     """What the table does not know, and what a run needs and TRL's settings do not have."""
     known = {row.theirs for row in found.kind.rows}
-    for name, value in found.values.items():
-        if name not in known and (_is_aside(name, found) or value is False or value in ("", [], {})):
+    said = {name: f" {short(value)}" for name, value in found.values.items()}
+    said |= {name: f", {what}" for name, what in found.expressions.items()}
+    for name in [name for name in said if name not in known]:
+        value = found.values.get(name)
+        if _is_aside(name, found) or value is False or value in ("", [], {}):
             done.aside.append(name)
-        elif name not in known:
-            done.no_counterpart.append(f"{name} {short(value)}: {OUTSIDE.get(name, 'not known here')}")
-    for name, what in found.expressions.items():
-        if name not in known and _is_aside(name, found):
-            done.aside.append(name)
-        elif name not in known:
-            done.no_counterpart.append(f"{name}, {what}: {OUTSIDE.get(name, 'not known here')}")
+        else:
+            done.no_counterpart.append(f"{name}{said[name]}: {OUTSIDE.get(name, 'not known here')}")
     done.no_counterpart += found.kind.notes
     done.by_hand += found.remarks
     for key, how in NEEDED.items():

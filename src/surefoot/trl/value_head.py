@@ -52,9 +52,12 @@ def import_value_head(source: Path, output: Path) -> None:
             _write(aside, tensors, {name: tensor.float() for name, tensor in critic.items() if tensor is not None})
             config = Config(policy=PolicyConfig(model=str(output.absolute())))
             (aside / SETTINGS).write_text(dump_config(config, exclude={"run"}), encoding="utf-8")
-            _open_once(aside, source)
+            # Opened once: what does not fit is said now.
+            load_policy(str(aside), PolicyConfig(adapter=None, dtype="float32")).load_extras(aside)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{output} could not be written: {getattr(error, 'strerror', None) or error}") from error
+    except InputError as error:
+        raise InputError(str(error).replace(str(aside), str(source))) from error
 
 
 def _weights(source: Path) -> list[Path]:
@@ -70,14 +73,6 @@ def _own(file: Path) -> Path:
     if file.is_symlink():
         raise InputError(f"{file}: a link, which is not followed; where you trust the folder, copy it: cp -rL")
     return file
-
-
-def _open_once(folder: Path, source: Path) -> None:
-    """Raise InputError, in the name of `source`, for what does not fit together."""
-    try:
-        load_policy(str(folder), PolicyConfig(adapter=None, dtype="float32")).load_extras(folder)
-    except InputError as error:
-        raise InputError(str(error).replace(str(folder), str(source))) from error
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], critic: dict[str, Tensor]) -> None:
