@@ -35,7 +35,7 @@ TRAINER_ASIDE = (
     *("reward_model", "value_model", "reward_processing_classes"),
 )
 # Values by which nothing is asked for.
-NOTHING = {"bias": ("none",), "do_sample": (True,), "min_length": (-1, 0), "repetition_penalty": (1, 1.0)}
+NOTHING = {"bias": ("'none'",), "do_sample": ("True",), "min_length": ("-1", "0"), "repetition_penalty": ("1", "1.0")}
 # In a shell's line: what is quoted or escaped, a comment, and what ends a command or its arguments.
 SHELL = re.compile(r"""('[^']*'|"(?:\\.|[^"\\])*"|\\.|\$\([^()]*\))|(?<!\S)\#.*|(?<!\S)\d+[<>]+&?|[;&|<>]+""")
 END = "\0"  # no word of a shell
@@ -168,7 +168,7 @@ def _read_call(found: Found, node: ast.Call) -> None:
                 found.expressions[keyword.arg] = _at(keyword.value)
             elif keyword.arg is None:
                 found.remarks.append(f"settings in **{_at(keyword.value)} are not seen")
-            elif keyword.arg not in TRAINER_ASIDE and not _is_none(keyword.value):
+            elif keyword.arg not in TRAINER_ASIDE and ast.unparse(keyword.value) != "None":
                 found.expressions[keyword.arg] = _at(keyword.value)
     elif _name(node.func) == "setattr" and len(node.args) == 3 and isinstance(node.args[1], ast.Constant):
         _set_again(found, str(node.args[1].value), node)
@@ -204,9 +204,7 @@ def _read_generation(found: Found, value: ast.expr) -> None:
 def _take_others(found: Found, of: str, pairs: list[tuple[str | None, ast.expr]], aside: tuple[str, ...]) -> None:
     """Settings that are known to have no row in the table, by their full names: all that ask for something."""
     for name, node in pairs:
-        is_nothing = isinstance(node, ast.Constant) and node.value in NOTHING.get(str(name), (False,))
-        is_nothing = is_nothing or (ast.unparse(node) == "-1" and name == "min_length")
-        if name not in aside and not _is_none(node) and not is_nothing:
+        if name not in aside and ast.unparse(node) not in ("None", *NOTHING.get(str(name), ("False",))):
             found.expressions[f"{of}.{name}"] = _at(node)
 
 
@@ -215,10 +213,6 @@ def _set_again(found: Found, name: str, node: ast.expr | ast.stmt) -> None:
     if any(name == row.theirs for row in found.kind.rows):
         found.values.pop(name, None)
         found.expressions[name] = f"set again by {_at(node)}"
-
-
-def _is_none(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and node.value is None
 
 
 def _take(found: Found, pairs: list[tuple[str | None, ast.expr]]) -> None:
