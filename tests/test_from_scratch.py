@@ -166,7 +166,7 @@ def test_the_command_line_goes_the_whole_way(kind):
     assert (made.code, made.out) == (0, "model: new\nnext:  surefoot sft sft.yaml\n")
     assert made.err.startswith(f"new: {kind} of ") and made.err.endswith(" examples\n")
     assert {p.name for p in Path("new").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
-    assert not list(Path().glob("*.tmp"))
+    assert not list(Path().glob("new.*"))
     assert run_cli("sft", "sft.yaml", "--run.name", "taught").code == 0
     Path("ppo.yaml").write_text(
         yaml.safe_dump(
@@ -189,7 +189,10 @@ def test_the_command_line_goes_the_whole_way(kind):
     [
         (("--new-model.vocab", "256"), "--new-model: vocab is 256; 256 bytes and an end token need 257"),
         (("--new-model.width", "0"), "--new-model.width: should be greater than 0, got 0"),
-        (("--new-model.layers", "0"), "--new-model.layers: should be greater than 0, got 0"),
+        (("--new-model.layers", "0"), "--new-model.layers: should be greater than or equal to 1, got 0"),
+        (("--new-model.layers", "1000"), "--new-model.layers: should be less than or equal to 128, got 1000"),
+        (("--new-model.width", "1000000000"), "make some 2.4e+19 weights; at most 1e+09 are made here, so give smaller sizes"),
+        (("--new-model.vocab", "1000000000"), "make some 2.6e+11 weights; at most 1e+09 are made here, so give smaller sizes"),
         (("--new-model.width", "48"), "width is 48; a transformer's heads take a multiple of 32"),
         (("--new-model.kind", "gru"), "--new-model.kind: should be 'transformer' or 'lstm', got 'gru'"),
         (("--new-model.depth", "2"), "unknown flag '--new-model.depth'"),
@@ -213,7 +216,44 @@ def test_bad_input_is_one_line(flags, said):
     Path("sft.yaml").write_text(yaml.safe_dump({"policy": {"model": "new", "adapter": None}, "sft": {"data": "texts.jsonl"}}))
     assert said in run_cli("new-model", "sft.yaml", *flags).complaint
     assert not Path("new").exists() and [p.name for p in Path("full").iterdir()] == ["precious"]
-    assert not list(Path().rglob("*.tmp"))
+    assert not list(Path().rglob("new.*"))
+
+
+def test_the_folder_is_beside_the_file_and_sft_finds_it_there():
+    Path("of_mine").mkdir()
+    Path("of_mine/texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    config = {"policy": {"model": "untaught", "adapter": None}, "new_model": TINY, "sft": {"data": "texts.jsonl", "epochs": 1}}
+    Path("of_mine/sft.yaml").write_text(yaml.safe_dump(config))
+    said = run_cli("sft", "of_mine/sft.yaml").complaint
+    assert "no folder of_mine/untaught yet; make the new model first: surefoot new-model of_mine/sft.yaml" in said
+    assert run_cli("new-model", "of_mine/sft.yaml").out.startswith("model: of_mine/untaught\n")
+    assert not Path("untaught").exists()
+    assert run_cli("sft", "of_mine/sft.yaml", "--run.name", "taught").code == 0
+    written = yaml.safe_load(Path("runs/taught/config.yaml").read_text())
+    assert written["policy"]["model"] == str(Path("of_mine/untaught").absolute())
+    # Another model, named for one run, keeps its name.
+    shutil.move("of_mine/untaught", "elsewhere")
+    assert run_cli("sft", "of_mine/sft.yaml", "--policy.model", "elsewhere").code == 0
+
+
+def test_the_folder_is_beside_a_file_without_the_section_too():
+    Path("of_mine").mkdir()
+    Path("of_mine/texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    config = {"policy": {"model": "untaught", "adapter": None}, "sft": {"data": "texts.jsonl"}}
+    Path("of_mine/sft.yaml").write_text(yaml.safe_dump(config))
+    assert run_cli("new-model", "of_mine/sft.yaml", "--new-model.vocab", 300).out.startswith("model: of_mine/untaught\n")
+
+
+def test_what_lies_beside_the_new_folder_stays():
+    for name in ("new.tmp", "saved.tmp"):
+        Path(name).mkdir()
+        Path(name, "precious").touch()
+    new_model("new", TEXTS, **TINY)
+    SFT("new", TEXTS, **WHOLE).save("saved")
+    assert {path.name for path in Path().iterdir()} == {"new", "new.tmp", "saved", "saved.tmp"}
+    assert Path("new.tmp/precious").exists() and Path("saved.tmp/precious").exists()
+    Path("of_mine").mkdir()
+    assert Path("new").stat().st_mode == Path("saved").stat().st_mode == Path("of_mine").stat().st_mode
 
 
 def test_bad_input_in_python_is_one_line():

@@ -69,6 +69,9 @@ def sft(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     config = load_config(options.file, overrides)
     if config.sft is None or config.sft.data is None:
         raise InputError(f"{options.file}: no examples to learn from; name a JSONL file as sft.data")
+    if config.new_model and "policy.model" not in overrides and not os.path.isdir(config.policy.model):
+        first = f"surefoot new-model {shlex.quote(options.file)}"
+        raise InputError(f"policy.model: no folder {config.policy.model} yet; make the new model first: {first}")
     from surefoot.sft import SFT
 
     _train(SFT(config.policy.model, config=config))
@@ -76,16 +79,18 @@ def sft(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 def new_model(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     """Make an untaught language model and its tokenizer from the examples of a YAML file."""
-    from surefoot.config import NewModelConfig, PolicyConfig, load_config
+    from pathlib import Path
 
-    config = load_config(options.file, overrides)
+    from surefoot.config import PolicyConfig, config_from, read_sections
+
+    sections = {"new_model": {}} | read_sections(options.file)
+    config = config_from(sections, Path(options.file), overrides)
     if config.sft is None or config.sft.data is None:
         raise InputError(f"{options.file}: no text for the tokenizer to learn from; name a JSONL file as sft.data")
     if config.policy.model == PolicyConfig().model:
         raise InputError(f"{options.file}: the new model needs a folder; name one as policy.model")
     if config.policy.adapter is not None:
         raise InputError(f"{options.file}: random weights are no base for an adapter; train all of them: policy.adapter: null")
-    config = config if config.new_model else config.model_copy(update={"new_model": NewModelConfig()})
     from surefoot.from_scratch import write_new_model
 
     print(f"model: {write_new_model(config)}\nnext:  surefoot sft {shlex.quote(options.file)}")

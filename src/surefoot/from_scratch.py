@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from surefoot.assets import tell
 from surefoot.config import Config, make_config
 from surefoot.core.seeds import derived_seed
 from surefoot.errors import InputError
+from surefoot.policies.pretrained import whole_folder
 from surefoot.policies.quiet import quiet_transformers
 
 
@@ -52,16 +51,12 @@ def write_new_model(config: Config, data: Any = None, *, say: Callable[[str], No
     contents = [example.contents for example in build.build_demonstrations(config.sft, data, say=say).train]
     tokenizer = learn_tokenizer(plain_texts(contents), config.new_model.vocab, chat="messages" in contents[0])
     lm = random_lm(config.new_model, tokenizer, seed=derived_seed(config.seed, "new model", 0))
-    aside = folder.with_name(folder.name + ".tmp")  # the folder appears when it is whole
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        with quiet_transformers():
-            lm.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        os.replace(aside, folder)
+        with whole_folder(folder) as aside:
+            with quiet_transformers():
+                lm.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise InputError(f"{folder} could not be written: {getattr(error, 'strerror', None) or error}") from error
     weights, tokens, examples = sum(p.numel() for p in lm.parameters()), len(tokenizer), len(contents)
     say(f"{folder}: {config.new_model.kind} of {weights:,} weights over {tokens:,} tokens, from {examples:,} examples")

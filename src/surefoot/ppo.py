@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -31,6 +30,7 @@ from surefoot.envs.vector import made_from
 from surefoot.errors import InputError
 from surefoot.generation.engine import generate
 from surefoot.policies.lm import CausalLMPolicy
+from surefoot.policies.pretrained import whole_folder
 from surefoot.rollout.mixed import MixedRollout
 from surefoot.rollout.text import check_length, completion_text, encode_prompt, stop_check
 from surefoot.rollout.vector import env_actions
@@ -314,19 +314,14 @@ class PPO:
 
 def save_policy(policy: Any, config: Config, folder: Path) -> None:
     """Write the policy and its settings. Raises InputError if the disk does not take it."""
-    # A new folder appears when it is whole; one that exists is written into.
-    aside = folder if folder.exists() else folder.with_name(folder.name + ".tmp")
     try:
-        if aside != folder:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        policy.save(aside)
-        # Without `run` and the supervised sections: what is trained from it is another run.
-        (aside / build.SETTINGS).write_text(dump_config(absolute_paths(config), exclude={"run", *SUPERVISED}), encoding="utf-8")
-        os.replace(aside, folder)
+        # A new folder appears when it is whole; one that exists is written into.
+        with contextlib.nullcontext(folder) if folder.exists() else whole_folder(folder) as place:
+            policy.save(place)
+            # Without `run` and the supervised sections: what is trained from it is another run.
+            settings = dump_config(absolute_paths(config), exclude={"run", *SUPERVISED})
+            (place / build.SETTINGS).write_text(settings, encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        if aside != folder:
-            shutil.rmtree(aside, ignore_errors=True)
         raise InputError(f"{folder} could not be written: {getattr(error, 'strerror', None) or error}") from error
 
 

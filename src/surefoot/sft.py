@@ -43,6 +43,7 @@ class SFT:
     ):
         settings_of_run: dict[str, Any] = config.model_dump() if config is not None else {}
         settings_of_run["sft"] = settings_of_run.get("sft") or {}
+        settings_of_run["new_model"] = None  # made before; with it policy.model could be nothing but a folder's path
         merge(settings_of_run, nested(settings, "sft"))
         if data is not None and run is None:  # what is given goes before what the configuration names
             settings_of_run["sft"]["data"] = str(data) if isinstance(data, (str, Path)) else None

@@ -312,7 +312,8 @@ def make_paths_relative_to(folder: Path, data: dict[str, Any]) -> None:
             places = [(part, "name") for part in values[key]]
         for place, name in places:
             value = place.get(name) if isinstance(place, dict) else None
-            if isinstance(value, str) and value[:1] not in ("", "~") and _is_path(key, value, folder):
+            is_new = (sections, key) == (["policy"], "model") and data.get("new_model") is not None  # not there yet
+            if isinstance(value, str) and value[:1] not in ("", "~") and (is_new or _is_path(key, value, folder)):
                 place[name] = os.path.normpath(folder / value)
 
 

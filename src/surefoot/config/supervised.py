@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from surefoot.config.sections import Fraction, NonNegative, PathText, Positive, PPOConfig, Section
 
 MAX_HEADS = 32  # each has a bit of a judgement's hash
+MAX_WEIGHTS = 1_000_000_000  # of a new model: 4 GB in float32
 
 
 class SFTConfig(Section):
@@ -49,7 +50,7 @@ class SFTConfig(Section):
 
 
 class NewModelConfig(Section):
-    """The untaught model that `surefoot new-model` makes for `sft`, from the examples' text and the seed."""
+    """The untaught model that `surefoot new-model` makes for `sft` in the folder `policy.model`, from the examples' text and the seed; at most a billion weights."""
 
     kind: Literal["transformer", "lstm"] = Field(
         "transformer",
@@ -60,7 +61,7 @@ class NewModelConfig(Section):
         description="Most tokens: 256 bytes, an end token (and three roles for chats), the rest pieces of the text that stand often (BPE); 257 reads bytes alone.",
     )
     width: Positive = Field(128, description="Numbers in a hidden state; of a transformer a multiple of 32.")
-    layers: Positive = Field(2, description="Layers one above the other.")
+    layers: int = Field(2, ge=1, le=128, description="Layers one above the other.")
 
     @model_validator(mode="after")
     def _can_be_made(self) -> NewModelConfig:
@@ -68,6 +69,13 @@ class NewModelConfig(Section):
             raise ValueError(f"vocab is {self.vocab}; 256 bytes and an end token need 257, and more learn pieces of the text")
         if self.kind == "transformer" and self.width % 32:
             raise ValueError(f"width is {self.width}; a transformer's heads take a multiple of 32")
+        # Embedding and output layer; 11.5 width² in a layer of a transformer, 8 in an LSTM's.
+        weights = 2 * self.vocab * self.width + 12 * self.layers * self.width**2
+        if weights > MAX_WEIGHTS:
+            raise ValueError(
+                f"width {self.width}, layers {self.layers} and vocab {self.vocab} make some {weights:.1e} weights; "
+                f"at most {MAX_WEIGHTS:.0e} are made here, so give smaller sizes"
+            )
         return self
 
 

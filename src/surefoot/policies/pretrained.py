@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +90,25 @@ def check_model_folder(source: str, *, key: str = "policy.model") -> None:
             )
         raise InputError(f"{key} {source}: no model.safetensors there; is it a whole model folder?")
     check_safetensors(weights)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder aside to write into, which becomes `folder` when it is whole and vanishes when writing fails.
+
+    Raises OSError where the disk does not take it, or `folder` has something in it.
+    """
+    if not folder.parent.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    # Of a name of its own: what lies beside `folder` belongs to others.
+    beside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        aside = beside / "folder"  # with the permissions that folders usually have, which `beside` has not
+        aside.mkdir()
+        yield aside
+        os.replace(aside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def one_line(error: Exception) -> str:

@@ -27,6 +27,18 @@ LORA: dict[str, tuple[str, Any]] = {
     "lora_dropout": ("lora_dropout", 0.0),
     "target_modules": ("lora_target_modules", None),
 }
+# What changes nothing that is learned, of a LoraConfig, of generation_kwargs and of a trainer; and what else is told of.
+LORA_ASIDE = ("task_type", "inference_mode", "base_model_name_or_path")
+GENERATION_ASIDE = ("pad_token_id", "return_prompt", "batch_size", "use_cache")
+TRAINER_ASIDE = (
+    *("args", "config", "model", "tokenizer", "processing_class", "peft_config", "dataset", "eval_dataset", "data_collator"),
+    *("reward_model", "value_model", "reward_processing_classes"),
+)
+# Values by which nothing is asked for.
+NOTHING = {"bias": ("'none'",), "do_sample": ("True",), "min_length": ("-1", "0"), "repetition_penalty": ("1", "1.0")}
+# In a shell's line: what is quoted or escaped, a comment, and what ends a command or its arguments.
+SHELL = re.compile(r"""('[^']*'|"(?:\\.|[^"\\])*"|\\.|\$\([^()]*\))|(?<!\S)\#.*|(?<!\S)\d+[<>]+&?|[;&|<>]+""")
+END = "\0"  # no word of a shell
 
 
 @dataclass
@@ -114,7 +126,8 @@ def _script(text: str, path: Path) -> Found:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = getattr(error, "lineno", None) or 1
         raise InputError(f"{path}, line {line}: not Python that can be parsed: {getattr(error, 'msg', error)}") from None
-    nodes = sorted((n for n in ast.walk(tree) if isinstance(n, (ast.Call, ast.Assign))), key=lambda n: n.lineno)
+    kept = (ast.Call, ast.Assign, ast.AnnAssign, ast.AugAssign)
+    nodes = sorted((node for node in ast.walk(tree) if isinstance(node, kept)), key=lambda node: node.lineno)
     known = {name for kind in KINDS.values() for name in kind.calls}
     builds = [node for node in nodes if isinstance(node, ast.Call) and _name(node.func) in known]
     if not builds:
@@ -133,37 +146,73 @@ def _script(text: str, path: Path) -> Found:
     # A script of the old API has its critic on the model; one that says nothing is taken for the newest.
     found.kind = OLD if OLD in best and (len(best) == 1 or "ValueHead" in text) else best[-1]
     for node in nodes:
-        if isinstance(node, ast.Call):
-            _read_call(found, node)
-        else:
-            _read_assignment(found, node)
+        _read_call(found, node) if isinstance(node, ast.Call) else _read_assignment(found, node)
     return found
 
 
 def _read_call(found: Found, node: ast.Call) -> None:
-    """A LoraConfig, or the trainer's own arguments."""
-    if _name(node.func) == "LoraConfig" and "use_peft" not in found.values:
+    """A LoraConfig, the trainer's own arguments, or a change by `setattr`."""
+    if _name(node.func) == "LoraConfig":
+        if "use_peft" in found.values:
+            found.remarks.append(f"{_at(node)}: a second LoraConfig, which is not read")
+            return
         found.values |= {"use_peft": True} | {theirs: default for theirs, default in LORA.values() if default is not None}
-        _take(found, [(LORA[k.arg][0], k.value) for k in node.keywords if k.arg in LORA])
+        named = [(LORA[k.arg][0] if k.arg in LORA else k.arg, k.value) for k in node.keywords]
+        _take(found, [(name, value) for name, value in named if name is None or name.startswith("lora_")])
+        _take_others(found, "LoraConfig", [pair for pair in named if pair[0] and not pair[0].startswith("lora_")], LORA_ASIDE)
     elif _name(node.func).endswith("Trainer"):
         for keyword in node.keywords:
             if keyword.arg == "model" and isinstance(keyword.value, ast.Constant):
                 found.values.setdefault("model_name_or_path", keyword.value.value)
             elif keyword.arg in ("reward_funcs", "train_dataset"):
                 found.expressions[keyword.arg] = _at(keyword.value)
-            elif keyword.arg == "callbacks":
-                found.expressions["callbacks"] = _at(keyword.value)
+            elif keyword.arg is None:
+                found.remarks.append(f"settings in **{_at(keyword.value)} are not seen")
+            elif keyword.arg not in TRAINER_ASIDE and ast.unparse(keyword.value) != "None":
+                found.expressions[keyword.arg] = _at(keyword.value)
+    elif _name(node.func) == "setattr" and len(node.args) == 3 and isinstance(node.args[1], ast.Constant):
+        _set_again(found, str(node.args[1].value), node)
 
 
-def _read_assignment(found: Found, node: ast.Assign) -> None:
+def _read_assignment(found: Found, node: ast.Assign | ast.AnnAssign | ast.AugAssign) -> None:
     """Sampling settings, or a change made to the configuration after it was built."""
-    target = node.targets[0]
-    if isinstance(node.value, ast.Dict) and _name(target) in GENERATION_NAMES and found.kind is OLD:
-        pairs = zip(node.value.keys, node.value.values, strict=True)
-        _take(found, [(k.value, v) for k, v in pairs if isinstance(k, ast.Constant) and k.value in SAMPLING])
-    elif isinstance(target, ast.Attribute) and any(target.attr == row.theirs for row in found.kind.rows):
-        found.values.pop(target.attr, None)
-        found.expressions[target.attr] = f"set again by {_at(node)}"
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    names = {_name(target) for target in targets}
+    if names & set(GENERATION_NAMES) and found.kind is OLD and node.value is not None:
+        _read_generation(found, node.value)
+    for part in (part for target in targets for part in ast.walk(target)):
+        if isinstance(part, ast.Subscript) and _name(part.value) in GENERATION_NAMES:
+            found.remarks.append(f"generation_kwargs: set again by {_at(node)}")
+        elif isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Store):
+            _set_again(found, part.attr, node)
+
+
+def _read_generation(found: Found, value: ast.expr) -> None:
+    """What TRL's old scripts give to `generate`: a literal dictionary, or `dict(...)`."""
+    pairs: list[tuple[str | None, ast.expr]] = []
+    if isinstance(value, ast.Dict):
+        for key, inner in zip(value.keys, value.values, strict=True):
+            pairs.append((str(key.value) if isinstance(key, ast.Constant) else None, inner))
+    elif isinstance(value, ast.Call) and _name(value.func) == "dict" and not value.args:
+        pairs = [(keyword.arg, keyword.value) for keyword in value.keywords]
+    else:
+        found.remarks.append(f"generation_kwargs: {_at(value)} is not seen")
+    _take(found, [(name, inner) for name, inner in pairs if name is None or name in SAMPLING])
+    _take_others(found, "generation_kwargs", [pair for pair in pairs if pair[0] and pair[0] not in SAMPLING], GENERATION_ASIDE)
+
+
+def _take_others(found: Found, of: str, pairs: list[tuple[str | None, ast.expr]], aside: tuple[str, ...]) -> None:
+    """Settings that are known to have no row in the table, by their full names: all that ask for something."""
+    for name, node in pairs:
+        if name not in aside and ast.unparse(node) not in ("None", *NOTHING.get(str(name), ("False",))):
+            found.expressions[f"{of}.{name}"] = _at(node)
+
+
+def _set_again(found: Found, name: str, node: ast.expr | ast.stmt) -> None:
+    name = LORA.get(name, (name,))[0]
+    if any(name == row.theirs for row in found.kind.rows):
+        found.values.pop(name, None)
+        found.expressions[name] = f"set again by {_at(node)}"
 
 
 def _take(found: Found, pairs: list[tuple[str | None, ast.expr]]) -> None:
@@ -185,7 +234,7 @@ def _name(node: ast.expr) -> str:
     return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
 
 
-def _at(node: ast.expr | ast.Assign) -> str:
+def _at(node: ast.expr | ast.stmt) -> str:
     text = " ".join(ast.unparse(node).split())
     return f"{text if len(text) <= 80 else text[:77] + '...'} at line {node.lineno}"
 
@@ -196,16 +245,20 @@ def _command(text: str, path: Path) -> Found:
     for command in re.finditer(r"(?:\\\r?\n|[^\n])+", text):  # a line, or several that are joined
         number = text.count("\n", 0, command.start()) + 1
         try:
-            words = shlex.split(re.sub(r"\\\r?\n", " ", command[0]), comments=True)
+            line = re.sub(r"\\\r?\n", " ", command[0])
+            words = shlex.split(SHELL.sub(lambda match: match[1] or f" {END} ", line))
         except ValueError as error:
             raise InputError(f"{path}, line {number}: no command that can be read: {error}") from None
         for name, values in _flags(words):
+            if name == "config":
+                found.remarks.append(f"settings in --config {' '.join(values)} at line {number} are not seen; import that too")
+                continue
             if name in found.values or name in found.expressions:
                 raise InputError(f"{path}, line {number}: --{name} is there twice; keep one training command")
-            if any("$" in value for value in values):
+            if any(set("$`") & set(value) for value in values):
                 found.expressions[name] = f"the expression {' '.join(values)} at line {number}"
             else:
-                read = [None if v in ("None", "none") else strict_yaml.scalar(v) for v in values]
+                read = [None if v == "None" else strict_yaml.scalar(v) for v in values]  # `none` is a word of TRL's
                 found.values[name] = True if not read else read[0] if len(read) == 1 else read
     found.values = {name: value for name, value in found.values.items() if value is not None}
     return found
@@ -214,8 +267,8 @@ def _command(text: str, path: Path) -> Found:
 def _flags(words: list[str]) -> Iterator[tuple[str, list[str]]]:
     """Flags with what follows each, up to the end of the command."""
     name, values = "", list[str]()
-    for word in [*words, ";"]:
-        is_end = word in (";", "&", "&&", "|", "||") or ">" in word
+    for word in [*words, END]:
+        is_end = word == END
         is_flag = word.startswith("--") and len(word) > 2
         if (is_end or is_flag) and name:
             yield name, values

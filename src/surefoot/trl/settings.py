@@ -55,43 +55,27 @@ _ARGUMENTS = (
     Row("output_dir", "run.folder", note="the folder that holds run folders"),
     Row("bf16", "policy.dtype", values=((True, "bfloat16"), (False, "float32"))),
     Row("fp16", default=False, note="needs loss scaling, which is not here; policy.dtype: bfloat16 needs none"),
-    Row(
-        "lr_scheduler_type",
-        "ppo.lr_schedule",
-        "linear",
-        values=(("linear", "linear"), ("cosine", "cosine"), ("constant", "constant"), ("constant_with_warmup", "constant")),
-    ),
+    Row("lr_scheduler_type", "ppo.lr_schedule", "linear",
+        values=(("linear", "linear"), ("cosine", "cosine"), ("constant", "constant"), ("constant_with_warmup", "constant"))),
     Row("warmup_ratio", "ppo.lr_warmup"),
-    Row(
-        "warmup_steps",
-        "ppo.lr_warmup",
-        computed=True,
-        note="below 1 a share of the run, as here; a number of steps is left to you",
-    ),
+    Row("warmup_steps", "ppo.lr_warmup", computed=True,
+        note="below 1 a share of the run, as here; a number of steps is left to you"),
     Row("adam_epsilon", "ppo.adam_epsilon", 1e-8),
     Row("adam_beta1", default=0.9, note="Adam's betas are 0.9 and 0.999"),
     Row("adam_beta2", default=0.999, note="Adam's betas are 0.9 and 0.999"),
     Row("weight_decay", default=0.0, note="no weight decay; the KL penalty holds the policy"),
-    Row(
-        "optim",
-        "ppo.adam_style",
-        note="Adam; another optimiser has no counterpart",
-        values=(("adamw_torch", "torch"), ("adamw_torch_fused", "torch")),
-    ),
+    Row("optim", "ppo.adam_style", note="Adam; another optimiser has no counterpart",
+        values=(("adamw_torch", "torch"), ("adamw_torch_fused", "torch"))),
     Row("per_device_train_batch_size", PER_UPDATE, 8, "sizes, below", computed=True),
     Row("gradient_accumulation_steps", PER_UPDATE, 1, "sizes, below", computed=True),
     Row("num_processes", PER_UPDATE, 1, "accelerate's; one process where it is not given", computed=True),
-    Row(
-        "num_train_epochs",
-        "ppo.total_episodes",
-        by_hand=True,
-        note="a budget is counted in episodes: passes × prompts × answers to each",
-    ),
+    Row("num_train_epochs", "ppo.total_episodes", by_hand=True,
+        note="a budget is counted in episodes: passes × prompts × answers to each"),
     Row("dataset_name", "task.prompts", by_hand=True, note="a JSONL file of prompts"),
     Row("train_dataset", "task.prompts", by_hand=True, note="a JSONL file of prompts"),
     Row("reward_funcs", "task.reward", by_hand=True, note="the same signature, `file.py:function`"),
     *_ADAPTER,
-)
+)  # fmt: skip
 # 0.12 and later: PPO, and RLOO up to 0.21.
 _ON_POLICY = (
     Row("total_episodes", "ppo.total_episodes"),
@@ -102,23 +86,16 @@ _ON_POLICY = (
     Row("cliprange", "ppo.clip_range", 0.2),
     Row("response_length", "generation.max_new_tokens", 53),
     Row("temperature", "generation.temperature", 0.7),
-    Row(
-        "stop_token",
-        default="eos",
-        note="an answer ends at the model's end tokens, always; TRL writes on to response_length without this",
-    ),
+    Row("stop_token", default="eos",
+        note="an answer ends at the model's end tokens, always; TRL writes on to response_length without this"),
     Row("stop_token_id", "generation.stop_token_ids", computed=True),
     Row("missing_eos_penalty", "ppo.missing_eos_penalty", note="subtracted from the score, in both"),
     Row("sft_model_path", "policy.model"),
     Row("model_name_or_path", note="TRL's script takes the tokenizer there; what is trained is sft_model_path"),
-    Row(
-        "reward_model_path",
-        "task.reward",
-        by_hand=True,
-        note="a classifier with one score: call it in a reward function, or learn one (reward-model.md)",
-    ),
+    Row("reward_model_path", "task.reward", by_hand=True,
+        note="a classifier with one score: call it in a reward function, or learn one (reward-model.md)"),
     *_ARGUMENTS,
-)
+)  # fmt: skip
 _GROUPS = (
     Row("model_name_or_path", "policy.model"),
     Row("max_steps", "ppo.total_episodes", -1, "optimiser steps × their answers / num_iterations", computed=True),
@@ -133,7 +110,7 @@ _GROUPS = (
     Row("max_grad_norm", "ppo.max_grad_norm", 1.0),
     Row("max_prompt_length", note="TRL keeps a prompt's last tokens, task.prompt_tokens the first"),
     Row("mask_truncated_completions", default=False, note="ppo.missing_eos_penalty charges for them instead"),
-    Row("reward_weights", note="weigh the rewards in your function"),
+    Row("reward_weights", "task.reward", by_hand=True, note="a list of `{name, weight}`, one of each function (extending.md)"),
     Row("top_p", default=1.0, note=_NO_SAMPLING),
     Row("top_k", default=0, note=_NO_SAMPLING),
     Row("min_p", note=_NO_SAMPLING),
@@ -214,7 +191,7 @@ GRPO = Kind(
         Row("use_bias_correction_kl", default=True, note="the KL in the loss carries the ratio, always"),
         Row("use_adaptive_entropy", default=False, note="the entropy's weight follows ppo.ent_schedule"),
         Row("importance_sampling_level", default="token", note="ratios are each token's"),
-        Row("multi_objective_aggregation", default="sum_then_normalize", note="a reward function returns one number"),
+        Row("multi_objective_aggregation", default="sum_then_normalize", note="advantages are of the rewards' weighted sum"),
         Row("top_entropy_quantile", default=1.0, note="every written token is trained on"),
         Row("off_policy_mask_threshold", note="ppo.sampler_ratio_cap is the one correction"),
         *_GROUPS,
@@ -251,20 +228,32 @@ OLD_RLOO = Kind(
 )  # fmt: skip
 KINDS = {"PPO ≤ 0.11": OLD, "PPO": PPO, "GRPO": GRPO, "RLOO": RLOO, "RLOO ≤ 0.21": OLD_RLOO}
 
-# How names begin that change where things are logged, saved and shown, or how fast it goes; and those that belong to a switch
-# which is in the table (`loss_type`, `sync_ref_model`, `use_adaptive_entropy`).
+# Settings of accelerate, transformers and TRL that change logging, saving, speed, or nothing, and families of them, some of
+# switches that are in the table (`loss_type`, `sync_ref_model`, `use_adaptive_entropy`). Others are "not known".
+_NAMES = """
+    accelerator_config accelerator_kwargs attn_implementation average_tokens_across_devices backward_batch_size
+    batch_eval_metrics batch_size bf16_full_eval compare_steps config_file data_seed dataset_num_proc debug deepspeed
+    disable_tqdm do_eval do_predict do_train ds3_gather_for_generation enable_jit_checkpoint exp_name fp16_backend
+    fp16_full_eval fp16_opt_level fsdp full_determinism global_backward_batch_size global_batch_size gpu_ids greater_is_better
+    group_by_length half_precision_backend ignore_data_skip include_for_metrics include_inputs_for_metrics
+    include_num_input_tokens_seen include_tokens_per_second is_encoder_decoder is_peft_model jit_mode_eval label_names
+    label_smoothing_factor length_column_name liger_kernel_config load_best_model_at_end local_batch_size local_mini_batch_size
+    local_rank local_rollout_forward_batch_size log_on_each_node log_unique_prompts log_with lora_task_type machine_rank
+    main_process_ip main_process_port metric_for_best_model micro_batch_size mini_batch_size mp_parameters multi_gpu
+    num_completions_to_print num_generations_eval num_machines num_sample_generations num_total_batches optimize_cuda_cache
+    optimize_device_cache overwrite_output_dir parallelism_config past_index per_device_eval_batch_size per_gpu_eval_batch_size
+    per_gpu_train_batch_size prediction_loss_only project project_kwargs ray_scope remove_unused_columns report_to
+    restore_callback_states_from_checkpoint resume_from_checkpoint run_name skip_memory_metrics task_name tf32
+    torch_empty_cache_steps torchdynamo train_sampling_strategy use_cache use_cpu use_deepspeed use_ipex use_liger_kernel
+    use_liger_loss use_mps_device use_transformers_paged use_vllm vllm_device vllm_enable_prefix_caching vllm_enable_sleep_mode
+    vllm_gpu_memory_utilization vllm_group_port vllm_max_model_len vllm_max_model_length vllm_mode vllm_model_impl
+    vllm_tensor_parallel_size world_size
+"""
+ASIDE = frozenset(_NAMES.split())
 # fmt: off
-ASIDE = (
-    "accelerator_", "activation_checkpointing", "attn_implementation", "average_tokens", "batch_eval", "batch_size",
-    "compare_steps", "config", "config_file", "data_seed", "dataloader_", "dataset_", "ddp_", "debug", "deepspeed",
-    "disable_tqdm", "do_", "ds3_", "entropy_coef_", "entropy_target", "eval_", "exp_name", "fp16_", "fsdp",
-    "full_determinism", "gradient_checkpointing", "group_by_length", "half_precision", "hub_", "ignore_data", "include_",
-    "is_encoder", "is_peft", "jit_", "label_", "length_column", "liger_", "load_best", "local_", "log_", "logging_",
-    "lora_task_type", "main_process", "metric_for", "micro_batch_size", "mini_batch_size", "mixed_precision",
-    "model_init_kwargs", "num_completions_to_print", "num_machines", "num_sample_generations", "num_total_batches",
-    "optimize_", "pad_to", "parallelism", "past_index", "per_device_eval", "per_gpu", "prediction_loss", "project",
-    "push_to_hub", "ray_", "ref_model_", "remove_unused", "report_to", "restore_", "resume_", "router_aux", "run_name",
-    "sapo_", "save_", "skip_memory", "task_name", "tf32", "torch_", "torchdynamo", "tpu_", "tracker_", "train_sampling",
-    "use_cpu", "use_liger", "use_transformers_", "use_vllm", "vespo_", "vllm_", "wandb_", "world_size",
+ASIDE_FAMILIES = (
+    "activation_checkpointing", "dataloader_", "ddp_", "entropy_coef_", "entropy_target", "eval_", "fsdp_",
+    "gradient_checkpointing", "hub_", "log_completions", "log_level", "logging_", "push_to_hub", "ref_model_", "sapo_",
+    "save_", "torch_compile", "tpu_", "tracker_", "trackio_", "vespo_", "vllm_server_", "wandb_",
 )
 # fmt: on

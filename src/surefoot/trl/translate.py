@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from surefoot import strict_yaml
 from surefoot.config import make_config
 from surefoot.errors import InputError
 from surefoot.trl.files import Found, read
-from surefoot.trl.settings import ASIDE, NO_CLIP, OLD, PER_UPDATE, Kind, Row
+from surefoot.trl.settings import ASIDE, ASIDE_FAMILIES, NO_CLIP, OLD, PER_UPDATE, Kind, Row
 from surefoot.wording import short
 
 # What a run of ours needs, whether or not TRL's settings say it.
@@ -23,7 +24,15 @@ NEEDED = {
     "generation.max_new_tokens": "the longest answer, which TRL's scripts give to generate",
 }
 # What a trainer takes besides its configuration.
-OUTSIDE = {"callbacks": "none for text tasks; the run folder has metrics, samples and checkpoints"}
+OUTSIDE = {
+    "callbacks": "none for text tasks; the run folder has metrics, samples and checkpoints",
+    "optimizers": "Adam, with ppo's settings",
+    "ref_model": "the reference is the policy as the run begins",
+    "mixed_precision": "policy.dtype says it",
+    "vllm_importance_sampling_cap": "ppo.sampler_ratio_cap is the like, for each token",
+    "LoraConfig.use_rslora": "LoRA's scale is alpha / rank; with it alpha / √rank: set policy.adapter.alpha to that end",
+    "generation_kwargs.do_sample": "answers are always drawn at generation.temperature",
+}
 
 
 @dataclass
@@ -179,6 +188,14 @@ def _put_adapter(done: Imported, found: Found) -> None:
         done.by_hand.append(
             "policy.adapter.targets: TRL leaves them to peft, which picks some by the architecture; all-linear here"
         )
+    elif isinstance(targets := adapter.get("targets"), str) and targets != "all-linear":
+        if re.fullmatch(r"[\w-]+", targets):
+            adapter["targets"] = [targets]
+        else:
+            del adapter["targets"]
+            done.by_hand.append(
+                f"policy.adapter.targets: TRL's lora_target_modules is the pattern {short(targets)}; list the layers it fits"
+            )
     done.put("policy.adapter", adapter, "use_peft, lora_r, lora_alpha, lora_target_modules")
 
 
@@ -188,18 +205,20 @@ def _put_rest(done: Imported, found: Found) -> None:
     if given.get("adap_kl_ctrl") is False:
         done.mapped.append("adap_kl_ctrl false -> no ppo.kl_target: ppo.kl_coef stays as it is")
     if given.get("early_stopping") and "early_stopping" in names:
-        done.put("ppo.target_kl", 1.5 * given.get("target_kl", 1.0), "early_stopping, 1.5 × target_kl", "TRL stops there")
+        stop = 1.5 * _number(found, "target_kl", given.get("target_kl", 1.0))
+        done.put("ppo.target_kl", stop, "early_stopping, 1.5 × target_kl", "TRL stops there")
     if "stop_token_id" in names and "stop_token_id" in given:
         done.put("generation.stop_token_ids", [given["stop_token_id"]], "stop_token_id", "besides the model's own end tokens")
     elif "stop_token" in names and not {"stop_token", "stop_token_id"} & (given.keys() | found.expressions.keys()):
         done.no_counterpart.append(
             "stop_token None by default: TRL writes on to response_length; here an end token ends an answer"
         )
-    if "reward_clip_range" in names and (ends := given.get("reward_clip_range")) is not None:
-        if isinstance(ends, list) and len(ends) == 2 and ends[0] == -ends[1]:
-            done.put("ppo.reward_clip", ends[1], f"reward_clip_range {ends}")
+    name = "reward_clip_range"
+    if name in names and (ends := given.get(name)) is not None:
+        if isinstance(ends, list) and len(ends) == 2 and -_number(found, name, ends[0]) == _number(found, name, ends[1]):
+            done.put("ppo.reward_clip", ends[1], f"{name} {ends}")
         else:
-            done.no_counterpart.append(f"reward_clip_range {ends}: ppo.reward_clip is ± one number")
+            done.no_counterpart.append(f"{name} {ends}: ppo.reward_clip is ± one number")
     warmup = given.get("warmup_steps", 0) if "warmup_steps" in names else 0
     if isinstance(warmup, (int, float)) and 0 < warmup < 1:
         done.put("ppo.lr_warmup", warmup, f"warmup_steps {warmup}", "a share of the run")
@@ -207,26 +226,33 @@ def _put_rest(done: Imported, found: Found) -> None:
         done.by_hand.append(f"ppo.lr_warmup: TRL's warmup_steps is {warmup} steps; write the share of the run they are")
 
 
+def _number(found: Found, name: str, value: Any) -> float:
+    if not isinstance(value, (int, float)):
+        raise InputError(f"{found.where}: {name} has {short(value)}; a number is needed")
+    return value
+
+
 def _list_others(done: Imported, found: Found) -> None:
     """What the table does not know, and what a run needs and TRL's settings do not have."""
     known = {row.theirs for row in found.kind.rows}
-    for name, value in found.values.items():
-        if name not in known and (name.startswith(ASIDE) or value in (False, "", [], {})):
-            done.aside.append(name)
-        elif name not in known:
-            done.no_counterpart.append(f"{name} {short(value)}: not known here")
-    for name, what in found.expressions.items():
-        if name in known:
-            continue
-        if name.startswith(ASIDE):
+    said = {name: f" {short(value)}" for name, value in found.values.items()}
+    said |= {name: f", {what}" for name, what in found.expressions.items()}
+    for name in [name for name in said if name not in known]:
+        value = found.values.get(name)
+        if _is_aside(name, found) or value is False or value in ("", [], {}):
             done.aside.append(name)
         else:
-            done.no_counterpart.append(f"{name}, {what}: {OUTSIDE.get(name, 'not known here')}")
+            done.no_counterpart.append(f"{name}{said[name]}: {OUTSIDE.get(name, 'not known here')}")
     done.no_counterpart += found.kind.notes
     done.by_hand += found.remarks
     for key, how in NEEDED.items():
         if key not in done.settings and not any(entry.startswith(key) for entry in done.by_hand):
             done.by_hand.append(f"{key}: {how}")
+
+
+def _is_aside(name: str, found: Found) -> bool:
+    is_unused = name.startswith("vllm_") and not found.values.get("use_vllm", "use_vllm" in found.expressions)
+    return is_unused or name in ASIDE or name.startswith(ASIDE_FAMILIES)
 
 
 def _text(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,10 +14,10 @@ from surefoot.build import SETTINGS
 from surefoot.config import Config, PolicyConfig, dump_config
 from surefoot.errors import InputError
 from surefoot.policies.lm import CRITIC, load_policy
-from surefoot.policies.pretrained import check_model_folder
+from surefoot.policies.pretrained import check_model_folder, whole_folder
 from surefoot.tensors import read_tensors
 
-WEIGHTS, INDEX, SHARDS = "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "v_head."
 WRAPPER = "pretrained_model."  # before every other name where the wrapper's own parameters were saved
 # What a model folder holds besides weights; nothing that is code or a pickle.
@@ -31,38 +32,47 @@ def import_value_head(source: Path, output: Path) -> None:
     """Write `output`, a folder that `PPO.load` and `PPO(folder, task)` open: the same logits, the same values.
 
     TRL saves the head as `v_head.summary`, one linear layer [1, D] on the last hidden state, beside the model's weights; its
-    dropout is left out. Raises InputError for pickles, adapters, folders without the head and weights that do not fit.
+    dropout is left out. Raises InputError for pickles, adapters, folders without the head, links and weights that do not fit.
     """
     if output.exists() or output.is_symlink():
         raise InputError(f"--output {output}: exists; name a new folder")
     _check_source(source)
-    shards = sorted(source.glob(SHARDS)) if (source / INDEX).is_file() else [source / WEIGHTS]
-    tensors = {name.removeprefix(WRAPPER): tensor for shard in shards for name, tensor in read_tensors(shard).items()}
+    tensors = {name.removeprefix(WRAPPER): tensor for file in _weights(source) for name, tensor in read_tensors(file).items()}
     critic = {name: tensors.pop(f"{HEAD}summary.{name}", None) for name in ("weight", "bias")}
     if critic["weight"] is None or critic["bias"] is None:
         raise InputError(
             f"{source}: no {HEAD}summary in its weights; without a value head it is a model as it is: policy.model"
         )
-    aside = output.with_name(output.name + ".tmp")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        for pattern in BESIDE:
-            for file in source.glob(pattern):
-                if file.name != INDEX:
-                    shutil.copyfile(file, aside / file.name)
-        _write(aside, tensors, {name: tensor.float() for name, tensor in critic.items() if tensor is not None})
-        config = Config(policy=PolicyConfig(model=str(output.absolute())))
-        (aside / SETTINGS).write_text(dump_config(config, exclude={"run"}), encoding="utf-8")
-        # Opened once: what does not fit is said now.
-        load_policy(str(aside), PolicyConfig(adapter=None, dtype="float32")).load_extras(aside)
-        aside.rename(output)
+        with whole_folder(output) as aside:
+            for pattern in BESIDE:
+                for file in source.glob(pattern):
+                    if file.name != INDEX:
+                        shutil.copyfile(_own(file), aside / file.name)
+            _write(aside, tensors, {name: tensor.float() for name, tensor in critic.items() if tensor is not None})
+            config = Config(policy=PolicyConfig(model=str(output.absolute())))
+            (aside / SETTINGS).write_text(dump_config(config, exclude={"run"}), encoding="utf-8")
+            # Opened once: what does not fit is said now.
+            load_policy(str(aside), PolicyConfig(adapter=None, dtype="float32")).load_extras(aside)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{output} could not be written: {getattr(error, 'strerror', None) or error}") from error
     except InputError as error:
         raise InputError(str(error).replace(str(aside), str(source))) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _weights(source: Path) -> list[Path]:
+    """The files that hold the weights: those of the index where there is one, and no other shard that lies there."""
+    if not (source / INDEX).is_file():
+        return [_own(source / WEIGHTS)]
+    names: dict[str, str] = json.loads(_own(source / INDEX).read_text())["weight_map"]  # sound: the folder was checked
+    return [_own(source / name) for name in sorted(set(names.values()))]
+
+
+def _own(file: Path) -> Path:
+    """The file, if it is the folder's own: a link out of a folder of others would copy what they may not read."""
+    if file.is_symlink():
+        raise InputError(f"{file}: a link, which is not followed; where you trust the folder, copy it: cp -rL")
+    return file
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], critic: dict[str, Tensor]) -> None:
