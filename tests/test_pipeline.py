@@ -352,3 +352,21 @@ def test_the_pages_pipeline_is_one_and_its_table_is_whole(tmp_path: Path):
     ]
     fields = [*PipelineConfig.model_fields, *(f"pseudo_labels.{name}" for name in PseudoLabelsConfig.model_fields)]
     assert all(f"| `{name}` |" in page for name in fields)
+
+
+@pytest.mark.parametrize("name", ["pipeline.yaml", "pipeline_labels.yaml"])
+def test_the_recipes_pipelines_are_whole(tmp_path: Path, name: str):
+    recipe = Path(__file__).parent.parent / "recipes" / "semi_supervised"
+    rows = {
+        "examples": [{"prompt": f"the film {n}", "completion": " is good"} for n in range(20)],
+        "ratings": [{"text": f"the film {n}", "rating": n % 3} for n in range(20)],
+        "openings": PROMPTS,
+        "answers": [{"prompt": f"the film {n}", "completion": " positive"} for n in range(20)],
+        "answer_pairs": [{"prompt": f"the film {n}", "chosen": " positive", "rejected": " negative"} for n in range(20)],
+        "questions": PROMPTS,
+    }
+    (tmp_path / "data").mkdir()
+    for file, lines in rows.items():
+        (tmp_path / "data" / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shutil.copy(recipe / name, tmp_path)
+    assert [stage.name for stage in load_pipeline(tmp_path / name)] == ["taught", "judge", "tuned", "answers", "again"]
