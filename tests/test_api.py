@@ -61,6 +61,7 @@ def test_the_public_names_are_sorted_and_complete():
         "collect",
         "evaluate_policy",
         "load_policy",
+        "new_model",
         "update",
     }
     errors = {name for name, value in vars(surefoot.errors).items() if isinstance(value, type) and issubclass(value, Exception)}

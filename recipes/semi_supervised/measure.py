@@ -16,13 +16,13 @@ import argparse
 import copy
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import data
 import yaml
@@ -37,6 +37,7 @@ SEEDS = (0, 1, 2)
 # Labels -> passes over them, for the examples and for the reward models: fewer labels are seen more often.
 SIZES = {100: (4, 8), 300: (2, 4), 1000: (1, 1)}
 CLASSIFIED = (100, 300)
+TASKS = {"write": "writing", "label": "classification"}
 # Stage -> its name in the table.
 WRITERS = {"taught": "SFT", "ppo_alone": "PPO", "taught_ppo": "SFT, PPO", "tuned": "the recipe", "again": "and pseudo-labels"}
 CLASSIFIERS = {"taught": "SFT", "tuned": "the recipe", "again": "and pseudo-labels"}
@@ -53,28 +54,55 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/semi_supervised_measured"))
     parser.add_argument("--quick", action="store_true", help="does it run? Its figures say nothing")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="pipelines at once, a thread each")
+    parser.add_argument("--judge", nargs=2, metavar=("FOLDER", "TASK"), help=argparse.SUPPRESS)  # one cell, by itself
     options = parser.parse_args()
+    if options.judge:
+        judge_cell(options.output, Path(options.judge[0]), options.judge[1], quick=options.quick)
+        return
     started, output = time.perf_counter(), options.output
-    cells = [(size, seed) for seed in SEEDS for size in SIZES][: 1 if options.quick else None]
-    jobs = [judge_command(output, quick=options.quick)]
-    for size, seed in cells:
-        data.prepare(output / f"{size}-{seed}" / "data", labels=size, seed=seed)
-        for task in ("write", "label") if size in CLASSIFIED else ("write",):
-            jobs.append(pipeline_command(output / f"{size}-{seed}", task, labels=size, seed=seed, quick=options.quick))
+    sizes = [(size, seed) for seed in SEEDS for size in SIZES][: 1 if options.quick else None]
+    cells = [(task, size, seed) for size, seed in sizes for task in ("write", "label") if task == "write" or size in CLASSIFIED]
+    run(judge_command(output, quick=options.quick))
     with ThreadPoolExecutor(options.workers) as pool:
         try:
-            list(pool.map(run, jobs))
+            list(pool.map(lambda cell: run_cell(output, *cell, quick=options.quick), cells))
         except RuntimeError as error:
             pool.shutdown(cancel_futures=True)
             sys.exit(str(error))
-    results = {"writing": measure(output, cells, WRITERS, Writing(output / "judge" / "model", quick=options.quick))}
-    classified = [(size, seed) for size, seed in cells if size in CLASSIFIED]
-    results["classification"] = measure(output, classified, CLASSIFIERS, Classification(quick=options.quick))
+    results = {"writing": read(output, cells, "write", WRITERS), "classification": read(output, cells, "label", CLASSIFIERS)}
+    untrained = PPO("smollm2-135m-instruct", verbose=0)
+    for task, name in TASKS.items():
+        results[name] = {"0": {"untrained": [judged(task, output, quick=options.quick)(untrained)]}, **results[name]}
     (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     text = tables(results)
     (output / "table.md").write_text(text)
     draw(output / "labels.png", results)
     print(f"{text}\n{(time.perf_counter() - started) / 60:.0f} minutes")
+
+
+def run_cell(output: Path, task: str, size: int, seed: int, *, quick: bool) -> None:
+    """One pipeline and its judging, unless that was done before. The models are removed then: 0.5 GB each."""
+    folder = output / f"{size}-{seed}"
+    if (folder / f"{task}.json").is_file():
+        return
+    data.prepare(folder / "data", labels=size, seed=seed)
+    run(pipeline_command(folder, task, labels=size, seed=seed, quick=quick))
+    command = [sys.executable, str(HERE / "measure.py"), "--output", str(output), "--judge", str(folder), task]
+    run([*command, *(["--quick"] if quick else [])], log=folder / f"{task}.log")
+    shutil.rmtree(folder / task)
+
+
+def judge_cell(output: Path, folder: Path, task: str, *, quick: bool) -> None:
+    """Judge each stage's model in `folder`, and write `write.json` or `label.json` there."""
+    judge = judged(task, output, quick=quick)
+    stages = WRITERS if task == "write" else CLASSIFIERS
+    found = {stage: judge(PPO.open(folder / task / stage / "model")) for stage in stages}
+    (folder / f"{task}.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def judged(task: str, output: Path, *, quick: bool) -> Writing | Classification:
+    """What judges policies in this task."""
+    return Writing(output / "judge" / "model", quick=quick) if task == "write" else Classification(quick=quick)
 
 
 def judge_command(output: Path, *, quick: bool) -> list[str]:
@@ -112,9 +140,9 @@ def pipeline_command(folder: Path, task: str, *, labels: int, seed: int, quick: 
     return [SUREFOOT, "pipeline", str(folder / f"{task}.yaml"), *flags]
 
 
-def run(command: list[str]) -> None:
+def run(command: list[str], *, log: Path | None = None) -> None:
     """One process with one thread, its output in a file. Raises RuntimeError if it fails."""
-    log = Path(command[2]).with_suffix(".log")
+    log = log or Path(command[2]).with_suffix(".log")
     with log.open("a") as file:
         ended = subprocess.run(command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
     print(f"{'done' if ended.returncode == 0 else 'FAILED'}: {' '.join(command[1:])}", flush=True)
@@ -124,8 +152,6 @@ def run(command: list[str]) -> None:
 
 class Writing:
     """What a judge that no stage knew gives for reviews that a policy writes."""
-
-    task = "write"
 
     def __init__(self, judge: Path, *, quick: bool):
         rows = data.sentences()["test"][: 16 if quick else 120]
@@ -146,8 +172,6 @@ class Writing:
 class Classification:
     """How often the label that a policy writes is the one people gave."""
 
-    task = "label"
-
     def __init__(self, *, quick: bool):
         rows = [row for row in data.sentences()["test"] if abs(row["rating"]) >= data.CLEAR][: 16 if quick else 200]
         self.questions = [data.question(row["text"]) for row in rows]
@@ -159,13 +183,14 @@ class Classification:
         return {"accuracy": statistics.fmean(a == b for a, b in zip(answers, self.labels, strict=True))}
 
 
-def measure(output: Path, cells: list[tuple[int, int]], methods: dict[str, str], judged: Any) -> Results:
-    """Judge every method's model of every cell; under 0 labels, the model that all began from."""
-    results: Results = {"0": {"untrained": [judged(PPO("smollm2-135m-instruct", verbose=0))]}}
-    for size, seed in cells:
-        for stage, name in methods.items():
-            model = PPO.open(output / f"{size}-{seed}" / judged.task / stage / "model")
-            results.setdefault(str(size), {}).setdefault(name, []).append({"seed": seed, **judged(model)})
+def read(output: Path, cells: list[tuple[str, int, int]], wanted: str, methods: dict[str, str]) -> Results:
+    """What the cells of one task left, labels by labels and method by method."""
+    results: Results = {}
+    for task, size, seed in cells:
+        if task == wanted:
+            found = json.loads((output / f"{size}-{seed}" / f"{task}.json").read_text())
+            for stage, name in methods.items():
+                results.setdefault(str(size), {}).setdefault(name, []).append({"seed": seed, **found[stage]})
     return results
 
 
