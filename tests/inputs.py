@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import pytest
 import transformers
 import yaml
 
-from surefoot import cli
+from surefoot import InputError, cli
 from tests.tiny import tiny_lm, tiny_tokenizer
 
 PROMPTS = [
@@ -73,6 +73,14 @@ class Outcome:
         lines = self.err.splitlines()
         assert self.code == 2 and len(lines) == 1 and lines[0].startswith("surefoot: "), self
         return lines[0].removeprefix("surefoot: ")
+
+
+def refusal(call: Callable[[], object]) -> str:
+    """The one line of the InputError that `call` raises."""
+    with pytest.raises(InputError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def run_cli(*arguments: object) -> Outcome:

@@ -14,19 +14,16 @@ import torch
 import transformers
 
 import surefoot
-from surefoot import PPO, SFT, InputError, RewardModel, TextTask, advantages, collect, load_policy, update
+from surefoot import PPO, SFT, RewardModel, TextTask, advantages, collect, load_policy, update
 from surefoot.config import AdapterConfig, Config, PolicyConfig, PPOConfig, make_config
 from surefoot.run import RunFolder
-from tests.inputs import PROMPTS, Rows, model_folder
+from tests.inputs import PROMPTS, Rows, model_folder, refusal
 from tests.tiny import tiny_policy, tiny_tokenizer
 
 SMALL = {"total_episodes": 8, "episodes_per_update": 4, "batch_size": 4, "n_epochs": 1, "max_new_tokens": 3, "dtype": "float32"}
 
 
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    transformers.utils.logging.disable_progress_bar()
+pytestmark = pytest.mark.usefixtures("in_own_folder")
 
 
 def reward(prompts, completions, **columns):
@@ -39,13 +36,6 @@ def task(**settings: object) -> TextTask:
 
 def small(policy: object = None, env: TextTask | None = None, **settings: object) -> PPO:
     return PPO(tiny_policy() if policy is None else policy, env or task(), **{"verbose": 0, **SMALL, **settings})
-
-
-def refusal(call: Callable[[], object]) -> str:
-    with pytest.raises(InputError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_the_public_names_are_sorted_and_complete():
@@ -276,6 +266,12 @@ def test_training_without_a_task_is_refused():
     assert "there is no task to train on" in refusal(model.learn)
     assert "there is no task to train on" in refusal(model.evaluate)
     assert not Path("runs").exists()
+
+
+def test_evaluation_of_no_episodes_is_refused():
+    model = small(evaluate_episodes=0)
+    assert refusal(model.evaluate) == "evaluate.episodes is 0; say how many: evaluate(episodes=64)"
+    assert model.evaluate(1)["eval/length"] > 0
 
 
 def test_evaluation_without_held_out_prompts_is_refused_and_leaves_nothing():

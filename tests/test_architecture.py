@@ -29,16 +29,18 @@ ALLOWED = {
     "train": {"core", "run", "rollout", "policies", "train", "tensors"},
     "assets": {"policies"},
     "build": {"core", "run", "policies", "envs", "rewards", "rollout", "train", "assets"},
+    "build_text": {"policies", "envs", "rewards", "rollout", "train", "assets", "build"},
     "sb3": {"envs", "policies", "rollout", "train", "build", "ppo"},
-    "ppo": {"core", "run", "policies", "envs", "generation", "rollout", "train", "build", "sb3"},
+    "ppo": {"core", "run", "policies", "envs", "generation", "rollout", "train", "build", "build_text", "sb3"},
     "sft": {"run", "policies", "rollout", "train", "build", "ppo"},
     "from_scratch": {"core", "policies", "assets", "build"},
-    "reward_model": {"core", "run", "policies", "envs", "rollout", "train", "build", "ppo"},
-    "pipeline": {"core", "policies", "envs", "rewards", "run", "ppo", "sft", "reward_model", "build", "assets"},
+    "reward_model": {"core", "run", "policies", "envs", "rollout", "train", "build", "build_text", "ppo"},
+    "pipeline": {"core", "policies", "envs", "rewards", "run", "ppo", "sft", "reward_model", "build", "build_text", "assets"},
     "play": {"run", "ppo", "build", "envs", "rollout"},
-    "demo": {"run", "ppo", "build"},
+    "demo": {"run", "ppo", "build", "build_text"},
     "trl": {"strict_yaml", "wording", "policies", "tensors", "build", "trl"},
-    "cli": {"run", "ppo", "sft", "from_scratch", "reward_model", "build", "demo", "play", "pipeline", "assets", "trl"},
+    "cli": {"run", "ppo", "sft", "from_scratch", "reward_model", "pipeline", "play", "demo"}
+    | {"build", "build_text", "assets", "trl"},
     "__init__": {"ppo", "sft", "from_scratch", "reward_model", "sb3", "envs", "policies", "rollout", "train"},
 }
 NOUNS = {"errors", "types", "config"}

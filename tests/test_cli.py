@@ -293,7 +293,7 @@ def test_a_run_started_from_python_is_resumed_there(finished, tmp_path):
 
 
 def test_a_bug_is_a_traceback_and_not_a_line(project, monkeypatch):
-    monkeypatch.setattr("surefoot.build.build_task", lambda config: 1 / 0)
+    monkeypatch.setattr("surefoot.build_text.build_task", lambda config: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_cli("ppo", "config.yaml")
 
@@ -302,7 +302,7 @@ def test_ctrl_c_while_loading_is_one_line_and_130(project, monkeypatch):
     def interrupt(config):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("surefoot.build.build_task", interrupt)
+    monkeypatch.setattr("surefoot.build_text.build_task", interrupt)
     outcome = run_cli("ppo", "config.yaml")
     assert (outcome.code, outcome.err) == (130, "surefoot: stopped\n")
 

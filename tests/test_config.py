@@ -132,6 +132,10 @@ def test_a_value_of_another_type_is_named(written, text, said):
         ("generation: {top_k: 50}", "generation.top_k contradicts training"),
         ("generation: {temperature: 0}", "generation.temperature 0 is greedy and cannot be trained on"),
         ("ppo: {kl_target: 6.0, kl_coef: 0}", "ppo.kl_target adapts ppo.kl_coef, which is 0 and would stay 0"),
+        (
+            "ppo: {kl_target: 6.0, kl_coef: 0.1, kl_horizon: 12.8, episodes_per_update: 64}",
+            "ppo.kl_horizon (12.8) is too short: ppo.kl_coef moves by up to 20 % in so many episodes, and an update of 64",
+        ),
         ("ppo: {missing_eos_mode: replace}", "replace needs a ppo.missing_eos_penalty"),
         ("ppo: {episodes_per_update: 64, batch_size: 24}", "(24) does not divide ppo.episodes_per_update (64); try 16"),
         ("ppo: {episodes_per_update: 8, batch_size: 16}", "(16) does not divide ppo.episodes_per_update (8); try 8"),

@@ -28,10 +28,7 @@ TINY = {"vocab": 300, "width": 32, "layers": 1}
 KINDS = ("transformer", "lstm")
 
 
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    transformers.utils.logging.disable_progress_bar()
+pytestmark = pytest.mark.usefixtures("in_own_folder")
 
 
 def random_text(chance: random.Random) -> str:

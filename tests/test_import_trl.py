@@ -153,6 +153,23 @@ def test_grpo_and_its_relatives(tmp_path, given, expected):
     assert found["policy.model"] == "Qwen/Qwen2-0.5B"
 
 
+@pytest.mark.parametrize(
+    ("call", "names"),
+    [
+        ("PPOConfig(ppo_epochs=1, init_kl_coef=0.0, target=5, horizon=100)", ["target", "horizon"]),
+        ("PPOConfig(ppo_epochs=1, adap_kl_ctrl=False, target=5, horizon=100)", ["target", "horizon"]),
+        ("PPOConfig(ppo_epochs=1, early_stopping=False, target_kl=0.3)", ["target_kl"]),
+        ("GRPOConfig(num_generations=8, max_steps=100.5)", ["max_steps"]),
+        ("GRPOConfig(num_generations=8, lora_r=8, lora_alpha=16)", ["lora_r", "lora_alpha"]),
+    ],
+)
+def test_what_other_settings_leave_without_use_is_said(tmp_path, call, names):
+    (tmp_path / "train.py").write_text(call)
+    imported = import_settings(tmp_path / "train.py")
+    for name in names:
+        assert any(line.startswith(f"{name} ") and "not carried over" in line for line in imported.no_counterpart), name
+
+
 def test_grpo_that_generates_more_often_than_it_steps_is_one_update_a_step(tmp_path):
     found = settings(tmp_path, "GRPOConfig(gradient_accumulation_steps=4, steps_per_generation=1, num_generations=8)")
     assert (found["ppo.episodes_per_update"], found["ppo.batch_size"]) == (32, 32)

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from surefoot import build, collect
+from surefoot.build_text import build_task
 from surefoot.config.pipeline import PipelineConfig, PseudoLabelsConfig
 from surefoot.errors import InputError
 from surefoot.pipeline import load_pipeline
@@ -47,12 +48,17 @@ STAGES: dict[str, Any] = {
 }
 
 
+LABELS = (" positive", " negative")
+BROKEN = "def takes_nothing():\n    return []\n\ndef says_nothing(**columns):\n    return []\n"
+
+
 def write(folder: Path, stages: dict[str, Any]) -> Path:
     """Data, model and `pipeline.yaml` in `folder`; the YAML's path."""
     for name, data in (("pairs", PAIRS), ("ratings", RATINGS), ("prompts", PROMPTS), ("chats", CHATS), ("mixed", MIXED)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
     if not (folder / "model").exists():
         shutil.copytree(model_folder(), folder / "model")
+    (folder / "broken.py").write_text(BROKEN)
     policy = {"model": "model", "adapter": {"rank": 2}, "dtype": "float32"}
     common = {"seed": 5, "device": "cpu", "policy": policy, "evaluate": {"every": 1, "episodes": 2}}
     pipeline = {"folder": "runs", "common": common, "stages": stages}
@@ -83,7 +89,7 @@ def test_pseudo_labels_are_the_given_rows_and_then_the_best_answers(whole: Path)
     examples = [json.loads(line) for line in lines]
     assert examples[: len(PAIRS)] == PAIRS
     config = load_pipeline(whole / "pipeline.yaml")[3].config
-    task = build.build_task(config)
+    task = build_task(config)
     batch = collect(build.build_policy(config), task, episodes=36, seed=5, generation=config.generation, ppo=config.ppo)
     written = sorted((t for t in batch.trajectories if isinstance(t, Trajectory)), key=lambda t: -t.score)
     whole_ones = [t for t in written if t.text.strip() and t.completion.stop_reason is not StopReason.LENGTH]
@@ -202,6 +208,14 @@ BAD = {
     "no such part": (
         changed("tuned", task=task(reward=[{"name": "stage:judge"}, {"name": "math:sinus"}])),
         "stage tuned: task.reward: math has no function 'sinus'",
+    ),
+    "a reward that takes nothing": (
+        changed("tuned", task=task(reward=[{"name": "stage:judge"}, {"name": "broken.py:takes_nothing"}])),
+        "stage tuned: the reward function raised TypeError",
+    ),
+    "a metric that says nothing": (
+        changed("tuned", task=task(metric="broken.py:says_nothing")),
+        "stage tuned: the metric function returned 0 scores",
     ),
     "no reward model": (changed("tuned", task=task(reward="model")), "stage tuned: task.reward: no reward model in"),
     "no such column": (changed("tuned", task=task(prompt_column="text")), "line 1: no column 'text'; it has prompt"),
@@ -362,7 +376,9 @@ def test_the_recipes_pipelines_are_whole(tmp_path: Path, name: str):
         "ratings": [{"text": f"the film {n}", "rating": n % 3} for n in range(20)],
         "openings": PROMPTS,
         "answers": [{"prompt": f"the film {n}", "completion": " positive"} for n in range(20)],
-        "answer_pairs": [{"prompt": f"the film {n}", "chosen": " positive", "rejected": " negative"} for n in range(20)],
+        "answer_pairs": [
+            {"prompt": f"the film {n}", "chosen": LABELS[n % 2], "rejected": LABELS[1 - n % 2]} for n in range(20)
+        ],
         "questions": PROMPTS,
     }
     (tmp_path / "data").mkdir()

@@ -13,13 +13,10 @@ import torch
 
 from surefoot import RewardModel
 from surefoot.core.judgements import reliability
-from tests.inputs import fill_disk, model_folder
-from tests.test_reward_model import FAST, PAIRS, RATINGS, refusal
+from tests.inputs import fill_disk, model_folder, refusal
+from tests.test_reward_model import FAST, PAIRS, RATINGS
 
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_own_folder")
 
 
 def test_bins_and_their_error_by_hand():
@@ -85,6 +82,16 @@ def test_the_plot_is_drawn_where_matplotlib_is_and_left_out_where_it_is_not(monk
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *given: None if name == "matplotlib" else find(name, *given))
     RewardModel(model_folder(), data, run_name="bare", **settings).learn()
     assert Path("runs/bare/calibration.json").exists() and not Path("runs/bare/calibration.png").exists()
+
+
+def test_a_plot_that_fails_does_not_cost_the_model(monkeypatch, capsys):
+    def fail(*_):
+        raise ImportError("numpy.core.multiarray failed to import")
+
+    monkeypatch.setattr("surefoot.reward_model.draw_calibration", fail)
+    model = RewardModel(model_folder(), PAIRS, run_name="run", **FAST | {"epochs": 1}).learn()
+    assert capsys.readouterr().err == ("surefoot: calibration.png could not be drawn: numpy.core.multiarray failed to import\n")
+    assert model.is_finished and Path("runs/run/calibration.json").exists()
 
 
 def test_a_full_disk_is_one_line(monkeypatch):

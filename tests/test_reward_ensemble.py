@@ -19,19 +19,17 @@ from surefoot.envs.judgements import Judgements
 from surefoot.policies.reward import RewardPolicy, saved_heads
 from surefoot.rollout.judgements import JudgementRollout, RewardScorer
 from surefoot.train.update import TokenBudget, accumulate_gradient, make_optimizer
-from tests.inputs import model_folder
-from tests.test_reward_model import FAST, KILL, PAIRS, RATINGS, STEP, refusal, write_project
+from tests.inputs import model_folder, refusal
+from tests.test_reward_model import FAST, KILL, PAIRS, RATINGS, STEP, write_project
 from tests.tiny import tiny_policy
-from tests.train.small_run import assert_equal, outcome, rows, write_base
-from tests.train.warm import Strike, Warm, cold
+from tests.train.small_run import assert_equal, outcome, rows
+from tests.train.warm import Strike, cold
 
 NAN = math.nan
 FOUR: dict[str, Any] = FAST | {"heads": 4}
 
 
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_own_folder")
 
 
 def rollout_of(heads: int, *, data: Any = RATINGS, seed: int = 0, **settings: Any) -> JudgementRollout:
@@ -50,6 +48,13 @@ def test_the_loss_of_an_ensemble_by_hand():
     found = ensemble_loss(pairs, torch.tensor([[[1.0, NAN]]]), loss=preference_loss)
     assert float(found) == pytest.approx(math.log(2))
     assert deviation_over_heads(torch.tensor([[1.0, 3.0], [2.0, 2.0]])).tolist() == [1.0, 0.0]
+
+
+def test_a_head_that_would_learn_from_nothing_is_refused():
+    few = [{"text": f"film {n}", "rating": n} for n in range(2)]
+    assert refusal(lambda: rollout_of(32, data=few)).startswith(
+        "reward_model.heads: 32 heads each learn from their own half of the judgements, and of 2 none falls to one of them"
+    )
 
 
 def test_each_head_is_shown_its_own_half_and_the_same_in_every_epoch():
@@ -178,21 +183,13 @@ def test_a_damaged_head_is_one_line():
     assert refusal(lambda: RewardModel.load("out")).startswith(f"{file} has no heads of a reward model; train it again")
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "base"
-    write_base(folder)
-    return folder
-
-
 @pytest.mark.parametrize("stop_gradient", [False, True], ids=["adapter", "heads alone"])
-def test_a_killed_and_resumed_ensemble_is_the_one_that_was_not(tmp_path, base, stop_gradient):
+def test_a_killed_and_resumed_ensemble_is_the_one_that_was_not(tmp_path, base, warm, stop_gradient):
     folders = [tmp_path / "whole", tmp_path / "killed"]
     policy = {"critic": {"stop_gradient": stop_gradient}}
     runs = [write_project(folder, base, policy=policy, reward_model={"heads": 3}) for folder in folders]
-    with Warm() as warm:
-        assert warm.run(folders[0], "reward-model", "reward.yaml").code == 0
-        assert warm.run(folders[1], "reward-model", "reward.yaml", strikes=[Strike(STEP, 4, KILL)]).code == -signal.SIGKILL
-        assert cold(folders[1], "resume", "runs/run").code == 0
+    assert warm.run(folders[0], "reward-model", "reward.yaml").code == 0
+    assert warm.run(folders[1], "reward-model", "reward.yaml", strikes=[Strike(STEP, 4, KILL)]).code == -signal.SIGKILL
+    assert cold(folders[1], "resume", "runs/run").code == 0
     assert_equal(runs[1], outcome(runs[0]))
     assert saved_heads(runs[0] / "model") == 3

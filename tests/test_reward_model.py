@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,14 @@ import transformers
 import yaml
 from tokenizers import Tokenizer, decoders, models
 
-from surefoot import PPO, SFT, InputError, RewardModel, TextTask, load_policy
-from surefoot.config import PolicyConfig, make_config
+from surefoot import PPO, SFT, RewardModel, TextTask, load_policy
+from surefoot.build_text import build_reward
+from surefoot.config import PolicyConfig, RewardPart, make_config
 from tests import inputs
-from tests.inputs import Outcome, model_folder, run_cli
+from tests.inputs import Outcome, model_folder, refusal, run_cli
 from tests.tiny import tiny_lm
-from tests.train.small_run import assert_equal, outcome, rows, weights, write_base
-from tests.train.warm import Strike, Warm, cold
+from tests.train.small_run import assert_equal, outcome, rows, weights, write_rows, write_supervised
+from tests.train.warm import Strike, cold
 
 GOOD, BAD = ["good", "fine", "the best"], ["bad", "poor", "worst"]
 PAIRS: list[dict[str, Any]] = [
@@ -52,17 +52,7 @@ CONFIG: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    transformers.utils.logging.disable_progress_bar()
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "base"
-    write_base(folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("in_own_folder")
 
 
 @pytest.fixture(scope="module")
@@ -74,27 +64,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "saved"
 
 
-@pytest.fixture(scope="module")
-def warm():
-    with Warm() as interpreter:
-        yield interpreter
-
-
 def write_project(folder: Path, model: Path, *, data: Any = PAIRS, **sections: Any) -> Path:
     """reward.yaml and its data; the run's folder to be."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {key: value | sections.get(key, {}) if isinstance(value, dict) else value for key, value in CONFIG.items()}
-    config["policy"]["model"] = str(model)
-    (folder / "reward.yaml").write_text(yaml.safe_dump(config))
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
-    return folder / "runs" / "run"
-
-
-def refusal(call: Callable[[], object]) -> str:
-    with pytest.raises(InputError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    run = write_supervised(folder, model, CONFIG, command="reward", **sections)
+    write_rows(folder / "pairs.jsonl", data)
+    return run
 
 
 def test_a_preference_is_learned_in_seconds(capsys):
@@ -261,7 +235,9 @@ def test_a_killed_and_resumed_run_is_the_run_that_was_not(tmp_path, base, warm, 
 def test_all_weights_and_ratings_are_resumed_in_a_fresh_interpreter(tmp_path, base, warm):
     folders = [tmp_path / "whole", tmp_path / "killed"]
     runs = [
-        write_project(folder, base, data=RATINGS, policy={"adapter": None}, reward_model={"rating_range": [-4, 4]})
+        write_project(
+            folder, base, data=RATINGS, policy={"adapter": None}, reward_model={"rating_range": [-4, 4], "center": 0.0}
+        )
         for folder in folders
     ]
     assert warm.run(folders[0], "reward-model", "reward.yaml").code == 0
@@ -282,9 +258,7 @@ def test_a_signal_stops_with_a_checkpoint_and_says_how_to_go_on(tmp_path, base, 
 
 
 def make_reward(folder: str) -> Any:
-    from surefoot.build import build_reward
-
-    return build_reward(folder, "task.reward", "cpu")
+    return build_reward(RewardPart(name=folder), "task.reward", "cpu")
 
 
 @pytest.mark.parametrize(
@@ -310,6 +284,7 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(base, monkeypatch, secti
 
 SAME_PROMPT = [{**row, "prompt": "the film"} for row in PAIRS]
 ONE_CLASS = [{**row, "rating": 1.0} for row in RATINGS]
+ONE_SIDE = [{**row, "chosen": " positive", "rejected": " negative"} for row in PAIRS]
 
 
 @pytest.mark.parametrize(
@@ -326,11 +301,18 @@ ONE_CLASS = [{**row, "rating": 1.0} for row in RATINGS]
             ("--reward-model.rating-range", "[-1, 5]"),
             "pairs.jsonl, line 4: the rating -2 is outside rating_range, -1 to 5",
         ),
+        (ONE_SIDE, (), "pairs.jsonl: all 27 judgements to train on prefer the same text to the same other one, which says"),
+        (PAIRS, ("--reward-model.rating-range", "[-4, 4]"), "reward_model.rating_range is for ratings, and these are pairs"),
+        (RATINGS, ("--reward-model.center", "0.1"), "reward_model.center is for pairs, and these are ratings; leave it out"),
+        (PAIRS[:5], ("--reward-model.heads", "32"), "reward_model.heads: 32 heads each learn from their own half"),
         (PAIRS[:1], (), "pairs.jsonl: of 1 judgements "),
         ([], (), "pairs.jsonl: of 0 judgements 0 are to train on and two are needed at least; give more"),
         (SAME_PROMPT, (), "pairs.jsonl: of 40 judgements "),
     ],
-    ids=["equal sides", "one class", "outside the range", "one row", "no row", "one prompt"],
+    ids=[
+        *("equal sides", "one class", "outside the range", "one side", "a range of pairs", "a centre of ratings"),
+        *("many heads", "one row", "no row", "one prompt"),
+    ],
 )
 def test_judgements_that_say_nothing_are_one_line_before_a_model_is_loaded(base, monkeypatch, data, flags, said):
     monkeypatch.setattr("surefoot.build.load_policy", None)

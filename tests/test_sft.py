@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,13 @@ import torch
 import transformers
 import yaml
 
-from surefoot import PPO, SFT, InputError, TextTask
+from surefoot import PPO, SFT, TextTask
 from surefoot.config import make_config
 from surefoot.train import loop
-from tests.inputs import Outcome, model_folder, run_cli
+from tests.inputs import Outcome, model_folder, refusal, run_cli
 from tests.tiny import LSTM
-from tests.train.small_run import assert_equal, outcome, rows, weights, write_base
-from tests.train.warm import Strike, Warm, cold
+from tests.train.small_run import assert_equal, outcome, rows, weights, write_base, write_rows, write_supervised
+from tests.train.warm import Strike, cold
 
 SENTENCES = ["the film was good", "a band in the end", "her two dogs"]
 PAIRS = [{"prompt": f"{word} {number}", "completion": f" {word * 2}"} for word in ("the", "an", "in") for number in range(8)]
@@ -46,40 +44,14 @@ CONFIG: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    transformers.utils.logging.disable_progress_bar()
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "base"
-    write_base(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def warm():
-    with Warm() as interpreter:
-        yield interpreter
+pytestmark = pytest.mark.usefixtures("in_own_folder")
 
 
 def write_project(folder: Path, model: Path, *, name: str = "pairs.jsonl", data: Any = PAIRS, **sections: Any) -> Path:
     """sft.yaml and its data; the run's folder to be."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {key: value | sections.get(key, {}) if isinstance(value, dict) else value for key, value in CONFIG.items()}
-    config["policy"]["model"] = str(model)
-    (folder / "sft.yaml").write_text(yaml.safe_dump(config))
-    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in data))
-    return folder / "runs" / "run"
-
-
-def refusal(call: Callable[[], object]) -> str:
-    with pytest.raises(InputError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    run = write_supervised(folder, model, CONFIG, command="sft", **sections)
+    write_rows(folder / name, data)
+    return run
 
 
 def reward(prompts, completions, **columns):

@@ -1,4 +1,4 @@
-"""Config -> objects. The only file that knows every class."""
+"""Config -> objects. With `build_text` the only file that knows every class."""
 
 from __future__ import annotations
 
@@ -15,12 +15,9 @@ from surefoot.config import (
     Config,
     CriticConfig,
     EnvConfig,
-    PolicyConfig,
     PTXConfig,
-    RewardPart,
     SelfPlayConfig,
     SFTConfig,
-    load_config,
 )
 from surefoot.core.seeds import derived_seed
 from surefoot.envs.demonstrations import Demonstrations
@@ -33,13 +30,12 @@ from surefoot.errors import InputError
 from surefoot.policies.base import ActingPolicy, Policy
 from surefoot.policies.control import ControlPolicy
 from surefoot.policies.lm import CausalLMPolicy, load_policy, resolve_dtype
-from surefoot.policies.pretrained import REWARD, check_model_folder
-from surefoot.policies.reward import RewardPolicy, saved_heads
-from surefoot.rewards.functions import RewardFunction, is_function, load_function, score
-from surefoot.rewards.mixed import MixedReward, assign_scores
+from surefoot.policies.pretrained import check_model_folder
+from surefoot.policies.reward import RewardPolicy
+from surefoot.rewards.functions import is_function, load_function
 from surefoot.rollout.base import Rollout
 from surefoot.rollout.demonstrations import DemonstrationRollout
-from surefoot.rollout.judgements import NO_UNCERTAINTY, JudgementRollout, RewardScorer
+from surefoot.rollout.judgements import JudgementRollout, shares_of_heads
 from surefoot.rollout.league import League
 from surefoot.rollout.mixed import MixedRollout
 from surefoot.rollout.text import TextRollout
@@ -47,7 +43,6 @@ from surefoot.rollout.vector import VectorRollout
 from surefoot.run import RunFolder
 from surefoot.train import checkpoint, loop
 from surefoot.train.update import make_optimizer
-from surefoot.types import Completion, StopReason, Trajectory
 
 # Written beside the weights by `save`, so that `load` gives back critic and settings too.
 SETTINGS = "surefoot.yaml"
@@ -107,82 +102,10 @@ def model_of_run(folder: str) -> str:
     return str(Path(folder) / "model") if (Path(folder) / "config.yaml").is_file() else folder
 
 
-def build_task(config: Config, *, say: Callable[[str], None] = assets.tell) -> TextTask:
-    """The task of a run. Functions are found before prompts are fetched, and both before any model is loaded."""
-    task = config.task
-    if task is None:
-        raise InputError("the configuration has no task; name task.prompts and task.reward")
-    reward = build_rewards(task.reward, config.device)
-    metric = build_reward(task.metric, "task.metric", config.device) if task.metric else None
-    return TextTask(
-        assets.resolve(task.prompts, key="task.prompts", say=say),
-        reward,
-        metric=metric,
-        held_out=task.held_out,
-        prompt_column=task.prompt_column,
-        prompt_tokens=task.prompt_tokens,
-        chat=task.chat,
-    )
-
-
-def build_rewards(reward: str | list[RewardPart], device: str) -> RewardFunction | MixedReward:
-    """The one reward that `task.reward` names, or the sum of its parts: all are found before a model is loaded."""
-    if isinstance(reward, str):
-        return build_reward(reward, "task.reward", device)
-    for part in reward:
-        check_part(part, _key(part))
-    functions: dict[str, RewardFunction] = {}
-    for part in sorted(reward, key=lambda part: Path(part.name).is_dir()):
-        functions[part.called] = build_reward(part.name, _key(part), device, uncertainty=part.uncertainty)
-    return MixedReward({part.called: (functions[part.called], part.weight) for part in reward})
-
-
-def build_reward(name: str, key: str, device: str, *, uncertainty: float = 0.0) -> RewardFunction:
-    """The Python function or the reward model's folder that `name` is."""
-    if Path(name).is_dir():
-        return RewardScorer(load_reward(name, device=device, key=key), uncertainty=uncertainty)
-    if not is_function(name):
-        raise InputError(
-            f"{key}: expected 'file.py:function' or 'package.module:function', got {name!r}; nor is it a reward model's folder"
-        )
-    return load_function(name, key=key)
-
-
-def check_part(part: RewardPart, key: str) -> None:
-    """Raise InputError for a folder without a reward model, and for what knows no uncertainty where it counts."""
-    is_model = Path(part.name).is_dir()
-    heads = saved_heads(_reward_folder(part.name, key)) if is_model else 0
-    if part.uncertainty and not is_model:
-        raise InputError(f"{key}: uncertainty is of a reward model's folder, and {part.name!r:.60} is none; leave it out")
-    if part.uncertainty and heads == 1:
-        raise InputError(f"{key}: {NO_UNCERTAINTY}")
-
-
-def _key(part: RewardPart) -> str:
-    return f"task.reward, {part.called}"
-
-
-def load_reward(folder: str | Path, *, device: str = "auto", key: str = "reward model") -> RewardPolicy:
-    """The reward model that lies in `folder`, its run folder or what `save` wrote. Raises InputError naming `key`."""
-    folder = _reward_folder(folder, key)
-    settings = PolicyConfig(adapter=None, dtype=load_config(folder / SETTINGS).policy.dtype)
-    heads = saved_heads(folder)
-    policy = RewardPolicy(load_policy(str(folder), settings, device=build_device(device)), seed=0, heads=heads)
-    policy.load_head(folder)
-    return policy
-
-
-def _reward_folder(folder: str | Path, key: str) -> Path:
-    """Where in `folder` the reward model is."""
-    folder = Path(model_of_run(str(folder)))
-    if not (folder / REWARD).is_file():
-        raise InputError(f"{key}: no reward model in {folder}, which would have a {REWARD}; train it to its end, or save it")
-    return folder
-
-
 def build_reward_policy(config: Config, trunk: CausalLMPolicy) -> RewardPolicy:
     """A reward model over a language model, which it takes over."""
     _check_no_critic(trunk)
+    _check_critic(trunk, config.policy.critic)
     assert config.reward_model is not None
     return RewardPolicy(trunk, seed=derived_seed(config.seed, "reward head", 0), heads=config.reward_model.heads)
 
@@ -195,7 +118,14 @@ def build_judgements(config: Config, data: Any = None) -> Judgements:
         if settings.data is None:
             raise InputError("reward_model.data is missing: name a JSONL file of pairs or ratings, or give them in Python")
         data = settings.data
-    return Judgements(data, held_out=settings.held_out, rating_range=settings.rating_range)
+    judgements = Judgements(data, held_out=settings.held_out, rating_range=settings.rating_range)
+    if judgements.of_pairs and settings.rating_range is not None:
+        raise InputError("reward_model.rating_range is for ratings, and these are pairs; leave it out")
+    if settings.center and not judgements.of_pairs:
+        raise InputError("reward_model.center is for pairs, and these are ratings; leave it out")
+    if settings.heads > 1:
+        shares_of_heads(len(judgements.train), heads=settings.heads, seed=config.seed)
+    return judgements
 
 
 def build_demonstrations(
@@ -282,6 +212,8 @@ def build_rollout(config: Config, policy: Any, env: Environment, demonstrations:
     """What collects the batches of a run; `demonstrations` are those of `ppo.ptx`."""
     if config.supervised or not config.ppo.has_critic:
         _check_no_critic(policy)
+    else:
+        _check_critic(policy, config.policy.critic)
     if isinstance(env, Demonstrations):
         assert config.sft is not None
         return DemonstrationRollout(policy, env, sft=config.sft, seed=config.seed)
@@ -310,6 +242,16 @@ def _mixed(config: Config, rollout: TextRollout, demonstrations: Demonstrations)
     # A seed of their own: a list as long as the prompts would be in the prompts' order.
     seed = derived_seed(config.seed, "ptx", 0)
     return MixedRollout(rollout, DemonstrationRollout(rollout.policy, demonstrations, sft=sft, seed=seed, key="ppo.ptx"))
+
+
+def _check_critic(policy: Any, critic: CriticConfig) -> None:
+    """Raise InputError for a loaded policy that lacks what `policy.critic` asks for."""
+    if isinstance(policy, CausalLMPolicy):
+        lacks_own = critic.kind != "shared" and policy.critic is None
+        if lacks_own or (critic.stop_gradient and not policy.stop_gradient):
+            raise InputError(
+                "policy: it was loaded without what policy.critic asks for; give load_policy the same PolicyConfig(critic=...)"
+            )
 
 
 def _check_no_critic(policy: Any) -> None:
@@ -353,29 +295,6 @@ def _budget(config: Config, env: Environment) -> int:
         assert settings is not None
         return settings.epochs * len(env.train)
     return config.ppo.total_episodes if isinstance(env, TextTask) else config.ppo.total_timesteps
-
-
-def probe_functions(task: TextTask) -> None:
-    """Call reward and metric on two made-up answers: a broken one should fail now, not after a rollout.
-
-    Raises InputError as `rewards.functions.score` does.
-    """
-    examples = (task.train * 2)[:2]
-    trajectories = [
-        Trajectory(
-            prompt=example.prompt,
-            prompt_tokens=(0,),
-            completion=Completion([0], [0.0], [0.0], [0.0], StopReason.LENGTH),
-            text=text,
-            columns=example.columns,
-        )
-        for example, text in zip(examples, ("A short answer.", ""), strict=True)
-    ]
-    generators = checkpoint.generator_states()
-    assign_scores(task.reward, trajectories)
-    if task.metric is not None:
-        score(task.metric, trajectories, name="metric")
-    checkpoint.restore_generators(generators)
 
 
 def restore_best(policy: Any, folder: RunFolder) -> Path:

@@ -55,7 +55,8 @@ def ppo(options: argparse.Namespace, overrides: dict[str, str]) -> None:
         raise InputError(f"{options.file}: has {a} {config.supervised} section; that is for: surefoot {verb} {file}")
     if config.task is None and config.env is None:
         raise InputError(f"{options.file}: no task (task.prompts and task.reward) and no environment (env.id); name one")
-    from surefoot.build import build_task, check_places
+    from surefoot.build import check_places
+    from surefoot.build_text import build_task
     from surefoot.ppo import PPO
 
     check_places(config)

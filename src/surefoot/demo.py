@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from surefoot.build import build_task, check_places
+from surefoot.build import check_places
+from surefoot.build_text import build_task
 from surefoot.config import load_config
 from surefoot.ppo import PPO
 from surefoot.run import RunFolder

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from surefoot import assets, build
+from surefoot.build_text import build_reward, build_task, probe_functions
 from surefoot.config import (
     Config,
     RewardPart,
@@ -31,6 +32,7 @@ from surefoot.errors import InputError
 from surefoot.policies.pretrained import check_model_folder
 from surefoot.ppo import PPO, merge
 from surefoot.reward_model import RewardModel
+from surefoot.rewards.functions import RewardFunction
 from surefoot.rewards.mixed import assign_scores
 from surefoot.run import RunFolder, write_durably
 from surefoot.sft import SFT
@@ -163,19 +165,30 @@ def _check_task(config: Config, made: Mapping[str, Stage]) -> set[str]:
         return set()
     parts = task.reward if isinstance(task.reward, list) else [RewardPart(name=task.reward)]
     metric = [] if task.metric is None else [RewardPart(name=task.metric)]
-    for key, part in [("task.reward", part) for part in parts] + [("task.metric", part) for part in metric]:
+    functions: list[tuple[str, RewardFunction]] = []
+    for key, part in [("reward", part) for part in parts] + [("metric", part) for part in metric]:
         judge = made[part.name].config.reward_model if part.name in made else None
         if part.uncertainty and judge is not None and judge.heads == 1:
-            raise InputError(f"{key}, {part.called}: uncertainty needs reward_model.heads above 1 in the stage; 8 is usual")
+            raise InputError(
+                f"task.{key}, {part.called}: uncertainty needs reward_model.heads above 1 in the stage; 8 is usual"
+            )
         if part.name not in made:
-            build.check_part(part, key)
+            function = build_reward(part, f"task.{key}", config.device)
             if not Path(part.name).is_dir():
-                build.build_reward(part.name, key, config.device)
+                functions.append((key, function))
     if task.prompts in made:
         return set()
     settings = task.model_dump(include={"held_out", "prompt_column", "prompt_tokens", "chat"})
-    read = TextTask(assets.resolve(task.prompts, key="task.prompts"), lambda **_: [], **settings)  # the reward is not called
+    read = TextTask(assets.resolve(task.prompts, key="task.prompts"), _nothing, **settings)
+    for key, function in functions:
+        setattr(read, key, function)
+        probe_functions(read)
     return {" and ".join(_example(example.prompt, "", chat=task.chat)) for example in read.train}
+
+
+def _nothing(completions: Sequence[Any], **_: Any) -> list[float]:
+    """The reward of a task whose own is still to be made."""
+    return [0.0] * len(completions)
 
 
 def _check_join(join: str | None, kinds: set[str], made: Mapping[str, Stage]) -> None:
@@ -233,7 +246,7 @@ def _train(stage: Stage, verbose: int) -> None:
     elif is_begun:
         model = PPO.load(stage.folder, verbose=verbose)
     else:
-        task = build.build_task(config) if config.env is None else None
+        task = build_task(config) if config.env is None else None
         model = PPO(config.policy.model, task, config=config, verbose=verbose)
     model.learn()
     model.save(stage.product)
@@ -244,7 +257,7 @@ def _write_pseudo_labels(stage: Stage, labels: PseudoLabelsConfig) -> None:
     no place to learn to end at. Raises InputError if there is none.
     """
     config = stage.config
-    task = build.build_task(config)
+    task = build_task(config)
     policy = build.build_policy(config)
     policy.drop_reference()
     rollout: Any = build.build_rollout(config, policy, task)

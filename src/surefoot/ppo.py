@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from surefoot import build, sb3
+from surefoot.build_text import build_task, probe_functions
 from surefoot.config import (
     NETWORKS,
     SUPERVISED,
@@ -106,7 +107,7 @@ class PPO:
         else:
             self.env = env
             if env is not None:
-                build.probe_functions(env)
+                probe_functions(env)
             self.policy = policy if isinstance(policy, CausalLMPolicy) else build.build_policy(self.config)
             self.policy.temperature = self.config.generation.temperature
         self._folder = run
@@ -170,14 +171,19 @@ class PPO:
         return self
 
     def evaluate(self, episodes: int | None = None) -> dict[str, float]:
-        """`eval/…` metrics of the current policy on held-out prompts. Raises InputError without any."""
+        """`eval/…` metrics of the current policy on the first `episodes` held-out prompts, by default `evaluate.episodes`.
+
+        Raises InputError without any.
+        """
         check_count("episodes", episodes)
+        if not (episodes := episodes or self.config.evaluate.episodes):
+            raise InputError("evaluate.episodes is 0; say how many: evaluate(episodes=64)")
         if isinstance(self.env, TextTask) and not self.env.held_out:
             raise InputError("no held-out prompts to evaluate on; give TextTask more prompts, or a held_out fraction or list")
         training = self._prepare_training()
         if not training.rollout.can_evaluate:
             raise InputError("evaluate needs an environment of its own: give PPO an id, or use evaluate_policy(model, env)")
-        metrics, _ = training.rollout.evaluate(episodes or self.config.evaluate.episodes)
+        metrics, _ = training.rollout.evaluate(episodes)
         return metrics
 
     @overload
@@ -249,7 +255,7 @@ class PPO:
                     raise InputError(f"{folder} is a supervised run; go on with {config.opener}.load, or {use}")
                 if config.task is None:
                     raise InputError(f"{folder} was started from Python; go on there with its task: PPO.load(folder, task)")
-                env = build.build_task(config)
+                env = build_task(config)
             run.hold()
             try:
                 model = cls(given.pop("policy", config.policy.model), env, config=config, verbose=verbose, run=run, **given)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from surefoot import build
+from surefoot.build_text import load_reward
 from surefoot.config import Config, load_config, make_config, nested
 from surefoot.core.judgements import deviation_over_heads
 from surefoot.envs.judgements import Judgements
@@ -116,8 +118,8 @@ class RewardModel:
     def score(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
         """One reward a completion, calibrated: over the held-out texts (without any, the training's) mean 0, deviation 1.
 
-        Prompts and completions are strings, which are read as one text, or message lists. Raises InputError for a text
-        longer than the model's context.
+        Prompts and completions are strings, which are read as one text, or message lists. Before `learn` this begins the run
+        folder. Raises InputError for a text longer than the model's context.
         """
         self._calibrate()
         return RewardScorer(self.policy)(prompts, completions)
@@ -159,7 +161,7 @@ class RewardModel:
         if not (Path(folder) / "config.yaml").is_file():
             if data is not None:
                 raise InputError(f"{folder} is no run folder, and what was saved only scores; go on where it was trained")
-            policy = build.load_reward(folder)
+            policy = load_reward(folder)
             return cls(policy, config=load_config(Path(folder) / build.SETTINGS), verbose=verbose)
         run = RunFolder.open(folder)
         config = run.config()
@@ -198,13 +200,17 @@ class RewardModel:
 
 
 def _write_calibration(folder: Path, calibration: dict[str, Any]) -> None:
-    """Leave the numbers and, where it can be drawn, their plot. Raises InputError if the disk does not take them."""
+    """Leave the numbers and, where it can be drawn, their plot. Raises InputError if the disk does not take the numbers."""
     try:
         write_durably(folder / "calibration.json", json.dumps(calibration, indent=1).encode())
-        if importlib.util.find_spec("matplotlib") is not None:
-            draw_calibration(folder / "calibration.png", calibration)
     except OSError as error:
         raise InputError(f"{folder / 'calibration.json'} could not be written: {error.strerror}") from error
+    if importlib.util.find_spec("matplotlib") is None:
+        return
+    try:
+        draw_calibration(folder / "calibration.png", calibration)
+    except Exception as error:  # a drawing that fails, for whatever reason, must not cost the model
+        print(f"surefoot: calibration.png could not be drawn: {error}", file=sys.stderr)
 
 
 def draw_calibration(path: Path, calibration: dict[str, Any]) -> None:

@@ -58,6 +58,16 @@ def test_what_is_held_out_depends_on_the_contents_alone():
     assert {example.contents["text"] for example in again.held_out} == held & {row["text"] for row in rows[100:]}
 
 
+def test_one_example_at_least_is_held_out():
+    rows = ["the film", "a band", "her dog"]
+    data = Demonstrations(rows, held_out=1e-6)
+    assert (len(data.train), len(data.held_out)) == (2, 1)
+    assert [e.contents for e in Demonstrations(rows[::-1], held_out=1e-6).held_out] == [e.contents for e in data.held_out]
+    assert not Demonstrations(rows, held_out=0.0).held_out
+    said = "data: no examples to train on: all 1 were held out; lower held_out (0: none) or give more"
+    assert refusal(["the film"], held_out=0.01) == said
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [

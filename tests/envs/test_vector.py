@@ -15,12 +15,13 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
-from surefoot import PPO, InputError, advantages
+from surefoot import PPO, advantages
 from surefoot.config import EnvConfig, NetworkConfig, PPOConfig
 from surefoot.envs.vector import Vector, make_vector, wrap_vector
 from surefoot.policies.control import ControlPolicy
 from surefoot.rollout.vector import VectorRollout, play
 from surefoot.types import Batch
+from tests.inputs import refusal
 
 MODES = list(AutoresetMode)
 BOTH = [SyncVectorEnv, AsyncVectorEnv]
@@ -259,13 +260,6 @@ class OtherSpaces(Counter):
         super().__init__(3, "terminated")
         self.observation_space = observation or Counter.observation_space
         self.action_space = action or Counter.action_space
-
-
-def refusal(call: Callable[[], object]) -> str:
-    with pytest.raises(InputError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def ppo(env: Any, policy: Any = "MlpPolicy", **settings: Any) -> PPO:

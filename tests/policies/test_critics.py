@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,10 @@ from surefoot.rollout.score import score_batch
 from surefoot.tensors import read_tensors
 from surefoot.train.update import TokenBudget, accumulate_gradient, advantages, make_optimizer
 from surefoot.types import Batch
-from tests.inputs import model_folder
+from tests.inputs import model_folder, refusal
 from tests.policies.test_training import first_minibatch, rollout, update
 from tests.tiny import FAMILIES, LSTM, move, random_tokens, tiny_config, tiny_lm, tiny_policy, tiny_tokenizer, written_batch
+from tests.train.small_run import rows
 
 ADAPTER, SEPARATE, SMALL = CriticConfig(kind="adapter"), CriticConfig(kind="separate"), CriticConfig(kind="separate", layers=1)
 KINDS = pytest.mark.parametrize("critic", [ADAPTER, SEPARATE, SMALL], ids=["adapter", "separate", "one layer"])
@@ -46,10 +48,7 @@ RUN: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    transformers.utils.logging.disable_progress_bar()
+pytestmark = pytest.mark.usefixtures("in_own_folder")
 
 
 @pytest.fixture(scope="module", params=[1, 3], ids=["one head", "an ensemble"])
@@ -116,6 +115,18 @@ def test_values_are_those_of_the_critics_own_model(family, critic):
         found, alone = policy.evaluate(batch).values_BT, policy.score_values(batch)
     assert torch.allclose(found[batch.mask_BT], plain_values(policy, family=family), atol=2e-4)
     assert torch.equal(found, alone) and (found[~batch.mask_BT] == 0).all()
+
+
+@KINDS
+def test_the_critic_does_not_read_demonstrations(monkeypatch, critic):
+    policy = tiny_policy(critic=critic)
+    move(policy)
+    batch = written_batch(PAIRS)
+    expected = policy.evaluate(batch)
+    monkeypatch.setattr(policy, "_critics_hidden", lambda batch: pytest.fail("the critic read them"))
+    found = policy.evaluate(dataclasses.replace(batch, objective="imitation"))
+    assert torch.equal(found.logprobs_BT, expected.logprobs_BT) and torch.equal(found.entropies_BT, expected.entropies_BT)
+    assert (found.values_BT == 0).all() and (expected.values_BT[batch.mask_BT] != 0).all()
 
 
 @pytest.mark.parametrize("family", TRANSFORMERS)
@@ -348,14 +359,29 @@ def test_while_the_critic_warms_up_the_policy_stays():
     assert moved and all(map(critics_own, moved))
 
 
+def test_the_kl_coefficient_waits_for_the_critic():
+    """While the policy stands still its KL is 0 and says nothing: a controller would take that for a coefficient too high."""
+    settings = RUN | {"total_episodes": 24, "kl_coef": 0.1, "kl_target": 1e-6, "kl_horizon": 80.0}
+    PPO(model_folder(), task(), critic=ADAPTER, critic_warmup_updates=2, run_name="run", **settings).learn()
+    coefs = [row["kl/coef"] for row in rows(Path("runs/run")) if "kl/coef" in row]
+    # Updates 1 and 2 warm up; 3 is the first to be counted, too late for its own coefficient.
+    assert coefs == [0.1, 0.1, 0.1]
+
+
+@pytest.mark.parametrize("asked", [ADAPTER, SEPARATE, CriticConfig(stop_gradient=True)], ids=["adapter", "separate", "stopped"])
+def test_a_loaded_policy_without_the_critic_that_is_asked_for_is_refused(asked):
+    loaded = load_policy(str(model_folder()), PolicyConfig(dtype="float32"))
+    said = "policy: it was loaded without what policy.critic asks for; give load_policy the same PolicyConfig(critic=...)"
+    assert refusal(lambda: PPO(loaded, task(), critic=asked, **RUN).learn()) == said
+    if asked.stop_gradient:
+        pairs = [{"chosen": f"good {n}", "rejected": "bad"} for n in range(4)]
+        settings = {"held_out": 0.0, "verbose": 0}
+        assert refusal(lambda: RewardModel(loaded, pairs, critic={"stop_gradient": True}, **settings)) == said
+    own = load_policy(str(model_folder()), PolicyConfig(critic=asked, dtype="float32"))
+    PPO(own, task(), critic=asked, **RUN).learn()
+
+
 # --- bad input ---
-
-
-def refusal(call: Callable[[], object]) -> str:
-    with pytest.raises(InputError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def other_model(folder: str, *, tokenizer: Any = None, **overrides: Any) -> str:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from surefoot import PPO, InputError, RewardModel, TextTask
-from surefoot.build import build_task
+from surefoot.build_text import build_task
 from surefoot.config import PPOConfig, absolute_paths, load_config
 from surefoot.core.running import RunningStats
 from surefoot.rewards.mixed import MixedReward, assign_scores
@@ -187,6 +187,7 @@ def test_what_parts_lack_is_said_before_any_model_is_loaded(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     model = RewardModel(model_folder(), PAIRS, run_folder="runs", **FAST | {"epochs": 1}).learn()
     model.save("judge")
+    monkeypatch.setattr("surefoot.build_text.load_policy", None)
     monkeypatch.setattr("surefoot.build.load_policy", None)
     project = write_project(tmp_path, reward=TWO)
     for parts, said in (

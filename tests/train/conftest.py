@@ -1,27 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.train.small_run import outcome, write_base, write_project
-from tests.train.warm import Warm, cold
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model folder that every run starts from."""
-    folder = tmp_path_factory.mktemp("model") / "base"
-    write_base(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def warm() -> Iterator[Warm]:
-    with Warm() as interpreter:
-        yield interpreter
+from tests.train.small_run import outcome, write_project
+from tests.train.warm import cold
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,22 @@ def write_project(folder: Path, base: Path, *, name: str = "run", **sections: di
     config["policy"] = {**config["policy"], "model": str(base)}
     (folder / "ppo.yaml").write_text(yaml.safe_dump(config))
     (folder / "reward.py").write_text(REWARD)
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    write_rows(folder / "prompts.jsonl", ({"prompt": prompt} for prompt in PROMPTS))
     return folder / "runs" / name
+
+
+def write_supervised(folder: Path, model: Path, config: dict[str, Any], *, command: str, **sections: dict[str, Any]) -> Path:
+    """`<command>.yaml` in `folder`, `sections` merged over `config`; the run's folder to be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {key: {**value, **sections.get(key, {})} if isinstance(value, dict) else value for key, value in config.items()}
+    config["policy"]["model"] = str(model)
+    (folder / f"{command}.yaml").write_text(yaml.safe_dump(config))
+    return folder / "runs" / "run"
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> None:
+    """JSON Lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def python_ppo(base: Path, folder: Path, reward: Any = None, *, name: str = "run", **sections: dict[str, Any]) -> PPO:

@@ -20,10 +20,11 @@ from gymnasium import spaces
 from gymnasium.vector import SyncVectorEnv
 from torch import nn
 
-from surefoot import PPO, BaseCallback, InputError, evaluate_policy
+from surefoot import PPO, BaseCallback, evaluate_policy
 from surefoot.config import load_config
 from surefoot.policies.control import ControlPolicy
 from surefoot.train import loop
+from tests.inputs import refusal
 from tests.train.small_run import rows, weights
 
 N_ENVS, N_STEPS, UPDATES = 3, 16, 6
@@ -60,13 +61,6 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def small(policy: Any = "MlpPolicy", env: Any = "CartPole-v1", **settings: Any) -> PPO:
     made_here = {} if isinstance(env, str) else {"n_envs": 1}
     return PPO(policy, env, **{**SMALL, **made_here, **settings})
-
-
-def refusal(call: Callable[[], object]) -> str:
-    with pytest.raises(InputError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 class Killed(BaseException):

@@ -156,6 +156,19 @@ def sampled_batch(policy: BigramPolicy) -> Batch:
     return batch
 
 
+def test_how_far_the_sampler_was_off_is_measured_by_hand() -> None:
+    batch = grouped_batch(BigramPolicy(), drift=0.3)
+    assert not any(name.startswith("sampler/") for name in batch_metrics(batch))
+    off_BT = torch.full(batch.mask_BT.shape, 5.0)  # off the mask nobody looks
+    off_BT[batch.mask_BT] = 0.1
+    row, t = batch.mask_BT.nonzero()[0].tolist()
+    off_BT[row, t] = -0.4
+    batch.behaviour_logprobs_BT = batch.logprobs_BT + off_BT
+    metrics, tokens = batch_metrics(batch), int(batch.mask_BT.sum())
+    assert metrics["sampler/mismatch_mean"] == pytest.approx((0.4 + 0.1 * (tokens - 1)) / tokens, abs=1e-6)
+    assert metrics["sampler/mismatch_max"] == pytest.approx(0.4, abs=1e-6)
+
+
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_gradient_equals_a_token_by_token_twin(aggregation: str) -> None:
     """Every answer's tokens one after the other in plain Python; autograd only through the policy's tables."""

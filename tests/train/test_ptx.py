@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from surefoot import PPO, InputError, TextTask
+from surefoot import PPO, TextTask
 from surefoot.config import PPOConfig, PTXConfig
 from surefoot.core.losses import LossStats
 from surefoot.policies.lm import CausalLMPolicy
@@ -23,7 +22,7 @@ from surefoot.train import checkpoint, loop
 from surefoot.train.update import TokenBudget, accumulate_gradient, advantages, make_optimizer, update
 from surefoot.types import Batch
 from tests.fakes import CPU, padded
-from tests.inputs import model_folder, run_cli
+from tests.inputs import model_folder, refusal, run_cli
 from tests.inputs import write_project as write_inputs
 from tests.tiny import random_tokens, tiny_policy, written_batch
 from tests.train.small_run import CONFIG, assert_equal, outcome, rows, weights, write_project
@@ -233,11 +232,6 @@ def test_steps_are_numbered_through_the_epochs() -> None:
 # --- a run ---
 
 
-@pytest.fixture
-def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
 def letters(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     return [sum(letter in "aeiou" for letter in text) / 2 for text in completions]
 
@@ -260,7 +254,7 @@ def ppo(**changes: Any) -> PPO:
     return PPO(model_folder(), TextTask(prompts, letters, held_out=0.3), **(common | changes))
 
 
-@pytest.mark.usefixtures("_in_a_folder_of_its_own")
+@pytest.mark.usefixtures("in_own_folder")
 @pytest.mark.parametrize(
     ("schedule", "coefs"),
     [("constant", [0.8] * 4), ("linear", [0.8, 0.6, 0.4, 0.2]), ("cosine", [0.8, 0.682843, 0.4, 0.117157])],
@@ -275,7 +269,7 @@ def test_the_weight_moves_over_the_run(schedule: str, coefs: list[float]) -> Non
     assert model.evaluate()["eval/ptx_perplexity"] == lines[-1]["eval/ptx_perplexity"]
 
 
-@pytest.mark.usefixtures("_in_a_folder_of_its_own")
+@pytest.mark.usefixtures("in_own_folder")
 def test_at_weight_0_demonstrations_are_evaluated_and_nothing_else_changes() -> None:
     plain, watched = ppo(run_name="plain").learn(), ppo(run_name="watched", ptx_data=PAIRS, ptx={"coef": 0.0}).learn()
     assert all(torch.equal(value, weights(watched)[name]) for name, value in weights(plain).items())
@@ -284,7 +278,7 @@ def test_at_weight_0_demonstrations_are_evaluated_and_nothing_else_changes() -> 
         assert other == line | {name: other[name]} and (other[name] > 1 or name == "ptx/coef")
 
 
-@pytest.mark.usefixtures("_in_a_folder_of_its_own")
+@pytest.mark.usefixtures("in_own_folder")
 def test_each_epoch_of_the_demonstrations_is_a_pass_whatever_stopped_the_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ppo(ptx_data=PAIRS[:10], ptx={"batch_size": 3, "held_out": 0.0}, target_kl=1e-3, total_episodes=64)
     training = model._prepare_training()
@@ -304,7 +298,7 @@ def test_each_epoch_of_the_demonstrations_is_a_pass_whatever_stopped_the_updates
     assert sorted(data.training_index(number, seed) for number in taken[:10]) == list(range(10))
 
 
-@pytest.mark.usefixtures("_in_a_folder_of_its_own")
+@pytest.mark.usefixtures("in_own_folder")
 def test_rows_given_in_python_are_given_again_and_must_be_the_same() -> None:
     task = TextTask([row["prompt"] for row in PAIRS], letters, held_out=0.3)
     whole = weights(ppo(run_name="whole", ptx_data=PAIRS, ptx={"batch_size": 3}).learn())
@@ -320,7 +314,7 @@ def test_rows_given_in_python_are_given_again_and_must_be_the_same() -> None:
     assert refusal(lambda: PPO.load("runs/without", task, verbose=0, ptx_data=PAIRS)).startswith("ptx_data: this run was begun")
 
 
-@pytest.mark.usefixtures("_in_a_folder_of_its_own")
+@pytest.mark.usefixtures("in_own_folder")
 def test_what_is_cut_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     found = refusal(lambda: ppo(ptx_data=[{"text": "the film " * 60}], ptx={"held_out": 0.0}).learn())
     assert "let ppo.ptx.max_tokens cut it" in found
@@ -368,14 +362,7 @@ def test_a_killed_and_resumed_mixed_run_is_the_run_that_was_not(tmp_path: Path, 
 # --- bad input ---
 
 
-def refusal(call: Callable[[], object]) -> str:
-    with pytest.raises(InputError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-@pytest.mark.usefixtures("_in_a_folder_of_its_own")
+@pytest.mark.usefixtures("in_own_folder")
 @pytest.mark.parametrize(
     ("content", "flags", "said"),
     [
@@ -403,20 +390,20 @@ def test_a_mixed_loss_without_demonstrations_is_refused_before_a_model_is_loaded
     assert not Path("runs").exists()
 
 
-@pytest.mark.usefixtures("_in_a_folder_of_its_own")
+@pytest.mark.usefixtures("in_own_folder")
 def test_environments_have_no_demonstrations() -> None:
     found = refusal(lambda: PPO("MlpPolicy", "CartPole-v1", ptx_data=PAIRS, verbose=0))
     assert "ppo.ptx is for text tasks" in found
 
 
-@pytest.mark.usefixtures("_in_a_folder_of_its_own")
+@pytest.mark.usefixtures("in_own_folder")
 def test_a_row_of_python_that_is_none_is_named() -> None:
     assert refusal(lambda: ppo(ptx_data=[*PAIRS, {"text": "a"}])).startswith("ppo.ptx.data, row 25: has text, but")
     assert refusal(lambda: ppo(ptx_data=[])).startswith("ppo.ptx.data: no examples there")
     assert refusal(lambda: ppo(ptx={"coef": 0.5})).startswith("ppo.ptx.data is missing")
 
 
-@pytest.mark.usefixtures("_in_a_folder_of_its_own")
+@pytest.mark.usefixtures("in_own_folder")
 def test_a_relative_file_is_relative_to_the_configuration(tmp_path: Path) -> None:
     file = write_inputs(tmp_path / "project", ppo={"ptx": {"data": "labelled.jsonl"}})
     (tmp_path / "project" / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))

@@ -71,7 +71,8 @@ def check_supervised(config: Config, name: str) -> None:
     for other in ("task", "env", "reward_model"):
         if other != name and getattr(config, other) is not None:
             raise ValueError(f"a run has one of task, env and {name}, and here are {other} and {name}; leave one out")
-    if config.policy.critic.kind != "shared":
+    critic = config.policy.critic
+    if critic.kind != "shared" or (critic.stop_gradient and name == "sft"):
         raise ValueError(f"policy.critic: a run of {name} learns no values and has no critic; leave the section out")
     if config.ppo != PPOConfig():
         run = "an sft" if name == "sft" else f"a {name}"
@@ -91,6 +92,11 @@ def check_text(config: Config) -> None:
         raise ValueError(
             f"ppo.samples_per_prompt ({ppo.samples_per_prompt}) does not divide ppo.episodes_per_update "
             f"({ppo.episodes_per_update}); try {_nearest_divisor(ppo.episodes_per_update, ppo.samples_per_prompt)}"
+        )
+    if ppo.kl_target is not None and 0.2 * ppo.episodes_per_update >= ppo.kl_horizon:
+        raise ValueError(
+            f"ppo.kl_horizon ({ppo.kl_horizon:g}) is too short: ppo.kl_coef moves by up to 20 % in so many episodes, and an update "
+            f"of {ppo.episodes_per_update} could take it to 0 or below; give more than {0.2 * ppo.episodes_per_update:g}"
         )
     critic = config.policy.critic
     if ppo.critic_warmup_updates and critic.kind == "shared" and not critic.stop_gradient:

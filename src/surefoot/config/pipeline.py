@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
-from surefoot.config.sections import Fraction, PathText, Positive, Section
+from surefoot.config.fields import Fraction, PathText, Positive
+from surefoot.config.sections import Section
 from surefoot.errors import InputError
 from surefoot.wording import first_problem, short
 

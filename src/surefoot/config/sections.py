@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from surefoot.config.fields import (
+    AdamEpsilon,
+    ExamplesColumns,
+    ExamplesFile,
+    ExamplesHeldOut,
+    ExamplesMaxTokens,
+    Fraction,
+    LearningRateWarmup,
+    MaxBadSteps,
+    MaxGradNorm,
+    MicroBatchTokens,
+    NonNegative,
+    PathText,
+    Positive,
+    Schedule,
+)
 from surefoot.wording import short
-
-
-def _usable_path(text: str) -> str:
-    if not text or "\0" in text or any(len(os.fsencode(part)) > 255 for part in text.split("/")):
-        raise ValueError(f"{short(text)} is no name of a file or folder")
-    return os.path.expanduser(text)
-
-
-Positive = Annotated[int, Field(gt=0, le=10**9)]
-NonNegative = Annotated[float, Field(ge=0)]
-Schedule = Literal["constant", "linear", "cosine", "function"]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-PathText = Annotated[str, AfterValidator(_usable_path)]
 
 
 class Section(BaseModel):
@@ -225,25 +227,15 @@ class GenerationConfig(Section):
 class PTXConfig(Section):
     """Demonstrations whose negative log-likelihood is added to PPO's loss (PPO-ptx; Ouyang et al. 2022, arXiv:2203.02155)."""
 
-    data: PathText | None = Field(
-        None,
-        description="JSONL file of demonstrations, rows as for `sft.data`, or a name `surefoot fetch` knows; `null`: rows given in Python.",
-    )
-    columns: dict[Literal["text", "prompt", "completion", "messages"], str] = Field(
-        default_factory=dict, description="What the file calls these columns, as `sft.columns`."
-    )
-    held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.1, description="Fraction of demonstrations kept for evaluation, chosen by a hash of their text."
-    )
-    max_tokens: Positive | None = Field(
-        None,
-        description="Longer demonstrations are cut to so many tokens, and counted; `null`: one longer than the model's context is refused.",
-    )
+    data: ExamplesFile = None
+    columns: ExamplesColumns = Field(default_factory=dict)
+    held_out: ExamplesHeldOut = 0.1
+    max_tokens: ExamplesMaxTokens = None
     batch_size: Positive = Field(16, description="Demonstrations added to each minibatch; all of them where there are fewer.")
     coef: NonNegative = Field(
         0.5, description="Weight of their mean negative log-likelihood per token in the loss; 0: they are evaluated alone."
     )
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="How coef moves over the run.")
+    schedule: Schedule = Field("constant", description="How coef moves over the run.")
 
 
 class PPOConfig(Section):
@@ -266,18 +258,18 @@ class PPOConfig(Section):
     )
     n_epochs: Positive = Field(2, description="Passes over the episodes of an update.")
     learning_rate: float = Field(3e-4, gt=0, description="Adam's step size at its highest.")
-    lr_schedule: Schedule = Field(
+    lr_schedule: Schedule | Literal["function"] = Field(
         "constant", description="How the learning rate moves over the run; `function`: by one that was given in Python."
     )
-    lr_warmup: Fraction = Field(0.0, description="Fraction of the run in which the learning rate climbs from 0.")
-    adam_epsilon: float = Field(1e-5, gt=0, description="Adam's epsilon.")
+    lr_warmup: LearningRateWarmup = 0.0
+    adam_epsilon: AdamEpsilon = 1e-5
     adam_style: Literal["torch", "tf1"] = Field(
         "torch",
         description="Where epsilon stands: `torch` after bias correction, `tf1` before it as in OpenAI's original runs.",
     )
-    max_grad_norm: float = Field(1.0, gt=0, description="Global gradient norm is clipped to this.")
+    max_grad_norm: MaxGradNorm = 1.0
     clip_range: float = Field(0.2, gt=0, description="ε of the clipped surrogate.")
-    clip_schedule: Schedule = Field("constant", description="How ε moves over the run.")
+    clip_schedule: Schedule | Literal["function"] = Field("constant", description="How ε moves over the run.")
     clip_range_high: float | None = Field(
         None, gt=0, description="ε of the upper bound, above which a better step is not pushed; `null`: clip_range."
     )
@@ -315,15 +307,21 @@ class PPOConfig(Section):
         "half_squared", description="½ (V - R)² as TRL's `vf_coef` means it, or (V - R)² as Stable-Baselines3's does."
     )
     ent_coef: NonNegative = Field(0.0, description="Weight of the entropy bonus.")
-    ent_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="How ent_coef moves over the run.")
+    ent_schedule: Schedule = Field("constant", description="How ent_coef moves over the run.")
     kl_coef: NonNegative = Field(0.05, description="β of the per-token KL penalty against the reference.")
     kl_in: Literal["reward", "loss"] = Field(
         "reward", description="Where β's penalty stands: in the `reward` (k1), or in the `loss` (k2 with the importance ratio)."
     )
     kl_target: float | None = Field(
-        None, gt=0, description="Adapt β to hold the mean sequence KL near this many nats; `null` keeps β fixed."
+        None,
+        gt=0,
+        description="Adapt β to hold the mean sequence KL near this many nats, as fast as kl_horizon says; `null` keeps β fixed.",
     )
-    kl_horizon: float = Field(10_000.0, gt=0, description="Episodes in which the adaptive β moves by at most 20 %.")
+    kl_horizon: float = Field(
+        10_000.0,
+        gt=0,
+        description="Episodes in which the adaptive β moves by at most 20 %; a short run wants fewer, more than a fifth of an update's.",
+    )
     target_kl: float | None = Field(
         None,
         gt=0,
@@ -346,11 +344,8 @@ class PPOConfig(Section):
         gt=0,
         description="c: where the sampler's log-probs are not the trainer's (bfloat16), each token's policy loss is weighted by min(π_trainer / π_sampler, c); `null`: by 1.",
     )
-    micro_batch_tokens: Positive = Field(
-        2048,
-        description="Most tokens (rows × longest row) in one forward and backward pass. Speed and memory only: the gradient is the minibatch's.",
-    )
-    max_bad_steps: Positive = Field(5, description="Skipped steps (non-finite loss or gradient) in a row before the run stops.")
+    micro_batch_tokens: MicroBatchTokens = 2048
+    max_bad_steps: MaxBadSteps = 5
 
     @property
     def has_critic(self) -> bool:

@@ -6,7 +6,23 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from surefoot.config.sections import Fraction, NonNegative, PathText, Positive, PPOConfig, Section
+from surefoot.config.fields import (
+    AdamEpsilon,
+    ExamplesColumns,
+    ExamplesFile,
+    ExamplesHeldOut,
+    ExamplesMaxTokens,
+    LearningRate,
+    LearningRateSchedule,
+    LearningRateWarmup,
+    MaxBadSteps,
+    MaxGradNorm,
+    MicroBatchTokens,
+    NonNegative,
+    PathText,
+    Positive,
+)
+from surefoot.config.sections import PPOConfig, Section
 
 MAX_HEADS = 32  # each has a bit of a judgement's hash
 MAX_WEIGHTS = 1_000_000_000  # of a new model: 4 GB in float32
@@ -15,34 +31,19 @@ MAX_WEIGHTS = 1_000_000_000  # of a new model: 4 GB in float32
 class SFTConfig(Section):
     """Supervised fine-tuning on examples, in place of a task: what others wrote is made likelier."""
 
-    data: PathText | None = Field(
-        None,
-        description="JSONL file of `{text}`, `{prompt, completion}` or `{messages}` rows, one kind a file, or a name `surefoot fetch` knows; `null`: rows given in Python.",
-    )
-    columns: dict[Literal["text", "prompt", "completion", "messages"], str] = Field(
-        default_factory=dict, description="What the file calls these columns, where it has other names: `{prompt: question}`."
-    )
-    held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.1, description="Fraction of examples kept for evaluation, chosen by a hash of their text."
-    )
-    max_tokens: Positive | None = Field(
-        None,
-        description="Longer examples are cut to so many tokens, and counted; `null`: one longer than the model's context is refused.",
-    )
+    data: ExamplesFile = None
+    columns: ExamplesColumns = Field(default_factory=dict)
+    held_out: ExamplesHeldOut = 0.1
+    max_tokens: ExamplesMaxTokens = None
     epochs: Positive = Field(3, description="Passes over the examples; rounded up to whole updates.")
     batch_size: Positive = Field(16, description="Examples in one optimiser step.")
-    learning_rate: float = Field(2e-4, gt=0, description="Adam's step size at its highest; all weights of a model want less.")
-    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
-        "cosine", description="How the learning rate moves over the run."
-    )
-    lr_warmup: Fraction = Field(0.05, description="Fraction of the run in which the learning rate climbs from 0.")
-    adam_epsilon: float = Field(1e-8, gt=0, description="Adam's epsilon.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Global gradient norm is clipped to this.")
-    micro_batch_tokens: Positive = Field(
-        2048,
-        description="Most tokens (rows × longest row) in one forward and backward pass, rows of like length together. Speed and memory only.",
-    )
-    max_bad_steps: Positive = Field(5, description="Skipped steps (non-finite loss or gradient) in a row before the run stops.")
+    learning_rate: LearningRate = 2e-4
+    lr_schedule: LearningRateSchedule = "cosine"
+    lr_warmup: LearningRateWarmup = 0.05
+    adam_epsilon: AdamEpsilon = 1e-8
+    max_grad_norm: MaxGradNorm = 1.0
+    micro_batch_tokens: MicroBatchTokens = 2048
+    max_bad_steps: MaxBadSteps = 5
 
     def as_update(self) -> PPOConfig:
         """What `train/` reads: one step on each batch, and nothing of PPO's own."""
@@ -104,18 +105,15 @@ class RewardModelConfig(Section):
     )
     epochs: Positive = Field(2, description="Passes over the judgements; rounded up to whole updates.")
     batch_size: Positive = Field(32, description="Judgements in one optimiser step.")
-    learning_rate: float = Field(2e-4, gt=0, description="Adam's step size at its highest; all weights of a model want less.")
-    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
-        "cosine", description="How the learning rate moves over the run."
-    )
-    lr_warmup: Fraction = Field(0.05, description="Fraction of the run in which the learning rate climbs from 0.")
-    adam_epsilon: float = Field(1e-8, gt=0, description="Adam's epsilon.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Global gradient norm is clipped to this.")
+    learning_rate: LearningRate = 2e-4
+    lr_schedule: LearningRateSchedule = "cosine"
+    lr_warmup: LearningRateWarmup = 0.05
+    adam_epsilon: AdamEpsilon = 1e-8
+    max_grad_norm: MaxGradNorm = 1.0
     micro_batch_tokens: Positive = Field(
-        2048,
-        description="Most tokens (texts × longest text) in one forward and backward pass. Speed and memory only.",
+        2048, description="Most tokens (texts × longest text) in one forward and backward pass. Speed and memory only."
     )
-    max_bad_steps: Positive = Field(5, description="Skipped steps (non-finite loss or gradient) in a row before the run stops.")
+    max_bad_steps: MaxBadSteps = 5
 
     @field_validator("rating_range")
     @classmethod

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from surefoot.config.sections import NonNegative, PathText, Positive, Section
+from surefoot.config.fields import NonNegative, PathText, Positive
+from surefoot.config.sections import Section
 from surefoot.wording import first_problem, short
 
 

@@ -46,6 +46,12 @@ class Judgements:
                     "texts of unlike ratings"
                 )
 
+        if self.of_pairs and len({one.texts for one in self.train}) == 1:
+            raise InputError(
+                f"{place}: all {len(self.train)} judgements to train on prefer the same text to the same other one, which says "
+                "nothing; give pairs of unlike texts"
+            )
+
     def training_index(self, number: int, seed: int) -> int:
         """Which of `train` comes as number `number` of the run: every epoch has its own order."""
         epoch, position = divmod(number, len(self.train))

@@ -121,7 +121,10 @@ class CausalLMPolicy:
             return logits_BV, self._values(last_BD) if self.critic is None else logits_BV.new_zeros(len(logits_BV))
 
     def evaluate(self, batch: Batch, *, entropy_gradient: bool = False) -> Evaluation:
-        """What policy and critic think of the written tokens, from one forward pass (of each) over the whole rows."""
+        """What policy and critic think of the written tokens, from one forward pass (of each) over the whole rows.
+
+        Of demonstrations a critic of its own gives values of 0.
+        """
         mask_BT = batch.mask_BT
         with self._autocast():
             hidden_ND = _hidden_before(self._body, batch.observations, mask_BT)
@@ -133,7 +136,12 @@ class CausalLMPolicy:
                 temperature=self.temperature,
                 entropy_gradient=entropy_gradient,
             )
-            values_N = self._values(hidden_ND if self.critic is None else self._critics_hidden(batch))
+            if self.critic is None:
+                values_N = self._values(hidden_ND)
+            elif batch.objective == "imitation":  # nobody asks for them: the critic need not read it
+                values_N = torch.zeros_like(logprobs_N)
+            else:
+                values_N = self._values(self._critics_hidden(batch))
         return Evaluation(
             logprobs_BT=_scatter(logprobs_N, mask_BT),
             values_BT=_scatter(values_N, mask_BT),

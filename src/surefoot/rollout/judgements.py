@@ -51,8 +51,8 @@ class JudgementRollout:
 
     Ratings are learned in units of their own mean and deviation over the training examples: how fast a head learns does not
     depend on the scale people were given. Of an ensemble each head learns from its own half of the judgements, the same in
-    every epoch, chosen by a hash of the seed and the judgement's number. Raises InputError for a text that does not fit, or if
-    the data is another than a checkpoint's.
+    every epoch, chosen by a hash of the seed and the judgement's number. Raises InputError for a text that does not fit, for a
+    head that no judgement falls to, or if the data is another than a checkpoint's.
     """
 
     unit = "examples"
@@ -67,6 +67,7 @@ class JudgementRollout:
         if not data.of_pairs:
             ratings = torch.tensor([judgement.label for judgement in data.train], dtype=torch.float64)
             self._mean, self._deviation = float(ratings.mean()), float(ratings.std(correction=0))
+        self._is_shown_NH = shares_of_heads(len(data.train), heads=policy.heads, seed=seed) if policy.heads > 1 else None
         seen = repr([(tokens, judgement.label) for tokens, judgement in zip(self._train, data.train, strict=True)])
         self._digest = hashlib.sha256(seen.encode()).hexdigest()
 
@@ -80,8 +81,11 @@ class JudgementRollout:
         started = time.perf_counter()
         indices = [self.data.training_index(number, self.seed) for number in range(first, first + count)]
         batch = self._batch([self._train[index] for index in indices], [self.data.train[index] for index in indices])
-        if self.policy.heads > 1:
-            self._share_out(batch, indices)
+        if self._is_shown_NH is not None:  # each head sees the labels of its own half alone
+            assert batch.labels_B is not None
+            is_shown_B1H = self._is_shown_NH[indices][:, None].to(batch.labels_B.device)
+            batch.labels_B = torch.where(is_shown_B1H, batch.labels_B[:, None, None], torch.nan)
+            batch.objective = functools.partial(ensemble_loss, loss=self._objective)
         batch.version = version
         batch.metrics = {
             "reward_model/epoch": (first + count) / len(self._train),
@@ -152,18 +156,21 @@ class JudgementRollout:
                 "reward_model.data: these are not the judgements that the run was begun with; go on with the same ones"
             )
 
-    def _share_out(self, batch: Batch, indices: Sequence[int]) -> None:
-        """Let each head see the labels of its own half alone."""
-        assert batch.labels_B is not None
-        numbers = [derived_seed(self.seed, "shares of heads", index) for index in indices]
-        is_shown = [[bool(number >> head & 1) for head in range(self.policy.heads)] for number in numbers]
-        is_shown_B1H = torch.tensor(is_shown, device=batch.labels_B.device)[:, None]
-        batch.labels_B = torch.where(is_shown_B1H, batch.labels_B[:, None, None], torch.nan)
-        batch.objective = functools.partial(ensemble_loss, loss=self._objective)
-
     def _batch(self, rows: Sequence[Sequence[Sequence[int]]], judgements: Sequence[Judgement]) -> Batch:
         labels = [(judgement.label - self._mean) / self._deviation for judgement in judgements]
         return judged_batch(rows, labels, objective=self._objective, device=self.policy.device)
+
+
+def shares_of_heads(count: int, *, heads: int, seed: int) -> Tensor:
+    """Which of `count` training judgements each head learns from, [N, H]. Raises InputError if one has none."""
+    hashes = [derived_seed(seed, "shares of heads", number) for number in range(count)]
+    is_shown_NH = torch.tensor([[bool(value >> head & 1) for head in range(heads)] for value in hashes])
+    if not bool(is_shown_NH.any(0).all()):
+        raise InputError(
+            f"reward_model.heads: {heads} heads each learn from their own half of the judgements, and of {count} none falls to "
+            "one of them; give more judgements, or fewer heads"
+        )
+    return is_shown_NH
 
 
 class RewardScorer:
@@ -187,6 +194,8 @@ class RewardScorer:
 
     def by_head(self, prompts: Sequence[Any], completions: Sequence[Any]) -> Tensor:
         """What each head says of each completion, [N, H] float64, calibrated."""
+        if isinstance(prompts, str) or isinstance(completions, str):
+            raise InputError("score: prompts and completions are lists, one entry each; for one text write [prompt] and [text]")
         if len(prompts) != len(completions):
             raise InputError(f"score: {len(prompts)} prompts and {len(completions)} completions; one prompt each is needed")
         if not completions:

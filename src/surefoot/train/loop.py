@@ -199,7 +199,7 @@ def improve(t: Training, batch: Batch, *, budget: TokenBudget, check_itself: boo
     p.negative_kl_in_a_row = p.negative_kl_in_a_row + 1 if is_surely_negative(sequence_kl(batch).tolist()) else 0
     p.bad_steps += result.skipped
     p.bad_steps_in_a_row = result.skipped_in_a_row + (0 if result.steps else p.bad_steps_in_a_row)
-    if ppo.kl_target is not None:
+    if ppo.kl_target is not None and batch.version >= ppo.critic_warmup_updates:  # before, the policy stands still
         p.kl_coef = adapted_kl_coef(
             p.kl_coef, metrics["kl/reference"], target=ppo.kl_target, horizon=ppo.kl_horizon, episodes=len(batch)
         )

@@ -95,7 +95,7 @@ def _advantages_without_critic(batch: Batch, rewards_BT: Tensor, config: PPOConf
 
 @dataclass
 class UpdateResult:
-    """What one update did: optimiser steps taken and skipped, epochs begun, and statistics of every minibatch seen."""
+    """What one update did: optimiser steps taken and skipped, and statistics of every minibatch seen."""
 
     stats: LossStats | None = None
     first: LossStats | None = None  # of the first minibatch of the first epoch, before any step

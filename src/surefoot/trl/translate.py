@@ -109,6 +109,7 @@ def translate(found: Found) -> Imported:
     _put_adapter(done, found)
     _put_rest(done, found)
     _list_others(done, found)
+    _list_unused(done, found)
     return done
 
 
@@ -248,6 +249,21 @@ def _list_others(done: Imported, found: Found) -> None:
     for key, how in NEEDED.items():
         if key not in done.settings and not any(entry.startswith(key) for entry in done.by_hand):
             done.by_hand.append(f"{key}: {how}")
+
+
+def _list_unused(done: Imported, found: Found) -> None:
+    """What the table knows, and the other settings left without a use: nothing that was given goes unsaid."""
+    said = set(re.findall(r"\w+", " ".join(done.mapped + done.by_hand + done.no_counterpart + done.aside)))
+    for row in found.kind.rows:
+        if row.theirs not in found.values or row.theirs in said:
+            continue
+        said.add(row.theirs)
+        value = found.values[row.theirs]
+        if value is None or value == row.default:
+            done.aside.append(row.theirs)
+        else:
+            note = f"; {row.note}" if row.note else ""
+            done.no_counterpart.append(f"{row.theirs} {short(value)}: not carried over beside the other settings{note}")
 
 
 def _is_aside(name: str, found: Found) -> bool:
