@@ -20,15 +20,17 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import data
 import yaml
 from matplotlib.figure import Figure
 
-from surefoot import PPO, RewardModel
+from surefoot import PPO, SFT, RewardModel
 from surefoot.rewards.sentiment import vader_compound
 
 HERE = Path(__file__).parent
@@ -43,7 +45,7 @@ WRITERS = {"taught": "SFT", "ppo_alone": "PPO", "taught_ppo": "SFT, PPO", "tuned
 CLASSIFIERS = {"taught": "SFT", "tuned": "the recipe", "again": "and pseudo-labels"}
 QUICK = [
     *("--stages.taught.sft.epochs", "1", "--stages.judge.reward_model.epochs", "1", "--stages.again.sft.epochs", "1"),
-    *("--stages.tuned.ppo.total-episodes", "96", "--stages.answers.pseudo-labels.episodes", "64"),
+    *("--stages.tuned.ppo.total-episodes", "48", "--stages.answers.pseudo-labels.episodes", "32"),
 ]
 Results = dict[str, dict[str, list[dict[str, float]]]]  # labels -> method -> one a seed
 
@@ -62,10 +64,12 @@ def main() -> None:
     started, output = time.perf_counter(), options.output
     sizes = [(size, seed) for seed in SEEDS for size in SIZES][: 1 if options.quick else None]
     cells = [(task, size, seed) for size, seed in sizes for task in ("write", "label") if task == "write" or size in CLASSIFIED]
-    run(judge_command(output, quick=options.quick))
     with ThreadPoolExecutor(options.workers) as pool:
+        judge = pool.submit(run, judge_command(output, quick=options.quick))
+        # The longest first, so that at the end no core waits for another's long one.
+        longest_first = sorted(cells, key=lambda cell: (cell[0] == "label", -cell[1]))
         try:
-            list(pool.map(lambda cell: run_cell(output, *cell, quick=options.quick), cells))
+            list(pool.map(lambda cell: run_cell(output, *cell, judge=judge, quick=options.quick), longest_first))
         except RuntimeError as error:
             pool.shutdown(cancel_futures=True)
             sys.exit(str(error))
@@ -80,13 +84,14 @@ def main() -> None:
     print(f"{text}\n{(time.perf_counter() - started) / 60:.0f} minutes")
 
 
-def run_cell(output: Path, task: str, size: int, seed: int, *, quick: bool) -> None:
+def run_cell(output: Path, task: str, size: int, seed: int, *, judge: Future[None], quick: bool) -> None:
     """One pipeline and its judging, unless that was done before. The models are removed then: 0.5 GB each."""
     folder = output / f"{size}-{seed}"
     if (folder / f"{task}.json").is_file():
         return
     data.prepare(folder / "data", labels=size, seed=seed)
     run(pipeline_command(folder, task, labels=size, seed=seed, quick=quick))
+    judge.result()
     command = [sys.executable, str(HERE / "measure.py"), "--output", str(output), "--judge", str(folder), task]
     run([*command, *(["--quick"] if quick else [])], log=folder / f"{task}.log")
     shutil.rmtree(folder / task)
@@ -136,7 +141,7 @@ def pipeline_command(folder: Path, task: str, *, labels: int, seed: int, quick: 
     flags += ["--stages.judge.reward_model.epochs", str(judgements), "--stages.again.sft.epochs", str(max(examples // 2, 1))]
     flags += QUICK if quick else []
     if quick and task == "write":
-        flags += ["--stages.taught_ppo.ppo.total-episodes", "96", "--stages.ppo_alone.ppo.total-episodes", "96"]
+        flags += ["--stages.taught_ppo.ppo.total-episodes", "48", "--stages.ppo_alone.ppo.total-episodes", "48"]
     return [SUREFOOT, "pipeline", str(folder / f"{task}.yaml"), *flags]
 
 
@@ -151,20 +156,27 @@ def run(command: list[str], *, log: Path | None = None) -> None:
 
 
 class Writing:
-    """What a judge that no stage knew gives for reviews that a policy writes."""
+    """What a judge that no stage knew gives for a policy's reviews, and how likely the policy finds those of people."""
 
     def __init__(self, judge: Path, *, quick: bool):
-        rows = data.sentences()["test"][: 16 if quick else 120]
+        rows = data.sentences()["test"]
+        good = [data.opening(row["text"]) for row in rows if row["rating"] >= data.GOOD]
+        self.reviews = [{"prompt": prompt, "completion": rest} for prompt, rest in good]
+        rows = rows[: 16 if quick else 120]
         self.openings = [data.opening(row["text"])[0] for row in rows]
         self.judge = RewardModel.load(judge, verbose=0)
 
     def __call__(self, policy: PPO) -> dict[str, float]:
-        """Means over the test's openings, one review each."""
+        """Means over the test's openings, one review each; perplexity per token of good reviews in the test."""
         reviews = policy.generate(self.openings, max_new_tokens=24, temperature=1.0)
+        with tempfile.TemporaryDirectory() as folder:  # of a run that only evaluates
+            peoples = SFT(policy.policy, self.reviews, held_out=0.9, run_folder=folder, verbose=0)
+            perplexity = peoples.evaluate()["eval/perplexity"]
         texts = [opening + review for opening, review in zip(self.openings, reviews, strict=True)]
         return {
             "judge": statistics.fmean(self.judge.score([""] * len(texts), texts)),
             "VADER": statistics.fmean(vader_compound(completions=texts)),
+            "perplexity": perplexity,
             "distinct words": len({word for review in reviews for word in review.split()}) / len(" ".join(reviews).split()),
         }
 
@@ -214,26 +226,34 @@ def spread(values: list[float]) -> str:
 
 
 def draw(path: Path, results: dict[str, Results]) -> None:
-    """The judge's mean score, and the accuracy, against the number of labels."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, (task, key) in zip(figure.subplots(1, 2), (("writing", "judge"), ("classification", "accuracy")), strict=True):
+    """The judge's score, what is left of people's own reviews, and the accuracy, against the number of labels."""
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    panels = [
+        ("writing", "judge", "the judge's score of what it writes"),
+        ("writing", "perplexity", "perplexity of people's good reviews"),
+        ("classification", "accuracy", "accuracy of the label it writes"),
+    ]
+    lines: dict[str, Any] = {}
+    for axes, (task, key, title) in zip(figure.subplots(1, 3), panels, strict=True):
         by_size = results[task]
-        axes.axhline(by_size["0"]["untrained"][0][key], color="grey", linestyle=":", label="untrained")
         sizes = [size for size in by_size if size != "0"]
         for method in by_size[sizes[0]]:
             values = [[run[key] for run in by_size[size][method]] for size in sizes]
             deviations = [statistics.stdev(runs) if len(runs) > 1 else 0.0 for runs in values]
             means = [statistics.fmean(runs) for runs in values]
-            axes.errorbar([int(size) for size in sizes], means, yerr=deviations, marker="o", capsize=3, label=method)
+            color = lines[method].lines[0].get_color() if method in lines else None
+            line = axes.errorbar([int(s) for s in sizes], means, yerr=deviations, marker="o", capsize=3, color=color)
+            lines.setdefault(method, line)
+        if key != "accuracy":  # untrained, it writes no label at all
+            lines["untrained"] = axes.axhline(by_size["0"]["untrained"][0][key], color="grey", linestyle=":")
         axes.set_xscale("log")
         axes.set_xticks([int(size) for size in sizes], sizes)
         axes.minorticks_off()
         axes.set_xlabel("labels")
-        axes.set_ylabel({"judge": "the judge's score, deviations from the mean review"}.get(key, key))
-        axes.set_title(task)
+        axes.set_title(title, fontsize="medium")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), frameon=False)
     figure.savefig(path, dpi=120)
 
 
