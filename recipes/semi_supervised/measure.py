@@ -53,7 +53,7 @@ Results = dict[str, dict[str, list[dict[str, float]]]]  # labels -> method -> on
 def main() -> None:
     """Run what is missing, judge it, write `results.json`, `table.md` and `labels.png`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/semi_supervised_measured"))
+    parser.add_argument("--output", type=Path, help="default runs/semi_supervised_measured, or runs/semi_supervised_quick")
     parser.add_argument("--quick", action="store_true", help="does it run? Its figures say nothing")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="pipelines at once, a thread each")
     parser.add_argument("--judge", nargs=2, metavar=("FOLDER", "TASK"), help=argparse.SUPPRESS)  # one cell, by itself
@@ -61,7 +61,9 @@ def main() -> None:
     if options.judge:
         judge_cell(options.output, Path(options.judge[0]), options.judge[1], quick=options.quick)
         return
-    started, output = time.perf_counter(), options.output
+    started = time.perf_counter()
+    # Apart: what was finished is not run again, and a quick cell must not pass for a whole one.
+    output = options.output or Path("runs") / ("semi_supervised_quick" if options.quick else "semi_supervised_measured")
     sizes = [(size, seed) for seed in SEEDS for size in SIZES][: 1 if options.quick else None]
     cells = [(task, size, seed) for size, seed in sizes for task in ("write", "label") if task == "write" or size in CLASSIFIED]
     with ThreadPoolExecutor(options.workers) as pool:
