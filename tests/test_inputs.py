@@ -33,7 +33,8 @@ def project(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def no_model(monkeypatch) -> None:
     """What is checked without a model must be refused before one is loaded."""
-    monkeypatch.setattr("surefoot.build.load_policy", None)
+    for module in ("build", "build_text"):
+        monkeypatch.setattr(f"surefoot.{module}.load_policy", None)
 
 
 class Bomb:

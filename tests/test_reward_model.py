@@ -301,7 +301,7 @@ ONE_SIDE = [{**row, "chosen": " positive", "rejected": " negative"} for row in P
             ("--reward-model.rating-range", "[-1, 5]"),
             "pairs.jsonl, line 4: the rating -2 is outside rating_range, -1 to 5",
         ),
-        (ONE_SIDE, (), "pairs.jsonl: all 27 judgements to train on prefer the same text to the same other one, which says"),
+        (ONE_SIDE, (), "pairs.jsonl: all 27 judgements to train on prefer the same text to the same other one, whatever"),
         (PAIRS, ("--reward-model.rating-range", "[-4, 4]"), "reward_model.rating_range is for ratings, and these are pairs"),
         (RATINGS, ("--reward-model.center", "0.1"), "reward_model.center is for pairs, and these are ratings; leave it out"),
         (PAIRS[:5], ("--reward-model.heads", "32"), "reward_model.heads: 32 heads each learn from their own half"),

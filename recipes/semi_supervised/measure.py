@@ -72,6 +72,7 @@ def main() -> None:
         longest_first = sorted(cells, key=lambda cell: (cell[0] == "label", -cell[1]))
         try:
             list(pool.map(lambda cell: run_cell(output, *cell, judge=judge, quick=options.quick), longest_first))
+            judge.result()
         except RuntimeError as error:
             pool.shutdown(cancel_futures=True)
             sys.exit(str(error))

@@ -181,7 +181,7 @@ def _check_task(config: Config, made: Mapping[str, Stage]) -> set[str]:
     settings = task.model_dump(include={"held_out", "prompt_column", "prompt_tokens", "chat"})
     read = TextTask(assets.resolve(task.prompts, key="task.prompts"), _nothing, **settings)
     for key, function in functions:
-        setattr(read, key, function)
+        read.reward, read.metric = (function, None) if key == "reward" else (_nothing, function)
         probe_functions(read)
     return {" and ".join(_example(example.prompt, "", chat=task.chat)) for example in read.train}
 
@@ -258,6 +258,7 @@ def _write_pseudo_labels(stage: Stage, labels: PseudoLabelsConfig) -> None:
     """
     config = stage.config
     task = build_task(config)
+    probe_functions(task)
     policy = build.build_policy(config)
     policy.drop_reference()
     rollout: Any = build.build_rollout(config, policy, task)

@@ -64,8 +64,14 @@ def test_one_example_at_least_is_held_out():
     assert (len(data.train), len(data.held_out)) == (2, 1)
     assert [e.contents for e in Demonstrations(rows[::-1], held_out=1e-6).held_out] == [e.contents for e in data.held_out]
     assert not Demonstrations(rows, held_out=0.0).held_out
+
+
+def test_a_text_that_most_rows_have_is_not_held_out_for_want_of_another():
+    for rows in (["the film was good"], ["the film was good"] * 20, ["good one"] * 99 + ["rare one"]):
+        data = Demonstrations(rows, held_out=1e-6)
+        assert len(data.train) >= len(rows) - 1 and len(data.train) + len(data.held_out) == len(rows)
     said = "data: no examples to train on: all 1 were held out; lower held_out (0: none) or give more"
-    assert refusal(["the film"], held_out=0.01) == said
+    assert refusal(["the film"], held_out=0.999999) == said
 
 
 @pytest.mark.parametrize(

@@ -71,8 +71,7 @@ def check_supervised(config: Config, name: str) -> None:
     for other in ("task", "env", "reward_model"):
         if other != name and getattr(config, other) is not None:
             raise ValueError(f"a run has one of task, env and {name}, and here are {other} and {name}; leave one out")
-    critic = config.policy.critic
-    if critic.kind != "shared" or (critic.stop_gradient and name == "sft"):
+    if config.policy.critic.kind != "shared":
         raise ValueError(f"policy.critic: a run of {name} learns no values and has no critic; leave the section out")
     if config.ppo != PPOConfig():
         run = "an sft" if name == "sft" else f"a {name}"

@@ -37,7 +37,7 @@ ExamplesHeldOut = Annotated[
     Field(
         ge=0,
         lt=1,
-        description="Fraction of examples kept for evaluation, chosen by a hash of their text; above 0 at least one.",
+        description="Fraction of examples kept for evaluation, chosen by a hash of their text; above 0 at least one of several.",
     ),
 ]
 ExamplesMaxTokens = Annotated[

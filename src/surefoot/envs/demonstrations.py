@@ -20,9 +20,9 @@ class Demonstrations:
 
     `data` is a JSONL file, a list or a `datasets.Dataset` of rows `{"text": …}` (or plain strings), `{"prompt": …,
     "completion": …}` or `{"messages": [{"role": …, "content": …}, …]}`; other columns are left alone. `columns` maps these
-    names to the data's own. `held_out` is the fraction kept for evaluation, chosen by a hash of the contents; above 0 it is
-    one at least. Raises InputError, naming the line (of a list: `name` and the row), for rows of another kind than the first
-    or with nothing to learn, and for data too few to split.
+    names to the data's own. `held_out` is the fraction kept for evaluation, chosen by a hash of the contents: of several at
+    least one. Raises InputError, naming the line (of a list: `name` and the row), for rows of another kind than the first or
+    with nothing to learn, and where all would be held out.
     """
 
     def __init__(self, data: Any, *, held_out: float = 0.1, columns: Mapping[Any, str] | None = None, name: str = "data"):
@@ -36,9 +36,10 @@ class Demonstrations:
         if not examples:
             raise InputError(f"{source}: no examples there; one is needed at least")
         places = [hash_fraction(json.dumps(example.contents, default=str)) for example in examples]
-        # Of few examples chance may hold out none: then the nearest is, or there would be nothing to evaluate on.
-        nearest = min(places) if held_out else -1.0
-        is_held_out = [place < held_out or place == nearest for place in places]
+        is_held_out = [place < held_out for place in places]
+        if held_out and not any(is_held_out) and places.count(nearest := min(places)) <= len(places) / 2:
+            # Of few examples chance may hold out none: then the nearest is, or there would be nothing to evaluate on.
+            is_held_out = [place == nearest for place in places]
         self.train = [example for example, held in zip(examples, is_held_out, strict=True) if not held]
         self.held_out = [example for example, held in zip(examples, is_held_out, strict=True) if held]
         if not self.train:

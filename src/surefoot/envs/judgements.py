@@ -46,10 +46,10 @@ class Judgements:
                     "texts of unlike ratings"
                 )
 
-        if self.of_pairs and len({one.texts for one in self.train}) == 1:
+        if self.of_pairs and len({(one.texts, one.label) for one in self.train}) == 1:
             raise InputError(
-                f"{place}: all {len(self.train)} judgements to train on prefer the same text to the same other one, which says "
-                "nothing; give pairs of unlike texts"
+                f"{place}: all {len(self.train)} judgements to train on prefer the same text to the same other one, whatever "
+                "the prompt; add pairs the other way round, or of other texts"
             )
 
     def training_index(self, number: int, seed: int) -> int:

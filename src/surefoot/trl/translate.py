@@ -260,7 +260,7 @@ def _list_unused(done: Imported, found: Found) -> None:
         said.add(row.theirs)
         value = found.values[row.theirs]
         if value is None or value == row.default:
-            done.aside.append(row.theirs)
+            done.mapped.append(f"{row.theirs} {_text(value)}: as TRL has it by default")
         else:
             note = f"; {row.note}" if row.note else ""
             done.no_counterpart.append(f"{row.theirs} {short(value)}: not carried over beside the other settings{note}")
