@@ -140,7 +140,8 @@ def pipeline_command(folder: Path, task: str, *, labels: int, seed: int, quick: 
     examples, judgements = SIZES[labels]
     if task == "label":
         judgements = max(judgements // 2, 1)  # a pair is two texts
-    flags = ["--common.seed", str(seed), "--stages.taught.sft.epochs", str(examples)]
+    # The stages' own evaluations are of no use here, and change nothing.
+    flags = ["--common.seed", str(seed), "--common.evaluate.episodes", "0", "--stages.taught.sft.epochs", str(examples)]
     flags += ["--stages.judge.reward_model.epochs", str(judgements), "--stages.again.sft.epochs", str(max(examples // 2, 1))]
     flags += QUICK if quick else []
     if quick and task == "write":
