@@ -123,7 +123,7 @@ def build_judgements(config: Config, data: Any = None) -> Judgements:
         raise InputError("reward_model.rating_range is for ratings, and these are pairs; leave it out")
     if settings.center and not judgements.of_pairs:
         raise InputError("reward_model.center is for pairs, and these are ratings; leave it out")
-    if settings.heads > 1:
+    if settings.heads > 1:  # a head without any is refused here, before a model is loaded
         shares_of_heads(len(judgements.train), heads=settings.heads, seed=config.seed)
     return judgements
 
