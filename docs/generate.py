@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from surefoot.config import Config, field_table
+from surefoot.migrate.trl.settings import KINDS
 from surefoot.train.metrics import METRICS
-from surefoot.trl.settings import KINDS
 
 HERE = Path(__file__).parent
 
@@ -39,7 +39,11 @@ def config_page() -> str:
         name, dot, _ = key.partition(".")
         if (name if dot else "") != section:
             section = name if dot else ""
-            about = (Config.model_fields[name].description or "").split("\n")[0] if section else "The run as a whole."
+            about = (
+                (Config.model_fields[name].description or "").split("\n")[0]
+                if section
+                else "The run as a whole."
+            )
             lines += [
                 f"\n## {section or 'Top level'}\n\n{about}\n",
                 "| field | type | default | meaning |",

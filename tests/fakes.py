@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 class BigramPolicy(nn.Module):
     """Logits and value are the table rows of the token before: the same bits whatever the padding and the neighbours."""
 
-    scores_like_sampler = True
+    exact_logprobs = True
     reads_whole_rows = True
     threads = None
 

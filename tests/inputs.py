@@ -20,7 +20,8 @@ import pytest
 import transformers
 import yaml
 
-from surefoot import InputError, cli
+from surefoot import InputError
+from surefoot.cli import main as cli
 from tests.tiny import tiny_lm, tiny_tokenizer
 
 PROMPTS = [

@@ -20,3 +20,4 @@ def load(path: str) -> Any:
 
 
 tictactoe = load("tictactoe/oracle.py")
+go_gtp = load("go/gtp.py")

@@ -16,7 +16,7 @@ import transformers
 import surefoot
 from surefoot import PPO, SFT, RewardModel, TextTask, advantages, collect, load_policy, update
 from surefoot.config import AdapterConfig, Config, PolicyConfig, PPOConfig, make_config
-from surefoot.run import RunFolder
+from surefoot.storage.run_folder import RunFolder
 from tests.inputs import PROMPTS, Rows, model_folder, refusal
 from tests.tiny import tiny_policy, tiny_tokenizer
 
@@ -208,7 +208,7 @@ def test_settings_and_config_are_the_same_thing():
     ],
 )
 def test_a_wrong_setting_is_refused_before_the_model_is_loaded(monkeypatch, settings, said):
-    monkeypatch.setattr("surefoot.build.load_policy", None)
+    monkeypatch.setattr("surefoot.build.training.load_policy", None)
     assert refusal(lambda: PPO("smollm2-135m-instruct", task(), **settings)).startswith(said)
 
 
@@ -230,14 +230,14 @@ def test_a_folder_can_be_given_as_text_or_path(policy):
 
 def test_a_device_this_machine_lacks_is_refused_before_the_model_is_fetched(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("surefoot.assets.fetch", None)
+    monkeypatch.setattr("surefoot.data.assets.fetch", None)
     said = "device: cuda is not available here; use device: auto or cpu"
     assert refusal(lambda: PPO("smollm2-135m-instruct", device="cuda")) == said
     assert refusal(lambda: PPO("smollm2-135m-instruct", task(), device="cuda")) == said
 
 
 def test_a_broken_reward_is_refused_before_the_model_is_loaded(monkeypatch):
-    monkeypatch.setattr("surefoot.build.load_policy", None)
+    monkeypatch.setattr("surefoot.build.training.load_policy", None)
     env = TextTask(PROMPTS, lambda prompts, completions, **_: [None] * len(prompts))
     assert "returned None for sample 0" in refusal(lambda: PPO(model_folder(), env))
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 import surefoot
-from surefoot import assets, cli
+from surefoot import assets
+from surefoot.cli import main as cli
 from surefoot.config import field_table, load_config
 from tests.inputs import Outcome, model_folder, run_cli, write_project
 
@@ -52,8 +53,8 @@ def python(*arguments: str, **settings: object) -> subprocess.CompletedProcess[s
     ("statement", "seconds"),
     [
         ("import surefoot", 0.3),
-        ("from surefoot.cli import main; main(['--help'])", 0.7),
-        ("from surefoot.cli import main; main(['ppo', '--help'])", 0.7),
+        ("from surefoot.cli.main import main; main(['--help'])", 0.7),
+        ("from surefoot.cli.main import main; main(['ppo', '--help'])", 0.7),
     ],
     ids=["import", "--help", "ppo --help"],
 )
@@ -71,7 +72,7 @@ def test_what_needs_no_torch_imports_none_and_answers_at_once(statement, seconds
 
 
 def test_a_wrong_file_is_refused_without_importing_torch(tmp_path):
-    result = python("-X", "importtime", "-m", "surefoot.cli", "ppo", str(tmp_path / "no.yaml"))
+    result = python("-X", "importtime", "-m", "surefoot.cli.main", "ppo", str(tmp_path / "no.yaml"))
     assert result.returncode == 2 and "no.yaml: no such file" in result.stderr
     assert "surefoot.config" in result.stderr and "| torch" not in result.stderr
 
@@ -171,7 +172,7 @@ def test_fetch_of_a_wrong_name_lists_the_names():
 @pytest.mark.parametrize("order", ["after", "before"])
 def test_flags_may_stand_before_and_after_the_file(project, monkeypatch, order):
     seen = []
-    monkeypatch.setattr("surefoot.ppo.PPO.__init__", lambda self, *_, config, **__: seen.append(config))
+    monkeypatch.setattr("surefoot.api.ppo.PPO.__init__", lambda self, *_, config, **__: seen.append(config))
     monkeypatch.setattr(cli, "_train", lambda model: None)
     flags = ["--seed", "3", "--ppo.kl-coef=3e-1", "--ppo.gamma", "0.5", "--run.name", "7", "--ppo.gamma", "0.25"]
     run_cli("ppo", *(["config.yaml", *flags] if order == "after" else [*flags, "config.yaml"]))
@@ -199,7 +200,7 @@ def test_a_second_run_of_the_same_name_is_refused_before_anything_is_read(projec
     (project / "runs" / "mine").mkdir(parents=True)
     (project / "runs" / "mine" / "config.yaml").touch()
     for heavy in ("load_policy", "TextTask", "load_function"):
-        monkeypatch.setattr(f"surefoot.build.{heavy}", None)
+        monkeypatch.setattr(f"surefoot.build.training.{heavy}", None)
     said = run_cli("ppo", "config.yaml", "--run.name", "mine", "--run.folder", "runs").complaint
     assert said.startswith("the run folder runs/mine exists; continue it with 'surefoot resume runs/mine' or choose another")
 
@@ -226,7 +227,7 @@ def test_a_run_folder_that_cannot_be_made_is_refused_before_the_model_is_loaded(
 
 def test_a_device_this_machine_lacks_is_refused_before_anything_is_fetched(project, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("surefoot.assets.fetch", None)
+    monkeypatch.setattr("surefoot.data.assets.fetch", None)
     said = run_cli("ppo", "config.yaml", "--device", "cuda", "--task.prompts", "tweets").complaint
     assert said == "device: cuda is not available here; use device: auto or cpu"
     model = run_cli("ppo", "config.yaml", "--device", "cuda", "--policy.model", "smollm2-135m-instruct").complaint
@@ -295,7 +296,7 @@ def test_a_run_started_from_python_is_resumed_there(finished, tmp_path):
 
 
 def test_a_bug_is_a_traceback_and_not_a_line(project, monkeypatch):
-    monkeypatch.setattr("surefoot.build_text.build_task", lambda config: 1 / 0)
+    monkeypatch.setattr("surefoot.build.language.build_task", lambda config: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_cli("ppo", "config.yaml")
 
@@ -304,7 +305,7 @@ def test_ctrl_c_while_loading_is_one_line_and_130(project, monkeypatch):
     def interrupt(config):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("surefoot.build_text.build_task", interrupt)
+    monkeypatch.setattr("surefoot.build.language.build_task", interrupt)
     outcome = run_cli("ppo", "config.yaml")
     assert (outcome.code, outcome.err) == (130, "surefoot: stopped\n")
 
@@ -316,7 +317,7 @@ def test_a_message_of_several_lines_is_said_in_one(monkeypatch):
 
 def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """A command line in a real shell, `surefoot` being this interpreter's."""
-    script = f'surefoot() {{ "{sys.executable}" -m surefoot.cli "$@"; }}; {command}'
+    script = f'surefoot() {{ "{sys.executable}" -m surefoot.cli.main "$@"; }}; {command}'
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(surefoot.__file__).parent.parent)}
     environment.pop("PYTHONUNBUFFERED", None)  # a pipe is noticed to be closed when the buffer is written, at the end
     return subprocess.run(

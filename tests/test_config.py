@@ -429,7 +429,7 @@ def test_a_list_on_the_command_line_is_yaml(written):
     assert load_config(written(""), {"generation.stop": "[a, 'b c']"}).generation.stop == ["a", "b c"]
 
 
-YAMLS = sorted([ROOT / "src/surefoot/demo.yaml", *ROOT.glob("recipes/**/*.yaml"), *ROOT.glob("examples/**/*.yaml")])
+YAMLS = sorted([ROOT / "src/surefoot/cli/demo.yaml", *ROOT.glob("recipes/**/*.yaml"), *ROOT.glob("examples/**/*.yaml")])
 
 
 SWEEPS = [path for path in YAMLS if path.name.startswith("sweep")]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from surefoot import PPO, SFT, InputError, TextTask, load_policy, new_model
 from surefoot.config import PolicyConfig
-from surefoot.policies.new_lm import END, learn_tokenizer
+from surefoot.policies.lm.from_scratch import END, learn_tokenizer
 from tests.inputs import run_cli
 from tests.train.small_run import rows
 from tests.train.warm import cold

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from surefoot import PPO, InputError, TextTask
 from surefoot.config import field_table, load_config, make_config
-from surefoot.trl.files import Found
-from surefoot.trl.settings import KINDS
-from surefoot.trl.settings import OLD as OLD_PPO
-from surefoot.trl.translate import Imported, import_settings, translate
-from surefoot.trl.value_head import import_value_head
+from surefoot.migrate.trl.files import Found
+from surefoot.migrate.trl.settings import KINDS
+from surefoot.migrate.trl.settings import OLD as OLD_PPO
+from surefoot.migrate.trl.translate import Imported, import_settings, translate
+from surefoot.migrate.trl.value_head import import_value_head
 from tests.inputs import run_cli, write_project
 from tests.tiny import FAMILIES, tiny_lm, tiny_tokenizer
 
@@ -519,9 +519,9 @@ def test_the_command_writes_yaml_that_ppo_takes(tmp_path):
 
 def test_settings_need_no_torch(tmp_path):
     (tmp_path / "train.py").write_text(OLD)
-    command = [sys.executable, "-X", "importtime", "-m", "surefoot.cli", "import-trl", str(tmp_path / "train.py")]
+    command = [sys.executable, "-X", "importtime", "-m", "surefoot.cli.main", "import-trl", str(tmp_path / "train.py")]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    assert ended.returncode == 0 and "surefoot.trl.translate" in ended.stderr
+    assert ended.returncode == 0 and "surefoot.migrate.trl.translate" in ended.stderr
     assert not [name for name in ("| torch", "| transformers", "| numpy") if name in ended.stderr]
 
 

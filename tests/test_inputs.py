@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from surefoot.run import RunFolder
+from surefoot.storage.run_folder import RunFolder
 from surefoot.train import checkpoint
 from tests.inputs import PROMPTS, Outcome, fill_disk, model_folder, run_cli, write_project
 
@@ -423,7 +423,7 @@ def test_a_disk_full_while_the_model_is_written_leaves_a_run_that_can_go_on(proj
     write_project(project)
     with monkeypatch.context() as patches:
         patches.setattr(
-            "surefoot.policies.lm.save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+            "surefoot.policies.lm.policy.save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
         )
         assert_a_full_disk_is_one_line(run_cli(*RUN), "runs/mine/model could not be written")
     assert not (project / "runs/mine/model").exists()

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
-from surefoot import build, collect
-from surefoot.build_text import build_task
+from surefoot import collect
+from surefoot.api.pipeline import load_pipeline
+from surefoot.build import training as build
+from surefoot.build.language import build_task
 from surefoot.config.pipeline import PipelineConfig, PseudoLabelsConfig
 from surefoot.errors import InputError
-from surefoot.pipeline import load_pipeline
 from surefoot.rollout.text import encode_prompt
 from surefoot.types import StopReason, Trajectory
 from tests.inputs import model_folder, run_cli
@@ -112,8 +113,8 @@ def test_a_finished_pipeline_does_nothing(whole: Path):
     "strike",
     [
         Strike("surefoot.train.update:take_step", nth=4, signals=[int(signal.SIGKILL)]),
-        Strike("surefoot.pipeline:write_durably", nth=2, signals=[int(signal.SIGKILL)]),
-        Strike("surefoot.reward_model:RewardModel.save", signals=[int(signal.SIGKILL)]),
+        Strike("surefoot.api.pipeline:write_durably", nth=2, signals=[int(signal.SIGKILL)]),
+        Strike("surefoot.api.reward_model:RewardModel.save", signals=[int(signal.SIGKILL)]),
     ],
     ids=["in a stage", "writing pseudo-labels", "between training and saving"],
 )
@@ -135,7 +136,7 @@ def test_a_relative_path_means_the_same_from_another_folder(tmp_path: Path):
     here, there = tmp_path / "a", tmp_path / "a" / "b"
     there.mkdir(parents=True)
     write(there, {"taught": STAGES["taught"]})
-    strike = Strike("surefoot.sft:SFT.save", signals=[int(signal.SIGKILL)])
+    strike = Strike("surefoot.api.sft:SFT.save", signals=[int(signal.SIGKILL)])
     with Warm() as warm:
         assert warm.run(here, "pipeline", "b/pipeline.yaml", strikes=[strike]).code == -signal.SIGKILL
         checkpoint = next((there / "runs" / "taught" / "checkpoints").glob("*/*.safetensors"))

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from surefoot import PPO, InputError
-from surefoot.play import MAX_FRAMES, MAX_WIDTH, Film, play_run
+from surefoot.cli.play import MAX_FRAMES, MAX_WIDTH, Film, play_run
 from tests.inputs import run_cli
 
 SEES_NOTHING = """

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from surefoot import RewardModel
-from surefoot.core.judgements import reliability
+from surefoot.core.preference import reliability
 from tests.inputs import fill_disk, model_folder, refusal
 from tests.test_reward_model import FAST, PAIRS, RATINGS
 
@@ -88,7 +88,7 @@ def test_a_plot_that_fails_does_not_cost_the_model(monkeypatch, capsys):
     def fail(*_):
         raise ImportError("numpy.core.multiarray failed to import")
 
-    monkeypatch.setattr("surefoot.reward_model.draw_calibration", fail)
+    monkeypatch.setattr("surefoot.api.reward_model.draw_calibration", fail)
     model = RewardModel(model_folder(), PAIRS, run_name="run", **FAST | {"epochs": 1}).learn()
     assert capsys.readouterr().err == ("surefoot: calibration.png could not be drawn: numpy.core.multiarray failed to import\n")
     assert model.is_finished and Path("runs/run/calibration.json").exists()

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 
 from surefoot import RewardModel
 from surefoot.config import PPOConfig, RewardModelConfig
-from surefoot.core.judgements import deviation_over_heads, ensemble_loss, preference_loss, rating_loss
-from surefoot.envs.judgements import Judgements
-from surefoot.policies.reward import RewardPolicy, saved_heads
-from surefoot.rollout.judgements import JudgementRollout, RewardScorer
+from surefoot.core.preference import deviation_over_heads, ensemble_loss, preference_loss, rating_loss
+from surefoot.data.preferences import PreferenceDataset
+from surefoot.policies.lm.reward_model import RewardModelPolicy, saved_heads
+from surefoot.rollout.preferences import PreferenceRollout, RewardScorer
 from surefoot.train.update import TokenBudget, accumulate_gradient, make_optimizer
 from tests.inputs import model_folder, refusal
 from tests.test_reward_model import FAST, KILL, PAIRS, RATINGS, STEP, write_project
@@ -32,10 +32,10 @@ FOUR: dict[str, Any] = FAST | {"heads": 4}
 pytestmark = pytest.mark.usefixtures("in_own_folder")
 
 
-def rollout_of(heads: int, *, data: Any = RATINGS, seed: int = 0, **settings: Any) -> JudgementRollout:
-    policy = RewardPolicy(tiny_policy(), seed=3, heads=heads)
+def rollout_of(heads: int, *, data: Any = RATINGS, seed: int = 0, **settings: Any) -> PreferenceRollout:
+    policy = RewardModelPolicy(tiny_policy(), seed=3, heads=heads)
     config = RewardModelConfig(heads=heads, **settings)
-    return JudgementRollout(policy, Judgements(data, held_out=0.0), settings=config, seed=seed)
+    return PreferenceRollout(policy, PreferenceDataset(data, held_out=0.0), settings=config, seed=seed)
 
 
 def test_the_loss_of_an_ensemble_by_hand():
@@ -53,7 +53,7 @@ def test_the_loss_of_an_ensemble_by_hand():
 def test_a_head_that_would_learn_from_nothing_is_refused():
     few = [{"text": f"film {n}", "rating": n} for n in range(2)]
     assert refusal(lambda: rollout_of(32, data=few)).startswith(
-        "reward_model.heads: 32 heads each learn from their own half of the judgements, and of 2 none falls to one of them"
+        "reward_model.heads: 32 heads each learn from their own half of the preferences, and of 2 none falls to one of them"
     )
 
 
@@ -99,7 +99,7 @@ def test_a_heads_gradient_is_that_of_a_single_head_on_its_own_half(data):
     base = functools.partial(preference_loss, center=0.1) if data is PAIRS else rating_loss
     trunk = {name: torch.zeros_like(g) for name, g in gradients[0].items() if not name.startswith("value_head")}
     for head in range(3):
-        single = RewardPolicy(tiny_policy(), seed=0)
+        single = RewardModelPolicy(tiny_policy(), seed=0)
         with torch.no_grad():
             single.trunk.value_head.weight.copy_(weight[head : head + 1])
         part = batch.rows((~batch.labels_B[:, 0, head].isnan()).nonzero().flatten())
@@ -124,7 +124,7 @@ def test_heads_that_differ_by_a_constant_do_not_disagree():
     model = RewardModel(model_folder(), PAIRS, **FOUR | {"epochs": 1}).learn()
     texts = ["film 3", "a", ""], [" is good", "b", "film 9 is worst"]
     rollout = model._prepare_training().rollout
-    assert isinstance(rollout, JudgementRollout)
+    assert isinstance(rollout, PreferenceRollout)
     rollout.calibrate()
     before = model.score(*texts), model.uncertainty(*texts)
     with torch.no_grad():

@@ -15,7 +15,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models
 
 from surefoot import PPO, SFT, RewardModel, TextTask, load_policy
-from surefoot.build_text import build_reward
+from surefoot.build.language import build_reward
 from surefoot.config import PolicyConfig, RewardPart, make_config
 from tests import inputs
 from tests.inputs import Outcome, model_folder, refusal, run_cli
@@ -220,7 +220,7 @@ def test_the_run_under_test_exercises_what_it_should(uninterrupted):
         Strike("surefoot.train.checkpoint:_put_in_place", 1, KILL),
         Strike(STEP, 5, KILL, after=True),
         Strike("surefoot.train.loop:evaluate", 3, KILL, after=True),
-        Strike("surefoot.policies.reward:RewardPolicy.save", 1, KILL, after=True),
+        Strike("surefoot.policies.lm.reward_model:RewardModelPolicy.save", 1, KILL, after=True),
     ],
     ids=["before anything", "first step", "first checkpoint", "step", "evaluation", "model half written"],
 )
@@ -264,11 +264,11 @@ def make_reward(folder: str) -> Any:
 @pytest.mark.parametrize(
     ("sections", "flags", "said"),
     [
-        ({"reward_model": {"data": None}}, (), "reward.yaml: no judgements to learn from; name a JSONL file as"),
+        ({"reward_model": {"data": None}}, (), "reward.yaml: no preferences to learn from; name a JSONL file as"),
         ({"reward_model": {"data": "no.jsonl"}}, (), "data: no file no.jsonl; "),
         ({}, ("--reward-model.epochs", "0"), "--reward-model.epochs: should be greater than 0, got 0"),
         ({}, ("--reward-model.centre", "1"), "unknown flag '--reward-model.centre'; did you mean '--reward-model.center'?"),
-        ({}, ("--reward-model.held-out", "0.001"), "pairs.jsonl: of 40 judgements 0 are held out and two are needed"),
+        ({}, ("--reward-model.held-out", "0.001"), "pairs.jsonl: of 40 preferences 0 are held out and two are needed"),
         ({}, ("--reward-model.rating-range", "[4, -4]"), "--reward-model.rating-range: [4.0, -4.0] is no range; write the"),
         ({}, ("--ppo.kl-coef", "0.1"), "reward.yaml: ppo: a reward_model run has no use for these settings; leave"),
         ({}, ("--sft.data", "x"), "reward.yaml: a run has one of task, env and sft, and here are reward_model and sft; leave"),
@@ -276,7 +276,7 @@ def make_reward(folder: str) -> Any:
     ],
 )
 def test_bad_input_is_one_line_before_a_model_is_loaded(base, monkeypatch, sections, flags, said):
-    monkeypatch.setattr("surefoot.build.load_policy", None)
+    monkeypatch.setattr("surefoot.build.training.load_policy", None)
     write_project(Path(), base, **sections)
     ended: Outcome = run_cli("reward-model", "reward.yaml", *flags)
     assert ended.complaint.startswith(said) and not Path("runs").exists()
@@ -294,28 +294,28 @@ ONE_SIDE = [{**row, "chosen": " positive", "rejected": " negative"} for row in P
         (
             ONE_CLASS,
             (),
-            "pairs.jsonl: all 41 judgements to train on have the rating 1, which says nothing; give texts of unlike",
+            "pairs.jsonl: all 41 preferences to train on have the rating 1, which says nothing; give texts of unlike",
         ),
         (
             RATINGS,
             ("--reward-model.rating-range", "[-1, 5]"),
             "pairs.jsonl, line 4: the rating -2 is outside rating_range, -1 to 5",
         ),
-        (ONE_SIDE, (), "pairs.jsonl: all 27 judgements to train on prefer the same text to the same other one, whatever"),
+        (ONE_SIDE, (), "pairs.jsonl: all 27 preferences to train on prefer the same text to the same other one, whatever"),
         (PAIRS, ("--reward-model.rating-range", "[-4, 4]"), "reward_model.rating_range is for ratings, and these are pairs"),
         (RATINGS, ("--reward-model.center", "0.1"), "reward_model.center is for pairs, and these are ratings; leave it out"),
         (PAIRS[:5], ("--reward-model.heads", "32"), "reward_model.heads: 32 heads each learn from their own half"),
-        (PAIRS[:1], (), "pairs.jsonl: of 1 judgements "),
-        ([], (), "pairs.jsonl: of 0 judgements 0 are to train on and two are needed at least; give more"),
-        (SAME_PROMPT, (), "pairs.jsonl: of 40 judgements "),
+        (PAIRS[:1], (), "pairs.jsonl: of 1 preferences "),
+        ([], (), "pairs.jsonl: of 0 preferences 0 are to train on and two are needed at least; give more"),
+        (SAME_PROMPT, (), "pairs.jsonl: of 40 preferences "),
     ],
     ids=[
         *("equal sides", "one class", "outside the range", "one side", "a range of pairs", "a centre of ratings"),
         *("many heads", "one row", "no row", "one prompt"),
     ],
 )
-def test_judgements_that_say_nothing_are_one_line_before_a_model_is_loaded(base, monkeypatch, data, flags, said):
-    monkeypatch.setattr("surefoot.build.load_policy", None)
+def test_preferences_that_say_nothing_are_one_line_before_a_model_is_loaded(base, monkeypatch, data, flags, said):
+    monkeypatch.setattr("surefoot.build.training.load_policy", None)
     write_project(Path(), base, data=data)
     assert run_cli("reward-model", "reward.yaml", *flags).complaint.startswith(said) and not Path("runs").exists()
 
@@ -352,7 +352,7 @@ def test_a_reward_model_that_cannot_read_the_prompts_is_refused_in_one_line(save
 
 @pytest.mark.parametrize("advantage", ["grpo", "rloo", "dr_grpo"])
 def test_a_group_of_one_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, advantage):
-    monkeypatch.setattr("surefoot.build.load_policy", None)
+    monkeypatch.setattr("surefoot.build.training.load_policy", None)
     project = inputs.write_project(tmp_path)
     said = run_cli("ppo", project, "--ppo.advantage", advantage).complaint
     assert f"{advantage} compares the answers to one prompt; give ppo.samples_per_prompt, now 1, 2 or more" in said
@@ -384,7 +384,10 @@ def make_score(prompts, completions, **columns):
         (lambda: RewardModel(model_folder(), PAIRS, kl_coef=1), "unknown setting 'kl_coef'; docs/config.md lists them"),
         (lambda: RewardModel(model_folder(), [*PAIRS, RATINGS[0]]), "data, row 41: is a rating, but data, row 1 is a pair"),
         (lambda: RewardModel(model_folder(), PAIRS, **SMALL).learn(0), "total_epochs: expected a whole number above 0, got 0"),
-        (lambda: RewardModel(model_folder(), PAIRS, held_out=0.0, **SMALL).evaluate(), "no held-out judgements to evaluate on"),
+        (
+            lambda: RewardModel(model_folder(), PAIRS, held_out=0.0, **SMALL).evaluate(),
+            "no held-out preferences to evaluate on",
+        ),
         (
             lambda: RewardModel(model_folder(), [*PAIRS, {**PAIRS[0], "chosen": "a" * 200}], held_out=0.0, **SMALL).learn(),
             "data, row 41: has 207 tokens, more than the model's context of 96; shorten it",

@@ -182,7 +182,7 @@ def test_the_run_under_test_exercises_what_it_should(uninterrupted):
         Strike("surefoot.train.checkpoint:_put_in_place", 1, KILL),
         Strike(STEP, 5, KILL, after=True),
         Strike("surefoot.train.loop:evaluate", 3, KILL, after=True),
-        Strike("surefoot.policies.lm:CausalLMPolicy.save", 1, KILL, after=True),
+        Strike("surefoot.policies.lm.policy:CausalLMPolicy.save", 1, KILL, after=True),
     ],
     ids=["before anything", "first step", "first checkpoint", "step", "evaluation", "model half written"],
 )
@@ -251,7 +251,7 @@ def test_data_that_changed_under_a_run_is_refused(tmp_path, base, warm):
     ],
 )
 def test_bad_input_is_one_line_before_a_model_is_loaded(base, monkeypatch, sections, flags, said):
-    monkeypatch.setattr("surefoot.build.load_policy", None)
+    monkeypatch.setattr("surefoot.build.training.load_policy", None)
     write_project(Path(), base, **sections)
     ended: Outcome = run_cli("sft", "sft.yaml", *flags)
     assert ended.complaint.startswith(said) and not Path("runs").exists()

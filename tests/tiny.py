@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 
 from surefoot.config import AdapterConfig, CriticConfig, PolicyConfig
-from surefoot.policies.lm import CausalLMPolicy, wrap_policy
-from surefoot.policies.lstm_lm import LstmConfig, LstmForCausalLM
+from surefoot.policies.lm.lstm import LstmConfig, LstmForCausalLM
+from surefoot.policies.lm.policy import CausalLMPolicy, wrap_policy
 from surefoot.rollout.batch import text_batch
 from surefoot.types import Batch, Completion, StopReason, Trajectory
 

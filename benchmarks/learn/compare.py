@@ -41,7 +41,9 @@ Results = dict[str, dict[str, list[dict[str, Any]]]]  # task -> library -> runs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--output", type=Path, required=True, help="folder for learning.md and the pictures")
     options = parser.parse_args()
@@ -60,13 +62,18 @@ def load(places: list[Path]) -> Results:
     """Task -> library -> runs in the order of their seeds; tasks in the order of tasks.json, others after them."""
     order = list(json.loads(Path(__file__).with_name("tasks.json").read_text()))
     found: dict[str, dict[str, dict[int, dict[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
-    files = [file for place in places for file in (sorted(place.glob("*.json")) if place.is_dir() else [place])]
+    files = [
+        file for place in places for file in (sorted(place.glob("*.json")) if place.is_dir() else [place])
+    ]
     for file in files:
         run = json.loads(file.read_text())
         if isinstance(run, dict) and {"library", "task", "seed", "curve", "final"} <= run.keys():
             found[run["task"]][run["library"].split()[0]][run["seed"]] = run
     tasks = sorted(found, key=lambda task: order.index(task) if task in order else len(order))
-    return {task: {library: [seeds[n] for n in sorted(seeds)] for library, seeds in found[task].items()} for task in tasks}
+    return {
+        task: {library: [seeds[n] for n in sorted(seeds)] for library, seeds in found[task].items()}
+        for task in tasks
+    }
 
 
 def table(results: Results) -> str:
@@ -82,7 +89,14 @@ def row(task: str, libraries: dict[str, list[dict[str, Any]]]) -> str:
     ours, theirs = (libraries.get(library, []) for library in (OURS, THEIRS))
     seeds = f"{len(ours)} : {len(theirs)}" if len(ours) != len(theirs) else str(len(ours))
     steps = f"{max(run['timesteps'] for run in ours + theirs):,}".replace(",", " ")
-    cells = [task, steps, seeds, spread(finals(ours)), spread(finals(theirs)), difference(finals(ours), finals(theirs))]
+    cells = [
+        task,
+        steps,
+        seeds,
+        spread(finals(ours)),
+        spread(finals(theirs)),
+        difference(finals(ours), finals(theirs)),
+    ]
     cells.append(PUBLISHED.get(task, "none"))
     return f"| {' | '.join(cells)} |"
 
@@ -97,10 +111,14 @@ def rates(results: Results) -> str:
                 for library in (OURS, THEIRS)
             ]
             if any(values):
-                lines.append(f"| {task} | {called} | {spread(values[0])} | {spread(values[1])} | {difference(*values)} |")
+                lines.append(
+                    f"| {task} | {called} | {spread(values[0])} | {spread(values[1])} | {difference(*values)} |"
+                )
     if not lines:
         return ""
-    return "\n".join(["| task | episodes, % | Surefoot | SB3 | difference (95 %) |\n|---|---|--:|--:|--:|", *lines])
+    return "\n".join(
+        ["| task | episodes, % | Surefoot | SB3 | difference (95 %) |\n|---|---|--:|--:|--:|", *lines]
+    )
 
 
 def finals(runs: list[dict[str, Any]]) -> list[float]:
@@ -137,7 +155,9 @@ def draw(path: Path, task: str, libraries: dict[str, list[dict[str, Any]]]) -> N
             continue
         grid, values = on_one_grid([np.array(run["curve"], dtype=float) for run in runs])
         many = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
-        axes.plot(grid, values.mean(0), color=COLOURS[library], label=f"{NAMES[library]}, mean and range of {many}")
+        axes.plot(
+            grid, values.mean(0), color=COLOURS[library], label=f"{NAMES[library]}, mean and range of {many}"
+        )
         axes.fill_between(grid, values.min(0), values.max(0), color=COLOURS[library], alpha=0.2, linewidth=0)
     axes.set_title(task, fontsize=14)
     axes.set_xlabel("timesteps")

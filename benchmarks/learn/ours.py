@@ -22,11 +22,21 @@ import torch
 import yaml
 
 from surefoot import PPO, __version__
-from surefoot.build import build_vector
-from surefoot.rollout.vector import play
+from surefoot.build.training import build_vector
+from surefoot.rollout.gym import play
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-AS_THEY_ARE = ("n_steps", "batch_size", "gamma", "gae_lambda", "n_epochs", "ent_coef", "vf_coef", "use_sde", "sde_sample_freq")
+AS_THEY_ARE = (
+    "n_steps",
+    "batch_size",
+    "gamma",
+    "gae_lambda",
+    "n_epochs",
+    "ent_coef",
+    "vf_coef",
+    "use_sde",
+    "sde_sample_freq",
+)
 SCHEDULED = {"learning_rate": "lr_schedule", "clip_range": "clip_schedule"}
 EVAL_ENVS = 10  # divides every number of evaluation episodes, so no env contributes more (shorter) episodes than another
 EVAL_SEED = 10_000
@@ -34,7 +44,9 @@ POINTS = 100  # at most, on a learning curve
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--timesteps", type=int, help="instead of the task's total_timesteps")
@@ -101,7 +113,9 @@ def environment(task: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The environment's id, and what it is made with."""
     if task.get("atari"):  # the settings that SB3's AtariWrapper has, as ale-py names them
         env = yaml.safe_load((RECIPES / "pong" / "ppo.yaml").read_text())["env"]
-        return task["env"], {name: env[name] for name in ("vectorization", "eval_kwargs")} | {"env_kwargs": env["kwargs"]}
+        return task["env"], {name: env[name] for name in ("vectorization", "eval_kwargs")} | {
+            "env_kwargs": env["kwargs"]
+        }
     if "observe" in task:
         assert (task["env"], task["observe"]) == ("CartPole-v1", [0, 2]), "the recipe shows these"
         return f"{RECIPES / 'cartpole_no_velocity' / 'env.py'}:make", {}
@@ -120,7 +134,9 @@ def read(run: Path) -> tuple[list[int], list[list[dict[str, Any]]]]:
     return timesteps, episodes
 
 
-def curve(timesteps: list[int], episodes: list[list[dict[str, Any]]], every: float) -> list[tuple[int, float]]:
+def curve(
+    timesteps: list[int], episodes: list[list[dict[str, Any]]], every: float
+) -> list[tuple[int, float]]:
     """About every `every` timesteps, the mean return of the episodes that finished since the last point."""
     points, new, due = [], [], every
     for at, finished in zip(timesteps, episodes, strict=True):
@@ -140,7 +156,11 @@ def evaluate(task: dict[str, Any], model: PPO, seed: int) -> dict[str, float]:
     played = play(model.policy, vector, task["eval_episodes"])
     vector.close()
     returns = [episode.total for episode in played]
-    return {"mean": float(np.mean(returns)), "std": float(np.std(returns)), **outcomes([[e.record() for e in played]])}
+    return {
+        "mean": float(np.mean(returns)),
+        "std": float(np.std(returns)),
+        **outcomes([[e.record() for e in played]]),
+    }
 
 
 def outcomes(groups: list[list[dict[str, Any]]]) -> dict[str, float]:
@@ -149,7 +169,10 @@ def outcomes(groups: list[list[dict[str, Any]]]) -> dict[str, float]:
     counts: dict[str, float] = {"episodes": len(ends)}
     if ends:
         counts["length"] = float(np.mean([end["steps"] for end in ends]))
-    for key, total, rate in (("crashed", "crashes", "crash_rate"), ("is_success", "successes", "success_rate")):
+    for key, total, rate in (
+        ("crashed", "crashes", "crash_rate"),
+        ("is_success", "successes", "success_rate"),
+    ):
         flags = [bool(end[key]) for end in ends if key in end]
         if flags:
             counts |= {total: sum(flags), rate: sum(flags) / len(flags)}

@@ -31,14 +31,25 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecNormalize
 
 ALGORITHMS = {"ppo": PPO, "recurrent_ppo": RecurrentPPO}
-AS_THEY_ARE = ("n_steps", "batch_size", "gamma", "gae_lambda", "n_epochs", "ent_coef", "vf_coef", "max_grad_norm")
+AS_THEY_ARE = (
+    "n_steps",
+    "batch_size",
+    "gamma",
+    "gae_lambda",
+    "n_epochs",
+    "ent_coef",
+    "vf_coef",
+    "max_grad_norm",
+)
 EVAL_ENVS = 10  # divides every number of evaluation episodes, so no env contributes more (shorter) episodes than another
 EVAL_SEED = 10_000
 POINTS = 100  # at most, on a learning curve
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--timesteps", type=int, help="instead of the task's total_timesteps")
@@ -76,7 +87,9 @@ def make_envs(task: dict[str, Any], count: int, seed: int) -> VecEnv:
     wrapper: Any = AtariWrapper if task.get("atari") else None
     if "observe" in task:
         wrapper = lambda env: Observe(env, task["observe"])
-    env = make_vec_env(task["env"], count, seed=seed, env_kwargs=task.get("env_kwargs"), wrapper_class=wrapper)
+    env = make_vec_env(
+        task["env"], count, seed=seed, env_kwargs=task.get("env_kwargs"), wrapper_class=wrapper
+    )
     return VecFrameStack(env, task["frame_stack"]) if "frame_stack" in task else env
 
 
@@ -125,7 +138,10 @@ def outcomes(ends: list[dict[str, Any]]) -> dict[str, float]:
     counts: dict[str, float] = {"episodes": len(ends)}
     if ends:
         counts["length"] = float(np.mean([end["episode"]["l"] for end in ends]))
-    for key, total, rate in (("crashed", "crashes", "crash_rate"), ("is_success", "successes", "success_rate")):
+    for key, total, rate in (
+        ("crashed", "crashes", "crash_rate"),
+        ("is_success", "successes", "success_rate"),
+    ):
         flags = [bool(end[key]) for end in ends if key in end]
         if flags:
             counts |= {total: sum(flags), rate: sum(flags) / len(flags)}
@@ -139,7 +155,9 @@ class Observe(gymnasium.ObservationWrapper):
         super().__init__(env)
         space = env.observation_space
         self.indices = indices
-        self.observation_space = gymnasium.spaces.Box(space.low[indices], space.high[indices], dtype=space.dtype)
+        self.observation_space = gymnasium.spaces.Box(
+            space.low[indices], space.high[indices], dtype=space.dtype
+        )
 
     def observation(self, observation: np.ndarray) -> np.ndarray:
         return observation[self.indices]
@@ -158,7 +176,11 @@ class Record(BaseCallback):
 
     def _on_step(self) -> bool:
         keep = ("episode", "crashed", "is_success")
-        self.ends += [{key: info[key] for key in keep if key in info} for info in self.locals["infos"] if "episode" in info]
+        self.ends += [
+            {key: info[key] for key in keep if key in info}
+            for info in self.locals["infos"]
+            if "episode" in info
+        ]
         if self.num_timesteps >= self.due:
             self._plot()
             self.due = self.num_timesteps + self.every

@@ -33,10 +33,16 @@ Runs = dict[str, list[dict[str, Any]]]  # variant -> one result a seed
 
 def main() -> None:
     """Run what is missing, then write `results.json`, `table.md` and `reward_and_kl.png`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("sweep", type=Path)
-    parser.add_argument("--output", type=Path, required=True, help="folder for the runs, the table and the plot")
-    parser.add_argument("--workers", type=int, default=1, help="runs at once, one thread each where there are several")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder for the runs, the table and the plot"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, help="runs at once, one thread each where there are several"
+    )
     options = parser.parse_args()
     sweep = yaml.safe_load(options.sweep.read_text())
     base = options.sweep.parent / sweep["base"]
@@ -47,7 +53,9 @@ def main() -> None:
 
     def run(cell: tuple[str, int]) -> dict[str, Any]:
         name, seed = cell
-        return result_of(base, name, shlex.split(sweep["variants"][name] or ""), seed=seed, output=options.output)
+        return result_of(
+            base, name, shlex.split(sweep["variants"][name] or ""), seed=seed, output=options.output
+        )
 
     with ThreadPoolExecutor(options.workers) as pool:
         finished = list(pool.map(run, cells))
@@ -77,7 +85,9 @@ def result_of(base: Path, name: str, flags: list[str], *, seed: int, output: Pat
         _, status, used = os.wait4(process.pid, 0)
         if status != 0:
             sys.exit(f"{name}, seed {seed}: ended with status {status}")
-        cost.write_text(json.dumps({"cpu_s": used.ru_utime + used.ru_stime, "memory_mib": used.ru_maxrss / 1024}))
+        cost.write_text(
+            json.dumps({"cpu_s": used.ru_utime + used.ru_stime, "memory_mib": used.ru_maxrss / 1024})
+        )
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     updates = [row for row in rows if "time/update_s" in row]
     held_out = [row for row in rows if "eval/reward" in row]
@@ -89,7 +99,9 @@ def result_of(base: Path, name: str, flags: list[str], *, seed: int, output: Pat
         "kl": held_out[-1]["eval/kl"],
         "step_kl": statistics.fmean(row["ppo/approx_kl"] for row in updates),
         "explained_variance": explained(updates[len(updates) // 2 :]),
-        "seconds_an_update": statistics.median(sum(row[f"time/{part}_s"] for part in parts) for row in updates),
+        "seconds_an_update": statistics.median(
+            sum(row[f"time/{part}_s"] for part in parts) for row in updates
+        ),
         **json.loads(cost.read_text()),
     }
 
@@ -102,14 +114,24 @@ def explained(updates: list[dict[str, Any]]) -> float | None:
 
 def table(results: Runs) -> str:
     """One Markdown row a variant."""
-    heads = ["", "reward", "KL to the reference, nats", "step KL, nats a token", "explained variance", "s an update (wall)"]
+    heads = [
+        "",
+        "reward",
+        "KL to the reference, nats",
+        "step KL, nats a token",
+        "explained variance",
+        "s an update (wall)",
+    ]
     heads += ["CPU s a run", "memory, MiB"]
     rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, runs in results.items():
         cells = [spread(runs, "reward", 3, sign="+"), spread(runs, "kl", 1), spread(runs, "step_kl", 3)]
         has_critic = runs[0]["explained_variance"] is not None
         cells.append(spread(runs, "explained_variance", 2) if has_critic else "no critic")
-        cells += [f"{statistics.median(run[key] for run in runs):.{n}f}" for key, n in (("seconds_an_update", 1), ("cpu_s", 0))]
+        cells += [
+            f"{statistics.median(run[key] for run in runs):.{n}f}"
+            for key, n in (("seconds_an_update", 1), ("cpu_s", 0))
+        ]
         cells.append(f"{max(run['memory_mib'] for run in runs):.0f}")
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
@@ -131,8 +153,16 @@ def draw(path: Path, results: Runs) -> None:
     for name, runs in results.items():
         points = zip(*(run["curve"] for run in runs), strict=True)
         means = [[statistics.fmean(values) for values in zip(*point, strict=True)] for point in points]
-        (line,) = axes.plot([kl for _, kl, _ in means], [reward for *_, reward in means], marker="o", markersize=3, label=name)
-        axes.scatter([run["kl"] for run in runs], [run["reward"] for run in runs], color=line.get_color(), marker="x", s=25)
+        (line,) = axes.plot(
+            [kl for _, kl, _ in means], [reward for *_, reward in means], marker="o", markersize=3, label=name
+        )
+        axes.scatter(
+            [run["kl"] for run in runs],
+            [run["reward"] for run in runs],
+            color=line.get_color(),
+            marker="x",
+            s=25,
+        )
     axes.set_xlabel("KL to the reference, nats an answer")
     axes.set_ylabel("held-out reward")
     axes.grid(alpha=0.3)

@@ -8,8 +8,22 @@ import sys
 import tempfile
 import time
 
-CARTPOLE_ZOO = {"n_steps": 32, "batch_size": 256, "gae_lambda": 0.8, "gamma": 0.98, "n_epochs": 20, "learning_rate": 1e-3}
-ATARI = {"n_steps": 128, "batch_size": 256, "n_epochs": 4, "learning_rate": 2.5e-4, "clip_range": 0.1, "ent_coef": 0.01}
+CARTPOLE_ZOO = {
+    "n_steps": 32,
+    "batch_size": 256,
+    "gae_lambda": 0.8,
+    "gamma": 0.98,
+    "n_epochs": 20,
+    "learning_rate": 1e-3,
+}
+ATARI = {
+    "n_steps": 128,
+    "batch_size": 256,
+    "n_epochs": 4,
+    "learning_rate": 2.5e-4,
+    "clip_range": 0.1,
+    "ent_coef": 0.01,
+}
 CASES = {  # name -> policy, environment, copies, PPO's keywords, timesteps to warm up and to measure
     "cartpole": ("MlpPolicy", "CartPole-v1", 8, CARTPOLE_ZOO, 2_560, 25_600),
     "cartpole-defaults": ("MlpPolicy", "CartPole-v1", 8, {}, 1, 16_384),

@@ -21,12 +21,14 @@ import torch
 from surefoot import assets
 from surefoot.config import PolicyConfig
 from surefoot.generation.engine import generate
-from surefoot.policies.lm import CausalLMPolicy, load_policy
+from surefoot.policies.lm.policy import CausalLMPolicy, load_policy
 from surefoot.types import Request, SamplingParams
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--prompt-tokens", type=int, default=6)
@@ -39,7 +41,9 @@ def main() -> None:
     policy = load_policy(assets.resolve(options.model), PolicyConfig(dtype=options.dtype))
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(100, 40_000, (options.rows, options.prompt_tokens), generator=generator)
-    limits = [1 + i * options.new_tokens // options.rows for i in range(options.rows)] if options.spread else None
+    limits = (
+        [1 + i * options.new_tokens // options.rows for i in range(options.rows)] if options.spread else None
+    )
 
     ours = lambda: run_engine(policy, prompts, options.new_tokens, limits)
     theirs = lambda: run_transformers(policy, prompts, options.new_tokens, limits)
@@ -51,28 +55,46 @@ def main() -> None:
     print(
         f"{options.model} {options.dtype}, {shape} new tokens after {options.prompt_tokens}, {torch.get_num_threads()} threads"
     )
-    for name, times in (("surefoot", [p[0] for p in pairs]), ("transformers generate", [p[1] for p in pairs])):
+    for name, times in (
+        ("surefoot", [p[0] for p in pairs]),
+        ("transformers generate", [p[1] for p in pairs]),
+    ):
         median = statistics.median(times)
-        print(f"  {name:22} {tokens / median:7.0f} tokens/s   {median:6.2f} s (min {min(times):.2f}, max {max(times):.2f})")
+        print(
+            f"  {name:22} {tokens / median:7.0f} tokens/s   {median:6.2f} s (min {min(times):.2f}, max {max(times):.2f})"
+        )
     ratios = [theirs / ours for ours, theirs in pairs]
-    print(f"  ratio, pair by pair     {statistics.median(ratios):.2f} (min {min(ratios):.2f}, max {max(ratios):.2f})")
+    print(
+        f"  ratio, pair by pair     {statistics.median(ratios):.2f} (min {min(ratios):.2f}, max {max(ratios):.2f})"
+    )
     if not options.spread:
         print(
             f"  arithmetic bound        {tokens / bound:7.0f} tokens/s: surefoot is at {bound / statistics.median([p[0] for p in pairs]):.0%} of it"
         )
 
 
-def run_engine(policy: CausalLMPolicy, prompts: torch.Tensor, new_tokens: int, limits: list[int] | None) -> None:
+def run_engine(
+    policy: CausalLMPolicy, prompts: torch.Tensor, new_tokens: int, limits: list[int] | None
+) -> None:
     def stop_at(limit: int) -> Callable[..., bool]:
         return lambda tokens: len(tokens) >= limit
 
     requests = [
-        Request(tuple(row.tolist()), seed=i, is_stopped=stop_at(limits[i]) if limits else None) for i, row in enumerate(prompts)
+        Request(tuple(row.tolist()), seed=i, is_stopped=stop_at(limits[i]) if limits else None)
+        for i, row in enumerate(prompts)
     ]
-    generate(policy, requests, params=SamplingParams(max_new_tokens=new_tokens), end_tokens=frozenset(), slots=len(requests))
+    generate(
+        policy,
+        requests,
+        params=SamplingParams(max_new_tokens=new_tokens),
+        end_tokens=frozenset(),
+        slots=len(requests),
+    )
 
 
-def run_transformers(policy: CausalLMPolicy, prompts: torch.Tensor, new_tokens: int, limits: list[int] | None) -> None:
+def run_transformers(
+    policy: CausalLMPolicy, prompts: torch.Tensor, new_tokens: int, limits: list[int] | None
+) -> None:
     """The same from `generate`: it has no per-row limit, so every row runs to the longest, as in a static batch."""
     with torch.no_grad(), policy._autocast():
         policy.lm.generate(

@@ -31,12 +31,16 @@ def measure(python: str, library: str, case: str, options: list[str]) -> dict[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sb3-python", required=True, help="Python of an environment with stable-baselines3")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", nargs="+", choices=sorted(WAYS), default=list(WAYS))
     options = parser.parse_args()
-    print("| case | surefoot, steps/s | sb3, steps/s | ratio (min, max) | peak MiB, surefoot / sb3 |\n|---|---|---|---|---|")
+    print(
+        "| case | surefoot, steps/s | sb3, steps/s | ratio (min, max) | peak MiB, surefoot / sb3 |\n|---|---|---|---|---|"
+    )
     for case in options.cases:
         rows: dict[str, list[dict[str, float]]] = {}
         for _ in range(options.rounds):
@@ -45,7 +49,9 @@ def main() -> None:
                 rows.setdefault(" ".join(way), []).append(measure(sys.executable, "surefoot", case, way))
         peer = rows.pop("sb3")
         for way, ours in rows.items():
-            ratios = [own["steps_per_s"] / other["steps_per_s"] for own, other in zip(ours, peer, strict=True)]
+            ratios = [
+                own["steps_per_s"] / other["steps_per_s"] for own, other in zip(ours, peer, strict=True)
+            ]
             speed = [statistics.median(row["steps_per_s"] for row in side) for side in (ours, peer)]
             memory = [max(row["peak_mib"] for row in side) for side in (ours, peer)]
             print(

@@ -22,13 +22,15 @@ import torch
 from surefoot import assets
 from surefoot.config import GenerationConfig, PolicyConfig, PPOConfig
 from surefoot.envs.text import TextTask
-from surefoot.policies.lm import load_policy
+from surefoot.policies.lm.policy import load_policy
 from surefoot.rollout.text import TextRollout
 from surefoot.train.update import advantages, make_optimizer, update
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trl-python", required=True)
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -40,8 +42,12 @@ def main() -> None:
     model = assets.resolve(options.model)
     command = [options.trl_python, str(Path(__file__).with_name("trl_worker.py")), "--model", model]
     command += ["--episodes", str(options.episodes)]
-    command += ["--bf16"] * (options.dtype == "bfloat16") + ["--frozen-value-trunk"] * options.frozen_value_trunk
-    trl = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    command += ["--bf16"] * (options.dtype == "bfloat16") + [
+        "--frozen-value-trunk"
+    ] * options.frozen_value_trunk
+    trl = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     wait_for(trl)
 
     config = PPOConfig(episodes_per_update=options.episodes, n_epochs=1, learning_rate=1e-3)
@@ -65,9 +71,13 @@ def main() -> None:
         wait_for(trl)
         theirs.append(time.perf_counter() - started)
     trl.kill()
-    print(f"{options.model} {options.dtype}, {options.episodes} episodes an update, {torch.get_num_threads()} threads")
+    print(
+        f"{options.model} {options.dtype}, {options.episodes} episodes an update, {torch.get_num_threads()} threads"
+    )
     for name, times in (("surefoot", ours[1:]), ("trl 1.12", theirs[1:])):
-        print(f"  {name:10} {statistics.median(times):6.2f} s an update (min {min(times):.2f}, max {max(times):.2f})")
+        print(
+            f"  {name:10} {statistics.median(times):6.2f} s an update (min {min(times):.2f}, max {max(times):.2f})"
+        )
     ratios = [their / our for our, their in zip(ours[1:], theirs[1:], strict=True)]
     print(f"  ratio      {statistics.median(ratios):6.2f} (min {min(ratios):.2f}, max {max(ratios):.2f})")
 

@@ -15,7 +15,12 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    TrainerCallback,
+)
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 UPDATES = 1_000  # more than will be asked for
@@ -63,10 +68,14 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     policy = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    value = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=1, dtype=torch.float32)
+    value = AutoModelForSequenceClassification.from_pretrained(
+        options.model, num_labels=1, dtype=torch.float32
+    )
     if options.frozen_value_trunk:
         value.base_model.requires_grad_(False)
-    prompts = torch.randint(100, 40_000, (options.episodes * 8, 6), generator=torch.Generator().manual_seed(0)).tolist()
+    prompts = torch.randint(
+        100, 40_000, (options.episodes * 8, 6), generator=torch.Generator().manual_seed(0)
+    ).tolist()
     with tempfile.TemporaryDirectory() as folder:
         config = PPOConfig(
             output_dir=folder,

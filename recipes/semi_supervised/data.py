@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from surefoot.assets import fetch
+from surefoot.data.assets import fetch
 
 JUDGE, TEST, UNLABELLED = 2000, 400, 1500
 OPENING = 4  # words of a sentence that are the prompt
@@ -63,7 +63,9 @@ def prepare(folder: Path, *, labels: int, seed: int) -> None:
     write(folder / "openings.jsonl", ({"prompt": opening(row["text"])[0]} for row in unlabelled))
     answers = [(question(row["text"]), label(row["rating"])) for row in clear]
     write(folder / "answers.jsonl", ({"prompt": asked, "completion": right} for asked, right in answers))
-    pairs = ({"prompt": asked, "chosen": right, "rejected": LABELS[right == LABELS[0]]} for asked, right in answers)
+    pairs = (
+        {"prompt": asked, "chosen": right, "rejected": LABELS[right == LABELS[0]]} for asked, right in answers
+    )
     write(folder / "answer_pairs.jsonl", pairs)
     write(folder / "questions.jsonl", ({"prompt": question(row["text"])} for row in unlabelled))
 
@@ -74,7 +76,9 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--labels", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)

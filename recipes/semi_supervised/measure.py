@@ -41,10 +41,23 @@ SIZES = {100: (4, 8), 300: (2, 4), 1000: (1, 1)}
 CLASSIFIED = (100, 300)
 TASKS = {"write": "writing", "label": "classification"}
 # Stage -> its name in the table.
-WRITERS = {"taught": "SFT", "ppo_alone": "PPO", "taught_ppo": "SFT, PPO", "tuned": "the recipe", "again": "and pseudo-labels"}
+WRITERS = {
+    "taught": "SFT",
+    "ppo_alone": "PPO",
+    "taught_ppo": "SFT, PPO",
+    "tuned": "the recipe",
+    "again": "and pseudo-labels",
+}
 CLASSIFIERS = {"taught": "SFT", "tuned": "the recipe", "again": "and pseudo-labels"}
 QUICK = [
-    *("--stages.taught.sft.epochs", "1", "--stages.judge.reward_model.epochs", "1", "--stages.again.sft.epochs", "1"),
+    *(
+        "--stages.taught.sft.epochs",
+        "1",
+        "--stages.judge.reward_model.epochs",
+        "1",
+        "--stages.again.sft.epochs",
+        "1",
+    ),
     *("--stages.tuned.ppo.total-episodes", "48", "--stages.answers.pseudo-labels.episodes", "32"),
 ]
 Results = dict[str, dict[str, list[dict[str, float]]]]  # labels -> method -> one a seed
@@ -52,34 +65,59 @@ Results = dict[str, dict[str, list[dict[str, float]]]]  # labels -> method -> on
 
 def main() -> None:
     """Run what is missing, judge it, write `results.json`, `table.md` and `labels.png`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="default runs/semi_supervised_measured, or runs/semi_supervised_quick")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, help="default runs/semi_supervised_measured, or runs/semi_supervised_quick"
+    )
     parser.add_argument("--quick", action="store_true", help="does it run? Its figures say nothing")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="pipelines at once, a thread each")
-    parser.add_argument("--judge", nargs=2, metavar=("FOLDER", "TASK"), help=argparse.SUPPRESS)  # one cell, by itself
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="pipelines at once, a thread each"
+    )
+    parser.add_argument(
+        "--judge", nargs=2, metavar=("FOLDER", "TASK"), help=argparse.SUPPRESS
+    )  # one cell, by itself
     options = parser.parse_args()
     if options.judge:
         judge_cell(options.output, Path(options.judge[0]), options.judge[1], quick=options.quick)
         return
     started = time.perf_counter()
     # Apart: what was finished is not run again, and a quick cell must not pass for a whole one.
-    output = options.output or Path("runs") / ("semi_supervised_quick" if options.quick else "semi_supervised_measured")
+    output = options.output or Path("runs") / (
+        "semi_supervised_quick" if options.quick else "semi_supervised_measured"
+    )
     sizes = [(size, seed) for seed in SEEDS for size in SIZES][: 1 if options.quick else None]
-    cells = [(task, size, seed) for size, seed in sizes for task in ("write", "label") if task == "write" or size in CLASSIFIED]
+    cells = [
+        (task, size, seed)
+        for size, seed in sizes
+        for task in ("write", "label")
+        if task == "write" or size in CLASSIFIED
+    ]
     with ThreadPoolExecutor(options.workers) as pool:
         judge = pool.submit(run, judge_command(output, quick=options.quick))
         # The longest first, so that at the end no core waits for another's long one.
         longest_first = sorted(cells, key=lambda cell: (cell[0] == "label", -cell[1]))
         try:
-            list(pool.map(lambda cell: run_cell(output, *cell, judge=judge, quick=options.quick), longest_first))
+            list(
+                pool.map(
+                    lambda cell: run_cell(output, *cell, judge=judge, quick=options.quick), longest_first
+                )
+            )
             judge.result()
         except RuntimeError as error:
             pool.shutdown(cancel_futures=True)
             sys.exit(str(error))
-    results = {"writing": read(output, cells, "write", WRITERS), "classification": read(output, cells, "label", CLASSIFIERS)}
+    results = {
+        "writing": read(output, cells, "write", WRITERS),
+        "classification": read(output, cells, "label", CLASSIFIERS),
+    }
     untrained = PPO("smollm2-135m-instruct", verbose=0)
     for task, name in TASKS.items():
-        results[name] = {"0": {"untrained": [judged(task, output, quick=options.quick)(untrained)]}, **results[name]}
+        results[name] = {
+            "0": {"untrained": [judged(task, output, quick=options.quick)(untrained)]},
+            **results[name],
+        }
     (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     text = tables(results)
     (output / "table.md").write_text(text)
@@ -95,7 +133,15 @@ def run_cell(output: Path, task: str, size: int, seed: int, *, judge: Future[Non
     data.prepare(folder / "data", labels=size, seed=seed)
     run(pipeline_command(folder, task, labels=size, seed=seed, quick=quick))
     judge.result()
-    command = [sys.executable, str(HERE / "measure.py"), "--output", str(output), "--judge", str(folder), task]
+    command = [
+        sys.executable,
+        str(HERE / "measure.py"),
+        "--output",
+        str(output),
+        "--judge",
+        str(folder),
+        task,
+    ]
     run([*command, *(["--quick"] if quick else [])], log=folder / f"{task}.log")
     shutil.rmtree(folder / task)
 
@@ -110,7 +156,9 @@ def judge_cell(output: Path, folder: Path, task: str, *, quick: bool) -> None:
 
 def judged(task: str, output: Path, *, quick: bool) -> Writing | Classification:
     """What judges policies in this task."""
-    return Writing(output / "judge" / "model", quick=quick) if task == "write" else Classification(quick=quick)
+    return (
+        Writing(output / "judge" / "model", quick=quick) if task == "write" else Classification(quick=quick)
+    )
 
 
 def judge_command(output: Path, *, quick: bool) -> list[str]:
@@ -118,16 +166,26 @@ def judge_command(output: Path, *, quick: bool) -> list[str]:
     output.mkdir(parents=True, exist_ok=True)
     data.write(output / "judge.jsonl", data.sentences()["judge"][: 64 if quick else None])
     stage = {
-        "reward_model": {"data": "judge.jsonl", "rating_range": [-4, 4], "learning_rate": 5e-4, "epochs": 1, "batch_size": 8}
+        "reward_model": {
+            "data": "judge.jsonl",
+            "rating_range": [-4, 4],
+            "learning_rate": 5e-4,
+            "epochs": 1,
+            "batch_size": 8,
+        }
     }
     common = {"evaluate": {"every": None, "episodes": 128}}
-    (output / "judge.yaml").write_text(yaml.safe_dump({"folder": ".", "common": common, "stages": {"judge": stage}}))
+    (output / "judge.yaml").write_text(
+        yaml.safe_dump({"folder": ".", "common": common, "stages": {"judge": stage}})
+    )
     return [SUREFOOT, "pipeline", str(output / "judge.yaml")]
 
 
 def pipeline_command(folder: Path, task: str, *, labels: int, seed: int, quick: bool) -> list[str]:
     """One pipeline beside this file, with the stages to compare with, in a folder of its own."""
-    pipeline = yaml.safe_load((HERE / {"write": "pipeline.yaml", "label": "pipeline_labels.yaml"}[task]).read_text())
+    pipeline = yaml.safe_load(
+        (HERE / {"write": "pipeline.yaml", "label": "pipeline_labels.yaml"}[task]).read_text()
+    )
     pipeline["folder"] = task
     stages = pipeline["stages"]
     if task == "write":
@@ -137,15 +195,32 @@ def pipeline_command(folder: Path, task: str, *, labels: int, seed: int, quick: 
         alone = {key: value for key, value in plain.items() if key != "policy"}
         stages |= {"taught_ppo": plain, "ppo_alone": copy.deepcopy(alone)}
     (folder / f"{task}.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(pipeline)), sort_keys=False))
-    examples, judgements = SIZES[labels]
+    examples, preferences = SIZES[labels]
     if task == "label":
-        judgements = max(judgements // 2, 1)  # a pair is two texts
+        preferences = max(preferences // 2, 1)  # a pair is two texts
     # The stages' own evaluations are of no use here, and change nothing.
-    flags = ["--common.seed", str(seed), "--common.evaluate.episodes", "0", "--stages.taught.sft.epochs", str(examples)]
-    flags += ["--stages.judge.reward_model.epochs", str(judgements), "--stages.again.sft.epochs", str(max(examples // 2, 1))]
+    flags = [
+        "--common.seed",
+        str(seed),
+        "--common.evaluate.episodes",
+        "0",
+        "--stages.taught.sft.epochs",
+        str(examples),
+    ]
+    flags += [
+        "--stages.judge.reward_model.epochs",
+        str(preferences),
+        "--stages.again.sft.epochs",
+        str(max(examples // 2, 1)),
+    ]
     flags += QUICK if quick else []
     if quick and task == "write":
-        flags += ["--stages.taught_ppo.ppo.total-episodes", "48", "--stages.ppo_alone.ppo.total-episodes", "48"]
+        flags += [
+            "--stages.taught_ppo.ppo.total-episodes",
+            "48",
+            "--stages.ppo_alone.ppo.total-episodes",
+            "48",
+        ]
     return [SUREFOOT, "pipeline", str(folder / f"{task}.yaml"), *flags]
 
 
@@ -153,7 +228,9 @@ def run(command: list[str], *, log: Path | None = None) -> None:
     """One process with one thread, its output in a file. Raises RuntimeError if it fails."""
     log = log or Path(command[2]).with_suffix(".log")
     with log.open("a") as file:
-        ended = subprocess.run(command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+        ended = subprocess.run(
+            command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+        )
     print(f"{'done' if ended.returncode == 0 else 'FAILED'}: {' '.join(command[1:])}", flush=True)
     if ended.returncode != 0:
         raise RuntimeError(f"stopped; see {log}")
@@ -181,7 +258,8 @@ class Writing:
             "judge": statistics.fmean(self.judge.score([""] * len(texts), texts)),
             "VADER": statistics.fmean(vader_compound(completions=texts)),
             "perplexity": perplexity,
-            "distinct words": len({word for review in reviews for word in review.split()}) / len(" ".join(reviews).split()),
+            "distinct words": len({word for review in reviews for word in review.split()})
+            / len(" ".join(reviews).split()),
         }
 
 
@@ -189,7 +267,9 @@ class Classification:
     """How often the label that a policy writes is the one people gave."""
 
     def __init__(self, *, quick: bool):
-        rows = [row for row in data.sentences()["test"] if abs(row["rating"]) >= data.CLEAR][: 16 if quick else 200]
+        rows = [row for row in data.sentences()["test"] if abs(row["rating"]) >= data.CLEAR][
+            : 16 if quick else 200
+        ]
         self.questions = [data.question(row["text"]) for row in rows]
         self.labels = [data.label(row["rating"]) for row in rows]
 
@@ -226,7 +306,9 @@ def tables(results: dict[str, Results]) -> str:
 
 def spread(values: list[float]) -> str:
     """Mean ± deviation (n - 1)."""
-    return f"{statistics.fmean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+    return f"{statistics.fmean(values):.3f}" + (
+        f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    )
 
 
 def draw(path: Path, results: dict[str, Results]) -> None:
@@ -246,7 +328,9 @@ def draw(path: Path, results: dict[str, Results]) -> None:
             deviations = [statistics.stdev(runs) if len(runs) > 1 else 0.0 for runs in values]
             means = [statistics.fmean(runs) for runs in values]
             color = lines[method].lines[0].get_color() if method in lines else None
-            line = axes.errorbar([int(s) for s in sizes], means, yerr=deviations, marker="o", capsize=3, color=color)
+            line = axes.errorbar(
+                [int(s) for s in sizes], means, yerr=deviations, marker="o", capsize=3, color=color
+            )
             lines.setdefault(method, line)
         if key != "accuracy":  # untrained, it writes no label at all
             lines["untrained"] = axes.axhline(by_size["0"]["untrained"][0][key], color="grey", linestyle=":")

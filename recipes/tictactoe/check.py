@@ -41,7 +41,10 @@ def check(folder: str) -> bool:
         worst, value = oracle.worst_value(policy, player), oracle.value_against_random(policy, player)
         is_good &= worst == 0 and value >= best - WITHIN
         outcome = "draws all" if worst == 0 else "can be beaten"
-        print(f"{folder} as {name}: perfect play: {outcome}; random play: {value:.5f} (the best is {best:.5f})", flush=True)
+        print(
+            f"{folder} as {name}: perfect play: {outcome}; random play: {value:.5f} (the best is {best:.5f})",
+            flush=True,
+        )
     return is_good
 
 

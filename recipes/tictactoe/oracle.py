@@ -67,7 +67,9 @@ def safe_moves(board: Board) -> list[int]:
 @cache
 def best_response(board: Board, player: int, safe: bool = False) -> float:
     """The largest value that any policy has against the random player; if `safe`, any that perfect play cannot beat."""
-    return _against_random(board, player, lambda b, p: best_response(b, p, safe), safe_moves if safe else legal_moves)
+    return _against_random(
+        board, player, lambda b, p: best_response(b, p, safe), safe_moves if safe else legal_moves
+    )
 
 
 def best_policy(safe: bool = False) -> Policy:
@@ -113,7 +115,10 @@ def random_play() -> tuple[float, float, float]:
         if winner(board) is not None:
             return tuple(float(winner(board) == outcome) for outcome in (X, O, 0))
         moves = legal_moves(board)
-        return tuple(sum(column) / len(moves) for column in zip(*(chances(after(board, m)) for m in moves), strict=True))
+        return tuple(
+            sum(column) / len(moves)
+            for column in zip(*(chances(after(board, m)) for m in moves), strict=True)
+        )
 
     x, o, draw = chances(EMPTY)
     return x, o, draw

@@ -6,15 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from surefoot.api.new_model import new_model
+    from surefoot.api.ppo import PPO
+    from surefoot.api.reward_model import RewardModel
+    from surefoot.api.sft import SFT
+    from surefoot.api.stable_baselines import BaseCallback, evaluate_policy
     from surefoot.envs.text import TextTask
     from surefoot.errors import GateError, InputError, Interrupted, NonFiniteError, SurefootError
-    from surefoot.from_scratch import new_model
-    from surefoot.policies.lm import load_policy
-    from surefoot.ppo import PPO
-    from surefoot.reward_model import RewardModel
+    from surefoot.policies.lm.policy import load_policy
     from surefoot.rollout.text import collect
-    from surefoot.sb3 import BaseCallback, evaluate_policy
-    from surefoot.sft import SFT
     from surefoot.train.update import advantages, update
 
 _HOMES = {
@@ -22,17 +22,17 @@ _HOMES = {
     "InputError": "errors",
     "Interrupted": "errors",
     "NonFiniteError": "errors",
-    "PPO": "ppo",
-    "RewardModel": "reward_model",
-    "SFT": "sft",
+    "PPO": "api.ppo",
+    "RewardModel": "api.reward_model",
+    "SFT": "api.sft",
     "SurefootError": "errors",
     "TextTask": "envs.text",
-    "BaseCallback": "sb3",
+    "BaseCallback": "api.stable_baselines",
     "advantages": "train.update",
     "collect": "rollout.text",
-    "evaluate_policy": "sb3",
-    "load_policy": "policies.lm",
-    "new_model": "from_scratch",
+    "evaluate_policy": "api.stable_baselines",
+    "load_policy": "policies.lm.policy",
+    "new_model": "api.new_model",
     "update": "train.update",
 }
 
@@ -61,4 +61,6 @@ def __getattr__(name: str) -> Any:
     # torch takes seconds to import; `import surefoot` and `surefoot --help` must not wait for it.
     if name in _HOMES:
         return getattr(importlib.import_module(f"surefoot.{_HOMES[name]}"), name)
+    if name == "assets":
+        return importlib.import_module("surefoot.data.assets")
     raise AttributeError(f"module 'surefoot' has no attribute {name!r}")

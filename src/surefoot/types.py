@@ -58,7 +58,9 @@ class Request:
 
     prompt: tuple[int, ...]
     seed: int
-    is_stopped: Callable[[Sequence[int]], bool] | None = None  # stop strings, seen from the tokens written so far
+    is_stopped: Callable[[Sequence[int]], bool] | None = (
+        None  # stop strings, seen from the tokens written so far
+    )
 
 
 @dataclass
@@ -90,7 +92,9 @@ class Trajectory:
     text: str
     columns: dict[str, Any] = field(default_factory=dict)  # the task's other columns
     score: float = float("nan")  # what the reward function gave
-    reward_parts: dict[str, float] = field(default_factory=dict)  # what it was added up from, and became: see rewards/
+    reward_parts: dict[str, float] = field(
+        default_factory=dict
+    )  # what it was added up from, and became: see rewards/
     kl: float = 0.0  # log p - log p_ref summed over the written tokens, nats
 
     def record(self) -> dict[str, Any]:
@@ -115,7 +119,9 @@ class Episode:
     total: float  # sum of the rewards, undiscounted, as the environment gave them
     steps: int
     truncated: bool  # cut off by a limit: it did not end by itself
-    info: dict[str, float] = field(default_factory=dict)  # numbers from the environment's last info, such as `is_success`
+    info: dict[str, float] = field(
+        default_factory=dict
+    )  # numbers from the environment's last info, such as `is_success`
 
     def record(self) -> dict[str, Any]:
         """Its line in samples.jsonl."""
@@ -123,11 +129,11 @@ class Episode:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Preference:
     """A pair of texts of which people chose the first, or one text that they rated.
 
-    Example: `Judgement("pairs.jsonl, line 3", "The film", (" was great", " was long"), 0.0)`, a pair without a margin;
-    `Judgement("data, row 1", None, ("A lovely film.",), 3.2)`, a text rated 3.2.
+    Example: `Preference("pairs.jsonl, line 3", "The film", (" was great", " was long"), 0.0)`, a pair without a margin;
+    `Preference("data, row 1", None, ("A lovely film.",), 3.2)`, a text rated 3.2.
     """
 
     where: str  # for errors
@@ -180,7 +186,9 @@ class Batch:
     values_BT: Tensor  # float32
     rewards_BT: Tensor  # float32, the environment's, after shaping and before the KL penalty
     ends_BT: Tensor  # bool: the trajectory ends after this step
-    bootstrap_BT: Tensor  # float32: V(final observation) where truncated, 0 where terminated; read where ends_BT
+    bootstrap_BT: (
+        Tensor  # float32: V(final observation) where truncated, 0 where terminated; read where ends_BT
+    )
     groups_B: Tensor | None = None  # int64: rows with the same number answer the same prompt
     baselines_B: Tensor | None = None  # float32: the reward of the greedy answer to the row's prompt
     reference_logprobs_BT: Tensor | None = None  # float32, nats: the frozen reference
@@ -192,9 +200,11 @@ class Batch:
     row_size: int = 1  # what a row counts for in `batch_size`: an episode 1, a sequence its timesteps
     collected: int | None = None  # units of the run's budget in it; None: its rows
     objective: Objective = "policy"  # what its steps are to do
-    labels_B: Tensor | None = None  # float32, of a reward model's batch: margins or ratings; by head [B, 1, H], NaN: not shown
+    labels_B: Tensor | None = (
+        None  # float32, of a reward model's batch: margins or ratings; by head [B, 1, H], NaN: not shown
+    )
     demonstrations: Callable[[int], Batch] | None = None  # to imitate besides, in the update's step 0, 1, …
-    needs_scores: bool = False  # logprobs_BT and values_BT are still to be filled in
+    needs_logprobs: bool = False  # logprobs_BT and values_BT are still to be filled in
     version: int = 0  # number of updates the policy had seen when it wrote this
     metrics: dict[str, float] = field(default_factory=dict)  # measured while collecting
 
@@ -226,7 +236,9 @@ class Batch:
         return replace(self._changed(take), row_size=1)
 
     def _changed(self, take: Callable[[Tensor], Tensor]) -> Batch:
-        changes: dict[str, Any] = {name: take(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        changes: dict[str, Any] = {
+            name: take(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         observations = {name: take(value) for name, value in self.observations.items()}
         return replace(self, **changes, observations=observations, trajectories=[])
 

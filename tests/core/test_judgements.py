@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from surefoot.core.judgements import judgement_stats, pearson, preference_loss, rating_loss, share_in_order, spearman
+from surefoot.core.preference import pearson, preference_loss, preference_stats, rating_loss, share_in_order, spearman
 
 
 def tensor(*values: float) -> torch.Tensor:
@@ -50,9 +50,9 @@ def test_rating_loss_is_half_the_squared_error():
 
 
 def test_statistics_are_sums_over_rows():
-    stats = judgement_stats(tensor(1.0, 2.5)) + judgement_stats(tensor(0.5))
+    stats = preference_stats(tensor(1.0, 2.5)) + preference_stats(tensor(0.5))
     assert (float(stats.policy_loss), float(stats.steps), float(stats.approx_kl), float(stats.ratio_max)) == (4, 3, 0, 1)
-    assert not judgement_stats(tensor(1.0, math.nan)).is_finite
+    assert not preference_stats(tensor(1.0, math.nan)).is_finite
 
 
 def test_correlations_give_the_numbers_worked_by_hand():

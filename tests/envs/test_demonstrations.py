@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from surefoot.envs.demonstrations import Demonstrations
+from surefoot.data.demonstrations import Demonstrations
 from surefoot.errors import InputError
 from tests.inputs import Rows
 

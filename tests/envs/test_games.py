@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from surefoot.errors import InputError
+from tests.recipes import go_gtp
 from tests.recipes import tictactoe as oracle
 
 pytest.importorskip("gymnasium")
@@ -18,7 +19,6 @@ pytest.importorskip("pettingzoo")
 from gymnasium.vector import AutoresetMode
 
 from surefoot.envs.games import GameVectorEnv, game_factory, random_opponent
-from surefoot.envs.gtp import GTPPlayer, action_of, vertex_of
 
 Views = dict[str, np.ndarray]
 TICTACTOE = game_factory("classic/tictactoe-v3")
@@ -288,10 +288,10 @@ def fake_go(tmp_path: Path) -> tuple[str, str]:
 
 
 def test_gtp_answers(fake_go):
-    with GTPPlayer(fake_go) as player:
+    with go_gtp.GTPPlayer(fake_go) as player:
         player.clear_board(5, 0.5)
         player.play("white", "pass")
-        assert action_of(player.genmove("black"), 5) == 12
+        assert go_gtp.action_of(player.genmove("black"), 5) == 12
         assert player.final_score() == -2.5
         assert player.send("komi 6.5") == "komi 6.5"
         with pytest.raises(InputError, match="refused 'play black A1': illegal move"):
@@ -302,29 +302,29 @@ def test_gtp_answers(fake_go):
 
 
 def test_gtp_program_that_dies_hangs_or_is_missing(fake_go):
-    with GTPPlayer(fake_go) as player, pytest.raises(InputError, match="ended at 'die' with exit code 3"):
+    with go_gtp.GTPPlayer(fake_go) as player, pytest.raises(InputError, match="ended at 'die' with exit code 3"):
         player.send("die")
-    with GTPPlayer(fake_go, timeout=0.1) as player, pytest.raises(InputError, match=r"no answer to 'hang' in 0\.1 s"):
+    with go_gtp.GTPPlayer(fake_go, timeout=0.1) as player, pytest.raises(InputError, match=r"no answer to 'hang' in 0\.1 s"):
         player.send("hang")
     with pytest.raises(InputError, match=r"'no-such-go' not found; .*apt install gnugo"):
-        GTPPlayer(("no-such-go",))
+        go_gtp.GTPPlayer(("no-such-go",))
 
 
 def test_vertices():
-    assert [vertex_of(a, 5) for a in (0, 4, 20, 24, 25)] == ["A5", "E5", "A1", "E1", "pass"]
-    assert (vertex_of(8, 9), vertex_of(360, 19)) == ("J9", "T1")  # no I
+    assert [go_gtp.vertex_of(a, 5) for a in (0, 4, 20, 24, 25)] == ["A5", "E5", "A1", "E1", "pass"]
+    assert (go_gtp.vertex_of(8, 9), go_gtp.vertex_of(360, 19)) == ("J9", "T1")  # no I
     for size in (5, 9, 19):
-        assert [action_of(vertex_of(a, size), size) for a in range(size**2 + 1)] == list(range(size**2 + 1))
+        assert [go_gtp.action_of(go_gtp.vertex_of(a, size), size) for a in range(size**2 + 1)] == list(range(size**2 + 1))
     for bad in ("I3", "A6", "A0", "F1", "resign", "", "3"):
         with pytest.raises(InputError, match="is not on a board"):
-            action_of(bad, 5)
+            go_gtp.action_of(bad, 5)
     with pytest.raises(InputError, match="action 26"):
-        vertex_of(26, 5)
+        go_gtp.vertex_of(26, 5)
 
 
 def test_gnu_go_and_pettingzoo_agree_on_every_board():
     try:
-        player = GTPPlayer()
+        player = go_gtp.GTPPlayer()
     except InputError as error:
         pytest.skip(str(error))
     game, rng, captured = game_factory("classic/go-v5", board_size=5, komi=0.5)(), np.random.default_rng(0), 0
@@ -334,11 +334,11 @@ def test_gnu_go_and_pettingzoo_agree_on_every_board():
         for move in range(60):
             mask = game.observe(game.agent_selection)["action_mask"][:-1]
             action, colour = int(rng.choice(np.flatnonzero(mask))), ("black", "white")[move % 2]
-            player.play(colour, vertex_of(action, 5))
+            player.play(colour, go_gtp.vertex_of(action, 5))
             game.step(action)
             planes = game.observe(game.agent_selection)["observation"]  # plane 0: of the player who has just moved
             for plane, side in zip((0, 1), (colour, "white" if colour == "black" else "black"), strict=True):
-                stones = sorted(action_of(vertex, 5) for vertex in player.send(f"list_stones {side}").split())
+                stones = sorted(go_gtp.action_of(vertex, 5) for vertex in player.send(f"list_stones {side}").split())
                 assert stones == np.flatnonzero(planes[:, :, plane]).tolist()
             captured = sum(int(player.send(f"captures {side}")) for side in ("black", "white"))
     assert captured > 0

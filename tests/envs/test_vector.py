@@ -17,9 +17,9 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from surefoot import PPO, advantages
 from surefoot.config import EnvConfig, NetworkConfig, PPOConfig
-from surefoot.envs.vector import Vector, make_vector, wrap_vector
-from surefoot.policies.control import ControlPolicy
-from surefoot.rollout.vector import VectorRollout, play
+from surefoot.envs.gym import Vector, make_vector, wrap_vector
+from surefoot.policies.control.policy import ControlPolicy
+from surefoot.rollout.gym import GymRollout, play
 from surefoot.types import Batch
 from tests.inputs import refusal
 
@@ -70,12 +70,12 @@ def linear_critic(env: Vector, *, slope: float, at_zero: float, model: str = "Ml
     return policy
 
 
-def rollout_of(policy: ControlPolicy, env: Vector, n_steps: int, **settings: Any) -> VectorRollout:
+def rollout_of(policy: ControlPolicy, env: Vector, n_steps: int, **settings: Any) -> GymRollout:
     ppo = PPOConfig(n_steps=n_steps, batch_size=n_steps, gamma=0.9)
-    return VectorRollout(policy, env, settings=EnvConfig(**settings), ppo=ppo, seed=0)
+    return GymRollout(policy, env, settings=EnvConfig(**settings), ppo=ppo, seed=0)
 
 
-def collect(rollout: VectorRollout, version: int = 0) -> Batch:
+def collect(rollout: GymRollout, version: int = 0) -> Batch:
     return rollout.collect(first=0, count=rollout.per_update, version=version)
 
 
@@ -345,7 +345,7 @@ def test_a_worker_that_is_killed_is_one_line_and_takes_the_others_with_it() -> N
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
 def test_no_legal_action_is_an_error_before_the_end_and_none_at_it(mode: AutoresetMode) -> None:
-    def rollout(none_at: int) -> VectorRollout:
+    def rollout(none_at: int) -> GymRollout:
         env = wrap_vector(SyncVectorEnv([lambda: Masked(none_at)], autoreset_mode=mode), seed=0)
         return rollout_of(ControlPolicy(env.observation_spaces, env.action_space), env, 8)
 
@@ -370,7 +370,7 @@ def test_masks_by_method_are_asked_for_as_sb3_contrib_does() -> None:
 
 
 def test_masks_of_several_choices_leave_an_action_in_each() -> None:
-    def rollout(end: str) -> VectorRollout:
+    def rollout(end: str) -> GymRollout:
         env = make_vector(TwoChoices, n_envs=2, vectorization="sync", kwargs={"length": 4, "end": end}, seed=0)
         return rollout_of(ControlPolicy(env.observation_spaces, env.action_space), env, 12)
 
@@ -394,7 +394,7 @@ def test_masked_episodes_are_played_again_by_legal_actions(kind: Any) -> None:
 
 
 def test_an_episode_too_long_to_be_played_again_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("surefoot.envs.vector.LONGEST_REPLAY", 5)
+    monkeypatch.setattr("surefoot.envs.gym.LONGEST_REPLAY", 5)
     env = make_vector(Counter, n_envs=2, vectorization="sync", kwargs={"length": 9, "end": "truncated"}, seed=0)
     env.reset()
     for step in range(1, 13):
@@ -514,7 +514,7 @@ def test_a_rollout_of_one_step_that_only_reset_changes_nothing() -> None:
 
 
 def test_an_evaluation_that_never_ends_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("surefoot.rollout.vector.LONGEST_EPISODE", 50)
+    monkeypatch.setattr("surefoot.rollout.gym.LONGEST_EPISODE", 50)
     env = wrap_vector(Counter(10**9, "terminated"), seed=0)
     policy = ControlPolicy(env.observation_spaces, env.action_space)
     assert "an episode has not ended after 50 steps; give it a time limit" in refusal(lambda: play(policy, env, 1))

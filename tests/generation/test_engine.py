@@ -10,9 +10,9 @@ import torch
 
 from surefoot.generation.engine import generate
 from surefoot.generation.sampling import request_uniforms
-from surefoot.policies.kv_cache import SlotCache
-from surefoot.policies.lm import CausalLMPolicy
-from surefoot.policies.lstm_lm import StateCache
+from surefoot.policies.lm.kv_cache import SlotCache
+from surefoot.policies.lm.lstm import StateCache
+from surefoot.policies.lm.policy import CausalLMPolicy
 from surefoot.types import Completion, Request, SamplingParams, StopReason
 from tests.tiny import END, FAMILIES, LSTM, plain_scores, random_tokens, tiny_lm, tiny_policy, written_batch
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from surefoot import TextTask, advantages, collect, update
 from surefoot.config import GenerationConfig, PPOConfig
 from surefoot.core.schedules import schedule
-from surefoot.policies.lm import CausalLMPolicy
+from surefoot.policies.lm.policy import CausalLMPolicy
 from surefoot.train.update import make_optimizer
 from surefoot.types import Batch
 from tests.learn.words import END, WORDS, word_policy

@@ -102,4 +102,4 @@ def test_a_run_without_any_signal_goes_to_its_end_and_changes_nothing(tmp_path: 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     updates = [line for line in lines if "episodes" in line]
     assert [line["episodes"] for line in updates] == [64, 128, 192]
-    assert all(line["reward/equal_groups"] == 8 and "ppo/policy_loss" not in line for line in updates)
+    assert all(line["reward/zero_variance_groups"] == 8 and "ppo/policy_loss" not in line for line in updates)

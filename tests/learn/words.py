@@ -9,7 +9,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from surefoot.config import AdapterConfig, CriticConfig, PolicyConfig
-from surefoot.policies.lm import CausalLMPolicy, wrap_policy
+from surefoot.policies.lm.policy import CausalLMPolicy, wrap_policy
 
 END = "<eos>"
 WORDS = [END, *"abcdefgPQR"]

@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 import torch
 
-from surefoot.build import build_training
+from surefoot.build.training import build_training
 from surefoot.config import Config, make_config
 from surefoot.envs.text import TextTask
-from surefoot.policies.lm import CausalLMPolicy, wrap_policy
-from surefoot.run import RunFolder
+from surefoot.policies.lm.policy import CausalLMPolicy, wrap_policy
+from surefoot.storage.run_folder import RunFolder
 from surefoot.train import loop
 from tests.tiny import tiny_lm, tiny_tokenizer
 

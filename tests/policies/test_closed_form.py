@@ -10,8 +10,8 @@ from gymnasium import spaces
 
 from surefoot.config import NetworkConfig, PPOConfig
 from surefoot.core.losses import LossSettings, LossStats, ppo_loss
-from surefoot.policies import closed_form
-from surefoot.policies.control import ControlPolicy
+from surefoot.policies.control import fast_mlp as closed_form
+from surefoot.policies.control.policy import ControlPolicy
 from surefoot.train.checkpoint import optimizer_tensors, policy_tensors
 from surefoot.train.update import make_optimizer, update
 from surefoot.types import Batch

@@ -14,9 +14,9 @@ from torch.distributions import Bernoulli, Categorical, Independent, Normal
 
 from surefoot.config import NetworkConfig
 from surefoot.errors import InputError
-from surefoot.policies.actions import action_head
-from surefoot.policies.control import ControlPolicy
-from surefoot.policies.networks import Extractor
+from surefoot.policies.control.actions import action_head
+from surefoot.policies.control.networks import Extractor
+from surefoot.policies.control.policy import ControlPolicy
 from surefoot.types import Batch
 
 FEATURES = 6
@@ -79,7 +79,7 @@ def test_log_probs_entropies_and_their_gradients_are_those_of_torch_distribution
     mask = mask_of(kind, 40) if masked else None
     with torch.no_grad():
         actions = head.sample(latent, head.noise(1, 40, generator(3))[0], mask)
-    ours = head.score(latent, actions, mask)
+    ours = head.evaluate_actions(latent, actions, mask)
     choices = twin(kind, head, latent, mask)
     parts = actions.unbind(-1) if kind == "multi-discrete" else [actions]
     parts = [part.float() for part in parts] if kind == "multi-binary" else parts
@@ -145,7 +145,7 @@ def test_no_noise_makes_an_illegal_action_and_illegal_ones_have_finite_log_probs
             assert part.gather(-1, chosen[:, None]).all()
     assert torch.equal(head.mode(latent, mask), head.sample(latent, torch.zeros(()), mask))
     actions[:, 0] = mask[:, : sizes[0]].float().argmin(-1)
-    logprobs, entropies = head.score(latent, actions[:, 0] if kind == "discrete" else actions, mask)
+    logprobs, entropies = head.evaluate_actions(latent, actions[:, 0] if kind == "discrete" else actions, mask)
     assert logprobs.isfinite().all() and entropies.isfinite().all()
     (logprobs.sum() + entropies.sum()).backward()
     assert all(parameter.grad.isfinite().all() for parameter in head.parameters())

@@ -17,9 +17,9 @@ from torch import Tensor
 from surefoot import PPO, SFT, RewardModel, TextTask, load_policy
 from surefoot.config import AdapterConfig, CriticConfig, PolicyConfig, PPOConfig, load_config
 from surefoot.errors import InputError
-from surefoot.policies.lm import CausalLMPolicy
-from surefoot.rollout.score import score_batch
-from surefoot.tensors import read_tensors
+from surefoot.policies.lm.policy import CausalLMPolicy
+from surefoot.rollout.logprobs import fill_logprobs
+from surefoot.storage.safetensors import read_tensors
 from surefoot.train.update import TokenBudget, accumulate_gradient, advantages, make_optimizer
 from surefoot.types import Batch
 from tests.inputs import model_folder, refusal
@@ -110,9 +110,9 @@ def test_values_are_those_of_the_critics_own_model(family, critic):
     policy = tiny_policy(family, critic=critic)
     move(policy)
     batch = written_batch(PAIRS)
-    assert policy.score_values is not None
+    assert policy.compute_values is not None
     with torch.no_grad():
-        found, alone = policy.evaluate(batch).values_BT, policy.score_values(batch)
+        found, alone = policy.evaluate(batch).values_BT, policy.compute_values(batch)
     assert torch.allclose(found[batch.mask_BT], plain_values(policy, family=family), atol=2e-4)
     assert torch.equal(found, alone) and (found[~batch.mask_BT] == 0).all()
 
@@ -155,7 +155,7 @@ def test_the_value_loss_reaches_the_critic_alone_and_the_policy_loss_the_policy_
     view = policy.evaluate(batch, entropy_gradient=True)
     assert gradients(policy, view.logprobs_BT.sum()) == names - own and len(names - own) > 10
     view = policy.evaluate(batch, entropy_gradient=True)
-    policy.score_values(batch)  # a switch between forward and backward loses nothing
+    policy.compute_values(batch)  # a switch between forward and backward loses nothing
     policy.reference_logprobs(batch)
     (view.values_BT.square().sum() + view.logprobs_BT.sum() + view.entropies_BT.sum()).backward()
     assert {name for name, p in policy.named_parameters_to_train() if p.grad is not None} == names
@@ -177,7 +177,7 @@ def test_policy_and_reference_are_what_they_are_without_the_critic(critic, adapt
             if not critics_own(name):
                 own[name].add_(0.05)
         assert torch.equal(policy.reference_logprobs(batch), plain.reference_logprobs(batch))
-        policy.score_values(batch)
+        policy.compute_values(batch)
         assert torch.equal(policy.evaluate(batch).logprobs_BT, plain.evaluate(batch).logprobs_BT)
     assert policy.fingerprint() == plain.fingerprint()
     policy.save_model(Path("with"))
@@ -204,10 +204,10 @@ def test_padding_and_neighbours_change_no_value(critic, columns):
     policy = tiny_policy(critic=critic, moved=True)
     batch = padded(written_batch(PAIRS), columns, filler=5)
     with torch.no_grad():
-        together = policy.score_values(batch)
+        together = policy.compute_values(batch)
         for row, pair in enumerate(PAIRS):
             alone = written_batch([pair])
-            expected = policy.score_values(alone)[alone.mask_BT]
+            expected = policy.compute_values(alone)[alone.mask_BT]
             assert torch.allclose(together[row][batch.mask_BT[row]], expected, atol=1e-5)
 
 
@@ -240,7 +240,7 @@ def test_a_rollouts_values_are_the_critics_and_the_first_ratio_is_1(critic, adap
     batch = rollout(policy, episodes=32)
     assert (batch.behaviour_logprobs_BT is None) == (dtype == torch.float32)  # what the sampler gave is not scored again
     with torch.no_grad():
-        expected = policy.score_values(batch)
+        expected = policy.compute_values(batch)
     assert expected.abs().max() > 0.1
     assert torch.allclose(batch.values_BT, expected, atol=1e-4 if dtype == torch.float32 else 0.05)
     config = PPOConfig(batch_size=4, n_epochs=1, learning_rate=1e-6, micro_batch_tokens=90)
@@ -254,7 +254,7 @@ def test_where_no_values_are_learned_none_are_computed():
     policy = tiny_policy(critic=SEPARATE)
     batch = written_batch(PAIRS)
     policy.critic.body.forward = None  # type: ignore[union-attr,method-assign]
-    score_batch(policy, batch, token_budget=10**6)
+    fill_logprobs(policy, batch, token_budget=10**6)
     assert (batch.values_BT == 0).all() and batch.reference_logprobs_BT is not None
 
 
@@ -323,7 +323,7 @@ def test_save_and_load_keep_the_critic(critic):
     assert model.policy.value_head.weight.abs().max() > 0
     batch = written_batch(PAIRS)
     if critic.kind == "separate":
-        assert torch.equal(again.policy.score_values(batch), model.policy.score_values(batch))
+        assert torch.equal(again.policy.compute_values(batch), model.policy.compute_values(batch))
     opened = PPO.open("out")
     assert opened.policy.critic is None  # to write with, it needs none
     again.learn(8)
@@ -459,11 +459,11 @@ def test_the_batch_of_a_rollout_is_scored_by_micro_batches():
 
     def values(part: Batch) -> Tensor:
         sizes.append(len(part))
-        assert policy.score_values is not None
-        return policy.score_values(part)
+        assert policy.compute_values is not None
+        return policy.compute_values(part)
 
-    score_batch(policy, whole, token_budget=10**6, values=values)
-    score_batch(policy, split, token_budget=20, values=values)
+    fill_logprobs(policy, whole, token_budget=10**6, values=values)
+    fill_logprobs(policy, split, token_budget=20, values=values)
     assert sizes[0] == 4 and len(sizes) > 3
     assert torch.allclose(whole.values_BT, split.values_BT, atol=1e-5) and whole.values_BT.abs().max() > 0
 
@@ -485,12 +485,12 @@ def test_a_critic_has_a_step_size_of_its_own_which_the_schedule_moves_too():
 def test_an_lstm_has_a_separate_critic_but_not_the_other_kinds():
     policy = tiny_policy(LSTM, critic=CriticConfig(kind="separate"))
     move(policy)
-    assert policy.critic is not None and policy.score_values is not None
+    assert policy.critic is not None and policy.compute_values is not None
     lm = tiny_lm(LSTM)
     lm.base_model.load_state_dict({name: p.detach() for name, p in policy.critic.parameters().items()})
     batch = written_batch(PAIRS)
     hidden_BTD = lm(batch.observations["tokens"]).hidden_states[-1]
     expected = policy.value_head(hidden_BTD[:, :-1]).squeeze(-1)[batch.mask_BT[:, 1:]]
-    torch.testing.assert_close(policy.score_values(batch)[batch.mask_BT], expected)
+    torch.testing.assert_close(policy.compute_values(batch)[batch.mask_BT], expected)
     with pytest.raises(InputError, match=r"policy\.critic\.layers: _Body is no single stack of layers"):
         tiny_policy(LSTM, critic=CriticConfig(kind="separate", layers=1))

@@ -10,7 +10,7 @@ import transformers
 
 from surefoot.config import AdapterConfig, PolicyConfig
 from surefoot.errors import InputError
-from surefoot.policies.lm import wrap_policy
+from surefoot.policies.lm.policy import wrap_policy
 from surefoot.types import Batch
 from tests.tiny import (
     CONTEXT,

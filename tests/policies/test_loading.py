@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from surefoot.config import AdapterConfig, PolicyConfig
 from surefoot.errors import InputError
-from surefoot.policies.lm import load_policy, resolve_dtype
-from surefoot.policies.pretrained import check_model_folder
+from surefoot.policies.lm.policy import load_policy, resolve_dtype
+from surefoot.policies.lm.pretrained import check_model_folder
 from tests.tiny import FAMILIES, random_tokens, tiny_lm, tiny_policy, tiny_tokenizer, written_batch
 
 PAIRS = [(random_tokens(4, seed=1), random_tokens(6, seed=2))]

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from surefoot.config import PolicyConfig
-from surefoot.policies.lm import load_policy
+from surefoot.policies.lm.policy import load_policy
 from tests.tiny import END, LSTM, random_tokens, tiny_lm, tiny_policy, tiny_tokenizer, written_batch
 
 LENGTHS = (5, 1, 9, 3)

@@ -9,7 +9,7 @@ import torch
 
 from surefoot.config import GenerationConfig, PPOConfig
 from surefoot.envs.text import TextTask
-from surefoot.policies.lm import CausalLMPolicy
+from surefoot.policies.lm.policy import CausalLMPolicy
 from surefoot.rollout.text import collect
 from surefoot.train.update import UpdateResult, advantages, update
 from surefoot.types import Batch
@@ -71,7 +71,7 @@ def test_a_temperature_on_one_side_only_would_be_seen_in_the_first_ratio():
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_in_bfloat16_scoring_again_makes_the_first_ratio_1(family, adapter):
     policy = tiny_policy(family, adapter=adapter, moved=True, dtype=ROUGH)
-    assert not policy.scores_like_sampler
+    assert not policy.exact_logprobs
     batch = rollout(policy, episodes=32)
     assert batch.behaviour_logprobs_BT is not None
     assert (batch.behaviour_logprobs_BT - batch.logprobs_BT)[batch.mask_BT].abs().mean() < 0.05  # the sampler's own

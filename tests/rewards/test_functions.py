@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from surefoot.errors import InputError
-from surefoot.rewards.functions import load_function, score
+from surefoot.rewards.functions import compute_rewards, load_function
 from tests.fakes import trajectory
 
 ANSWERS = [trajectory("good"), trajectory("bad"), trajectory("ugly")]
@@ -29,7 +29,7 @@ def test_function_gets_prompts_and_completions_in_order() -> None:
         assert prompts == ["How are you?"] * 3
         return [float(len(completion)) for completion in completions]
 
-    assert score(reward, ANSWERS) == [4.0, 3.0, 4.0]
+    assert compute_rewards(reward, ANSWERS) == [4.0, 3.0, 4.0]
 
 
 def test_columns_come_as_keywords_with_one_entry_a_sample() -> None:
@@ -40,7 +40,7 @@ def test_columns_come_as_keywords_with_one_entry_a_sample() -> None:
         return [0.0] * len(prompts)
 
     rows = [trajectory(columns={"answer": 4, "level": "easy"}), trajectory(columns={"answer": 5})]
-    score(reward, rows)
+    compute_rewards(reward, rows)
     assert seen == {"answer": [4, 5], "level": ["easy", None]}
 
 
@@ -52,7 +52,7 @@ def test_chat_prompts_get_completions_as_message_lists() -> None:
         seen.update(prompts=prompts, completions=completions)
         return [0.0, 0.0]
 
-    score(reward, [trajectory("fine", prompt=chat), trajectory("well", prompt="How are you?")])
+    compute_rewards(reward, [trajectory("fine", prompt=chat), trajectory("well", prompt="How are you?")])
     assert seen["prompts"] == [chat, "How are you?"]
     assert seen["completions"] == [[{"role": "assistant", "content": "fine"}], "well"]
 
@@ -72,7 +72,7 @@ def test_chat_prompts_get_completions_as_message_lists() -> None:
     ],
 )
 def test_numbers_of_every_library_become_floats(scores: Any) -> None:
-    checked = score(returning(scores), ANSWERS)
+    checked = compute_rewards(returning(scores), ANSWERS)
     assert checked == [1.5, -2.0, 1.0]
     assert all(type(value) is float for value in checked)
 
@@ -105,19 +105,19 @@ def test_score_that_is_no_finite_number_names_the_sample(bad: Any) -> None:
     with pytest.raises(
         InputError, match=r"reward function returned .* for sample 1 \(prompt 'How are you\?', completion 'bad'\)"
     ):
-        score(returning([0.5, bad, 0.5]), ANSWERS)
+        compute_rewards(returning([0.5, bad, 0.5]), ANSWERS)
 
 
 def test_bad_score_is_quoted_short() -> None:
     with pytest.raises(InputError) as caught:
-        score(returning([0.5, "x" * 10_000]), [trajectory(), trajectory("y" * 10_000, prompt="z" * 10_000)])
+        compute_rewards(returning([0.5, "x" * 10_000]), [trajectory(), trajectory("y" * 10_000, prompt="z" * 10_000)])
     assert len(str(caught.value)) < 400 and "xxx" in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("scores", [[], [0.1], [0.1, 0.2], [0.1] * 4, np.zeros(2), torch.zeros(4)])
 def test_wrong_count_is_an_error_and_not_filled_up(scores: Any) -> None:
     with pytest.raises(InputError, match=rf"returned {len(scores)} scores for 3 completions"):
-        score(returning(scores), ANSWERS)
+        compute_rewards(returning(scores), ANSWERS)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_wrong_count_is_an_error_and_not_filled_up(scores: Any) -> None:
 def test_result_that_is_no_list_is_an_error(scores: Any) -> None:
     """Of a dict the keys would be taken for scores, of a set the order is anyone's guess."""
     with pytest.raises(InputError, match="a list of 3 floats is needed"):
-        score(returning(scores), ANSWERS)
+        compute_rewards(returning(scores), ANSWERS)
 
 
 def test_function_that_raises_is_an_error_and_not_a_zero() -> None:
@@ -148,7 +148,7 @@ def test_function_that_raises_is_an_error_and_not_a_zero() -> None:
     with pytest.raises(
         InputError, match=r"the reward function raised ZeroDivisionError.*test_functions\.py, line \d+"
     ) as caught:
-        score(reward, ANSWERS)
+        compute_rewards(reward, ANSWERS)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
@@ -157,7 +157,7 @@ def test_function_that_cannot_take_the_columns_is_an_error() -> None:
         return [0.0] * len(prompts)
 
     with pytest.raises(InputError, match=r"TypeError.*'answer'"):
-        score(reward, [trajectory(columns={"answer": 4})])
+        compute_rewards(reward, [trajectory(columns={"answer": 4})])
 
 
 def test_interrupt_inside_a_reward_function_is_not_swallowed() -> None:
@@ -165,18 +165,18 @@ def test_interrupt_inside_a_reward_function_is_not_swallowed() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        score(reward, ANSWERS)
+        compute_rewards(reward, ANSWERS)
 
 
 def test_message_names_the_function_meant() -> None:
     with pytest.raises(InputError, match="the metric function returned 1 scores"):
-        score(returning([0.0]), ANSWERS, name="metric")
+        compute_rewards(returning([0.0]), ANSWERS, name="metric")
 
 
 def test_function_is_found_in_a_file(tmp_path: Path) -> None:
     (tmp_path / "my_reward.py").write_text("def reward(prompts, completions):\n    return [len(c) for c in completions]\n")
     function = load_function(f"{tmp_path}/my_reward.py:reward", key="task.reward")
-    assert score(function, ANSWERS) == [4.0, 3.0, 4.0]
+    assert compute_rewards(function, ANSWERS) == [4.0, 3.0, 4.0]
 
 
 def test_two_files_of_one_name_keep_their_own_functions(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_two_files_of_one_name_keep_their_own_functions(tmp_path: Path) -> None:
             f"SCORE = {value}\ndef reward(prompts, completions):\n    return [SCORE] * len(prompts)\n"
         )
         functions.append(load_function(f"{folder}/reward.py:reward", key="task.reward"))
-    assert [score(function, ANSWERS[:1]) for function in functions] == [[1.0], [2.0]]
+    assert [compute_rewards(function, ANSWERS[:1]) for function in functions] == [[1.0], [2.0]]
 
 
 def test_function_is_found_in_a_module() -> None:

@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from surefoot import PPO, InputError, RewardModel, TextTask
-from surefoot.build_text import build_task
+from surefoot.build.language import build_task
 from surefoot.config import PPOConfig, absolute_paths, load_config
 from surefoot.core.running import RunningStats
-from surefoot.rewards.mixed import MixedReward, assign_scores
+from surefoot.rewards.mixed import MixedReward, assign_rewards
 from surefoot.rewards.shaping import shape_rewards
 from surefoot.types import StopReason
 from tests.fakes import trajectory
@@ -45,7 +45,7 @@ def vowels(prompts, completions, **columns):
 def test_the_sum_by_hand_and_what_shaping_adds():
     answers = [trajectory(text, stop_reason=StopReason.LENGTH) for text in ("fine", "you and me")]
     mixed = MixedReward({"long": (long, -0.5), "vowels": (vowels, 2), "unused": (long, 0)})
-    assign_scores(mixed, answers)
+    assign_rewards(mixed, answers)
     assert [t.score for t in answers] == [-0.5 * 4 + 2 * 2, -0.5 * 10 + 2 * 4]
     assert answers[1].reward_parts == {"score": 3.0, "part/long": 10.0, "part/vowels": 4.0, "part/unused": 10.0}
     shape_rewards(answers, PPOConfig(missing_eos_penalty=1.0, reward_clip=1.5), RunningStats())
@@ -57,7 +57,7 @@ def test_the_sum_by_hand_and_what_shaping_adds():
         "total": 1.5,
         "missing_eos_penalty": -1.0,
     }
-    assign_scores(long, answers)
+    assign_rewards(long, answers)
     assert [t.reward_parts for t in answers] == [{"score": 4.0}, {"score": 10.0}]
 
 
@@ -68,7 +68,7 @@ def test_each_part_gets_what_a_function_gets_and_is_checked_as_one():
         seen.append(given)
         return [1.0]
 
-    assign_scores(MixedReward({"a": (recording, 1), "b": (recording, 1)}), [trajectory("x", columns={"answer": 4})])
+    assign_rewards(MixedReward({"a": (recording, 1), "b": (recording, 1)}), [trajectory("x", columns={"answer": 4})])
     assert seen[0] == seen[1] and seen[0]["answer"] == [4] and seen[0]["completions"] == ["x"]
     for bad, said in (
         (lambda **given: [math.nan], "the reward b function returned nan for sample 0"),
@@ -76,9 +76,9 @@ def test_each_part_gets_what_a_function_gets_and_is_checked_as_one():
         (lambda **given: 1 / 0, "the reward b function raised ZeroDivisionError"),
     ):
         with pytest.raises(InputError, match=said):
-            assign_scores(MixedReward({"a": (long, 1), "b": (bad, 1)}), [trajectory("x")])
+            assign_rewards(MixedReward({"a": (long, 1), "b": (bad, 1)}), [trajectory("x")])
     with pytest.raises(InputError, match="add up to inf for sample 0"):
-        assign_scores(MixedReward({"a": (lambda **given: [1e300], 1e300)}), [trajectory("x")])
+        assign_rewards(MixedReward({"a": (lambda **given: [1e300], 1e300)}), [trajectory("x")])
 
 
 @pytest.mark.parametrize(
@@ -187,8 +187,8 @@ def test_what_parts_lack_is_said_before_any_model_is_loaded(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     model = RewardModel(model_folder(), PAIRS, run_folder="runs", **FAST | {"epochs": 1}).learn()
     model.save("judge")
-    monkeypatch.setattr("surefoot.build_text.load_policy", None)
-    monkeypatch.setattr("surefoot.build.load_policy", None)
+    monkeypatch.setattr("surefoot.build.language.load_policy", None)
+    monkeypatch.setattr("surefoot.build.training.load_policy", None)
     project = write_project(tmp_path, reward=TWO)
     for parts, said in (
         (
@@ -223,5 +223,5 @@ def test_a_reward_model_is_a_part_and_its_uncertainty_lowers_it(tmp_path, monkey
     # The same from Python.
     env = TextTask(["film 1 is"], {"judge": (loaded.lower_bound(2.0), 0.5), "long": (long, 0.1)}, held_out=0.0)
     answer = trajectory(texts[1][0], prompt=texts[0][0])
-    assign_scores(env.reward, [answer])
+    assign_rewards(env.reward, [answer])
     assert answer.score == pytest.approx(total[0], abs=1e-4)

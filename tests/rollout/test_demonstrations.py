@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from surefoot.config import SFTConfig
-from surefoot.envs.demonstrations import Demonstrations
+from surefoot.data.demonstrations import Demonstrations
 from surefoot.errors import InputError
-from surefoot.policies.lm import CausalLMPolicy
-from surefoot.rollout.demonstrations import DemonstrationRollout, Lesson, encode_demonstration
+from surefoot.policies.lm.policy import CausalLMPolicy
+from surefoot.rollout.demonstrations import DemonstrationRollout, TokenizedExample, encode_demonstration
 from surefoot.rollout.text import encode_prompt
 from surefoot.types import Demonstration
 from tests.tiny import CONTEXT, END, VOCABULARY, tiny_policy, tiny_tokenizer
@@ -35,7 +35,7 @@ FORGETFUL = (
 )
 
 
-def encoded(contents: dict[str, Any], tokenizer: Any = None) -> Lesson:
+def encoded(contents: dict[str, Any], tokenizer: Any = None) -> TokenizedExample:
     example = Demonstration("d.jsonl, line 1", contents)
     return encode_demonstration(tokenizer or tiny_tokenizer(chat=True), example, end_tokens=frozenset({END}))
 
@@ -47,13 +47,13 @@ def rollout_of(
     return DemonstrationRollout(policy, Demonstrations(data, held_out=held_out), sft=SFTConfig(**settings), seed=3)
 
 
-def trained(lesson: Lesson) -> list[int]:
+def trained(lesson: TokenizedExample) -> list[int]:
     return [token for token, is_trained in zip(lesson.tokens, lesson.is_trained, strict=True) if is_trained]
 
 
 def test_a_text_is_trained_whole_but_for_its_first_token():
     tokens = tiny_tokenizer()("the film")["input_ids"]
-    assert encoded({"text": "the film"}) == Lesson((*tokens, END), (False, *[True] * len(tokens)))
+    assert encoded({"text": "the film"}) == TokenizedExample((*tokens, END), (False, *[True] * len(tokens)))
 
 
 def test_of_a_pair_the_completion_and_its_end_token_are_trained():

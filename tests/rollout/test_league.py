@@ -17,10 +17,10 @@ from surefoot.errors import InputError
 pytest.importorskip("pettingzoo")
 
 from surefoot.envs.games import GameVectorEnv, game_factory
+from surefoot.envs.gym import Vector
 from surefoot.envs.observations import leaves
-from surefoot.envs.vector import Vector
-from surefoot.policies.control import ControlPolicy
-from surefoot.rollout.league import ELO_STEP, RANDOM, League, elo_gain, thinned
+from surefoot.policies.control.policy import ControlPolicy
+from surefoot.rollout.opponents import ELO_STEP, RANDOM, OpponentPool, elo_gain, thinned
 from surefoot.types import Episode
 from tests.train.small_run import rows, weights
 
@@ -45,13 +45,13 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def league_of(games: int, kind: str = "MlpPolicy", **settings: Any) -> tuple[League, GameVectorEnv]:
+def league_of(games: int, kind: str = "MlpPolicy", **settings: Any) -> tuple[OpponentPool, GameVectorEnv]:
     env = GameVectorEnv(TICTACTOE, games)
     policy = ControlPolicy(leaves(env.single_observation_space), env.single_action_space, kind=kind)
-    return League(policy, env, SelfPlayConfig(**settings)), env
+    return OpponentPool(policy, env, SelfPlayConfig(**settings)), env
 
 
-def changed(league: League) -> None:
+def changed(league: OpponentPool) -> None:
     with torch.no_grad():
         for _, parameter in league.policy.named_parameters_to_train():
             parameter.add_(1.0)
@@ -65,7 +65,7 @@ def any_legal(views: dict[str, np.ndarray]) -> np.ndarray:
     return views["action_mask"].argmax(1)
 
 
-def met(league: League, env: GameVectorEnv) -> Counter[int]:
+def met(league: OpponentPool, env: GameVectorEnv) -> Counter[int]:
     """Whom the games of new episodes are against, once each learner has moved."""
     views, _ = env.reset(seed=0)
     env.step(any_legal(views))

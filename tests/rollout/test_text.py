@@ -13,7 +13,7 @@ from surefoot.core.kl import kl_penalised_rewards
 from surefoot.core.losses import LossSettings, ppo_loss
 from surefoot.envs.text import TextTask
 from surefoot.errors import InputError
-from surefoot.rollout.score import score_batch, sequence_kl
+from surefoot.rollout.logprobs import fill_logprobs, sequence_kl
 from surefoot.rollout.text import TextRollout, collect, completion_text, distinct_2, encode_prompt, stop_check
 from surefoot.types import Batch, StopReason
 from tests.tiny import ASSISTANT, CONTEXT, END, SPECIAL, USER, plain_scores, tiny_lm, tiny_policy, tiny_tokenizer
@@ -364,7 +364,7 @@ def test_scoring_fills_the_written_tokens_whatever_the_token_budget(dtype, budge
     policy = tiny_policy(moved=True, dtype=dtype)
     batch = played(policy)
     written, old = batch.logprobs_BT.clone(), batch.behaviour_logprobs_BT
-    score_batch(policy, batch, token_budget=budget)
+    fill_logprobs(policy, batch, token_budget=budget)
     exact = dtype == torch.float32
     assert (batch.behaviour_logprobs_BT is None) == exact and (old is None) == exact
     whole = policy.evaluate(batch)

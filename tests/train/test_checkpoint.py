@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import save
 
 from surefoot.errors import InputError
-from surefoot.policies.lm import load_policy
-from surefoot.run import RunFolder
-from surefoot.tensors import read_tensors
+from surefoot.policies.lm.policy import load_policy
+from surefoot.storage.run_folder import RunFolder
+from surefoot.storage.safetensors import read_tensors
 from surefoot.train import checkpoint
 from surefoot.train.checkpoint import load_checkpoint, newest_checkpoint, point, pointed_checkpoint, save_checkpoint
 from tests.fakes import BigramPolicy
@@ -294,7 +294,7 @@ def test_a_second_writer_is_refused_until_the_first_has_gone(tmp_path: Path) -> 
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
-    program = "import os, sys; from pathlib import Path; from surefoot.run import RunFolder; r = RunFolder(Path(sys.argv[1]))"
+    program = "import os, sys; from pathlib import Path; from surefoot.storage.run_folder import RunFolder; r = RunFolder(Path(sys.argv[1]))"
     program += "; r.hold(); print(flush=True); os.kill(os.getpid(), 9 * (sys.stdin.read() == 'die'))"
     with subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -22,7 +22,7 @@ from torch import nn
 
 from surefoot import PPO, BaseCallback, evaluate_policy
 from surefoot.config import load_config
-from surefoot.policies.control import ControlPolicy
+from surefoot.policies.control.policy import ControlPolicy
 from surefoot.train import loop
 from tests.inputs import refusal
 from tests.train.small_run import rows, weights

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from surefoot.config import PPOConfig
-from surefoot.rollout.batch import have_signal, text_batch
+from surefoot.rollout.batch import has_reward_variance, text_batch
 from surefoot.train.metrics import batch_metrics, update_metrics
 from surefoot.train.update import TokenBudget, accumulate_gradient, advantages, make_optimizer, update
 from surefoot.types import Batch
@@ -302,7 +302,7 @@ def test_an_update_whose_groups_are_all_without_signal_does_nothing() -> None:
     result = update(policy, advantages(batch, config), config=config)
     assert (result.steps, result.skipped, result.stats) == (0, 0, None)
     assert all(torch.equal(a, b) for a, b in zip(policy.weights(), before, strict=True))
-    assert batch_metrics(batch)["reward/equal_groups"] == 2.0
+    assert batch_metrics(batch)["reward/zero_variance_groups"] == 2.0
     assert "ppo/policy_loss" not in update_metrics(result, learning_rate=0.1, skipped=0)
 
 
@@ -348,7 +348,7 @@ def test_groups_with_equal_rewards_are_counted() -> None:
     batch = scored([1.0, 1.0, 0.0, 1.0, 2.0, 2.0], [1, 2, 1, 1, 3, 1])
     batch.groups_B = torch.tensor([0, 0, 1, 1, 2, 2])
     batch.rewards_BT = torch.where(batch.mask_BT, batch.rewards_BT, math.nan)
-    assert have_signal(batch).tolist() == [False, False, True, True, False, False]
-    assert batch_metrics(batch)["reward/equal_groups"] == 2.0
+    assert has_reward_variance(batch).tolist() == [False, False, True, True, False, False]
+    assert batch_metrics(batch)["reward/zero_variance_groups"] == 2.0
     batch.groups_B = torch.arange(6)
-    assert "reward/equal_groups" not in batch_metrics(batch)
+    assert "reward/zero_variance_groups" not in batch_metrics(batch)

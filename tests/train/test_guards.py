@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from surefoot import PPO
-from surefoot.cli import main
+from surefoot.cli.main import main
 from surefoot.errors import GateError, InputError, NonFiniteError
-from surefoot.policies.lm import CausalLMPolicy
+from surefoot.policies.lm.policy import CausalLMPolicy
 from surefoot.train import loop
 from surefoot.train.checkpoint import load_checkpoint, newest_checkpoint
 from surefoot.types import Batch, Evaluation

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from surefoot.config import PPOConfig, SFTConfig
-from surefoot.core.losses import LossStats, imitation_loss
-from surefoot.policies.lm import CausalLMPolicy
+from surefoot.core.losses import LossStats, nll_loss
+from surefoot.policies.lm.policy import CausalLMPolicy
 from surefoot.rollout.batch import demonstration_batch, micro_batches
-from surefoot.train.metrics import imitation_metrics
+from surefoot.train.metrics import nll_metrics
 from surefoot.train.update import TokenBudget, accumulate_gradient, advantages, make_optimizer, update
 from surefoot.types import Batch
 from tests.tiny import random_tokens, tiny_policy
@@ -106,7 +106,7 @@ def test_what_is_masked_is_inert():
     logprobs = torch.tensor([[-1.0, -2.0, -0.5], [-3.0, -1.0, -1.0]], requires_grad=True)
     poisoned = torch.where(mask, logprobs, float("nan")).detach().requires_grad_()
     for values in (logprobs, poisoned):
-        loss, stats = imitation_loss(values, torch.where(mask, 0.5, float("nan")), mask_BT=mask, denominator=4)
+        loss, stats = nll_loss(values, torch.where(mask, 0.5, float("nan")), mask_BT=mask, denominator=4)
         assert float(loss.detach()) == pytest.approx(5.5 / 4)
         (gradient,) = torch.autograd.grad(loss, values)
         assert torch.equal(gradient, torch.where(mask, -0.25, 0.0))
@@ -118,9 +118,9 @@ def test_one_step_is_taken_on_a_batch_and_advantages_leave_it_as_it_is():
     assert advantages(batch) is batch and batch.advantages_BT is None
     result = update(policy, batch, config=CONFIG, learning_rate=1e-3)
     assert (result.steps, result.skipped) == (1, 0) and result.stats is not None
-    metrics = imitation_metrics(result, learning_rate=1e-3, skipped=0)
+    metrics = nll_metrics(result, learning_rate=1e-3, skipped=0)
     assert metrics["sft/nll"] == pytest.approx(float(result.stats.policy_loss) / int(batch.mask_BT.sum()))
-    again = imitation_metrics(update(policy, batch, config=CONFIG), learning_rate=1e-3, skipped=0)
+    again = nll_metrics(update(policy, batch, config=CONFIG), learning_rate=1e-3, skipped=0)
     assert again["sft/nll"] < metrics["sft/nll"]
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from surefoot.config import RewardModelConfig
-from surefoot.core.judgements import preference_loss, rating_loss
 from surefoot.core.losses import LossStats
-from surefoot.policies.reward import RewardPolicy
-from surefoot.rollout.batch import judged_batch, micro_batches
-from surefoot.train.metrics import judgement_metrics
+from surefoot.core.preference import preference_loss, rating_loss
+from surefoot.policies.lm.reward_model import RewardModelPolicy
+from surefoot.rollout.batch import micro_batches, preference_batch
+from surefoot.train.metrics import preference_metrics
 from surefoot.train.update import TokenBudget, accumulate_gradient, advantages, make_optimizer, update
 from surefoot.types import Batch
 from tests.tiny import FAMILIES, random_tokens, tiny_policy
@@ -26,8 +26,8 @@ CPU = torch.device("cpu")
 CENTRED = functools.partial(preference_loss, center=0.1)
 
 
-def reward_policy(family: str = "llama", *, adapter: bool = True) -> RewardPolicy:
-    return RewardPolicy(tiny_policy(family, adapter=adapter, moved=True), seed=3)
+def reward_policy(family: str = "llama", *, adapter: bool = True) -> RewardModelPolicy:
+    return RewardModelPolicy(tiny_policy(family, adapter=adapter, moved=True), seed=3)
 
 
 def texts(row: int) -> list[tuple[int, ...]]:
@@ -36,12 +36,12 @@ def texts(row: int) -> list[tuple[int, ...]]:
 
 def pairs(rows: Sequence[int] = range(len(LENGTHS))) -> Batch:
     margins = [0.0, 0.5, 0.0, 1.0, 0.0]
-    return judged_batch([texts(row) for row in rows], [margins[row] for row in rows], objective=CENTRED, device=CPU)
+    return preference_batch([texts(row) for row in rows], [margins[row] for row in rows], objective=CENTRED, device=CPU)
 
 
 def rated() -> Batch:
     ratings = [0.3, -1.0, 2.0, 0.0, -0.5]
-    return judged_batch([texts(row)[:1] for row in range(5)], ratings, objective=rating_loss, device=CPU)
+    return preference_batch([texts(row)[:1] for row in range(5)], ratings, objective=rating_loss, device=CPU)
 
 
 def padded(batch: Batch, columns: int) -> Batch:
@@ -56,7 +56,7 @@ def padded(batch: Batch, columns: int) -> Batch:
     return dataclasses.replace(batch, **changes, observations=observations)  # type: ignore[arg-type]
 
 
-def gradients(policy: RewardPolicy, batch: Batch, tokens: int = 10**6) -> tuple[dict[str, Tensor], LossStats]:
+def gradients(policy: RewardModelPolicy, batch: Batch, tokens: int = 10**6) -> tuple[dict[str, Tensor], LossStats]:
     optimizer = make_optimizer(policy, CONFIG)
     rows = torch.arange(len(batch))
     stats = accumulate_gradient(policy, batch, rows, config=CONFIG, optimizer=optimizer, budget=TokenBudget(tokens))
@@ -82,12 +82,12 @@ def test_the_score_is_read_at_the_last_real_token(family):
 
 
 def test_the_head_starts_as_its_paper_says():
-    policy = RewardPolicy(tiny_policy(hidden_size=512), seed=0)
+    policy = RewardModelPolicy(tiny_policy(hidden_size=512), seed=0)
     weight = policy.trunk.value_head.weight.detach()
     assert float(weight.std() * 513**0.5) == pytest.approx(1, abs=0.1) and abs(float(weight.mean())) < 0.01
     assert policy.trunk.value_head.bias.tolist() == [0] and (policy.shift_H.tolist(), policy.scale) == ([0], 1)
-    assert torch.equal(weight, RewardPolicy(tiny_policy(hidden_size=512), seed=0).trunk.value_head.weight)
-    assert not torch.equal(weight, RewardPolicy(tiny_policy(hidden_size=512), seed=1).trunk.value_head.weight)
+    assert torch.equal(weight, RewardModelPolicy(tiny_policy(hidden_size=512), seed=0).trunk.value_head.weight)
+    assert not torch.equal(weight, RewardModelPolicy(tiny_policy(hidden_size=512), seed=1).trunk.value_head.weight)
 
 
 @pytest.mark.parametrize("adapter", [True, False], ids=["adapter", "full"])
@@ -135,10 +135,10 @@ def test_a_step_lifts_the_chosen_over_the_rejected():
         return float((scores[:, 0] - scores[:, 1]).mean())
 
     before, optimizer = lead(), make_optimizer(policy, CONFIG)
-    first = judgement_metrics(
+    first = preference_metrics(
         update(policy, batch, optimizer=optimizer, config=CONFIG, learning_rate=1e-3), learning_rate=1e-3, skipped=0
     )
-    again = judgement_metrics(update(policy, batch, optimizer=optimizer, config=CONFIG), learning_rate=1e-3, skipped=0)
+    again = preference_metrics(update(policy, batch, optimizer=optimizer, config=CONFIG), learning_rate=1e-3, skipped=0)
     assert lead() > before and again["reward_model/loss"] < first["reward_model/loss"]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from surefoot import PPO, TextTask
 from surefoot.config import PPOConfig, PTXConfig
 from surefoot.core.losses import LossStats
-from surefoot.policies.lm import CausalLMPolicy
+from surefoot.policies.lm.policy import CausalLMPolicy
 from surefoot.rollout.batch import demonstration_batch, micro_batches
 from surefoot.train import checkpoint, loop
 from surefoot.train.update import TokenBudget, accumulate_gradient, advantages, make_optimizer, update
@@ -385,7 +385,7 @@ def test_a_mixed_loss_without_demonstrations_is_refused_before_a_model_is_loaded
     if content is not None:
         Path("labelled.jsonl").write_text(content)
         flags = ["--ppo.ptx.data", "labelled.jsonl", *flags]
-    monkeypatch.setattr("surefoot.build.load_policy", load)
+    monkeypatch.setattr("surefoot.build.training.load_policy", load)
     assert said in run_cli("ppo", "config.yaml", *flags).complaint
     assert not Path("runs").exists()
 

@@ -40,7 +40,7 @@ PLACES = {
     "update": (Strike(STEP, 18, KILL, after=True), True),
     "logs ahead of the checkpoint": (Strike(LOG, 5, KILL, after=True), True),
     "evaluation logged, not saved": (Strike(EVALUATE, 7, KILL, after=True), True),
-    "model half written": (Strike("surefoot.policies.lm:CausalLMPolicy.save", 1, KILL, after=True), True),
+    "model half written": (Strike("surefoot.policies.lm.policy:CausalLMPolicy.save", 1, KILL, after=True), True),
 }
 
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 import yaml
 
-from surefoot import PPO, build
-from surefoot.cli import main
+from surefoot import PPO
+from surefoot.build import training as build
+from surefoot.cli.main import main
 from surefoot.config import load_config, make_config
 from surefoot.errors import InputError
-from surefoot.policies.lm import CausalLMPolicy
-from surefoot.run import RunFolder
-from surefoot.tensors import read_tensors
+from surefoot.policies.lm.policy import CausalLMPolicy
+from surefoot.storage.run_folder import RunFolder
+from surefoot.storage.safetensors import read_tensors
 from tests.tiny import written_batch
 from tests.train.small_run import letters, python_ppo, python_task, rows, weights, write_project
 from tests.train.test_checkpoint import header, largest_file, poison

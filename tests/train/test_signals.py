@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from surefoot.errors import Interrupted
-from surefoot.train.signals import Abandon, StopRequest
+from surefoot.train.signals import RolloutAborted, StopRequest
 from tests.train.small_run import assert_equal, noisy_letters, python_ppo, python_task, rows, weights, write_project
 from tests.train.warm import Strike, Warm, cold, wait_for
 
@@ -91,7 +91,7 @@ def test_interrupting_again_and_again_changes_nothing(
 
 def test_control_c_while_loading_is_one_line(tmp_path: Path, base: Path, warm: Warm) -> None:
     run = write_project(tmp_path, base)
-    ended = warm.run(tmp_path, "ppo", "ppo.yaml", strikes=[Strike("surefoot.build:load_policy", 1, [INT])])
+    ended = warm.run(tmp_path, "ppo", "ppo.yaml", strikes=[Strike("surefoot.build.training:load_policy", 1, [INT])])
     assert (ended.code, ended.stderr) == (130, "surefoot: stopped\n")
     assert not run.exists()
 
@@ -182,7 +182,7 @@ def test_a_request_is_forgotten_when_listening_begins_anew() -> None:
         stop.raise_if_set()
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signal_number == signal.SIGTERM
-        with pytest.raises(Abandon):
+        with pytest.raises(RolloutAborted):
             stop.raise_if_set()
     with stop.listening():
         stop.raise_if_set()

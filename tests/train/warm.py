@@ -198,7 +198,7 @@ def _serve() -> None:
     import torch.utils.tensorboard
     import transformers.models.llama.modeling_llama
 
-    import surefoot.ppo
+    import surefoot.api.ppo
 
     assert peft and torch and transformers and surefoot
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -15,8 +15,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from surefoot import strict_yaml
+from surefoot.config import strict_yaml
 from surefoot.config.checks import NETWORKS, check_algorithm, check_environment, check_supervised, check_text
+from surefoot.config.messages import as_flag, first_problem, short, suggestion
 from surefoot.config.sections import (
     AdapterConfig,
     CriticConfig,
@@ -34,7 +35,6 @@ from surefoot.config.sections import (
 from surefoot.config.supervised import NewModelConfig, RewardModelConfig, SFTConfig
 from surefoot.config.task import RewardPart, TaskConfig, check_weights
 from surefoot.errors import InputError
-from surefoot.wording import as_flag, first_problem, short, suggestion
 
 __all__ = [
     "NETWORKS",
@@ -76,8 +76,12 @@ __all__ = [
 class Config(Section):
     """Everything a run needs."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="Every generator of the run starts from it.")
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="`auto`: cuda, else mps, else cpu.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="Every generator of the run starts from it."
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        "auto", description="`auto`: cuda, else mps, else cpu."
+    )
     run: RunConfig = Field(default_factory=RunConfig, description=RunConfig.__doc__)
     policy: PolicyConfig = Field(default_factory=PolicyConfig, description=PolicyConfig.__doc__)
     task: TaskConfig | None = Field(None, description=TaskConfig.__doc__)
@@ -85,21 +89,29 @@ class Config(Section):
     sft: SFTConfig | None = Field(None, description=SFTConfig.__doc__)
     new_model: NewModelConfig | None = Field(None, description=NewModelConfig.__doc__)
     reward_model: RewardModelConfig | None = Field(None, description=RewardModelConfig.__doc__)
-    generation: GenerationConfig = Field(default_factory=GenerationConfig, description=GenerationConfig.__doc__)
+    generation: GenerationConfig = Field(
+        default_factory=GenerationConfig, description=GenerationConfig.__doc__
+    )
     ppo: PPOConfig = Field(default_factory=PPOConfig, description=PPOConfig.__doc__)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description=EvaluateConfig.__doc__)
 
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_environments(cls, data: Any) -> Any:
-        if isinstance(data, dict) and any(data.get(name) is not None for name in SUPERVISED) and data.get("env") is None:
+        if (
+            isinstance(data, dict)
+            and any(data.get(name) is not None for name in SUPERVISED)
+            and data.get("env") is None
+        ):
             return data | {name: _over(values, data.get(name)) for name, values in SFT_DEFAULTS.items()}
         if not isinstance(data, dict) or data.get("env") is None:
             return data
         given = {section: data.get(section) or {} for section in ("env", *ENV_DEFAULTS)}
         if not all(isinstance(part, dict) for part in given.values()):
             return data  # which is refused elsewhere
-        return data | {section: defaults | given[section] for section, defaults in _defaults_for(given).items()}
+        return data | {
+            section: defaults | given[section] for section, defaults in _defaults_for(given).items()
+        }
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -147,7 +159,10 @@ ENV_DEFAULTS: dict[str, dict[str, Any]] = {
 # The sections of supervised runs.
 SUPERVISED: tuple[Literal["sft", "reward_model"], ...] = ("sft", "reward_model")
 # With these, whose updates are short: a fraction of their time for evaluations and checkpoints.
-SFT_DEFAULTS: dict[str, dict[str, Any]] = {"run": {"checkpoint_every": 25}, "evaluate": {"every": 25, "episodes": 128}}
+SFT_DEFAULTS: dict[str, dict[str, Any]] = {
+    "run": {"checkpoint_every": 25},
+    "evaluate": {"every": 25, "episodes": 128},
+}
 CHECKPOINT_TIMESTEPS = 25_600  # between two checkpoints
 LSTM_DEFAULTS = {"n_steps": 128, "batch_size": 128}  # with memory: sb3-contrib's
 
@@ -240,7 +255,9 @@ def setting_keys(algorithm: Literal["ppo", "sft", "reward_model"] = "ppo") -> di
     keys: dict[str, str] = {}
     if algorithm != "ppo":
         keys = {name: key for name, key in setting_keys().items() if key.split(".")[0] not in ("ppo", "env")}
-        return keys | {name: f"{algorithm}.{name}" for name in _section(algorithm).model_fields if name != "data"}
+        return keys | {
+            name: f"{algorithm}.{name}" for name in _section(algorithm).model_fields if name != "data"
+        }
     for name, section in ((name, info.annotation) for name, info in Config.model_fields.items()):
         if isinstance(section, type) and issubclass(section, Section):
             prefix = f"{name}_" if name in ("run", "evaluate") else ""
@@ -248,21 +265,27 @@ def setting_keys(algorithm: Literal["ppo", "sft", "reward_model"] = "ppo") -> di
         elif name not in ("task", "env", "new_model", *SUPERVISED):
             keys[name] = name
     named_alike = {"id", "kwargs"}
-    return keys | {("env_" if inner in named_alike else "") + inner: f"env.{inner}" for inner in EnvConfig.model_fields}
+    return keys | {
+        ("env_" if inner in named_alike else "") + inner: f"env.{inner}" for inner in EnvConfig.model_fields
+    }
 
 
 def _section(name: Literal["sft", "reward_model"]) -> type[Section]:
     return SFTConfig if name == "sft" else RewardModelConfig
 
 
-def nested(settings: dict[str, Any], algorithm: Literal["ppo", "sft", "reward_model"] = "ppo") -> dict[str, Any]:
+def nested(
+    settings: dict[str, Any], algorithm: Literal["ppo", "sft", "reward_model"] = "ppo"
+) -> dict[str, Any]:
     """Flat settings -> nested data for `make_config`. Raises InputError for a name that does not exist."""
     keys = setting_keys(algorithm)
     data: dict[str, Any] = {}
     for name, value in settings.items():
         if name not in keys:
             is_the_tasks = algorithm == "ppo" and name in TaskConfig.model_fields
-            hint = "; it is TextTask's" if is_the_tasks else suggestion(name, keys, "docs/config.md lists them")
+            hint = (
+                "; it is TextTask's" if is_the_tasks else suggestion(name, keys, "docs/config.md lists them")
+            )
             raise InputError(f"unknown setting {name!r}{hint}")
         section, _, leaf = keys[name].rpartition(".")
         target = data.setdefault(section, {}) if section else data
@@ -312,8 +335,14 @@ def make_paths_relative_to(folder: Path, data: dict[str, Any]) -> None:
             places = [(part, "name") for part in values[key]]
         for place, name in places:
             value = place.get(name) if isinstance(place, dict) else None
-            is_new = (sections, key) == (["policy"], "model") and data.get("new_model") is not None  # not there yet
-            if isinstance(value, str) and value[:1] not in ("", "~") and (is_new or _is_path(key, value, folder)):
+            is_new = (sections, key) == (["policy"], "model") and data.get(
+                "new_model"
+            ) is not None  # not there yet
+            if (
+                isinstance(value, str)
+                and value[:1] not in ("", "~")
+                and (is_new or _is_path(key, value, folder))
+            ):
                 place[name] = os.path.normpath(folder / value)
 
 
@@ -339,12 +368,20 @@ def field_table() -> list[tuple[str, str, str, str]]:
     def walk(model: type[BaseModel], prefix: str) -> list[tuple[str, str, str, str]]:
         rows = []
         for name, info in model.model_fields.items():
-            inner = [t for t in (info.annotation, *get_args(info.annotation)) if isinstance(t, type) and issubclass(t, Section)]
+            inner = [
+                t
+                for t in (info.annotation, *get_args(info.annotation))
+                if isinstance(t, type) and issubclass(t, Section)
+            ]
             if inner:
                 rows += walk(inner[0], f"{prefix}{name}.")
                 continue
             kind = _type_name(info.annotation)
-            default = "required" if info.is_required() else strict_yaml.dump(info.get_default(call_default_factory=True))
+            default = (
+                "required"
+                if info.is_required()
+                else strict_yaml.dump(info.get_default(call_default_factory=True))
+            )
             rows.append((prefix + name, kind, default.removesuffix("...\n").strip(), info.description or ""))
         return rows
 

@@ -5,13 +5,20 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from surefoot.config.messages import short
 from surefoot.config.sections import PPOConfig
-from surefoot.wording import short
 
 if TYPE_CHECKING:
     from surefoot.config import Config
 
-NETWORKS = ("MlpPolicy", "CnnPolicy", "MultiInputPolicy", "MlpLstmPolicy", "CnnLstmPolicy", "MultiInputLstmPolicy")
+NETWORKS = (
+    "MlpPolicy",
+    "CnnPolicy",
+    "MultiInputPolicy",
+    "MlpLstmPolicy",
+    "CnnLstmPolicy",
+    "MultiInputLstmPolicy",
+)
 # Settings of the algorithm that mean something for one side only.
 TEXT_ONLY = (
     "total_episodes",
@@ -44,11 +51,17 @@ CRITIC_ONLY = (
 def check_algorithm(ppo: PPOConfig) -> None:
     """Raise ValueError: settings of the algorithm that contradict each other."""
     if ppo.kl_target is not None and ppo.kl_coef == 0:
-        raise ValueError("ppo.kl_target adapts ppo.kl_coef, which is 0 and would stay 0; give kl_coef a positive start")
+        raise ValueError(
+            "ppo.kl_target adapts ppo.kl_coef, which is 0 and would stay 0; give kl_coef a positive start"
+        )
     if ppo.missing_eos_mode == "replace" and ppo.missing_eos_penalty is None:
-        raise ValueError("ppo.missing_eos_mode: replace needs a ppo.missing_eos_penalty to put in the score's place")
+        raise ValueError(
+            "ppo.missing_eos_mode: replace needs a ppo.missing_eos_penalty to put in the score's place"
+        )
     if ppo.clip_range_high is not None and ppo.clip_schedule != "constant":
-        raise ValueError("ppo.clip_schedule moves ppo.clip_range alone; leave it, or ppo.clip_range_high, out")
+        raise ValueError(
+            "ppo.clip_schedule moves ppo.clip_range alone; leave it, or ppo.clip_range_high, out"
+        )
     if ppo.advantage in GROUPED and ppo.samples_per_prompt == 1:
         raise ValueError(
             f"ppo.advantage: {ppo.advantage} compares the answers to one prompt; give ppo.samples_per_prompt, now 1, 2 or more"
@@ -70,12 +83,18 @@ def check_supervised(config: Config, name: str) -> None:
     """Raise ValueError: what a run of `sft` or `reward_model`, by that name, cannot have."""
     for other in ("task", "env", "reward_model"):
         if other != name and getattr(config, other) is not None:
-            raise ValueError(f"a run has one of task, env and {name}, and here are {other} and {name}; leave one out")
+            raise ValueError(
+                f"a run has one of task, env and {name}, and here are {other} and {name}; leave one out"
+            )
     if config.policy.critic.kind != "shared":
-        raise ValueError(f"policy.critic: a run of {name} learns no values and has no critic; leave the section out")
+        raise ValueError(
+            f"policy.critic: a run of {name} learns no values and has no critic; leave the section out"
+        )
     if config.ppo != PPOConfig():
         run = "an sft" if name == "sft" else f"a {name}"
-        raise ValueError(f"ppo: {run} run has no use for these settings; leave the section out, its own are under {name}")
+        raise ValueError(
+            f"ppo: {run} run has no use for these settings; leave the section out, its own are under {name}"
+        )
 
 
 def check_text(config: Config) -> None:
@@ -105,9 +124,13 @@ def check_text(config: Config) -> None:
         )
     for name in ("top_k", "top_p"):
         if getattr(generation, name) is not None:
-            raise ValueError(f"generation.{name} contradicts training: log-probs are over the full vocabulary; leave it out")
+            raise ValueError(
+                f"generation.{name} contradicts training: log-probs are over the full vocabulary; leave it out"
+            )
     if generation.temperature == 0:
-        raise ValueError("generation.temperature 0 is greedy and cannot be trained on; use a positive temperature")
+        raise ValueError(
+            "generation.temperature 0 is greedy and cannot be trained on; use a positive temperature"
+        )
 
 
 def check_environment(config: Config) -> None:
@@ -118,9 +141,13 @@ def check_environment(config: Config) -> None:
         raise ValueError("a run has a task (text) or an env (Gymnasium), not both; leave one out")
     _check_unused(ppo, TEXT_ONLY, "is for text tasks; leave it out")
     if config.policy.critic.kind != "shared":
-        raise ValueError("policy.critic is for text tasks; with env policy.network.share says whether policy and value share")
+        raise ValueError(
+            "policy.critic is for text tasks; with env policy.network.share says whether policy and value share"
+        )
     if ppo.kl_coef or ppo.kl_target is not None:
-        raise ValueError("ppo.kl_coef needs a reference model, which a network that starts from nothing has not; leave it out")
+        raise ValueError(
+            "ppo.kl_coef needs a reference model, which a network that starts from nothing has not; leave it out"
+        )
     if model not in NETWORKS:
         raise ValueError(f"policy.model is {short(model)}; with env it is one of {', '.join(NETWORKS)}")
     if "Lstm" in model and ppo.batch_size % ppo.n_steps:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from surefoot.wording import short
+from surefoot.config.messages import short
 
 
 def _usable_path(text: str) -> str:
@@ -49,11 +49,16 @@ ExamplesMaxTokens = Annotated[
 
 # Optimiser steps.
 LearningRate = Annotated[
-    float, Field(gt=0, description="Adam's step size at its highest; all weights of a model want less than an adapter.")
+    float,
+    Field(
+        gt=0, description="Adam's step size at its highest; all weights of a model want less than an adapter."
+    ),
 ]
 Schedule = Literal["constant", "linear", "cosine"]
 LearningRateSchedule = Annotated[Schedule, Field(description="How the learning rate moves over the run.")]
-LearningRateWarmup = Annotated[Fraction, Field(description="Fraction of the run in which the learning rate climbs from 0.")]
+LearningRateWarmup = Annotated[
+    Fraction, Field(description="Fraction of the run in which the learning rate climbs from 0.")
+]
 AdamEpsilon = Annotated[float, Field(gt=0, description="Adam's epsilon.")]
 MaxGradNorm = Annotated[float, Field(gt=0, description="Global gradient norm is clipped to this.")]
 MicroBatchTokens = Annotated[

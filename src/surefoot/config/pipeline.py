@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, ValidationError
 
 from surefoot.config.fields import Fraction, PathText, Positive
+from surefoot.config.messages import first_problem, short
 from surefoot.config.sections import Section
 from surefoot.errors import InputError
-from surefoot.wording import first_problem, short
 
 Kind = TypeVar("Kind", bound=Section)
 
@@ -30,10 +30,12 @@ class PseudoLabelsConfig(Section):
 
     episodes: Positive = Field(512, description="Answers written.")
     keep: Annotated[Fraction, Field(gt=0)] = Field(
-        0.25, description="Fraction that is kept, best reward first, of those that say something and ended by themselves."
+        0.25,
+        description="Fraction that is kept, best reward first, of those that say something and ended by themselves.",
     )
     join: PathText | None = Field(
-        None, description="JSONL file of `{prompt, completion}` or `{messages}` rows that stand before the kept ones."
+        None,
+        description="JSONL file of `{prompt, completion}` or `{messages}` rows that stand before the kept ones.",
     )
 
 
@@ -41,7 +43,9 @@ class PipelineConfig(Section):
     """Several runs, one after the other."""
 
     folder: PathText = Field(description="Holds a run folder for each stage, by the stage's name.")
-    common: dict[str, Any] = Field(default_factory=dict, description="Sections that all stages share; a stage's own go before.")
+    common: dict[str, Any] = Field(
+        default_factory=dict, description="Sections that all stages share; a stage's own go before."
+    )
     stages: dict[str, dict[str, Any]] = Field(
         min_length=1,
         description="Each stage's name and configuration; `stage:NAME` in place of a path is what an earlier one left.",
@@ -55,7 +59,9 @@ def checked(kind: type[Kind], data: Any, where: str) -> Kind:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise InputError(first_problem(error.errors(), where=where, kinds=dict.fromkeys(kind.model_fields, ""))) from None
+        raise InputError(
+            first_problem(error.errors(), where=where, kinds=dict.fromkeys(kind.model_fields, ""))
+        ) from None
 
 
 def with_products(value: Any, left: Mapping[str, tuple[Product, str]], where: str, *, key: str = "") -> Any:
@@ -64,7 +70,10 @@ def with_products(value: Any, left: Mapping[str, tuple[Product, str]], where: st
     A part of a reward is then called by the stage's name. Raises InputError for what is no earlier stage, or of no use there.
     """
     if isinstance(value, dict):
-        inner = {name: with_products(part, left, where, key=f"{key}.{name}".lstrip(".")) for name, part in value.items()}
+        inner = {
+            name: with_products(part, left, where, key=f"{key}.{name}".lstrip("."))
+            for name, part in value.items()
+        }
         name = value.get("name")
         is_model = key == "task.reward" and isinstance(name, str) and name.startswith(REFERENCE)
         return {"label": str(name).removeprefix(REFERENCE)} | inner if is_model else inner

@@ -22,7 +22,7 @@ from surefoot.config.fields import (
     Positive,
     Schedule,
 )
-from surefoot.wording import short
+from surefoot.config.messages import short
 
 
 class Section(BaseModel):
@@ -35,22 +35,33 @@ class RunConfig(Section):
     """Where the run leaves what it makes."""
 
     name: str | None = Field(
-        None, description="Name of the run's folder; default: `ppo-1`, `ppo-2`, … (or `sft-1`, …), the first free one."
+        None,
+        description="Name of the run's folder; default: `ppo-1`, `ppo-2`, … (or `sft-1`, …), the first free one.",
     )
-    folder: PathText = Field("runs", description="Folder that holds run folders; the default is in the working directory.")
+    folder: PathText = Field(
+        "runs", description="Folder that holds run folders; the default is in the working directory."
+    )
     checkpoint_every: Positive = Field(
         10,
         description="Updates between two checkpoints; with `sft` by default 25; with `env` about 25,600 timesteps, 100 updates at most.",
     )
-    keep_checkpoints: int = Field(2, ge=2, description="How many of the newest checkpoints stay (the best one stays besides).")
+    keep_checkpoints: int = Field(
+        2, ge=2, description="How many of the newest checkpoints stay (the best one stays besides)."
+    )
 
     @field_validator("name")
     @classmethod
     def _safe_name(cls, name: str | None) -> str | None:
         if name is not None and (
-            not name.isprintable() or ".." in name or name in {"", "."} or set(name) & set("/\\") or len(name.encode()) > 200
+            not name.isprintable()
+            or ".." in name
+            or name in {"", "."}
+            or set(name) & set("/\\")
+            or len(name.encode()) > 200
         ):
-            raise ValueError(f"{short(name)} is not a plain folder name; leave out slashes and '..', at most 200 bytes")
+            raise ValueError(
+                f"{short(name)} is not a plain folder name; leave out slashes and '..', at most 200 bytes"
+            )
         return name
 
 
@@ -59,13 +70,17 @@ class AdapterConfig(Section):
 
     rank: Positive = Field(16, description="Rank of the adapter.")
     alpha: float = Field(32.0, gt=0, description="Scale: the adapter's output is multiplied by alpha / rank.")
-    targets: str | list[str] = Field("all-linear", description="List of module names to adapt, or `all-linear`.")
+    targets: str | list[str] = Field(
+        "all-linear", description="List of module names to adapt, or `all-linear`."
+    )
 
     @field_validator("targets")
     @classmethod
     def _names(cls, targets: str | list[str]) -> str | list[str]:
         if not targets or (isinstance(targets, str) and targets != "all-linear"):
-            raise ValueError(f"write all-linear or a list of module names such as [q_proj, v_proj], not {short(targets)}")
+            raise ValueError(
+                f"write all-linear or a list of module names such as [q_proj, v_proj], not {short(targets)}"
+            )
         return targets
 
 
@@ -99,7 +114,9 @@ class CriticConfig(Section):
             if getattr(self, name) and self.kind != kind:
                 raise ValueError(f"{name} is for kind: {kind}, and this is {self.kind}; leave it out")
         if self.learning_rate is not None and self.kind == "shared":
-            raise ValueError("learning_rate is for a critic with weights of its own, and this is shared; leave it out")
+            raise ValueError(
+                "learning_rate is for a critic with weights of its own, and this is shared; leave it out"
+            )
         return self
 
 
@@ -110,15 +127,26 @@ class NetworkConfig(Section):
         None,
         description="Widths of the hidden layers, for both or `{pi: [64], vf: [64]}`; default `[64, 64]`, none after a CNN.",
     )
-    activation: Literal["tanh", "relu", "elu", "gelu", "silu", "leaky_relu"] = Field("tanh", description="Between layers.")
-    share: bool = Field(False, description="One trunk for policy and value instead of two (layers, and LSTM).")
-    ortho_init: bool = Field(True, description="Orthogonal start: gain √2 within, 0.01 for actions, 1 for the value.")
+    activation: Literal["tanh", "relu", "elu", "gelu", "silu", "leaky_relu"] = Field(
+        "tanh", description="Between layers."
+    )
+    share: bool = Field(
+        False, description="One trunk for policy and value instead of two (layers, and LSTM)."
+    )
+    ortho_init: bool = Field(
+        True, description="Orthogonal start: gain √2 within, 0.01 for actions, 1 for the value."
+    )
     log_std_init: float = Field(0.0, description="Log standard deviation of continuous actions at the start.")
     use_sde: bool = Field(
-        False, description="State-dependent exploration for continuous actions (Raffin et al. 2021, arXiv:2005.05719)."
+        False,
+        description="State-dependent exploration for continuous actions (Raffin et al. 2021, arXiv:2005.05719).",
     )
-    sde_sample_freq: int = Field(-1, ge=-1, description="Steps between two draws of its noise; -1: once an update.")
-    lstm_hidden_size: Positive = Field(256, description="Width of the LSTM of `MlpLstmPolicy` and `CnnLstmPolicy`.")
+    sde_sample_freq: int = Field(
+        -1, ge=-1, description="Steps between two draws of its noise; -1: once an update."
+    )
+    lstm_hidden_size: Positive = Field(
+        256, description="Width of the LSTM of `MlpLstmPolicy` and `CnnLstmPolicy`."
+    )
 
 
 class PolicyConfig(Section):
@@ -133,7 +161,9 @@ class PolicyConfig(Section):
         description="LoRA adapter; `null` trains all weights and keeps a frozen copy as the reference.",
     )
     critic: CriticConfig = Field(default_factory=CriticConfig, description="The value function.")
-    network: NetworkConfig = Field(default_factory=NetworkConfig, description="The network of `MlpPolicy` and its kin.")
+    network: NetworkConfig = Field(
+        default_factory=NetworkConfig, description="The network of `MlpPolicy` and its kin."
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="Arithmetic. Trained weights are float32 always; `bfloat16` computes under autocast, a frozen base is also stored in it. `auto`: bfloat16 where the processor has it in hardware, else float32.",
@@ -142,7 +172,9 @@ class PolicyConfig(Section):
     @model_validator(mode="after")
     def _adapters_together(self) -> PolicyConfig:
         if self.critic.kind == "adapter" and self.adapter is None:
-            raise ValueError("critic.kind: adapter needs the frozen base under policy.adapter, which is null; use separate")
+            raise ValueError(
+                "critic.kind: adapter needs the frozen base under policy.adapter, which is null; use separate"
+            )
         return self
 
 
@@ -156,7 +188,8 @@ class SelfPlayConfig(Section):
         0.1, description="Share of games against a player that moves at random; the rest meet past selves."
     )
     blunders: Fraction = Field(
-        0.0, description="Chance that a self moves at random, move by move: it comes to positions that good play avoids."
+        0.0,
+        description="Chance that a self moves at random, move by move: it comes to positions that good play avoids.",
     )
 
     @model_validator(mode="after")
@@ -185,7 +218,8 @@ class EnvConfig(Section):
         description="Keyword arguments for making the environment. For two-player games also `max_moves`, after which a game is cut off.",
     )
     eval_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="Changes to `kwargs` for evaluation, such as whole episodes instead of single lives."
+        default_factory=dict,
+        description="Changes to `kwargs` for evaluation, such as whole episodes instead of single lives.",
     )
     normalize_observations: bool = Field(
         False,
@@ -195,7 +229,8 @@ class EnvConfig(Section):
         False, description="Divide rewards by the running deviation of the discounted return, clipped to ±10."
     )
     self_play: SelfPlayConfig | None = Field(
-        None, description="Opponents of a two-player game; `null`: for PettingZoo's the defaults of these fields."
+        None,
+        description="Opponents of a two-player game; `null`: for PettingZoo's the defaults of these fields.",
     )
 
 
@@ -210,10 +245,14 @@ class GenerationConfig(Section):
         description="Divides the logits when sampling and when scoring, for policy and reference alike. 0 (greedy) is for generation only.",
     )
     top_k: Positive | None = Field(
-        None, description="Sample from the k likeliest tokens. Refused in training: the log-probs are over the full vocabulary."
+        None,
+        description="Sample from the k likeliest tokens. Refused in training: the log-probs are over the full vocabulary.",
     )
     top_p: float | None = Field(
-        None, gt=0, le=1, description="Sample from the smallest set with this probability. Refused in training, as top_k."
+        None,
+        gt=0,
+        le=1,
+        description="Sample from the smallest set with this probability. Refused in training, as top_k.",
     )
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list, description="Strings that end an answer; the string stays part of it."
@@ -221,7 +260,9 @@ class GenerationConfig(Section):
     stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field(
         default_factory=list, description="End tokens besides the model's own."
     )
-    slots: Positive = Field(64, description="Rows decoded at once; waiting prompts take the place of finished rows.")
+    slots: Positive = Field(
+        64, description="Rows decoded at once; waiting prompts take the place of finished rows."
+    )
 
 
 class PTXConfig(Section):
@@ -231,9 +272,12 @@ class PTXConfig(Section):
     columns: ExamplesColumns = Field(default_factory=dict)
     held_out: ExamplesHeldOut = 0.1
     max_tokens: ExamplesMaxTokens = None
-    batch_size: Positive = Field(16, description="Demonstrations added to each minibatch; all of them where there are fewer.")
+    batch_size: Positive = Field(
+        16, description="Demonstrations added to each minibatch; all of them where there are fewer."
+    )
     coef: NonNegative = Field(
-        0.5, description="Weight of their mean negative log-likelihood per token in the loss; 0: they are evaluated alone."
+        0.5,
+        description="Weight of their mean negative log-likelihood per token in the loss; 0: they are evaluated alone.",
     )
     schedule: Schedule = Field("constant", description="How coef moves over the run.")
 
@@ -241,25 +285,33 @@ class PTXConfig(Section):
 class PPOConfig(Section):
     """The algorithm (Schulman et al. 2017, arXiv:1707.06347; for language models Ziegler et al. 2019, arXiv:1909.08593)."""
 
-    total_episodes: Positive = Field(2000, description="Episodes in the whole run; rounded up to whole updates.")
+    total_episodes: Positive = Field(
+        2000, description="Episodes in the whole run; rounded up to whole updates."
+    )
     episodes_per_update: Positive = Field(64, description="Episodes collected for one update.")
     samples_per_prompt: Positive = Field(
         1, description="G: answers to each prompt in an update, a group. Divides episodes_per_update."
     )
     advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce_pp", "remax"] = Field(
-        "gae", description="What an answer is compared with (docs/family.md); all but `gae` do without a critic."
+        "gae",
+        description="What an answer is compared with (docs/family.md); all but `gae` do without a critic.",
     )
     total_timesteps: Positive = Field(
-        100_000, description="With `env`: steps in the whole run, all copies together; rounded up to whole updates."
+        100_000,
+        description="With `env`: steps in the whole run, all copies together; rounded up to whole updates.",
     )
-    n_steps: Positive = Field(2048, description="With `env`: steps of each copy in one update; with an LSTM 128 by default.")
+    n_steps: Positive = Field(
+        2048, description="With `env`: steps of each copy in one update; with an LSTM 128 by default."
+    )
     batch_size: Positive = Field(
-        16, description="Episodes (with `env`: timesteps) in a minibatch, one optimiser step. Divides episodes_per_update."
+        16,
+        description="Episodes (with `env`: timesteps) in a minibatch, one optimiser step. Divides episodes_per_update.",
     )
     n_epochs: Positive = Field(2, description="Passes over the episodes of an update.")
     learning_rate: float = Field(3e-4, gt=0, description="Adam's step size at its highest.")
     lr_schedule: Schedule | Literal["function"] = Field(
-        "constant", description="How the learning rate moves over the run; `function`: by one that was given in Python."
+        "constant",
+        description="How the learning rate moves over the run; `function`: by one that was given in Python.",
     )
     lr_warmup: LearningRateWarmup = 0.0
     adam_epsilon: AdamEpsilon = 1e-5
@@ -271,10 +323,14 @@ class PPOConfig(Section):
     clip_range: float = Field(0.2, gt=0, description="ε of the clipped surrogate.")
     clip_schedule: Schedule | Literal["function"] = Field("constant", description="How ε moves over the run.")
     clip_range_high: float | None = Field(
-        None, gt=0, description="ε of the upper bound, above which a better step is not pushed; `null`: clip_range."
+        None,
+        gt=0,
+        description="ε of the upper bound, above which a better step is not pushed; `null`: clip_range.",
     )
     dual_clip: float | None = Field(
-        None, gt=1, description="c: a worse step's loss is at most c |A|, however large its ratio; `null`: no bound."
+        None,
+        gt=1,
+        description="c: a worse step's loss is at most c |A|, however large its ratio; `null`: no bound.",
     )
     skip_equal_groups: bool = Field(
         False,
@@ -284,7 +340,9 @@ class PPOConfig(Section):
         "token",
         description="What the loss is a mean over: all written tokens of the minibatch; its answers, each the mean of its tokens; or, `constant`, answers × max_new_tokens.",
     )
-    clip_range_vf: float | None = Field(None, gt=0, description="Clip of the value's move; `null` leaves it unclipped.")
+    clip_range_vf: float | None = Field(
+        None, gt=0, description="Clip of the value's move; `null` leaves it unclipped."
+    )
     gamma: Fraction = Field(1.0, description="Discount per written token.")
     gae_lambda: Fraction = Field(0.95, description="λ of generalised advantage estimation.")
     gae_lambda_critic: Fraction | None = Field(
@@ -304,13 +362,15 @@ class PPOConfig(Section):
     )
     vf_coef: NonNegative = Field(0.1, description="Weight of the value loss.")
     value_loss: Literal["half_squared", "squared"] = Field(
-        "half_squared", description="½ (V - R)² as TRL's `vf_coef` means it, or (V - R)² as Stable-Baselines3's does."
+        "half_squared",
+        description="½ (V - R)² as TRL's `vf_coef` means it, or (V - R)² as Stable-Baselines3's does.",
     )
     ent_coef: NonNegative = Field(0.0, description="Weight of the entropy bonus.")
     ent_schedule: Schedule = Field("constant", description="How ent_coef moves over the run.")
     kl_coef: NonNegative = Field(0.05, description="β of the per-token KL penalty against the reference.")
     kl_in: Literal["reward", "loss"] = Field(
-        "reward", description="Where β's penalty stands: in the `reward` (k1), or in the `loss` (k2 with the importance ratio)."
+        "reward",
+        description="Where β's penalty stands: in the `reward` (k1), or in the `loss` (k2 with the importance ratio).",
     )
     kl_target: float | None = Field(
         None,
@@ -332,13 +392,16 @@ class PPOConfig(Section):
         None, description="Charged when an answer was cut off by the length limit; `null`: nothing."
     )
     missing_eos_mode: Literal["subtract", "replace"] = Field(
-        "subtract", description="`subtract` the penalty from the score, or `replace` the score by its negative."
+        "subtract",
+        description="`subtract` the penalty from the score, or `replace` the score by its negative.",
     )
     reward_scale: Literal["none", "running_std"] = Field(
         "none", description="Divide scores by their running standard deviation."
     )
     reward_clip: float | None = Field(None, gt=0, description="Clip scores to ± this, after scaling.")
-    whiten_rewards: bool = Field(False, description="Whiten per-token rewards over the update, keeping their mean.")
+    whiten_rewards: bool = Field(
+        False, description="Whiten per-token rewards over the update, keeping their mean."
+    )
     sampler_ratio_cap: float | None = Field(
         None,
         gt=0,

@@ -24,7 +24,7 @@ from surefoot.config.fields import (
 )
 from surefoot.config.sections import PPOConfig, Section
 
-MAX_HEADS = 32  # each has a bit of a judgement's hash
+MAX_HEADS = 32  # each has a bit of a preference's hash
 MAX_WEIGHTS = 1_000_000_000  # of a new model: 4 GB in float32
 
 
@@ -67,7 +67,9 @@ class NewModelConfig(Section):
     @model_validator(mode="after")
     def _can_be_made(self) -> NewModelConfig:
         if self.vocab < 257:
-            raise ValueError(f"vocab is {self.vocab}; 256 bytes and an end token need 257, and more learn pieces of the text")
+            raise ValueError(
+                f"vocab is {self.vocab}; 256 bytes and an end token need 257, and more learn pieces of the text"
+            )
         if self.kind == "transformer" and self.width % 32:
             raise ValueError(f"width is {self.width}; a transformer's heads take a multiple of 32")
         # Embedding and output layer; 11.5 width² in a layer of a transformer, 8 in an LSTM's.
@@ -81,7 +83,7 @@ class NewModelConfig(Section):
 
 
 class RewardModelConfig(Section):
-    """A reward model from people's judgements, in place of a task: a score for whole texts."""
+    """A reward model from people's preferences, in place of a task: a score for whole texts."""
 
     data: PathText | None = Field(
         None,
@@ -89,29 +91,31 @@ class RewardModelConfig(Section):
     )
     held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1,
-        description="Fraction of judgements kept for evaluation, chosen by a hash of the prompt, or without one of the text.",
+        description="Fraction of preferences kept for evaluation, chosen by a hash of the prompt, or without one of the text.",
     )
     rating_range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
         None, description="Lowest and highest rating there may be, `[-4, 4]`: one outside is refused."
     )
     center: NonNegative = Field(
-        0.0, description="Weight of (r_chosen + r_rejected)², which holds the scores of pairs near 0; 0.01 is usual."
+        0.0,
+        description="Weight of (r_chosen + r_rejected)², which holds the scores of pairs near 0; 0.01 is usual.",
     )
     heads: int = Field(
         1,
         ge=1,
         le=MAX_HEADS,
-        description="Scores on one trunk, each learned from its own half of the judgements: their mean is the score, their standard deviation tells how unsure it is; 8 is usual. 1: no uncertainty.",
+        description="Scores on one trunk, each learned from its own half of the preferences: their mean is the score, their standard deviation tells how unsure it is; 8 is usual. 1: no uncertainty.",
     )
-    epochs: Positive = Field(2, description="Passes over the judgements; rounded up to whole updates.")
-    batch_size: Positive = Field(32, description="Judgements in one optimiser step.")
+    epochs: Positive = Field(2, description="Passes over the preferences; rounded up to whole updates.")
+    batch_size: Positive = Field(32, description="PreferenceDataset in one optimiser step.")
     learning_rate: LearningRate = 2e-4
     lr_schedule: LearningRateSchedule = "cosine"
     lr_warmup: LearningRateWarmup = 0.05
     adam_epsilon: AdamEpsilon = 1e-8
     max_grad_norm: MaxGradNorm = 1.0
     micro_batch_tokens: Positive = Field(
-        2048, description="Most tokens (texts × longest text) in one forward and backward pass. Speed and memory only."
+        2048,
+        description="Most tokens (texts × longest text) in one forward and backward pass. Speed and memory only.",
     )
     max_bad_steps: MaxBadSteps = 5
 

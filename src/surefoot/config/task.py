@@ -11,17 +11,20 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, field_validator
 
 from surefoot.config.fields import NonNegative, PathText, Positive
+from surefoot.config.messages import first_problem, short
 from surefoot.config.sections import Section
-from surefoot.wording import first_problem, short
 
 
 class RewardPart(Section):
     """One of several rewards that are added up."""
 
     name: PathText = Field(description="Reward function, or a reward model's folder.")
-    weight: float = Field(1.0, description="What its scores count in the sum; below 0 they are a cost, 0 is only logged.")
+    weight: float = Field(
+        1.0, description="What its scores count in the sum; below 0 they are a cost, 0 is only logged."
+    )
     label: str | None = Field(
-        None, description="Its name in metrics and samples; default: the function's, or the folder's last part."
+        None,
+        description="Its name in metrics and samples; default: the function's, or the folder's last part.",
     )
     uncertainty: NonNegative = Field(
         0.0, description="Lower a reward model's score by so many of its standard deviations over the heads."
@@ -45,13 +48,16 @@ class TaskConfig(Section):
         description="A task metric apart from the reward, same form and signature; the best checkpoint is kept by it. Default: the reward.",
     )
     prompt_column: str = Field(
-        "prompt", description="Column of the file that holds the prompt; the others go to the reward function."
+        "prompt",
+        description="Column of the file that holds the prompt; the others go to the reward function.",
     )
     chat: bool = Field(
         False,
         description="Put plain-text prompts through the tokenizer's chat template as a user message. Prompts that are message lists always go through it.",
     )
-    prompt_tokens: Positive | None = Field(None, description="Keep only the first so many tokens of each prompt.")
+    prompt_tokens: Positive | None = Field(
+        None, description="Keep only the first so many tokens of each prompt."
+    )
     held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="Fraction of prompts kept for evaluation, chosen by a hash of their text."
     )
@@ -86,7 +92,9 @@ def check_weights(weights: Mapping[str, float]) -> None:
     """Raise ValueError: weights of a reward's parts, by their labels, that make no reward, or labels that name no metric."""
     for label, weight in weights.items():
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", label):
-            raise ValueError(f"{short(label)} cannot name a metric; give a label of letters, digits, '.', '_' and '-'")
+            raise ValueError(
+                f"{short(label)} cannot name a metric; give a label of letters, digits, '.', '_' and '-'"
+            )
         if not math.isfinite(weight):
             raise ValueError(f"the weight of {label} is {weight}; give a finite number")
     if not any(weights.values()):

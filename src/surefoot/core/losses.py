@@ -41,12 +41,23 @@ class LossStats:
     `imitation` has those of demonstrations whose loss was added.
     """
 
-    NAMES = ("policy_loss", "value_loss", "entropy", "ratio", "approx_kl", "clipped", "value_clipped", "steps")
+    NAMES = (
+        "policy_loss",
+        "value_loss",
+        "entropy",
+        "ratio",
+        "approx_kl",
+        "clipped",
+        "value_clipped",
+        "steps",
+    )
     policy_loss = property(lambda self: self.sums[0])
     value_loss = property(lambda self: self.sums[1])
     entropy = property(lambda self: self.sums[2])
     ratio = property(lambda self: self.sums[3])
-    approx_kl = property(lambda self: self.sums[4])  # k3 of KL(old‖new): never negative, unlike mean(old - new)
+    approx_kl = property(
+        lambda self: self.sums[4]
+    )  # k3 of KL(old‖new): never negative, unlike mean(old - new)
     clipped = property(lambda self: self.sums[5])
     value_clipped = property(lambda self: self.sums[6])
     steps = property(lambda self: self.sums[7])
@@ -58,7 +69,9 @@ class LossStats:
     @property
     def is_finite(self) -> bool:
         """Whether the losses are numbers."""
-        return math.isfinite(float(self.sums[:2].sum())) and (self.imitation is None or self.imitation.is_finite)
+        return math.isfinite(float(self.sums[:2].sum())) and (
+            self.imitation is None or self.imitation.is_finite
+        )
 
     def __add__(self, other: LossStats) -> LossStats:
         imitated = [stats.imitation for stats in (self, other) if stats.imitation is not None]
@@ -84,7 +97,9 @@ def clipped_policy_loss(
     loss is at most -c A where A < 0, however large the ratio (Ye et al. 2020, arXiv:1912.09729, eq. 5).
     """
     settings = LossSettings(clip_range, clip_range_high=clip_range_high, dual_clip=dual_clip)
-    loss: Tensor = _policy_terms(torch.exp(log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)), advantages, settings)[0]
+    loss: Tensor = _policy_terms(
+        torch.exp(log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)), advantages, settings
+    )[0]
     return loss
 
 
@@ -122,7 +137,9 @@ def _policy_terms(ratio: Any, advantages: Any, settings: LossSettings) -> tuple[
     return loss, slope, within
 
 
-def _value_terms(values: Any, old_values: Any, returns: Any, clip_range: float | None) -> tuple[Any, Any, Any]:
+def _value_terms(
+    values: Any, old_values: Any, returns: Any, clip_range: float | None
+) -> tuple[Any, Any, Any]:
     """The value loss per step; its derivative by V, V - R where that branch counts, else 0; whether V left the clip range."""
     xp = library_of(values)
     error = values - returns
@@ -160,7 +177,7 @@ def ppo_loss(
     return loss, LossStats(sums, ratio_max)
 
 
-def imitation_loss(
+def nll_loss(
     logprobs_BT: Tensor, entropies_BT: Tensor, *, mask_BT: Tensor, denominator: float | Tensor
 ) -> tuple[Tensor, LossStats]:
     """Negative log-likelihood of what others wrote: -log π summed over the mask and divided by `denominator`, nats.
@@ -171,7 +188,9 @@ def imitation_loss(
     total = masked_sum(-logprobs_BT, mask_BT)
     steps, zero = mask_BT.sum(), torch.zeros_like(total)
     entropy = masked_sum(entropies_BT, mask_BT)
-    sums = torch.stack([total.detach(), zero, entropy.detach(), steps.float(), zero, zero, zero, steps.float()])
+    sums = torch.stack(
+        [total.detach(), zero, entropy.detach(), steps.float(), zero, zero, zero, steps.float()]
+    )
     return total / denominator, LossStats(sums, torch.ones_like(total))
 
 
@@ -191,7 +210,11 @@ def loss_and_gradients(
     Arguments as `ppo_loss`, tensors or NumPy arrays, all of one kind; `targets` are (advantages, returns). What is masked
     is replaced last, in the sums and in the gradients: a NaN there reaches neither.
     """
-    (logprobs, values, entropies), (old_logprobs, old_values, *reference), (advantages, returns) = new, old, targets
+    (logprobs, values, entropies), (old_logprobs, old_values, *reference), (advantages, returns) = (
+        new,
+        old,
+        targets,
+    )
     xp = library_of(logprobs)
     log_ratio = logprobs - old_logprobs
     bounded = xp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)

@@ -26,7 +26,9 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 def masked_var(values: Tensor, mask: Tensor) -> Tensor:
     """Population variance (divided by n, not n - 1) where `mask` is true; 0 for an empty mask."""
-    return masked_mean((torch.where(mask, values, torch.zeros_like(values)) - masked_mean(values, mask)) ** 2, mask)
+    return masked_mean(
+        (torch.where(mask, values, torch.zeros_like(values)) - masked_mean(values, mask)) ** 2, mask
+    )
 
 
 def whiten(values: Any, mask: Any, *, shift_mean: bool = True) -> Any:

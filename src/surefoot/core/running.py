@@ -66,7 +66,9 @@ class RunningMoments:
         values = values.double()
         n, mean = len(values), values.mean(0)
         delta, total = mean - self.mean, self.count + n
-        deviations = self.variance * self.count + ((values - mean) ** 2).sum(0) + delta**2 * (self.count * n / total)
+        deviations = (
+            self.variance * self.count + ((values - mean) ** 2).sum(0) + delta**2 * (self.count * n / total)
+        )
         self.mean, self.variance, self.count = self.mean + delta * (n / total), deviations / total, total
 
     def normalized(self, values: Tensor, *, clip: float) -> Tensor:

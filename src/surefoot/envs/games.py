@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from surefoot.envs.vector import Vector
+from surefoot.envs.gym import Vector
 from surefoot.errors import InputError
 
 if TYPE_CHECKING:
@@ -60,10 +60,14 @@ def random_opponent(rngs: Sequence[np.random.Generator]) -> Opponents:
     return choose
 
 
-def make_games(make: Callable[..., AECEnv] | str, *, n_envs: int, kwargs: Mapping[str, Any], seed: int) -> Vector:
+def make_games(
+    make: Callable[..., AECEnv] | str, *, n_envs: int, kwargs: Mapping[str, Any], seed: int
+) -> Vector:
     """`n_envs` games of PettingZoo's id, or of what a function makes; `max_moves` among `kwargs` is `GameVectorEnv`'s."""
     game_kwargs = {name: value for name, value in kwargs.items() if name != "max_moves"}
-    maker = game_factory(make, **game_kwargs) if isinstance(make, str) else functools.partial(make, **game_kwargs)
+    maker = (
+        game_factory(make, **game_kwargs) if isinstance(make, str) else functools.partial(make, **game_kwargs)
+    )
     return Vector(GameVectorEnv(maker, n_envs, max_moves=kwargs.get("max_moves")), seed=seed)
 
 
@@ -93,7 +97,9 @@ class GameVectorEnv(VectorEnv[Observations, Array, Array]):
         max_moves: int | None = None,
     ):
         if num_envs < 1 or (max_moves is not None and max_moves < 2):
-            raise InputError(f"games need num_envs >= 1 and max_moves >= 2 or None, got {num_envs} and {max_moves}")
+            raise InputError(
+                f"games need num_envs >= 1 and max_moves >= 2 or None, got {num_envs} and {max_moves}"
+            )
         self.num_envs = num_envs
         self.max_moves = max_moves
         self.metadata = {"autoreset_mode": AutoresetMode.DISABLED}
@@ -124,14 +130,18 @@ class GameVectorEnv(VectorEnv[Observations, Array, Array]):
         chosen = _reset_mask(options, self.num_envs)
         seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, (int, np.integer)) else seed
         if seeds is not None and len(seeds) != self.num_envs:
-            raise InputError(f"reset: {len(seeds)} seeds for {self.num_envs} games; give one number or one a game")
+            raise InputError(
+                f"reset: {len(seeds)} seeds for {self.num_envs} games; give one number or one a game"
+            )
         for per_game in (self._moves, self._rewards, self._returns, self._terminated, self._truncated):
             per_game[chosen] = 0
         for i in np.flatnonzero(chosen).tolist():
             game_seed = None if seeds is None else seeds[i]
             self.seats[i] = 1 - self.seats[i] if game_seed is None else game_seed % 2
             if game_seed is not None:
-                self.rngs[i] = np.random.default_rng([game_seed, 1])  # not the stream that the game may draw from
+                self.rngs[i] = np.random.default_rng(
+                    [game_seed, 1]
+                )  # not the stream that the game may draw from
             self._games[i].reset(seed=game_seed)
         self._answer(np.flatnonzero(chosen))
         return self._views(), {}
@@ -146,7 +156,9 @@ class GameVectorEnv(VectorEnv[Observations, Array, Array]):
         """
         over = self._terminated | self._truncated
         if over.any():
-            raise InputError(f"games {np.flatnonzero(over).tolist()} are over: reset them before they play on")
+            raise InputError(
+                f"games {np.flatnonzero(over).tolist()} are over: reset them before they play on"
+            )
         everyone = np.arange(self.num_envs)
         self._play("learner", everyone, np.asarray(actions))
         self._answer(everyone)
@@ -231,22 +243,31 @@ def _spaces(game: AECEnv) -> tuple[spaces.Dict, spaces.Discrete]:
     """The learner's observation and action space; both players must have the same."""
     if len(game.possible_agents) != 2:
         raise InputError(f"game {game} has {len(game.possible_agents)} players, not two")
-    first, second = ((game.observation_space(agent), game.action_space(agent)) for agent in game.possible_agents)
+    first, second = (
+        (game.observation_space(agent), game.action_space(agent)) for agent in game.possible_agents
+    )
     view, actions = first
     if first != second or not isinstance(view, spaces.Dict) or set(view) != {"observation", "action_mask"}:
-        raise InputError(f"game {game}: both players need the same observations, 'observation' and 'action_mask'")
+        raise InputError(
+            f"game {game}: both players need the same observations, 'observation' and 'action_mask'"
+        )
     if not isinstance(actions, spaces.Discrete) or actions.start != 0:
         raise InputError(f"game {game}: actions must be Discrete(n), got {actions}")
     board = view["observation"]
     if not isinstance(board, spaces.Box):
         raise InputError(f"game {game}: 'observation' must be a Box, got {board}")
     low, high = board.low.astype(np.float32), board.high.astype(np.float32)
-    seen = {"observation": spaces.Box(low, high, dtype=np.float32), "action_mask": spaces.MultiBinary(int(actions.n))}
+    seen = {
+        "observation": spaces.Box(low, high, dtype=np.float32),
+        "action_mask": spaces.MultiBinary(int(actions.n)),
+    }
     return spaces.Dict(seen), spaces.Discrete(int(actions.n))
 
 
 def _reset_mask(options: Mapping[str, Any] | None, num_envs: int) -> Array:
     mask = np.asarray((options or {}).get("reset_mask", np.ones(num_envs, dtype=bool)))
     if mask.shape != (num_envs,) or mask.dtype != np.bool_:
-        raise InputError(f"reset_mask: expected bool of shape ({num_envs},), got {mask.dtype} of shape {mask.shape}")
+        raise InputError(
+            f"reset_mask: expected bool of shape ({num_envs},), got {mask.dtype} of shape {mask.shape}"
+        )
     return mask

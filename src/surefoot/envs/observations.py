@@ -34,7 +34,11 @@ def flat(observations: Any, prefix: str = "") -> dict[str, Any]:
     """Values as `leaves` names them."""
     if not isinstance(observations, Mapping):
         return {prefix.removesuffix(".") or OBSERVATION: observations}
-    return {name: leaf for key, part in observations.items() for name, leaf in flat(part, f"{prefix}{key}.").items()}
+    return {
+        name: leaf
+        for key, part in observations.items()
+        for name, leaf in flat(part, f"{prefix}{key}.").items()
+    }
 
 
 def batched(spaces_by_name: Mapping[str, Any], observation: Any, masks: Any = None) -> tuple[Arrays, bool]:
@@ -61,7 +65,9 @@ def batched(spaces_by_name: Mapping[str, Any], observation: Any, masks: Any = No
     if ACTION_MASK in spaces_by_name:
         given, wanted = arrays.get(ACTION_MASK), (len(arrays[first]), *spaces_by_name[ACTION_MASK].shape)
         if given is None or given.shape != wanted:
-            raise InputError(f"predict: this policy was trained with action masks; give action_masks {list(wanted[is_one:])}")
+            raise InputError(
+                f"predict: this policy was trained with action masks; give action_masks {list(wanted[is_one:])}"
+            )
         arrays[ACTION_MASK] = given.astype(bool)
     return arrays, is_one
 
@@ -73,11 +79,15 @@ class Checks:
     values beyond their bounds are warned of once and used: published environments have them.
     """
 
-    def __init__(self, spaces_by_name: Mapping[str, Any], action_space: Any, *, name: str, where: str = "env"):
+    def __init__(
+        self, spaces_by_name: Mapping[str, Any], action_space: Any, *, name: str, where: str = "env"
+    ):
         self.spaces, self.action_space, self.name, self.where = spaces_by_name, action_space, name, where
         if ACTION_MASK in spaces_by_name:
             _check_mask_space(spaces_by_name[ACTION_MASK], action_space)
-        self._bounds = {n: space for n, space in spaces_by_name.items() if n != ACTION_MASK and _can_be_left(space)}
+        self._bounds = {
+            n: space for n, space in spaces_by_name.items() if n != ACTION_MASK and _can_be_left(space)
+        }
 
     def __call__(self, arrays: Arrays, is_over: NDArray[numpy.bool_] | None = None) -> None:
         """Check all; where `is_over` [N], no action need be legal."""
@@ -86,7 +96,9 @@ class Checks:
             if name == ACTION_MASK:
                 self._check_mask(values, is_over)
             elif not _are_counts_within(self.spaces[name], values):
-                raise InputError(f"{self.where}: the observation {name} lies outside its space {self.spaces[name]}")
+                raise InputError(
+                    f"{self.where}: the observation {name} lies outside its space {self.spaces[name]}"
+                )
             elif name in self._bounds:
                 self._warn_of_bounds(name, values)
 
@@ -94,7 +106,11 @@ class Checks:
         """Check that alone."""
         for name, values in arrays.items():
             # The sum first: one number to look at, and where it is finite so are all the others.
-            if values.dtype.kind == "f" and not math.isfinite(values.sum()) and not numpy.isfinite(values).all():
+            if (
+                values.dtype.kind == "f"
+                and not math.isfinite(values.sum())
+                and not numpy.isfinite(values).all()
+            ):
                 copy = int(numpy.argmin(numpy.isfinite(values.reshape(len(values), -1)).all(1)))
                 raise InputError(
                     f"{self.where}: the observation {name} of copy {copy} is not finite; mend it in the environment"
@@ -131,7 +147,9 @@ class Checks:
 def mask_width(action_space: Any) -> int:
     """How many actions a mask names: those of all choices together."""
     return (
-        int(action_space.n) if isinstance(action_space, spaces.Discrete) else int(numpy.sum(getattr(action_space, "nvec", 0)))
+        int(action_space.n)
+        if isinstance(action_space, spaces.Discrete)
+        else int(numpy.sum(getattr(action_space, "nvec", 0)))
     )
 
 
@@ -162,7 +180,9 @@ def _can_be_left(space: Any) -> bool:
 
 def _check_mask_space(mask: Any, action_space: Any) -> None:
     if not isinstance(action_space, (spaces.Discrete, spaces.MultiDiscrete)):
-        raise InputError(f"env: action masks are for Discrete and MultiDiscrete actions, not {type(action_space).__name__}")
+        raise InputError(
+            f"env: action masks are for Discrete and MultiDiscrete actions, not {type(action_space).__name__}"
+        )
     if tuple(mask.shape) != (mask_width(action_space),):
         raise InputError(
             f"env: the action_mask has shape {list(mask.shape)}; {action_space} has {mask_width(action_space)} actions to name"

@@ -9,7 +9,7 @@ import gymnasium
 import numpy
 from numpy.typing import NDArray
 
-from surefoot.envs.vector import Vector, make_vector
+from surefoot.envs.gym import Vector, make_vector
 from surefoot.errors import InputError
 
 Frame = NDArray[numpy.uint8]  # [H, W, 3]
@@ -48,7 +48,9 @@ class Recorder(gymnasium.Wrapper[Any, Any, Any, Any]):
         self.show(frame, float(self.env.unwrapped.metadata.get("render_fps", 30)))
 
 
-def recorded_vector(make: Any, *, kwargs: Mapping[str, Any], seed: int, show: Callable[[Frame, float], None]) -> Vector:
+def recorded_vector(
+    make: Any, *, kwargs: Mapping[str, Any], seed: int, show: Callable[[Frame, float], None]
+) -> Vector:
     """One copy of an id or of what a function makes, rendered; `show` gets each frame [H, W, 3] and the frames a second.
 
     Raises InputError, with the reason, for an environment that gives no pictures.

@@ -61,15 +61,25 @@ class TextTask:
     ):
         reward = MixedReward(reward) if isinstance(reward, Mapping) else reward
         for name, function in (("reward", reward), ("metric", metric)):
-            is_usable = callable(function) or (isinstance(function, MixedReward) if name == "reward" else function is None)
+            is_usable = callable(function) or (
+                isinstance(function, MixedReward) if name == "reward" else function is None
+            )
             if not is_usable:
-                raise InputError(f"{name}: expected a function of (prompts, completions, **columns), got {function!r}")
+                raise InputError(
+                    f"{name}: expected a function of (prompts, completions, **columns), got {function!r}"
+                )
         if prompt_tokens is not None and (not isinstance(prompt_tokens, int) or prompt_tokens < 1):
-            raise InputError(f"prompt_tokens: expected a whole number above 0, or None, got {prompt_tokens!r}")
+            raise InputError(
+                f"prompt_tokens: expected a whole number above 0, or None, got {prompt_tokens!r}"
+            )
         if isinstance(held_out, (int, float)) and not 0 <= held_out < 1:
-            raise InputError(f"held_out: expected a fraction from 0 to below 1, or a list of prompts, got {held_out!r}")
+            raise InputError(
+                f"held_out: expected a fraction from 0 to below 1, or a list of prompts, got {held_out!r}"
+            )
         if chat and prompt_tokens is not None:
-            raise InputError("task.prompt_tokens would cut the chat template's text; use it with plain prompts only")
+            raise InputError(
+                "task.prompt_tokens would cut the chat template's text; use it with plain prompts only"
+            )
         self.reward, self.metric = reward, metric
         self.prompt_tokens, self.chat = prompt_tokens, chat
         examples = _read_examples(prompts, prompt_column, name="prompts")
@@ -83,7 +93,9 @@ class TextTask:
         else:
             self.train, self.held_out = examples, _read_examples(held_out, prompt_column, name="held_out")
         if not self.train:
-            raise InputError(f"no prompts to train on: all {len(examples)} were held out; lower held_out or give more prompts")
+            raise InputError(
+                f"no prompts to train on: all {len(examples)} were held out; lower held_out or give more prompts"
+            )
 
     def training_example(self, episode: int, seed: int) -> Example:
         """The prompt of training episode number `episode`: every pass over the prompts has its own order."""
@@ -108,7 +120,9 @@ def shuffled(count: int, seed: int, passes: int) -> list[int]:
 
 def hash_fraction(text: str) -> float:
     """A number in [0, 1) that depends on the text alone."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "little") / 2**64
+    return (
+        int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "little") / 2**64
+    )
 
 
 def _read_examples(source: Any, column: str, *, name: str) -> list[Example]:
@@ -128,11 +142,15 @@ def read_rows(source: Any, name: str) -> Iterator[tuple[str, Any]]:
             "table.to_dict('records') of a DataFrame"
         )
     elif isinstance(source, Set):
-        raise InputError(f"{name}: a set has another order in every process, and runs could not be repeated; give a list")
+        raise InputError(
+            f"{name}: a set has another order in every process, and runs could not be repeated; give a list"
+        )
     elif isinstance(source, Iterable) and not isinstance(source, bytes):
         yield from ((f"{name}, row {number}", row) for number, row in enumerate(source, start=1))
     else:
-        raise InputError(f"{name}: expected a list, a JSONL file or a datasets.Dataset, got {type(source).__name__}")
+        raise InputError(
+            f"{name}: expected a list, a JSONL file or a datasets.Dataset, got {type(source).__name__}"
+        )
 
 
 def _read_jsonl(path: Path, name: str) -> Iterator[tuple[str, Any]]:
@@ -145,14 +163,18 @@ def _read_jsonl(path: Path, name: str) -> Iterator[tuple[str, Any]]:
                 if line.strip():
                     yield f"{path}, line {number}", _parse_line(line, f"{path}, line {number}")
     except FileNotFoundError:
-        raise InputError(f"{name}: no file {path}; a JSONL file, a list or a datasets.Dataset is needed") from None
+        raise InputError(
+            f"{name}: no file {path}; a JSONL file, a list or a datasets.Dataset is needed"
+        ) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _parse_line(line: bytes, where: str) -> Any:
     if len(line) > MAX_LINE_BYTES:
-        raise InputError(f"{where}: longer than {MAX_LINE_BYTES:,} bytes; one object or string per line is needed")
+        raise InputError(
+            f"{where}: longer than {MAX_LINE_BYTES:,} bytes; one object or string per line is needed"
+        )
     try:
         return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
@@ -170,7 +192,9 @@ def _example(row: Any, column: str, where: str) -> Example:
         prompt = row[column]
         columns = {str(name): value for name, value in row.items() if name != column}
         if clash := columns.keys() & {"prompts", "completions"}:
-            raise InputError(f"{where}: the reward function gets its own {min(clash)!r}; give that column another name")
+            raise InputError(
+                f"{where}: the reward function gets its own {min(clash)!r}; give that column another name"
+            )
     return Example(checked_prompt(prompt, where), columns)
 
 
@@ -180,9 +204,13 @@ def checked_prompt(prompt: Any, where: str) -> Prompt:
         if not prompt.strip():
             raise InputError(f"{where}: the prompt is empty; give it text or drop it")
         return checked_text(prompt, where)
-    is_chat = isinstance(prompt, list) and all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in prompt)
+    is_chat = isinstance(prompt, list) and all(
+        isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in prompt
+    )
     if not is_chat:
-        raise InputError(f"{where}: a prompt is a string or a list of {{role, content}} messages, got {type(prompt).__name__}")
+        raise InputError(
+            f"{where}: a prompt is a string or a list of {{role, content}} messages, got {type(prompt).__name__}"
+        )
     if not prompt:
         raise InputError(f"{where}: the prompt has no messages; give it one or drop it")
     for message in prompt:

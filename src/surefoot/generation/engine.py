@@ -27,7 +27,7 @@ class CacheWindow(Protocol):
 
 
 class KVCache(Protocol):
-    """What the engine needs of a cache whose rows are right-aligned (`policies/kv_cache.py`)."""
+    """What the engine needs of a cache whose rows are right-aligned (`policies/lm/kv_cache.py`)."""
 
     window: Any  # a CacheWindow
 
@@ -56,7 +56,9 @@ class TokenModel(Protocol):
         """An empty cache."""
         ...
 
-    def step(self, tokens_BT: Tensor, positions_BT: Tensor, attention_BS: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
+    def step(
+        self, tokens_BT: Tensor, positions_BT: Tensor, attention_BS: Tensor, cache: Any
+    ) -> tuple[Tensor, Tensor]:
         """Feed tokens; logits [B, V] float32 and values [B] float32 at the last column."""
         ...
 
@@ -108,7 +110,12 @@ class _Engine:
     """The state of one `generate` call."""
 
     def __init__(
-        self, model: TokenModel, requests: Sequence[Request], params: SamplingParams, end_tokens: frozenset[int], slots: int
+        self,
+        model: TokenModel,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        end_tokens: frozenset[int],
+        slots: int,
     ):
         self.model, self.params, self.end_tokens = model, params, end_tokens
         self.slots = min(slots, len(requests))
@@ -140,7 +147,10 @@ class _Engine:
         offsets_BT = torch.arange(width)[None] - (width - lengths[:, None])
         device = self.model.device
         logits_BV, values_B = self.model.step(
-            tokens.to(device), offsets_BT.clamp(min=0).to(device), (offsets_BT >= 0).long().to(device), scratch
+            tokens.to(device),
+            offsets_BT.clamp(min=0).to(device),
+            (offsets_BT >= 0).long().to(device),
+            scratch,
         )
         scratch.window.end = width
         self.cache.copy_from(scratch, len(self.rows), len(rows))
@@ -194,7 +204,9 @@ class _Engine:
 
     def _write(self, rows: list[_Row], logits_BV: Tensor, values_B: Tensor) -> None:
         """Sample one token for each row and record it with what the policy thought of it."""
-        uniforms = torch.tensor([row.uniforms[len(row.completion.tokens)] for row in rows], dtype=torch.float64)
+        uniforms = torch.tensor(
+            [row.uniforms[len(row.completion.tokens)] for row in rows], dtype=torch.float64
+        )
         drawn = sample(logits_BV, uniforms, self.params)
         columns = [values.tolist() for values in (*drawn, values_B)]
         for row, token, logprob, entropy, value in zip(rows, *columns, strict=True):

@@ -24,7 +24,9 @@ def sample(logits_BV: Tensor, uniforms_B: Tensor, params: SamplingParams) -> tup
     """
     logits_BV = logits_BV.float()
     if params.temperature > 0:
-        logits_BV = _truncated(logits_BV / params.temperature if params.temperature != 1 else logits_BV, params)
+        logits_BV = _truncated(
+            logits_BV / params.temperature if params.temperature != 1 else logits_BV, params
+        )
     top_B1 = logits_BV.amax(-1, keepdim=True)
     weights_BV = torch.exp(logits_BV - top_B1)
     tokens_B = logits_BV.argmax(-1) if params.temperature == 0 else _invert(weights_BV, uniforms_B)
@@ -52,7 +54,9 @@ def _invert(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     block_cumulative = padded.sum(-1).to(torch.float64).cumsum(-1)
     wanted = (uniforms_B * block_cumulative[:, -1])[:, None]
     block = torch.searchsorted(block_cumulative, wanted, right=True).clamp(max=blocks - 1)
-    before = torch.where(block > 0, block_cumulative.gather(-1, (block - 1).clamp(min=0)), torch.zeros_like(wanted))
+    before = torch.where(
+        block > 0, block_cumulative.gather(-1, (block - 1).clamp(min=0)), torch.zeros_like(wanted)
+    )
     inside = padded.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1)
     cumulative = inside.to(torch.float64).cumsum(-1)
     # The block's float32 sum and this float64 one differ by rounding: stay on a token that has weight.

@@ -22,7 +22,7 @@ class Policy(Protocol):
     The parameters it yields are float32 and the only ones the optimiser and the checkpoint know.
     """
 
-    scores_like_sampler: bool
+    exact_logprobs: bool
     """True where `evaluate` repeats the sampler's log-probs to rounding (float32), so that they serve as the old ones."""
 
     threads: int | None
@@ -68,7 +68,7 @@ class Policy(Protocol):
 
 
 class ActingPolicy(Policy, Protocol):
-    """A policy that acts step by step in environments: what `policies/control.py` provides, and `PPO` asks of one."""
+    """A policy that acts step by step in environments: what `policies/control/policy.py` provides, and `PPO` asks of one."""
 
     reward_stats: RunningStats
     """Of the discounted returns by which rewards are normalised; part of `state`."""

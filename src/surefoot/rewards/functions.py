@@ -22,7 +22,9 @@ class RewardFunction(Protocol):
     comes as a keyword, a list with one entry a sample.
     """
 
-    def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: list[Any]) -> Sequence[float]:
+    def __call__(
+        self, *, prompts: list[Any], completions: list[Any], **columns: list[Any]
+    ) -> Sequence[float]:
         """One float per completion."""
         ...
 
@@ -37,7 +39,9 @@ def load_function(reference: str, *, key: str) -> RewardFunction:
     """The function that `file.py:function` or `package.module:function` names. Raises InputError naming `key`."""
     place, separator, name = reference.rpartition(":")
     if not separator or not place or not name.isidentifier():
-        raise InputError(f"{key}: expected 'file.py:function' or 'package.module:function', got {reference!r}")
+        raise InputError(
+            f"{key}: expected 'file.py:function' or 'package.module:function', got {reference!r}"
+        )
     # Its folder, or for a module the working directory, as if it were run there: siblings can be imported.
     folder = str(Path(place).resolve().parent) if place.endswith(".py") else os.getcwd()
     if folder not in sys.path:
@@ -52,7 +56,10 @@ def load_function(reference: str, *, key: str) -> RewardFunction:
         sys.modules[spec.name] = module
         try:
             spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:  # a script that ends itself must not end the run, and with code 0
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # a script that ends itself must not end the run, and with code 0
             raise InputError(f"{key}: {place} cannot be imported: {type(error).__name__}: {error}") from error
     else:
         try:
@@ -65,16 +72,22 @@ def load_function(reference: str, *, key: str) -> RewardFunction:
     return cast(RewardFunction, function)
 
 
-def score(function: RewardFunction, trajectories: Sequence[Trajectory], *, name: str = "reward") -> list[float]:
+def compute_rewards(
+    function: RewardFunction, trajectories: Sequence[Trajectory], *, name: str = "reward"
+) -> list[float]:
     """Call `function` on the trajectories and return one finite float for each.
 
     Raises InputError for a function that raises, returns the wrong count, or anything but finite numbers; the message
     names the sample.
     """
     prompts = [t.prompt for t in trajectories]
-    completions = [t.text if isinstance(t.prompt, str) else [{"role": "assistant", "content": t.text}] for t in trajectories]
+    completions = [
+        t.text if isinstance(t.prompt, str) else [{"role": "assistant", "content": t.text}]
+        for t in trajectories
+    ]
     columns: dict[str, list[Any]] = {
-        column: [t.columns.get(column) for t in trajectories] for column in sorted({c for t in trajectories for c in t.columns})
+        column: [t.columns.get(column) for t in trajectories]
+        for column in sorted({c for t in trajectories for c in t.columns})
     }
     folder = os.getcwd()
     try:
@@ -82,13 +95,22 @@ def score(function: RewardFunction, trajectories: Sequence[Trajectory], *, name:
     except InputError:  # a reward model's, which says in one line what is wrong
         raise
     except (Exception, SystemExit) as error:
-        where = _where_raised(error) or f"; it is called with the keywords {', '.join(('prompts', 'completions', *columns))}"
+        where = (
+            _where_raised(error)
+            or f"; it is called with the keywords {', '.join(('prompts', 'completions', *columns))}"
+        )
         raise InputError(f"the {name} function raised {type(error).__name__}: {error}{where}") from error
     finally:
         os.chdir(folder)  # relative paths of the run must go on meaning the same
     # Of a dict the keys would be taken for scores, and a set has no order; an array of no dimension has no length.
-    if isinstance(scores, (str, bytes, Mapping, Set)) or not hasattr(scores, "__len__") or getattr(scores, "shape", None) == ():
-        raise InputError(f"the {name} function returned {_short(scores)}; a list of {len(prompts)} floats is needed")
+    if (
+        isinstance(scores, (str, bytes, Mapping, Set))
+        or not hasattr(scores, "__len__")
+        or getattr(scores, "shape", None) == ()
+    ):
+        raise InputError(
+            f"the {name} function returned {_short(scores)}; a list of {len(prompts)} floats is needed"
+        )
     if len(scores) != len(prompts):
         raise InputError(f"the {name} function returned {len(scores)} scores for {len(prompts)} completions")
     return [_checked(value, i, trajectories[i], name) for i, value in enumerate(scores)]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from surefoot.config import check_weights
 from surefoot.errors import InputError
-from surefoot.rewards.functions import RewardFunction, score
+from surefoot.rewards.functions import RewardFunction, compute_rewards
 from surefoot.types import Trajectory
 
 PART = "part/"  # before a part's label in `reward_parts`
@@ -22,9 +22,16 @@ class MixedReward:
 
     def __init__(self, parts: Mapping[str, tuple[RewardFunction, float]]):
         for label, part in parts.items():
-            is_pair = isinstance(label, str) and isinstance(part, (tuple, list)) and len(part) == 2 and callable(part[0])
+            is_pair = (
+                isinstance(label, str)
+                and isinstance(part, (tuple, list))
+                and len(part) == 2
+                and callable(part[0])
+            )
             if not is_pair or isinstance(part[1], bool) or not isinstance(part[1], (int, float)):
-                raise InputError(f"reward: expected a label with a function and its weight, got {label!r:.60}: {part!r:.60}")
+                raise InputError(
+                    f"reward: expected a label with a function and its weight, got {label!r:.60}: {part!r:.60}"
+                )
         try:
             check_weights({label: weight for label, (_, weight) in parts.items()})
         except ValueError as error:
@@ -32,19 +39,26 @@ class MixedReward:
         self.parts = dict(parts)
 
 
-def assign_scores(reward: RewardFunction | MixedReward, trajectories: Sequence[Trajectory]) -> None:
+def assign_rewards(reward: RewardFunction | MixedReward, trajectories: Sequence[Trajectory]) -> None:
     """Fill `score` and `reward_parts` of every trajectory: `score`, and of a mixed reward what each part gave, unweighted.
 
     Raises InputError as `score` does, naming the part, and for a sum that is not finite.
     """
     mixed = reward.parts if isinstance(reward, MixedReward) else {}
-    given = {label: score(function, trajectories, name=f"reward {label}") for label, (function, _) in mixed.items()}
+    given = {
+        label: compute_rewards(function, trajectories, name=f"reward {label}")
+        for label, (function, _) in mixed.items()
+    }
     if isinstance(reward, MixedReward):
-        totals = [math.fsum(mixed[label][1] * given[label][i] for label in mixed) for i in range(len(trajectories))]
+        totals = [
+            math.fsum(mixed[label][1] * given[label][i] for label in mixed) for i in range(len(trajectories))
+        ]
     else:
-        totals = score(reward, trajectories)
+        totals = compute_rewards(reward, trajectories)
     for i, (t, total) in enumerate(zip(trajectories, totals, strict=True)):
         if not math.isfinite(total):
-            raise InputError(f"the parts of the reward add up to {total} for sample {i}; make their weights smaller")
+            raise InputError(
+                f"the parts of the reward add up to {total} for sample {i}; make their weights smaller"
+            )
         t.score = total
         t.reward_parts = {"score": total} | {PART + label: values[i] for label, values in given.items()}

@@ -13,7 +13,9 @@ def _analyzer() -> Any:
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError:
-        raise InputError("the sentiment reward needs vaderSentiment; install it with: pip install 'surefoot[demo]'") from None
+        raise InputError(
+            "the sentiment reward needs vaderSentiment; install it with: pip install 'surefoot[demo]'"
+        ) from None
     return SentimentIntensityAnalyzer()
 
 

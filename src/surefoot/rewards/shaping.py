@@ -29,5 +29,7 @@ def shape_rewards(trajectories: Sequence[Trajectory], config: PPOConfig, stats: 
             t.reward_parts["total"] /= stats.std
     if config.reward_clip is not None:
         for t in trajectories:
-            t.reward_parts["total"] = min(max(t.reward_parts["total"], -config.reward_clip), config.reward_clip)
+            t.reward_parts["total"] = min(
+                max(t.reward_parts["total"], -config.reward_clip), config.reward_clip
+            )
     return stats

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from surefoot.types import Batch, Demonstration, Episode, Judgement, Trajectory
+from surefoot.types import Batch, Demonstration, Episode, Preference, Trajectory
 
 
 class Rollout(Protocol):
@@ -22,13 +22,15 @@ class Rollout(Protocol):
         """Units in one update."""
         ...
 
-    def collect(self, *, first: int, count: int, version: int = 0, poll: Callable[[], None] | None = None) -> Batch:
+    def collect(
+        self, *, first: int, count: int, version: int = 0, poll: Callable[[], None] | None = None
+    ) -> Batch:
         """Play `count` units; a batch with rewards and reference log-probs. `poll` may raise to abandon it."""
         ...
 
     def evaluate(
         self, episodes: int, *, poll: Callable[[], None] | None = None
-    ) -> tuple[dict[str, float], Sequence[Trajectory | Episode | Demonstration | Judgement]]:
+    ) -> tuple[dict[str, float], Sequence[Trajectory | Episode | Demonstration | Preference]]:
         """`eval/…` metrics on held-out episodes, and the episodes."""
         ...
 

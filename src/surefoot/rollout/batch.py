@@ -42,7 +42,7 @@ def text_batch(trajectories: Sequence[Trajectory], *, device: torch.device, vers
     return to_device(batch, device)
 
 
-def have_signal(batch: Batch) -> Tensor:
+def has_reward_variance(batch: Batch) -> Tensor:
     """[B] bool: whether the rewards in the row's group differ, so that comparing its answers says something.
 
     Rewards are those of whole answers, after shaping and before the KL penalty; rows that wrote nothing do not count.
@@ -54,7 +54,9 @@ def have_signal(batch: Batch) -> Tensor:
     return (differ_BB & acted_B & acted_B[:, None]).any(1)
 
 
-def demonstration_batch(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], *, device: torch.device) -> Batch:
+def demonstration_batch(
+    rows: Sequence[tuple[Sequence[int], Sequence[bool]]], *, device: torch.device
+) -> Batch:
     """Right-padded [B, T] batch of (tokens, which of them to imitate); whoever wrote them left no log-probs."""
     lengths = [len(tokens) for tokens, _ in rows]
     shape = (len(rows), max(lengths))
@@ -77,7 +79,7 @@ def demonstration_batch(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], *,
     return to_device(batch, device)
 
 
-def judged_batch(
+def preference_batch(
     rows: Sequence[Sequence[Sequence[int]]],
     labels: Sequence[float],
     *,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from surefoot.config import SFTConfig
-from surefoot.envs.demonstrations import Demonstrations
+from surefoot.data.demonstrations import Demonstrations
 from surefoot.errors import InputError
 from surefoot.rollout.batch import demonstration_batch, micro_batches
 from surefoot.rollout.text import LanguagePolicy, encode_prompt
@@ -20,10 +20,10 @@ from surefoot.types import Batch, Demonstration
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TokenizedExample:
     """One example as tokens, and which of them the loss falls on.
 
-    Example: prompt (504, 2768), completion (314,) and end token 2: `Lesson((504, 2768, 314, 2), (False, False, True, True))`.
+    Example: prompt (504, 2768), completion (314,) and end token 2: `TokenizedExample((504, 2768, 314, 2), (False, False, True, True))`.
     """
 
     tokens: tuple[int, ...]
@@ -40,13 +40,17 @@ class DemonstrationRollout:
     unit = "examples"
     throughput = "throughput/tokens_per_s"
 
-    def __init__(self, policy: LanguagePolicy, data: Demonstrations, *, sft: SFTConfig, seed: int, key: str = "sft"):
+    def __init__(
+        self, policy: LanguagePolicy, data: Demonstrations, *, sft: SFTConfig, seed: int, key: str = "sft"
+    ):
         if sft.max_tokens is not None and sft.max_tokens > policy.context_length:
             raise InputError(
                 f"{key}.max_tokens ({sft.max_tokens}) is more than the model's context of {policy.context_length} tokens"
             )
         if not policy.model_end_tokens:
-            raise InputError("policy.model: names no end token, without which an answer would never end; set its eos_token")
+            raise InputError(
+                "policy.model: names no end token, without which an answer would never end; set its eos_token"
+            )
         self.policy, self.data, self.sft, self.seed = policy, data, sft, seed
         self.key = key
         self.truncated = 0  # examples that were cut to max_tokens
@@ -60,7 +64,9 @@ class DemonstrationRollout:
         """Examples in one update."""
         return min(self.sft.batch_size, len(self._train))
 
-    def collect(self, *, first: int, count: int, version: int = 0, poll: Callable[[], None] | None = None) -> Batch:
+    def collect(
+        self, *, first: int, count: int, version: int = 0, poll: Callable[[], None] | None = None
+    ) -> Batch:
         """Examples number `first` to `first + count` of the run."""
         started = time.perf_counter()
         indices = [self.data.training_index(number, self.seed) for number in range(first, first + count)]
@@ -104,7 +110,9 @@ class DemonstrationRollout:
         if not self.truncated:
             return ""
         total = len(self._train) + len(self._held_out)
-        return f"{self.truncated} of {total} examples are cut to {self.key}.max_tokens ({self.sft.max_tokens})"
+        return (
+            f"{self.truncated} of {total} examples are cut to {self.key}.max_tokens ({self.sft.max_tokens})"
+        )
 
     def state(self) -> dict[str, Any]:
         """All that is random follows from counters; what the examples were is kept to be compared."""
@@ -117,10 +125,12 @@ class DemonstrationRollout:
                 f"{self.key}.data: these are not the examples that the run was begun with; go on with the same ones"
             )
 
-    def _batch(self, lessons: Sequence[Lesson]) -> Batch:
-        return demonstration_batch([(lesson.tokens, lesson.is_trained) for lesson in lessons], device=self.policy.device)
+    def _batch(self, lessons: Sequence[TokenizedExample]) -> Batch:
+        return demonstration_batch(
+            [(lesson.tokens, lesson.is_trained) for lesson in lessons], device=self.policy.device
+        )
 
-    def _lesson(self, example: Demonstration) -> Lesson:
+    def _lesson(self, example: Demonstration) -> TokenizedExample:
         lesson = encode_demonstration(self.policy.tokenizer, example, end_tokens=self.policy.model_end_tokens)
         limit = self.sft.max_tokens or self.policy.context_length
         if len(lesson.tokens) > limit:
@@ -129,7 +139,7 @@ class DemonstrationRollout:
                     f"{example.where}: has {len(lesson.tokens)} tokens, more than the model's context of {limit}; shorten it, "
                     f"or let {self.key}.max_tokens cut it"
                 )
-            lesson = Lesson(lesson.tokens[:limit], lesson.is_trained[:limit])
+            lesson = TokenizedExample(lesson.tokens[:limit], lesson.is_trained[:limit])
             self.truncated += 1
         if not any(lesson.is_trained):
             raise InputError(
@@ -138,7 +148,9 @@ class DemonstrationRollout:
         return lesson
 
 
-def encode_demonstration(tokenizer: Any, example: Demonstration, *, end_tokens: frozenset[int]) -> Lesson:
+def encode_demonstration(
+    tokenizer: Any, example: Demonstration, *, end_tokens: frozenset[int]
+) -> TokenizedExample:
     """Tokens and mask of one example.
 
     Prompt and completion are made tokens apart from each other, as they will be when the model writes the one after the
@@ -157,13 +169,17 @@ def encode_demonstration(tokenizer: Any, example: Demonstration, *, end_tokens: 
         tokens.append(min(end_tokens) if tokenizer.eos_token_id is None else tokenizer.eos_token_id)
         is_trained.append(True)
     is_trained[0] = False
-    return Lesson(tuple(tokens), tuple(is_trained))
+    return TokenizedExample(tuple(tokens), tuple(is_trained))
 
 
-def _chat_pieces(tokenizer: Any, example: Demonstration, end_tokens: frozenset[int]) -> list[tuple[tuple[int, ...], bool]]:
+def _chat_pieces(
+    tokenizer: Any, example: Demonstration, end_tokens: frozenset[int]
+) -> list[tuple[tuple[int, ...], bool]]:
     """A chat cut where the assistant's turns begin and end, up to the last of them: (tokens, whether the assistant's)."""
     if not getattr(tokenizer, "chat_template", None):
-        raise InputError(f"{example.where}: chats need a tokenizer with a chat template; this model's has none")
+        raise InputError(
+            f"{example.where}: chats need a tokenizer with a chat template; this model's has none"
+        )
     messages = example.contents["messages"]
     pieces: list[tuple[tuple[int, ...], bool]] = []
     before = ""
@@ -182,7 +198,9 @@ def _chat_pieces(tokenizer: Any, example: Demonstration, end_tokens: frozenset[i
             for text in (opened[len(before) :], closed[len(opened) :])
         )
         # After the end token a template may have a line break, which nobody will have to write.
-        end = max((place + 1 for place, token in enumerate(answered) if token in end_tokens), default=len(answered))
+        end = max(
+            (place + 1 for place, token in enumerate(answered) if token in end_tokens), default=len(answered)
+        )
         pieces += [(asked, False), (answered[:end], True), (answered[end:], False)]
         before = closed
     return pieces[:-1]  # nor has what follows the last one
@@ -191,5 +209,9 @@ def _chat_pieces(tokenizer: Any, example: Demonstration, end_tokens: frozenset[i
 def _rendered(tokenizer: Any, messages: list[dict[str, Any]], where: str, *, open_turn: bool) -> str:
     try:
         return str(tokenizer.apply_chat_template(messages, add_generation_prompt=open_turn, tokenize=False))
-    except Exception as error:  # a template is a program, and may refuse roles or their order in its own words
-        raise InputError(f"{where}: the model's chat template does not take it: {' '.join(str(error).split())}") from error
+    except (
+        Exception
+    ) as error:  # a template is a program, and may refuse roles or their order in its own words
+        raise InputError(
+            f"{where}: the model's chat template does not take it: {' '.join(str(error).split())}"
+        ) from error

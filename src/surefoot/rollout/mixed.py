@@ -26,7 +26,9 @@ class MixedRollout:
         """Units in one update, demonstrations not counted."""
         return self.rollout.per_update
 
-    def collect(self, *, first: int, count: int, version: int = 0, poll: Callable[[], None] | None = None) -> Batch:
+    def collect(
+        self, *, first: int, count: int, version: int = 0, poll: Callable[[], None] | None = None
+    ) -> Batch:
         """The rollout's batch, with `demonstrations` for the update's steps."""
         batch = self.rollout.collect(first=first, count=count, version=version, poll=poll)
         begun, size = self.handed_out, self.demonstrations.per_update
@@ -39,7 +41,9 @@ class MixedRollout:
         batch.demonstrations = take
         return batch
 
-    def evaluate(self, episodes: int, *, poll: Callable[[], None] | None = None) -> tuple[dict[str, float], Any]:
+    def evaluate(
+        self, episodes: int, *, poll: Callable[[], None] | None = None
+    ) -> tuple[dict[str, float], Any]:
         """The rollout's evaluation, and the perplexity of the first `episodes` held-out demonstrations, if there are any."""
         metrics, trajectories = self.rollout.evaluate(episodes, poll=poll)
         if self.demonstrations.can_evaluate:

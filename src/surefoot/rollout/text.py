@@ -17,22 +17,22 @@ from surefoot.envs.text import Example, TextTask
 from surefoot.errors import InputError
 from surefoot.generation.engine import TokenModel, generate
 from surefoot.policies.base import Policy
-from surefoot.rewards.functions import score
-from surefoot.rewards.mixed import PART, assign_scores
+from surefoot.rewards.functions import compute_rewards
+from surefoot.rewards.mixed import PART, assign_rewards
 from surefoot.rewards.shaping import shape_rewards
 from surefoot.rollout.batch import text_batch
-from surefoot.rollout.score import score_batch, sequence_kl
+from surefoot.rollout.logprobs import fill_logprobs, sequence_kl
 from surefoot.types import Batch, Request, SamplingParams, StopReason, Trajectory
 
 
 class LanguagePolicy(Policy, TokenModel, Protocol):
-    """A policy that writes text: what `policies/lm.py` provides."""
+    """A policy that writes text: what `policies/lm/policy.py` provides."""
 
     tokenizer: Any
     temperature: float
 
     @property
-    def score_values(self) -> Callable[[Batch], torch.Tensor] | None:
+    def compute_values(self) -> Callable[[Batch], torch.Tensor] | None:
         """What gives values [B, T] after the rollout, where `step` has none to give."""
         ...
 
@@ -54,9 +54,19 @@ class TextRollout:
     statistics of the rewards.
     """
 
-    def __init__(self, policy: LanguagePolicy, task: TextTask, *, generation: GenerationConfig, ppo: PPOConfig, seed: int):
+    def __init__(
+        self,
+        policy: LanguagePolicy,
+        task: TextTask,
+        *,
+        generation: GenerationConfig,
+        ppo: PPOConfig,
+        seed: int,
+    ):
         if generation.top_k is not None or generation.top_p is not None:
-            raise InputError("generation.top_k and top_p contradict training: log-probs are over the full vocabulary")
+            raise InputError(
+                "generation.top_k and top_p contradict training: log-probs are over the full vocabulary"
+            )
         if generation.temperature != policy.temperature:
             raise InputError(
                 f"generation.temperature is {generation.temperature:g}, but the policy computes its log-probs at "
@@ -66,7 +76,9 @@ class TextRollout:
         self.generation, self.ppo = generation, ppo
         self.reward_stats = RunningStats()
         self.end_tokens = policy.model_end_tokens | frozenset(generation.stop_token_ids)
-        self.params = SamplingParams(max_new_tokens=generation.max_new_tokens, temperature=generation.temperature)
+        self.params = SamplingParams(
+            max_new_tokens=generation.max_new_tokens, temperature=generation.temperature
+        )
         for example in (*task.train, *task.held_out):
             self.encode(example)
 
@@ -78,20 +90,26 @@ class TextRollout:
         """Episodes in one update."""
         return self.ppo.episodes_per_update
 
-    def collect(self, *, first: int, count: int, version: int = 0, poll: Callable[[], None] | None = None) -> Batch:
+    def collect(
+        self, *, first: int, count: int, version: int = 0, poll: Callable[[], None] | None = None
+    ) -> Batch:
         """Play `count` episodes, the first of them number `first` of the run; a scored, shaped batch."""
         numbers, group = range(first, first + count), self.ppo.samples_per_prompt
         if first % group or count % group:
-            raise InputError(f"episodes {first} to {first + count} are no whole groups of samples_per_prompt ({group})")
+            raise InputError(
+                f"episodes {first} to {first + count} are no whole groups of samples_per_prompt ({group})"
+            )
         examples = [self.task.training_example(number // group, self.seed) for number in numbers]
         seeds = [derived_seed(self.seed, "sampling", number) for number in numbers]
         started = time.perf_counter()
         trajectories = self.play(examples, seeds, poll)
         greedy: list[Trajectory] = []  # one a prompt: what ReMax compares with, and not trained on
         if self.ppo.advantage == "remax":
-            greedy = self.play(examples[::group], seeds[::group], poll, params=replace(self.params, temperature=0.0))
+            greedy = self.play(
+                examples[::group], seeds[::group], poll, params=replace(self.params, temperature=0.0)
+            )
         played = time.perf_counter()
-        assign_scores(self.task.reward, trajectories + greedy)
+        assign_rewards(self.task.reward, trajectories + greedy)
         self.reward_stats = shape_rewards(trajectories + greedy, self.ppo, self.reward_stats)
         batch = text_batch(trajectories, device=self.policy.device, version=version)
         totals_B = _totals(trajectories, self.policy.device)
@@ -100,12 +118,16 @@ class TextRollout:
         batch.step_limit = self.params.max_new_tokens
         batch.groups_B = torch.tensor([number // group for number in numbers], device=self.policy.device)
         batch.baselines_B = _totals(greedy, self.policy.device).repeat_interleave(group) if greedy else None
-        self._compare_with_reference(batch, values=self.policy.score_values if self.ppo.has_critic else None)
+        self._compare_with_reference(
+            batch, values=self.policy.compute_values if self.ppo.has_critic else None
+        )
         batch.metrics = episode_metrics(batch)
         batch.metrics |= {"time/rollout_s": played - started, "time/score_s": time.perf_counter() - played}
         return batch
 
-    def evaluate(self, episodes: int, *, poll: Callable[[], None] | None = None) -> tuple[dict[str, float], list[Trajectory]]:
+    def evaluate(
+        self, episodes: int, *, poll: Callable[[], None] | None = None
+    ) -> tuple[dict[str, float], list[Trajectory]]:
         """Sample one answer to each of the first `episodes` held-out prompts, with the same seeds every time.
 
         Returns metrics named as in `docs/metrics.md`, and the trajectories.
@@ -113,11 +135,15 @@ class TextRollout:
         examples = self.task.held_out[:episodes]
         seeds = [derived_seed(self.seed, "evaluation", number) for number in range(len(examples))]
         trajectories = self.play(examples, seeds, poll)
-        assign_scores(self.task.reward, trajectories)
+        assign_rewards(self.task.reward, trajectories)
         batch = text_batch(trajectories, device=self.policy.device)
         self._compare_with_reference(batch)
         rewards = [t.score for t in trajectories]
-        judged = rewards if self.task.metric is None else score(self.task.metric, trajectories, name="metric")
+        judged = (
+            rewards
+            if self.task.metric is None
+            else compute_rewards(self.task.metric, trajectories, name="metric")
+        )
         n = len(trajectories)
         metrics = {
             "eval/reward": sum(rewards) / n,
@@ -168,8 +194,15 @@ class TextRollout:
 
     def encode(self, example: Example) -> tuple[int, ...]:
         """The prompt as tokens. Raises InputError for one that is empty or too long for the model's context."""
-        tokens = encode_prompt(self.policy.tokenizer, example.prompt, chat=self.task.chat)[: self.task.prompt_tokens]
-        check_length(tokens, example.text, context=self.policy.context_length, new_tokens=self.generation.max_new_tokens)
+        tokens = encode_prompt(self.policy.tokenizer, example.prompt, chat=self.task.chat)[
+            : self.task.prompt_tokens
+        ]
+        check_length(
+            tokens,
+            example.text,
+            context=self.policy.context_length,
+            new_tokens=self.generation.max_new_tokens,
+        )
         return tokens
 
     def state(self) -> dict[str, Any]:
@@ -180,8 +213,10 @@ class TextRollout:
         """Go on from a checkpoint's `state`."""
         self.reward_stats = RunningStats(**state["reward_stats"])
 
-    def _compare_with_reference(self, batch: Batch, *, values: Callable[[Batch], torch.Tensor] | None = None) -> None:
-        score_batch(self.policy, batch, token_budget=self.ppo.micro_batch_tokens, values=values)
+    def _compare_with_reference(
+        self, batch: Batch, *, values: Callable[[Batch], torch.Tensor] | None = None
+    ) -> None:
+        fill_logprobs(self.policy, batch, token_budget=self.ppo.micro_batch_tokens, values=values)
         for trajectory, kl in zip(batch.trajectories, sequence_kl(batch).tolist(), strict=True):
             assert isinstance(trajectory, Trajectory)
             trajectory.kl = kl
@@ -220,9 +255,16 @@ def episode_metrics(batch: Batch) -> dict[str, float]:
 
 def _part_means(trajectories: Sequence[Trajectory], name: str) -> dict[str, float]:
     """Mean of each part of a mixed reward, by the metric's `name` with the part's label put in."""
-    labels = [key.removeprefix(PART) for key in trajectories[0].reward_parts if key.startswith(PART)] if trajectories else []
+    labels = (
+        [key.removeprefix(PART) for key in trajectories[0].reward_parts if key.startswith(PART)]
+        if trajectories
+        else []
+    )
     n = len(trajectories)
-    return {name.replace("<label>", label): sum(t.reward_parts[PART + label] for t in trajectories) / n for label in labels}
+    return {
+        name.replace("<label>", label): sum(t.reward_parts[PART + label] for t in trajectories) / n
+        for label in labels
+    }
 
 
 def stop_check(tokenizer: Any, stops: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
@@ -249,7 +291,9 @@ def collect(
     `version` is the number of updates the policy has seen. Each call stands alone: keep a `TextRollout` instead where
     `reward_scale` should remember earlier scores.
     """
-    rollout = TextRollout(policy, env, generation=generation or GenerationConfig(), ppo=ppo or PPOConfig(), seed=seed)
+    rollout = TextRollout(
+        policy, env, generation=generation or GenerationConfig(), ppo=ppo or PPOConfig(), seed=seed
+    )
     return rollout.collect(first=first_episode, count=episodes, version=version)
 
 
@@ -261,9 +305,15 @@ def encode_prompt(tokenizer: Any, prompt: Any, *, chat: bool = False) -> tuple[i
         raise InputError("chat prompts need a tokenizer with a chat template; this model's has none")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     try:
-        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
-    except Exception as error:  # a template is a program, and may refuse roles or their order in its own words
-        raise InputError(f"the model's chat template does not take the prompt {str(prompt)[:60]!r}: {error}") from error
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+    except (
+        Exception
+    ) as error:  # a template is a program, and may refuse roles or their order in its own words
+        raise InputError(
+            f"the model's chat template does not take the prompt {str(prompt)[:60]!r}: {error}"
+        ) from error
     return tuple(encoded["input_ids"])
 
 

@@ -31,15 +31,20 @@ from torch import Tensor
 
 from surefoot.errors import InputError
 from surefoot.policies.base import Policy
-from surefoot.run import sync, write_durably
-from surefoot.tensors import read_tensors
+from surefoot.storage.files import sync, write_durably
+from surefoot.storage.safetensors import read_tensors
 
 FORMAT = 1
 ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}
 
 
 def save_checkpoint(
-    folder: Path, number: int, *, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
+    folder: Path,
+    number: int,
+    *,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    keep: int,
 ) -> Path:
     """Write checkpoint `number` (updates done): one safetensors file per entry of `tensors`, and `state` as JSON.
 
@@ -56,7 +61,9 @@ def save_checkpoint(
         point(folder, "latest", path.name)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise InputError(f"the checkpoint {path} could not be written: {error}; older checkpoints are untouched") from error
+        raise InputError(
+            f"the checkpoint {path} could not be written: {error}; older checkpoints are untouched"
+        ) from error
     _remove_old(folder, number, keep)
     return path
 
@@ -67,8 +74,13 @@ def _write(aside: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapp
         shutil.rmtree(aside)
     aside.mkdir()
     for name, contents in tensors.items():
-        save_file({key: value.detach().contiguous().cpu() for key, value in contents.items()}, aside / f"{name}.safetensors")
-    (aside / "state.json").write_text(json.dumps(state, default=lambda values: values.tolist()))  # arrays and tensors
+        save_file(
+            {key: value.detach().contiguous().cpu() for key, value in contents.items()},
+            aside / f"{name}.safetensors",
+        )
+    (aside / "state.json").write_text(
+        json.dumps(state, default=lambda values: values.tolist())
+    )  # arrays and tensors
     files = {}
     for file in sorted(aside.iterdir()):
         sync(file)
@@ -98,7 +110,9 @@ def point(folder: Path, pointer: str, name: str) -> None:
     try:
         write_durably(folder / pointer, name.encode())
     except OSError as error:
-        raise InputError(f"{folder / pointer} could not be written: {error}; the checkpoint {name} is whole") from error
+        raise InputError(
+            f"{folder / pointer} could not be written: {error}; the checkpoint {name} is whole"
+        ) from error
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -139,7 +153,9 @@ def check(path: Path) -> list[str]:
         contents = json.loads(manifest.read_bytes())
         if contents["format"] != FORMAT:
             raise InputError(f"{manifest} has format {contents['format']!r}; this version reads {FORMAT}")
-        files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in contents["files"].items()}
+        files = {
+            str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in contents["files"].items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise InputError(f"{manifest} is missing or damaged") from None
     for name in sorted(files.keys() | {"state.json"}):
@@ -193,7 +209,9 @@ def optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[
     }
 
 
-def restore_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def restore_optimizer(
+    policy: Policy, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
     """Put Adam's state back, moments on the parameter's device. Raises InputError if it is not this policy's."""
     parameters = dict(policy.named_parameters_to_train())
     states: dict[str, dict[str, Tensor]] = {}
@@ -202,7 +220,9 @@ def restore_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, tensors:
         states.setdefault(name, {})[entry] = value
     for name, state in states.items():
         if name not in parameters or state.keys() != ADAM_STATE:
-            raise InputError(f"the checkpoint's optimiser state does not fit this policy: {name!r} has {sorted(state)}")
+            raise InputError(
+                f"the checkpoint's optimiser state does not fit this policy: {name!r} has {sorted(state)}"
+            )
         for entry in ADAM_STATE - {"step"}:
             _check_fit(f"{name}/{entry}", state[entry], parameters[name])
     optimizer.state.clear()
@@ -250,7 +270,9 @@ def restore_generators(states: Mapping[str, Any]) -> None:
     torch.set_rng_state(_decoded(states["torch"]))
     if "cuda" in states and torch.cuda.is_available():
         devices = range(torch.cuda.device_count())  # there may be fewer than before
-        torch.cuda.set_rng_state_all([_decoded(state) for _, state in zip(devices, states["cuda"], strict=False)])
+        torch.cuda.set_rng_state_all(
+            [_decoded(state) for _, state in zip(devices, states["cuda"], strict=False)]
+        )
 
 
 def _encoded(state: Tensor) -> str:
@@ -263,7 +285,11 @@ def _decoded(text: str) -> Tensor:
 
 def _numbered(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first; one that was stepping aside for its own new version comes after that."""
-    found = [p for p in folder.glob("[0-9]*") if re.fullmatch(r"\d{8,}(\.old)?", p.name) and p.is_dir() and not p.is_symlink()]
+    found = [
+        p
+        for p in folder.glob("[0-9]*")
+        if re.fullmatch(r"\d{8,}(\.old)?", p.name) and p.is_dir() and not p.is_symlink()
+    ]
     return sorted(found, key=lambda p: (-number_of(p), p.name))
 
 
@@ -287,7 +313,9 @@ def _is_whole(path: Path) -> bool:
 def _remove_old(folder: Path, number: int, keep: int) -> None:
     """Remove all but the newest `keep` and the best, and what kills left. Damaged ones newer than `number` don't count."""
     best = _pointed(folder, "best")
-    standing = [path for path in _numbered(folder) if not path.name.endswith(".old") and number_of(path) <= number]
+    standing = [
+        path for path in _numbered(folder) if not path.name.endswith(".old") and number_of(path) <= number
+    ]
     leftovers = [path for path in folder.iterdir() if path.name.endswith((".old", ".tmp"))]
     for path in (*standing[keep:], *leftovers):
         if path != best:

@@ -79,5 +79,9 @@ def check_first_minibatch(stats: LossStats, *, exact: bool) -> None:
             f"(largest {ratio_max:.5f}), KL(old‖new) {approx_kl:.2e}, clip fraction {clipped:.3f}; they must be 1, 0 and 0. "
             "Likely causes: dropout or another random layer left on; a temperature on one side only; a model whose "
             "positions or attention depend on padding; weights changed between rollout and update"
-            + ("." if exact else "; a low-precision kernel that depends on the batch (try policy.dtype: float32).")
+            + (
+                "."
+                if exact
+                else "; a low-precision kernel that depends on the batch (try policy.dtype: float32)."
+            )
         )

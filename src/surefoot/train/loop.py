@@ -21,12 +21,12 @@ from surefoot.core.seeds import derived_seed
 from surefoot.errors import InputError, Interrupted, NonFiniteError, SurefootError
 from surefoot.policies.base import Policy
 from surefoot.rollout.base import Rollout
-from surefoot.rollout.score import sequence_kl
-from surefoot.run import RunFolder
+from surefoot.rollout.logprobs import sequence_kl
+from surefoot.storage.run_folder import RunFolder
 from surefoot.train import checkpoint
 from surefoot.train.gates import NEGATIVE_KL_LIMIT, check_first_minibatch, check_kl_sign, is_surely_negative
 from surefoot.train.metrics import batch_metrics, measures_of
-from surefoot.train.signals import Abandon, StopRequest
+from surefoot.train.signals import RolloutAborted, StopRequest
 from surefoot.train.update import TokenBudget, advantages, ptx_coef, update
 from surefoot.types import Batch
 
@@ -70,10 +70,14 @@ class Training:
     folder: RunFolder
     progress: Progress
     total: int  # units of the budget
-    schedules: dict[str, Callable[[float], float]] = field(default_factory=dict)  # of Python: share of the run left -> value
+    schedules: dict[str, Callable[[float], float]] = field(
+        default_factory=dict
+    )  # of Python: share of the run left -> value
     observers: list[Observer] = field(default_factory=list)
     stop: StopRequest = field(default_factory=StopRequest)
-    watch: Callable[[], None] = lambda: None  # called between steps of a rollout; may raise Abandon to end the run
+    watch: Callable[[], None] = lambda: (
+        None
+    )  # called between steps of a rollout; may raise RolloutAborted to end the run
     saved_at: int | None = None  # number of updates in the newest checkpoint
     generators: dict[str, Any] | None = None  # from a checkpoint, put back when the loop starts
 
@@ -98,7 +102,7 @@ class Training:
         return self.is_done and not _evaluation_is_due(self) and not _checkpoint_is_due(self)
 
     def poll(self) -> None:
-        """Called often while episodes are played. Raises Abandon if the run should end here."""
+        """Called often while episodes are played. Raises RolloutAborted if the run should end here."""
         self.stop.raise_if_set()
         self.watch()
 
@@ -133,14 +137,16 @@ def run(training: Training) -> None:
                 batch = collect(t)
                 t.stop.raise_if_set()
                 metrics = improve(t, batch, budget=budget, check_itself=check_itself)
-            except (Abandon, SurefootError) as error:
+            except (RolloutAborted, SurefootError) as error:
                 if t.saved_at != t.progress.updates:
                     save(t, before)
                 checkpoint.restore_generators(before["generators"])
                 _put_back(t, before, error)
-                if t.stop.signal_number is not None:  # whatever else it broke, such as an environment's workers
+                if (
+                    t.stop.signal_number is not None
+                ):  # whatever else it broke, such as an environment's workers
                     raise _interrupted(t) from None
-                if isinstance(error, Abandon):  # a callback has seen enough
+                if isinstance(error, RolloutAborted):  # a callback has seen enough
                     return
                 raise
             # Once is enough, but an update of PPO may have had nothing to learn from.
@@ -160,7 +166,9 @@ def scheduled(t: Training, name: str, kind: str) -> float:
     """`learning_rate` or `clip_range` for the next update, by the schedule of that `kind`."""
     if kind == "function":
         if name not in t.schedules:
-            raise InputError(f"ppo.{name} was a Python function; give it again: PPO.load(folder, env, {name}=...)")
+            raise InputError(
+                f"ppo.{name} was a Python function; give it again: PPO.load(folder, env, {name}=...)"
+            )
         return float(t.schedules[name](1.0 - t.progress.collected / t.total))
     warmup = t.ppo.lr_warmup if name == "learning_rate" else 0.0
     return float(getattr(t.ppo, name)) * schedule(kind, t.progress.updates, t.total_updates, warmup=warmup)
@@ -170,7 +178,9 @@ def _ptx_now(t: Training) -> PTXConfig | None:
     """The demonstrations' settings, their weight as the next update has it."""
     if (ptx := t.ppo.ptx) is None:
         return None
-    return ptx.model_copy(update={"coef": ptx.coef * schedule(ptx.schedule, t.progress.updates, t.total_updates)})
+    return ptx.model_copy(
+        update={"coef": ptx.coef * schedule(ptx.schedule, t.progress.updates, t.total_updates)}
+    )
 
 
 def improve(t: Training, batch: Batch, *, budget: TokenBudget, check_itself: bool) -> dict[str, float]:
@@ -178,12 +188,15 @@ def improve(t: Training, batch: Batch, *, budget: TokenBudget, check_itself: boo
     t.tell_phase("update")
     p, ppo, started = t.progress, t.ppo, time.perf_counter()
     learning_rate = scheduled(t, "learning_rate", ppo.lr_schedule)
-    now = {"clip_range": scheduled(t, "clip_range", ppo.clip_schedule), "ent_coef": scheduled(t, "ent_coef", ppo.ent_schedule)}
+    now = {
+        "clip_range": scheduled(t, "clip_range", ppo.clip_schedule),
+        "ent_coef": scheduled(t, "ent_coef", ppo.ent_schedule),
+    }
     ppo = ppo.model_copy(update={**now, "kl_coef": p.kl_coef, "ptx": _ptx_now(t)})
     advantages(batch, ppo)
     metrics = batch_metrics(batch) | ({"kl/coef": p.kl_coef} if batch.objective == "policy" else {})
     metrics |= {} if ppo.ptx is None else {"ptx/coef": ptx_coef(batch, ppo)}
-    gate = functools.partial(check_first_minibatch, exact=t.policy.scores_like_sampler)
+    gate = functools.partial(check_first_minibatch, exact=t.policy.exact_logprobs)
     result = update(
         t.policy,
         batch,
@@ -196,15 +209,25 @@ def improve(t: Training, batch: Batch, *, budget: TokenBudget, check_itself: boo
     )
     p.updates += 1
     p.collected += len(batch) if batch.collected is None else batch.collected
-    p.negative_kl_in_a_row = p.negative_kl_in_a_row + 1 if is_surely_negative(sequence_kl(batch).tolist()) else 0
+    p.negative_kl_in_a_row = (
+        p.negative_kl_in_a_row + 1 if is_surely_negative(sequence_kl(batch).tolist()) else 0
+    )
     p.bad_steps += result.skipped
     p.bad_steps_in_a_row = result.skipped_in_a_row + (0 if result.steps else p.bad_steps_in_a_row)
-    if ppo.kl_target is not None and batch.version >= ppo.critic_warmup_updates:  # before, the policy stands still
+    if (
+        ppo.kl_target is not None and batch.version >= ppo.critic_warmup_updates
+    ):  # before, the policy stands still
         p.kl_coef = adapted_kl_coef(
-            p.kl_coef, metrics["kl/reference"], target=ppo.kl_target, horizon=ppo.kl_horizon, episodes=len(batch)
+            p.kl_coef,
+            metrics["kl/reference"],
+            target=ppo.kl_target,
+            horizon=ppo.kl_horizon,
+            episodes=len(batch),
         )
     measured = measures_of(batch)
-    metrics |= measured(result, learning_rate=learning_rate, skipped=p.bad_steps) | {t.rollout.unit: float(p.collected)}
+    metrics |= measured(result, learning_rate=learning_rate, skipped=p.bad_steps) | {
+        t.rollout.unit: float(p.collected)
+    }
     metrics["time/update_s"] = time.perf_counter() - started
     seconds = metrics["time/rollout_s"] + metrics["time/score_s"] + metrics["time/update_s"]
     metrics[t.rollout.throughput] = float(batch.mask_BT.sum()) / seconds
@@ -323,7 +346,7 @@ def _put_back(t: Training, before: dict[str, Any], error: Exception) -> None:
     try:
         t.rollout.restore(before["rollout"])
     except SurefootError:
-        if isinstance(error, Abandon) and t.stop.signal_number is None:
+        if isinstance(error, RolloutAborted) and t.stop.signal_number is None:
             raise
 
 
@@ -362,7 +385,9 @@ def _interrupted(t: Training) -> Interrupted:
     is_in_config = named is not None and not ptx_rows
     again = f"{t.config.opener}.load({path!r}, {'data' if supervised else 'task' if env is None else 'env'}{ptx_rows})"
     how = f"surefoot resume {shlex.quote(path)}" if is_in_config else f"{again}.learn()"
-    return Interrupted(t.stop.signal_number, f"stopped after update {t.progress.updates}, saved; continue with: {how}")
+    return Interrupted(
+        t.stop.signal_number, f"stopped after update {t.progress.updates}, saved; continue with: {how}"
+    )
 
 
 def _samples(updates: int, split: str, played: Sequence[Any]) -> list[dict[str, Any]]:

@@ -8,8 +8,8 @@ import torch
 
 from surefoot.core.kl import k3
 from surefoot.core.masked import explained_variance, masked_mean
-from surefoot.rollout.batch import have_signal
-from surefoot.rollout.score import sequence_kl
+from surefoot.rollout.batch import has_reward_variance
+from surefoot.rollout.logprobs import sequence_kl
 from surefoot.train.update import UpdateResult
 from surefoot.types import Batch
 
@@ -19,7 +19,7 @@ METRICS = {
     "reward/mean": "Mean score the reward function gave this update's episodes, before penalty, scaling and clipping.",
     "reward/std": "Population standard deviation of those scores.",
     "reward/part/<label>": "With several rewards: mean of what that part gave, before its weight.",
-    "reward/equal_groups": "Groups of answers to one prompt whose rewards are all equal: compared with each other they teach nothing. With skip_equal_groups they are left out of the update.",
+    "reward/zero_variance_groups": "Groups of answers to one prompt whose rewards are all equal: compared with each other they teach nothing. With skip_equal_groups they are left out of the update.",
     "reward/total": "Mean reward after penalty, scaling and clipping, before the KL penalty: what the policy is paid.",
     "kl/reference": "KL to the reference: log p - log p_ref summed over an episode's written tokens, mean over episodes; nats.",
     "kl/reference_k3": "The same by the k3 estimator, which is never negative and has less variance; nats.",
@@ -40,8 +40,8 @@ METRICS = {
     "sft/grad_norm": "With sft: gradient norm before clipping.",
     "sft/learning_rate": "With sft: Adam's step size in this update.",
     "sft/skipped_steps": "With sft: optimiser steps skipped so far because loss or gradient was not finite.",
-    "reward_model/loss": "Loss of a reward model before the step, mean over the update's judgements: for pairs nats, for ratings half the squared error in units of their variance.",
-    "reward_model/epoch": "With reward_model: passes over the judgements so far.",
+    "reward_model/loss": "Loss of a reward model before the step, mean over the update's preferences: for pairs nats, for ratings half the squared error in units of their variance.",
+    "reward_model/epoch": "With reward_model: passes over the preferences so far.",
     "reward_model/grad_norm": "With reward_model: gradient norm before clipping.",
     "reward_model/learning_rate": "With reward_model: Adam's step size in this update.",
     "reward_model/skipped_steps": "With reward_model: optimiser steps skipped so far because loss or gradient was not finite.",
@@ -73,7 +73,7 @@ METRICS = {
     "eval/nll": "With sft: negative log-likelihood of the held-out examples' trained tokens, mean over all of them; nats per token.",
     "eval/perplexity": "e to the eval/nll: 1 is certainty, the vocabulary's size is knowing nothing.",
     "eval/ptx_perplexity": "With ptx: e to the negative log-likelihood of the held-out demonstrations' trained tokens at generation.temperature, mean over all of them.",
-    "eval/loss": "With reward_model: its loss on the held-out judgements, as `reward_model/loss`.",
+    "eval/loss": "With reward_model: its loss on the held-out preferences, as `reward_model/loss`.",
     "eval/accuracy": "With reward_model: share of held-out pairs whose chosen text has the higher score; of ratings, of all pairs of unlike ratings, the share whose scores stand in the same order. Equal scores count half.",
     "eval/pearson": "With reward_model: correlation of scores and ratings on held-out texts.",
     "eval/spearman": "With reward_model: correlation of their ranks.",
@@ -100,10 +100,14 @@ def batch_metrics(batch: Batch) -> dict[str, float]:
         metrics["kl/reference_k3"] = float(torch.where(mask_BT, per_token, 0.0).sum() / rows)
     if batch.returns_BT is not None:
         metrics["critic/value_mean"] = float(masked_mean(batch.values_BT, mask_BT))
-        metrics["critic/explained_variance"] = float(explained_variance(batch.values_BT, batch.returns_BT, mask_BT))
+        metrics["critic/explained_variance"] = float(
+            explained_variance(batch.values_BT, batch.returns_BT, mask_BT)
+        )
         metrics["critic/return_mean"] = float(masked_mean(batch.returns_BT, mask_BT))
     if batch.groups_B is not None and len(groups := batch.groups_B.unique()) < len(batch):
-        metrics["reward/equal_groups"] = float(len(groups) - len(batch.groups_B[have_signal(batch)].unique()))
+        metrics["reward/zero_variance_groups"] = float(
+            len(groups) - len(batch.groups_B[has_reward_variance(batch)].unique())
+        )
     if batch.behaviour_logprobs_BT is not None:
         difference = torch.where(mask_BT, batch.logprobs_BT - batch.behaviour_logprobs_BT, 0.0).abs()
         metrics["sampler/mismatch_mean"] = float(difference.sum() / mask_BT.sum().clamp(min=1))
@@ -131,7 +135,10 @@ def update_metrics(result: UpdateResult, *, learning_rate: float, skipped: int) 
             "policy/entropy": means["entropy"],
         }
         if result.has_critic:
-            metrics |= {"critic/value_loss": means["value_loss"], "critic/clip_fraction": means["value_clipped"]}
+            metrics |= {
+                "critic/value_loss": means["value_loss"],
+                "critic/clip_fraction": means["value_clipped"],
+            }
         if (imitation := result.stats.imitation) is not None:
             metrics["ptx/loss"] = float(imitation.policy_loss / imitation.steps)
     return metrics
@@ -141,11 +148,11 @@ def measures_of(batch: Batch) -> Callable[..., dict[str, float]]:
     """Which of these functions measures an update on such a batch."""
     if batch.objective == "policy":
         return update_metrics
-    return imitation_metrics if batch.objective == "imitation" else judgement_metrics
+    return nll_metrics if batch.objective == "imitation" else preference_metrics
 
 
-def judgement_metrics(result: UpdateResult, *, learning_rate: float, skipped: int) -> dict[str, float]:
-    """The same for judgements."""
+def preference_metrics(result: UpdateResult, *, learning_rate: float, skipped: int) -> dict[str, float]:
+    """The same for preferences."""
     metrics = {
         "reward_model/learning_rate": learning_rate,
         "reward_model/grad_norm": result.grad_norm,
@@ -156,9 +163,13 @@ def judgement_metrics(result: UpdateResult, *, learning_rate: float, skipped: in
     return metrics
 
 
-def imitation_metrics(result: UpdateResult, *, learning_rate: float, skipped: int) -> dict[str, float]:
+def nll_metrics(result: UpdateResult, *, learning_rate: float, skipped: int) -> dict[str, float]:
     """The same for demonstrations."""
-    metrics = {"sft/learning_rate": learning_rate, "sft/grad_norm": result.grad_norm, "sft/skipped_steps": float(skipped)}
+    metrics = {
+        "sft/learning_rate": learning_rate,
+        "sft/grad_norm": result.grad_norm,
+        "sft/skipped_steps": float(skipped),
+    }
     if result.stats is not None:
         metrics["sft/nll"] = float(result.stats.policy_loss / result.stats.steps)
         metrics["policy/entropy"] = float(result.stats.entropy / result.stats.steps)

@@ -22,9 +22,9 @@ class StopRequest:
         self._asked_at = 0.0
 
     def raise_if_set(self) -> None:
-        """Raise Abandon if a stop was asked for."""
+        """Raise RolloutAborted if a stop was asked for."""
         if self.signal_number is not None:
-            raise Abandon
+            raise RolloutAborted
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -47,5 +47,5 @@ class StopRequest:
             os._exit(128 + number)  # asked twice: the last periodic checkpoint stands
 
 
-class Abandon(Exception):
+class RolloutAborted(Exception):
     """The work in hand was given up at once; nothing of it has changed the run's state."""

@@ -14,26 +14,30 @@ from torch import Tensor
 
 from surefoot.config import PPOConfig
 from surefoot.core.advantages import gae, group_advantages, length_adaptive_lambda
-from surefoot.core.judgements import judgement_stats
 from surefoot.core.kl import kl_penalised_rewards
-from surefoot.core.losses import LossSettings, LossStats, imitation_loss, ppo_loss, truncated_ratio
+from surefoot.core.losses import LossSettings, LossStats, nll_loss, ppo_loss, truncated_ratio
 from surefoot.core.masked import library_of, whiten
+from surefoot.core.preference import preference_stats
 from surefoot.policies.base import Policy
-from surefoot.rollout.batch import have_signal, micro_batches, minibatches
+from surefoot.rollout.batch import has_reward_variance, micro_batches, minibatches
 from surefoot.types import Batch, Evaluation
 
 # What the names of a critic's own parameters begin with.
 CRITIC_NAMES = ("critic.", "value_head.")
 
 
-def make_optimizer(policy: Policy, config: PPOConfig, *, critic_learning_rate: float | None = None) -> torch.optim.Adam:
+def make_optimizer(
+    policy: Policy, config: PPOConfig, *, critic_learning_rate: float | None = None
+) -> torch.optim.Adam:
     """Adam over everything the policy trains; a critic of its own may have a step size of its own."""
     groups: dict[bool, list[torch.nn.Parameter]] = {False: [], True: []}
     for name, parameter in policy.named_parameters_to_train():
         groups[critic_learning_rate is not None and name.startswith(CRITIC_NAMES)].append(parameter)
     optimizer = torch.optim.Adam(groups[False], lr=config.learning_rate, eps=config.adam_epsilon, fused=True)
     if critic_learning_rate is not None:
-        optimizer.add_param_group({"params": groups[True], "scale": critic_learning_rate / config.learning_rate})
+        optimizer.add_param_group(
+            {"params": groups[True], "scale": critic_learning_rate / config.learning_rate}
+        )
     return optimizer
 
 
@@ -49,7 +53,9 @@ def advantages(batch: Batch, config: PPOConfig | None = None, *, kl_coef: float 
     rewards_BT = batch.rewards_BT
     if batch.reference_logprobs_BT is not None and config.kl_in == "reward":
         coef = config.kl_coef if kl_coef is None else kl_coef
-        rewards_BT = kl_penalised_rewards(rewards_BT, batch.logprobs_BT, batch.reference_logprobs_BT, batch.mask_BT, coef=coef)
+        rewards_BT = kl_penalised_rewards(
+            rewards_BT, batch.logprobs_BT, batch.reference_logprobs_BT, batch.mask_BT, coef=coef
+        )
     if config.whiten_rewards:
         rewards_BT = whiten(rewards_BT, batch.mask_BT, shift_mean=False)
     if not config.has_critic:
@@ -89,7 +95,9 @@ def _advantages_without_critic(batch: Batch, rewards_BT: Tensor, config: PPOConf
         advantages_B = scores_B - batch.baselines_B
     else:
         assert batch.groups_B is not None, "a batch without groups_B has no answers to compare"
-        advantages_B = group_advantages(scores_B, batch.groups_B, acted_B=mask_BT.any(1), kind=config.advantage)
+        advantages_B = group_advantages(
+            scores_B, batch.groups_B, acted_B=mask_BT.any(1), kind=config.advantage
+        )
     return torch.where(mask_BT, advantages_B[:, None], 0.0)
 
 
@@ -156,13 +164,15 @@ def update(
     result = UpdateResult(has_critic=config.has_critic)
     if not policy.reads_whole_rows:
         batch = batch.steps()
-    if config.skip_equal_groups and not bool((signal_B := have_signal(batch)).all()):
+    if config.skip_equal_groups and not bool((signal_B := has_reward_variance(batch)).all()):
         batch = batch.rows(signal_B.nonzero().flatten())
     if not len(batch):  # no group is left, or a single step that only reset
         return result
     rows_per_minibatch = max(1, config.batch_size // batch.row_size)
     for group in optimizer.param_groups:
-        group["lr"] = (config.learning_rate if learning_rate is None else learning_rate) * group.get("scale", 1.0)
+        group["lr"] = (config.learning_rate if learning_rate is None else learning_rate) * group.get(
+            "scale", 1.0
+        )
     by_autograd: AbstractContextManager[Any] = nullcontext((None, optimizer))
     is_whitened = config.normalize_advantage and config.has_critic and batch.objective == "policy"
     if is_whitened and rows_per_minibatch >= len(batch) > 1:
@@ -172,7 +182,12 @@ def update(
         config = config.model_copy(update={"normalize_advantage": False})
     with policy.closed_form(optimizer) or by_autograd as (accumulate, optimizer):
         gradient = functools.partial(
-            accumulate_gradient, policy, config=config, optimizer=optimizer, budget=budget, accumulate=accumulate
+            accumulate_gradient,
+            policy,
+            config=config,
+            optimizer=optimizer,
+            budget=budget,
+            accumulate=accumulate,
         )
         for _ in range(config.n_epochs):
             for piece, rows in minibatches(batch, rows_per_minibatch, generator):
@@ -210,13 +225,17 @@ def accumulate_gradient(
                 return _imitate(policy, batch, rows, token_budget=budget.tokens)
             if batch.objective != "policy":
                 return _judge(policy, batch, rows, token_budget=budget.tokens)
-            stats = _accumulate(policy, batch, rows, config=config, token_budget=budget.tokens, accumulate=accumulate)
+            stats = _accumulate(
+                policy, batch, rows, config=config, token_budget=budget.tokens, accumulate=accumulate
+            )
             if not (coef := ptx_coef(batch, config)):
                 return stats
             assert batch.demonstrations is not None, "ppo.ptx needs the batch's demonstrations"
             examples = batch.demonstrations(step)
             everything = torch.arange(len(examples))
-            return replace(stats, imitation=_imitate(policy, examples, everything, token_budget=budget.tokens, coef=coef))
+            return replace(
+                stats, imitation=_imitate(policy, examples, everything, token_budget=budget.tokens, coef=coef)
+            )
         except torch.OutOfMemoryError as error:
             budget.shrink(error, smallest=int(batch.mask_BT.shape[1]))
 
@@ -274,7 +293,9 @@ def _trained(new: Evaluation, batch: Batch, config: PPOConfig) -> tuple[Tensor, 
     return new.logprobs_BT, new.values_BT, new.entropies_BT
 
 
-def _minibatch_advantages(batch: Batch, rows: Tensor, config: PPOConfig, *, as_arrays: bool) -> tuple[Any, int]:
+def _minibatch_advantages(
+    batch: Batch, rows: Tensor, config: PPOConfig, *, as_arrays: bool
+) -> tuple[Any, int]:
     """Advantages [B, T] as the loss of the minibatch `rows` counts them, and the minibatch's steps."""
     assert batch.advantages_BT is not None, "call advantages(batch) first"
     is_whole = len(rows) == len(batch)  # then the order of the rows does not matter: nothing need be picked
@@ -283,7 +304,9 @@ def _minibatch_advantages(batch: Batch, rows: Tensor, config: PPOConfig, *, as_a
     if as_arrays:
         advantages_BT, mask_BT = advantages_BT.numpy(), mask_BT.numpy()
     steps = int((mask_BT if is_whole else mask_BT[rows]).sum())
-    if config.normalize_advantage and config.has_critic and steps > 1:  # one advantage alone has no spread to divide by
+    if (
+        config.normalize_advantage and config.has_critic and steps > 1
+    ):  # one advantage alone has no spread to divide by
         # Over the minibatch, before it is split: a micro-batch's own mean and variance would change the gradient.
         if is_whole:
             advantages_BT = whiten(advantages_BT, mask_BT)
@@ -293,7 +316,9 @@ def _minibatch_advantages(batch: Batch, rows: Tensor, config: PPOConfig, *, as_a
             advantages_BT = whitened_BT
     if config.sampler_ratio_cap is not None and batch.behaviour_logprobs_BT is not None:
         # The clipped loss is proportional to the advantage: a weight of one is a weight of the other.
-        weight_BT = truncated_ratio(batch.logprobs_BT, batch.behaviour_logprobs_BT, cap=config.sampler_ratio_cap)
+        weight_BT = truncated_ratio(
+            batch.logprobs_BT, batch.behaviour_logprobs_BT, cap=config.sampler_ratio_cap
+        )
         advantages_BT = advantages_BT * weight_BT
     return advantages_BT, steps
 
@@ -323,13 +348,17 @@ def _loss_settings(batch: Batch, config: PPOConfig) -> LossSettings:
     )
 
 
-def _imitate(policy: Policy, batch: Batch, rows: Tensor, *, token_budget: int, coef: float = 1.0) -> LossStats:
+def _imitate(
+    policy: Policy, batch: Batch, rows: Tensor, *, token_budget: int, coef: float = 1.0
+) -> LossStats:
     denominator = max(int(batch.mask_BT[rows].sum()), 1)
     total: LossStats | None = None
     for micro in micro_batches(batch, rows, token_budget):
         part = batch.rows(micro)
         new = policy.evaluate(part)
-        loss, stats = imitation_loss(new.logprobs_BT, new.entropies_BT, mask_BT=part.mask_BT, denominator=denominator)
+        loss, stats = nll_loss(
+            new.logprobs_BT, new.entropies_BT, mask_BT=part.mask_BT, denominator=denominator
+        )
         (coef * loss).backward()
         total = stats if total is None else total + stats
     assert total is not None
@@ -344,7 +373,7 @@ def _judge(policy: Policy, batch: Batch, rows: Tensor, *, token_budget: int) -> 
         assert callable(part.objective) and part.labels_B is not None
         losses_B = part.objective(policy.evaluate(part).values_BT, part.labels_B)
         (losses_B.sum() / len(rows)).backward()
-        stats = judgement_stats(losses_B)
+        stats = preference_stats(losses_B)
         total = stats if total is None else total + stats
     assert total is not None
     return total
@@ -354,7 +383,11 @@ def take_step(optimizer: torch.optim.Adam, stats: LossStats, config: PPOConfig, 
     """Clip the gradient and step, or skip the step if anything is not finite."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = float(torch.linalg.vector_norm(gradients[0]) if len(gradients) == 1 else torch.nn.utils.get_total_norm(gradients))
+    norm = float(
+        torch.linalg.vector_norm(gradients[0])
+        if len(gradients) == 1
+        else torch.nn.utils.get_total_norm(gradients)
+    )
     if not (math.isfinite(norm) and stats.is_finite):
         optimizer.zero_grad(set_to_none=True)
         result.skipped += 1
@@ -374,7 +407,9 @@ def take_step(optimizer: torch.optim.Adam, stats: LossStats, config: PPOConfig, 
 def _set_tf1_epsilon(optimizer: torch.optim.Adam, config: PPOConfig) -> None:
     """TensorFlow 1 adds ε before bias correction (Kingma & Ba 2015, end of §2): torch's ε divided by √(1 - β₂ᵗ)."""
     for group in optimizer.param_groups:
-        taken = max((int(optimizer.state[p]["step"]) for p in group["params"] if p in optimizer.state), default=0)
+        taken = max(
+            (int(optimizer.state[p]["step"]) for p in group["params"] if p in optimizer.state), default=0
+        )
         group["eps"] = config.adam_epsilon / math.sqrt(1.0 - group["betas"][1] ** (taken + 1))
 
 

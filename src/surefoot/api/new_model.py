@@ -1,0 +1,82 @@
+"""`new_model`: an untaught language model for `SFT`, written as an ordinary model folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from surefoot.build import training as build
+from surefoot.config import Config, make_config
+from surefoot.core.seeds import derived_seed
+from surefoot.data.assets import tell
+from surefoot.data.silence import silence_transformers
+from surefoot.errors import InputError
+from surefoot.storage.files import whole_folder
+
+
+def new_model(
+    folder: str | Path,
+    texts: Any,
+    *,
+    columns: Mapping[str, str] | None = None,
+    held_out: float = 0.1,
+    seed: int = 0,
+    **sizes: Any,
+) -> Path:
+    """Write a language model with random weights to `folder`, and a tokenizer learnt from `texts`; returns the folder.
+
+    `texts`, `columns` and `held_out` are what `SFT` takes: a JSONL file, a list or a `datasets.Dataset`. The tokenizer learns
+    from what SFT trains on and sees nothing of what is held out. `sizes` are the fields of `new_model` in the configuration:
+    `kind="transformer"` or `"lstm"`, `vocab=2048`, `width=128`, `layers=2`. Raises InputError for sizes or texts that make
+    no model, or a folder that has something in it.
+    """
+    data = {"columns": dict(columns or {}), "held_out": held_out}
+    settings = {
+        "policy": {"model": str(folder), "adapter": None},
+        "sft": data,
+        "new_model": sizes,
+        "seed": seed,
+    }
+    return write_new_model(make_config(settings, where="new_model(...)"), texts)
+
+
+def write_new_model(config: Config, data: Any = None, *, say: Callable[[str], None] = tell) -> Path:
+    """The model that `config` describes, in the folder `policy.model`, from `data` or what `sft.data` names.
+
+    Raises InputError as `new_model` does.
+    """
+    from surefoot.policies.lm.from_scratch import learn_tokenizer, plain_texts, random_lm
+
+    assert config.new_model is not None and config.sft is not None
+    folder = Path(config.policy.model)
+    check_new_folder(folder)
+    contents = [example.contents for example in build.build_demonstrations(config.sft, data, say=say).train]
+    tokenizer = learn_tokenizer(plain_texts(contents), config.new_model.vocab, chat="messages" in contents[0])
+    lm = random_lm(config.new_model, tokenizer, seed=derived_seed(config.seed, "new model", 0))
+    try:
+        with whole_folder(folder) as aside:
+            with silence_transformers():
+                lm.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{folder} could not be written: {getattr(error, 'strerror', None) or error}"
+        ) from error
+    weights, tokens, examples = sum(p.numel() for p in lm.parameters()), len(tokenizer), len(contents)
+    say(
+        f"{folder}: {config.new_model.kind} of {weights:,} weights over {tokens:,} tokens, from {examples:,} examples"
+    )
+    return folder
+
+
+def check_new_folder(folder: Path) -> None:
+    """Raise InputError for a folder that has something in it, or a file of that name."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(
+            f"policy.model: {folder} exists and is not empty; name a new folder for the new model"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"policy.model: {folder} is a file; name a new folder for the new model")

@@ -1,0 +1,389 @@
+"""The command line: one function a verb. Imports nothing heavy before a verb needs it."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from surefoot import __version__
+from surefoot.errors import InputError, SurefootError
+
+if TYPE_CHECKING:
+    from surefoot.api.ppo import PPO
+    from surefoot.api.reward_model import RewardModel
+    from surefoot.api.sft import SFT
+
+EPILOG = """\
+every field of the configuration is a flag: --seed 3 --ppo.kl-coef 0.02 --run.name mine
+(surefoot ppo --help lists them). Exit codes: 0 done, 2 bad input, 3 stopped on non-finite steps,
+130 Ctrl-C and 143 SIGTERM, both with a checkpoint saved.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `surefoot`. Ends with an exit code; the user's mistakes are one line, bugs are tracebacks."""
+    _quieten()
+    try:
+        options, overrides = _parse(list(sys.argv[1:] if arguments is None else arguments))
+        options.verb(options, overrides)
+    except SurefootError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("stopped", 130)  # while loading or writing text: a run answers in its own words
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        _fail(f"the system refused: {error}", 2)  # a full disk behind stdout, say
+    finally:
+        _flush()
+
+
+def ppo(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    """Train from a YAML file."""
+    from surefoot.config import load_config
+
+    config = load_config(options.file, overrides)
+    if config.supervised is not None:
+        a, verb = ("an" if config.sft else "a"), config.supervised.replace("_", "-")
+        file = shlex.quote(options.file)
+        raise InputError(
+            f"{options.file}: has {a} {config.supervised} section; that is for: surefoot {verb} {file}"
+        )
+    if config.task is None and config.env is None:
+        raise InputError(
+            f"{options.file}: no task (task.prompts and task.reward) and no environment (env.id); name one"
+        )
+    from surefoot.api.ppo import PPO
+    from surefoot.build.language import build_task
+    from surefoot.build.training import preflight
+
+    preflight(config)
+    _train(PPO(config.policy.model, build_task(config) if config.env is None else None, config=config))
+
+
+def sft(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    """Fine-tune on examples, supervised, from a YAML file."""
+    from surefoot.config import load_config
+
+    config = load_config(options.file, overrides)
+    if config.sft is None or config.sft.data is None:
+        raise InputError(f"{options.file}: no examples to learn from; name a JSONL file as sft.data")
+    if config.new_model and "policy.model" not in overrides and not os.path.isdir(config.policy.model):
+        first = f"surefoot new-model {shlex.quote(options.file)}"
+        raise InputError(
+            f"policy.model: no folder {config.policy.model} yet; make the new model first: {first}"
+        )
+    from surefoot.api.sft import SFT
+
+    _train(SFT(config.policy.model, config=config))
+
+
+def new_model(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    """Make an untaught language model and its tokenizer from the examples of a YAML file."""
+    from pathlib import Path
+
+    from surefoot.config import PolicyConfig, config_from, read_sections
+
+    sections = {"new_model": {}} | read_sections(options.file)
+    config = config_from(sections, Path(options.file), overrides)
+    if config.sft is None or config.sft.data is None:
+        raise InputError(
+            f"{options.file}: no text for the tokenizer to learn from; name a JSONL file as sft.data"
+        )
+    if config.policy.model == PolicyConfig().model:
+        raise InputError(f"{options.file}: the new model needs a folder; name one as policy.model")
+    if config.policy.adapter is not None:
+        raise InputError(
+            f"{options.file}: random weights are no base for an adapter; train all of them: policy.adapter: null"
+        )
+    from surefoot.api.new_model import write_new_model
+
+    print(f"model: {write_new_model(config)}\nnext:  surefoot sft {shlex.quote(options.file)}")
+
+
+def reward_model(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    """Train a reward model on pairs or ratings from a YAML file."""
+    from surefoot.config import load_config
+
+    config = load_config(options.file, overrides)
+    if config.reward_model is None or config.reward_model.data is None:
+        raise InputError(
+            f"{options.file}: no preferences to learn from; name a JSONL file as reward_model.data"
+        )
+    from surefoot.api.reward_model import RewardModel
+
+    _train(RewardModel(config.policy.model, config=config))
+
+
+def pipeline(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    """Run the stages of a YAML file one after the other, or go on with them where they were stopped."""
+    from surefoot.api.pipeline import load_pipeline, run_pipeline
+
+    stages = load_pipeline(options.file, overrides)
+    run_pipeline(stages)
+    print(f"done:  {stages[-1].product}")
+
+
+def resume(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    """Continue a run from its newest whole checkpoint, as it was begun."""
+    import surefoot
+    from surefoot.storage.run_folder import RunFolder
+
+    model = getattr(surefoot, RunFolder.open(options.run).config().opener).load(options.run)
+    assert model.run_folder is not None
+    if model.is_finished and (model.run_folder / "model").exists():
+        print(f"{options.run} is finished; its model is {model.run_folder / 'model'}")
+    else:
+        _train(model)
+
+
+def generate(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    """Continue a text with a run's best policy, or with a model."""
+    from surefoot.config import GenerationConfig, with_sampling
+
+    names = ("max_new_tokens", "temperature", "top_k", "top_p")
+    sampling = {name: value for name in names if (value := getattr(options, name)) is not None}
+    with_sampling(GenerationConfig(), sampling)  # before the model is loaded
+    if not options.text.strip():
+        raise InputError("generate: the text is empty; give it something to continue")
+    from surefoot.api.ppo import PPO
+
+    prompt = [{"role": "user", "content": options.text}] if options.chat else options.text
+    print(PPO.open(options.model).generate([prompt], seed=options.seed, **sampling)[0])
+
+
+def play(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    """Play a run's best policy in its environment: returns, a film of one episode, a plot."""
+    from surefoot.cli.play import play_run
+
+    play_run(options.run, episodes=options.episodes, output=options.output, kind=options.format)
+
+
+def fetch(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    """Get a pinned model or data set into the cache and print its path."""
+    from surefoot.data import assets
+
+    print(assets.fetch(options.name))
+
+
+def import_trl(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    """Turn a TRL set-up into a YAML file for ppo, or its value-head checkpoint into a model folder."""
+    from pathlib import Path
+
+    source, output = Path(options.source), options.output and Path(options.output)
+    if source.is_dir():
+        if output is None:
+            raise InputError(f"import-trl {source}: a folder is written; name a new one with --output")
+        from surefoot.migrate.trl.value_head import import_value_head
+
+        import_value_head(source, output)
+        print(f"model: {output}")
+        print(
+            f"next:  in Python, PPO.load({str(output)!r}, task) keeps the critic; surefoot ppo begins a new one"
+        )
+        return
+    from surefoot.migrate.trl.translate import import_settings
+
+    imported = import_settings(source)
+    if output is None:
+        print(imported.yaml(), end="")
+    else:
+        try:
+            with output.open("x", encoding="utf-8") as file:
+                file.write(imported.yaml())
+        except FileExistsError:
+            raise InputError(f"--output {output}: exists; name a new file") from None
+    print(imported.report(), file=sys.stderr)
+
+
+def demo(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    """Fine-tune a real model towards a real reward, about five minutes on two cores."""
+    from surefoot.cli.demo import run_demo
+
+    run_demo(overrides)
+
+
+def _train(model: PPO | SFT | RewardModel) -> None:
+    """Run to the end and leave the trained model beside the run."""
+    try:
+        model.learn()
+    except InputError as error:
+        if model.run_folder is not None and (model.run_folder / "checkpoints" / "latest").exists():
+            how = f"surefoot resume {shlex.quote(str(model.run_folder))}"
+            raise InputError(f"{error}; the run is saved, once this is mended go on with: {how}") from error
+        raise
+    assert model.run_folder is not None
+    model.save(model.run_folder / "model")
+    print(f"model: {model.run_folder / 'model'}\nrun:   {model.run_folder}")
+    run = shlex.quote(str(model.run_folder))
+    if model.config.reward_model is not None:
+        print(f"next:  surefoot ppo FILE --task.reward {run}")
+    else:
+        print(
+            f'next:  surefoot generate {run} "your text"'
+            if model.config.env is None
+            else f"next:  surefoot play {run}"
+        )
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and in its help, where asked, the configuration's fields."""
+
+    takes_fields = False
+    lists_fields = False
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+    def format_help(self) -> str:
+        text = super().format_help()
+        if not self.lists_fields:
+            return text
+        from surefoot.config import field_table
+
+        rows = [f"  --{key.replace('_', '-'):32} {default}" for key, _, default, _ in field_table()]
+        return f"{text}\nfields and their defaults (docs/config.md explains each):\n" + "\n".join(rows) + "\n"
+
+
+def _parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The verb with its options, and the configuration's fields among the flags. Raises InputError."""
+    parser, verbs = _parsers()
+    name = arguments[0] if arguments else ""
+    if not name or (name not in verbs and not name.startswith("-")):
+        close = difflib.get_close_matches(name, verbs, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(verbs)}"
+        raise InputError(f"unknown verb {name!r}; {hint}" if name else f"a verb is needed; {hint}")
+    overrides: dict[str, str] = {}
+    if name in verbs and verbs[name].takes_fields:
+        arguments, overrides = _split_fields(arguments)
+    return parser.parse_args(arguments), overrides
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    parser = _Parser(
+        prog="surefoot",
+        description="PPO for language models, and for anything with a reward.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"surefoot {__version__}")
+    group = parser.add_subparsers(required=True, metavar="VERB", title="verbs")
+    verbs: dict[str, _Parser] = {}
+
+    def verb(function: object, usage: str, *, takes_fields: bool = False) -> _Parser:
+        summary = (getattr(function, "__doc__", "") or "").splitlines()[0]
+        name = getattr(function, "__name__", "").replace("_", "-")
+        sub = group.add_parser(
+            name, help=summary, description=summary, usage=f"surefoot {name} {usage}", allow_abbrev=False
+        )
+        sub.takes_fields = takes_fields
+        sub.lists_fields = (
+            takes_fields and function is not pipeline
+        )  # whose fields have its stages' names before them
+        sub.set_defaults(verb=function)
+        verbs[name] = sub
+        return sub
+
+    verb(ppo, "FILE [--section.field value ...]", takes_fields=True).add_argument(
+        "file", metavar="FILE", help="YAML file"
+    )
+    verb(sft, "FILE [--section.field value ...]", takes_fields=True).add_argument(
+        "file", metavar="FILE", help="YAML file"
+    )
+    maker = verb(new_model, "FILE [--section.field value ...]", takes_fields=True)
+    maker.add_argument("file", metavar="FILE", help="YAML file of the sft that will teach it")
+    learner = verb(reward_model, "FILE [--section.field value ...]", takes_fields=True)
+    learner.add_argument("file", metavar="FILE", help="YAML file")
+    stages = verb(pipeline, "FILE [--stages.name.section.field value ...]", takes_fields=True)
+    stages.add_argument("file", metavar="FILE", help="YAML file with stages (docs/pipeline.md)")
+    verb(resume, "RUN").add_argument("run", metavar="RUN", help="run folder")
+    writer = verb(generate, "RUN|MODEL TEXT [options]")
+    writer.add_argument("model", metavar="RUN|MODEL", help="run folder, model folder, asset name or hub id")
+    writer.add_argument("text", metavar="TEXT", help="what to continue")
+    writer.add_argument(
+        "--chat", action="store_true", help="send TEXT as a user message through the chat template"
+    )
+    writer.add_argument("--seed", type=int, default=0, metavar="N", help="another one gives another text")
+    writer.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer")
+    writer.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
+    writer.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
+    writer.add_argument(
+        "--top-p", type=float, metavar="P", help="sample from the smallest set with this probability"
+    )
+    player = verb(play, "RUN [options]")
+    player.add_argument("run", metavar="RUN", help="run folder")
+    player.add_argument("--episodes", type=int, default=10, metavar="N", help="how many to play; default 10")
+    player.add_argument("--output", metavar="FOLDER", help="where film and plot go; default RUN/play")
+    player.add_argument(
+        "--format", choices=("gif", "mp4"), default="gif", help="of the film; mp4 needs imageio-ffmpeg"
+    )
+    verb(fetch, "NAME").add_argument("name", metavar="NAME", help="name of the asset; a wrong one lists them")
+    importer = verb(import_trl, "SOURCE [--output FILE]")
+    importer.add_argument(
+        "source", metavar="SOURCE", help=".py or .sh script, .yaml or .json file, or a checkpoint's folder"
+    )
+    importer.add_argument(
+        "--output",
+        metavar="FILE",
+        help="where the YAML goes, by default stdout; for a checkpoint a new folder",
+    )
+    verb(demo, "[--section.field value ...]", takes_fields=True)
+    return parser, verbs
+
+
+def _split_fields(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Take `--section.field value` and `--section.field=value` out of the arguments. Raises InputError without a value."""
+    others: list[str] = []
+    overrides: dict[str, str] = {}
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("--") or argument in {"--", "--help"}:
+            others.append(argument)
+            continue
+        key, equals, value = argument[2:].partition("=")
+        if not equals:
+            value = next(rest, "--")
+            if value.startswith("--"):
+                raise InputError(f"--{key} needs a value")
+        overrides[key.replace("-", "_")] = value
+    return others, overrides
+
+
+def _quieten() -> None:
+    """Kernels and libraries warn about things the user can do nothing about; Surefoot's own messages are enough."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for stream in (sys.stdout, sys.stderr):
+        # An answer may hold any character; a terminal or a pipe need not know it.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"surefoot: {' '.join(message.splitlines())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _flush() -> None:
+    """Find out now, not in the interpreter's last moment, that nobody reads stdout any more."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            _fail(f"stdout could not be written: {error.strerror}", 2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""Look at a trained policy: play episodes, film one, and plot what it reached."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+
+from surefoot.api.ppo import PPO
+from surefoot.build.training import build_recorded, build_vector
+from surefoot.envs.gym import VectorStep
+from surefoot.errors import InputError
+from surefoot.rollout.gym import play
+from surefoot.storage.run_folder import RunFolder
+from surefoot.types import OBSERVATION, Episode
+
+MAX_WIDTH = 480  # pixels
+MAX_FRAMES = 600
+ATARI_FPS = 60.0  # of the console; a step of the policy is `frameskip` of its frames
+RATES = {"is_success": "success", "crashed": "crashed"}  # name in an episode's last info -> what it is called
+
+
+class Film:
+    """Frames of one episode, evenly thinned to `MAX_FRAMES` and scaled down to `MAX_WIDTH`."""
+
+    def __init__(self) -> None:
+        self.frames: list[Any] = []  # Pillow images of 256 colours each
+        self.fps, self.seen, self.stride = 30.0, 0, 1
+
+    def show(self, frame: NDArray[numpy.uint8], fps: float) -> None:
+        """Take a frame [H, W, 3] (or [H, W], grey)."""
+        if self.seen % self.stride == 0:
+            from PIL import Image
+
+            image = Image.fromarray(numpy.ascontiguousarray(frame))
+            # Small pictures are enlarged by a whole factor: players blur what they enlarge themselves.
+            factor = (
+                max(1, 336 // image.width)
+                if image.width < MAX_WIDTH // 2
+                else min(1.0, MAX_WIDTH / image.width)
+            )
+            size = (round(image.width * factor), round(image.height * factor))
+            image = image.convert("RGB").resize(
+                size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS
+            )
+            self.frames.append(image.quantize(256, dither=Image.Dither.NONE))
+        self.seen, self.fps = self.seen + 1, fps
+        if len(self.frames) > MAX_FRAMES:
+            self.frames, self.stride = self.frames[::2], 2 * self.stride
+
+    def save(self, path: Path) -> None:
+        """Write a GIF or, by the name's ending, an MP4, in the time the episode took."""
+        fps = self.fps / self.stride
+        if path.suffix == ".gif":
+            # GIF counts hundredths of a second, and viewers slow down what is faster than two of them.
+            every = max(20, round(100 / fps) * 10)
+            self.frames[0].save(path, save_all=True, append_images=self.frames[1:], duration=every, loop=0)
+            return
+        import imageio_ffmpeg
+
+        width, height = (side - side % 2 for side in self.frames[0].size)  # the codec wants even sides
+        writer = imageio_ffmpeg.write_frames(
+            str(path), (width, height), fps=fps, macro_block_size=2, ffmpeg_log_level="error"
+        )
+        writer.send(None)
+        for frame in self.frames:
+            writer.send(frame.convert("RGB").crop((0, 0, width, height)).tobytes())
+        writer.close()
+
+
+def play_run(
+    source: str | Path, *, episodes: int = 10, output: str | Path | None = None, kind: str = "gif"
+) -> list[Episode]:
+    """Play a run's best policy on `episodes` evaluation episodes with the likeliest actions; print and draw the outcome.
+
+    Writes `episode.gif` (or .mp4, by `kind`) of the first episode and `returns.png` into `output` (default: `play/` in the
+    run). Raises InputError for a run that has no environment, or where a library is missing.
+    """
+    run = RunFolder.open(source)
+    config = run.config()
+    if config.env is None:
+        raise InputError(
+            f'{source} trained a language model, which writes: surefoot generate {source} "your text"'
+        )
+    if config.env.id is None:
+        raise InputError(
+            f"{source} has an environment made in Python; play there: evaluate_policy(PPO.open(run, env), env)"
+        )
+    if episodes < 1:
+        raise InputError(f"--episodes: expected a whole number above 0, got {episodes}")
+    _check_libraries(kind)
+    folder = Path(output) if output is not None else run.path / "play"
+    _make_folder(folder)
+    model, film = PPO.open(source), Film()
+    model.env.close()
+    played = _play(model, episodes, film)
+    print("\n".join(_summary(config.env.id, played)))
+    if film.frames:
+        film.save(folder / f"episode.{kind}")
+        print(folder / f"episode.{kind}")
+    draw(folder / "returns.png", config.env.id, run.read("metrics.jsonl"), played)
+    print(folder / "returns.png")
+    return played
+
+
+def _play(model: PPO, episodes: int, film: Film) -> list[Episode]:
+    """The episodes; the first is filmed."""
+    assert model.config.env is not None
+    vector = build_vector(model.config, for_evaluation=True)
+    space = vector.observation_spaces.get(OBSERVATION)
+    sees_pictures = model.config.env.vectorization == "native" and space is not None and len(space.shape) == 3
+    fps = ATARI_FPS / float(model.config.env.kwargs.get("frameskip", 4))
+
+    def seen(step: VectorStep) -> None:
+        # A vectorised Atari game cannot be rendered, but what the policy sees of it are pictures: the newest of the stack.
+        if sees_pictures and not is_over[0]:
+            film.show(step.observations[OBSERVATION][0][-1], fps)
+            is_over[0] = bool(step.terminated[0] | step.truncated[0])
+
+    is_over = [False]
+    try:
+        played = play(model.policy, vector, episodes, seen=seen)
+    finally:
+        vector.close()
+    if not sees_pictures:
+        _film(model, film)
+    return played
+
+
+def _film(model: PPO, film: Film) -> None:
+    """Play the first episode again in an environment that is rendered."""
+    if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
+        os.environ.setdefault("SDL_VIDEODRIVER", "offscreen")  # else pygame complains of the missing screen
+    try:
+        vector = build_recorded(model.config, film.show)
+        try:
+            play(model.policy, vector, 1)
+        finally:
+            vector.close()
+    except InputError as error:
+        film.frames = []
+        print(f"no film: {error}")
+
+
+def _summary(name: str, played: list[Episode]) -> list[str]:
+    """What was reached, a line each."""
+    returns, steps = numpy.array([e.total for e in played]), numpy.array([e.steps for e in played])
+    lines = [
+        f"{name}: {len(played)} episodes with the likeliest actions",
+        f"return  {returns.mean():.2f} ± {returns.std():.2f}  ({returns.min():.2f} to {returns.max():.2f})",
+        f"length  {steps.mean():.1f} ± {steps.std():.1f} steps",
+    ]
+    for key, called in RATES.items():
+        told = [episode.info[key] for episode in played if key in episode.info]
+        if told:
+            lines.append(f"{called:7} {100 * sum(told) / len(told):.0f} % of episodes")
+    return lines
+
+
+def draw(path: Path, name: str, rows: list[dict[str, Any]], played: list[Episode]) -> None:
+    """Write a PNG: the learning curve from the rows of metrics.jsonl, beside a histogram of the played returns."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.4), dpi=120, layout="constrained")
+    curve, histogram = figure.subplots(1, 2, width_ratios=(3, 2))
+    figure.suptitle(name, fontsize=15)
+    _draw_curve(curve, rows)
+    returns = numpy.array([episode.total for episode in played])
+    around = max(1.0, 0.05 * abs(returns.mean()), float(numpy.ptp(returns)) / 2)  # all may be alike
+    middle = (returns.min() + returns.max()) / 2
+    bins = min(20, max(5, len(returns) // 2))
+    histogram.hist(
+        returns, bins=bins, range=(middle - around, middle + around), color="tab:blue", edgecolor="white"
+    )
+    histogram.axvline(returns.mean(), color="black", linestyle="--")
+    histogram.set_title(f"{len(returns)} episodes played: {returns.mean():.1f} ± {returns.std():.1f}")
+    histogram.set_xlabel("return of an episode")
+    histogram.set_ylabel("episodes")
+    histogram.yaxis.get_major_locator().set_params(integer=True)
+    for axes in (curve, histogram):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def _draw_curve(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """Returns over timesteps, in training and in evaluation."""
+    steps = {0: 0.0} | {row["update"]: row["timesteps"] for row in rows if "timesteps" in row}
+    train = [(row["timesteps"], row["rollout/ep_rew_mean"]) for row in rows if "rollout/ep_rew_mean" in row]
+    tests = [
+        (steps[row["update"]], row["eval/reward"], row["eval/reward_std"])
+        for row in rows
+        if "eval/reward" in row
+    ]
+    if train:
+        axes.plot(
+            *zip(*train, strict=True), color="tab:blue", label="training, mean of the last 100 episodes"
+        )
+    if tests:
+        x, mean, deviation = zip(*tests, strict=True)
+        style = (
+            "o-" if len(x) > 2 else "o"
+        )  # a line through start and end would tell of a way that nobody saw
+        axes.errorbar(
+            x,
+            mean,
+            yerr=deviation,
+            fmt=style,
+            color="tab:orange",
+            capsize=3,
+            label="evaluation, mean ± deviation",
+        )
+    axes.set_title("learning curve")
+    axes.set_xlabel("timesteps")
+    axes.set_ylabel("return of an episode")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}".replace(",", " "))
+    axes.grid(alpha=0.3)
+    if train or tests:
+        axes.legend(frameon=False)
+
+
+def _check_libraries(kind: str) -> None:
+    missing = [module for module in ("PIL", "matplotlib") if importlib.util.find_spec(module) is None]
+    if missing:
+        raise InputError(
+            "play draws with Pillow and matplotlib, which are not installed: pip install 'surefoot[play]'"
+        )
+    if kind == "mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
+        raise InputError(
+            "--format mp4 needs imageio-ffmpeg, which is not installed: pip install imageio-ffmpeg"
+        )
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder {folder} cannot be made: {error.strerror}") from error

@@ -1,0 +1,86 @@
+"""How a problem with a configuration is said: one line with what, where, the nearest real name and how to mend it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+# pydantic's error type -> what is said instead, and how to mend it.
+_PLAINER = {
+    "model_type": ("should be a section with settings of its own", ""),
+    "model_attributes_type": ("should be a section with settings of its own", ""),
+    "string_type": ("should be text", "; put it in quotes"),
+    "string_too_short": ("should not be empty", ""),
+    "list_type": ("should be a list", "; write [a, b]"),
+    "int_type": ("should be a whole number", ""),
+    "int_from_float": ("should be a whole number", ""),
+    "float_type": ("should be a number", ""),
+    "bool_type": ("should be true or false", ""),
+    "invalid_key": ("is no name of a setting", ""),
+}
+
+
+def first_problem(
+    problems: Sequence[Mapping[str, Any]],
+    *,
+    where: str,
+    kinds: Mapping[str, str],
+    flags: Collection[str] = (),
+) -> str:
+    """The most telling of pydantic's errors. `kinds` has every real key; `flags` are those that came as flags."""
+    # A misspelt key is also a missing one: say the former. Of the types a value may have, the one it comes nearest to.
+    problem = min(problems, key=lambda p: (p["type"] != "extra_forbidden", -len(p["loc"])))
+    parts = [str(part) for part in problem["loc"]]
+    while (
+        len(parts) > 1
+        and problem["type"] not in {"extra_forbidden", "missing"}
+        and ".".join(parts) not in kinds
+    ):
+        parts.pop()  # which entry of a list, which type of several
+    key = ".".join(parts)
+    is_flag = bool(key) and any(f"{key}.".startswith(f"{f}.") or f"{f}.".startswith(f"{key}.") for f in flags)
+    name, start = (as_flag(key), "") if is_flag else (key, f"{where}: ")
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if problem["type"] == "extra_forbidden":
+        names = [as_flag(known) for known in kinds] if is_flag else kinds
+        otherwise = "surefoot ppo --help lists them"
+        return (
+            f"{start}unknown {'flag' if is_flag else 'key'} {short(name)}{suggestion(name, names, otherwise)}"
+        )
+    if problem["type"] == "missing":
+        return f"{start}{name} is missing"
+    if problem["type"] == "value_error":
+        return f"{start}{name}: {message}" if key else f"{start}{message}"
+    message, mend = _PLAINER.get(problem["type"], (message, ""))
+    return f"{start}{name}: {message}, got {short(problem['input'])}{mend}"
+
+
+def suggestion(name: str, candidates: Collection[str], otherwise: str) -> str:
+    """'; did you mean …?' with the closest candidate: a very like last part first, then a like whole, then a like last part."""
+    candidates = [candidate for candidate in candidates if not name.startswith(f"{candidate}.")]
+    section = name.rpartition(".")[0]  # of two sections with such a field, the one that was meant
+    by_leaf = {_leaf(c): c for c in sorted(candidates, key=lambda c: c.rpartition(".")[0] == section)}
+
+    def like_leaf(cutoff: float) -> list[str]:
+        return [
+            by_leaf[match] for match in difflib.get_close_matches(_leaf(name), by_leaf, n=1, cutoff=cutoff)
+        ]
+
+    close = like_leaf(0.75) or difflib.get_close_matches(name, candidates, n=1) or like_leaf(0.6)
+    return f"; did you mean {close[0]!r}?" if close else f"; {otherwise}"
+
+
+def as_flag(key: str) -> str:
+    """`ppo.kl_coef` as it stands on the command line."""
+    return "--" + key.replace("_", "-")
+
+
+def short(value: Any) -> str:
+    """A value as it would be written in Python, cut to what fits in a line."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _leaf(key: str) -> str:
+    return key.rsplit(".", 1)[-1].removeprefix("--")

@@ -1,0 +1,110 @@
+"""Losses of a reward model, and how well its scores agree with people's. Sums over rows; the caller divides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from surefoot.core.losses import LossStats
+
+
+def preference_loss(scores_B2: Tensor, margins_B: Tensor, *, center: float = 0.0) -> Tensor:
+    """-log σ(r_chosen - r_rejected - margin) + center · (r_chosen + r_rejected)² for each pair, [B], nats.
+
+    `scores_B2` has the chosen side first. Bradley & Terry 1952, for language models Stiennon et al. 2020, arXiv:2009.01325;
+    margin: Touvron et al. 2023, arXiv:2307.09288, eq. 2; centring: Eisenstein et al. 2023, arXiv:2312.09244, eq. 2.
+    """
+    chosen, rejected = scores_B2.unbind(1)
+    return -logsigmoid(chosen - rejected - margins_B) + center * (chosen + rejected) ** 2
+
+
+def rating_loss(scores_B1: Tensor, ratings_B: Tensor) -> Tensor:
+    """½ (r - rating)² for each text, [B]."""
+    loss_B: Tensor = 0.5 * (scores_B1.squeeze(1) - ratings_B) ** 2
+    return loss_B
+
+
+def ensemble_loss(
+    scores_BKH: Tensor, labels_B1H: Tensor, *, loss: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Mean over the heads of each head's own `loss` on the preferences that are shown to it, [B].
+
+    A label that is NaN is not shown. Half of the preferences are, and count double: a head's expected loss is that over all.
+    """
+    labels_BH = labels_B1H.squeeze(1)
+    heads = zip(scores_BKH.unbind(2), labels_BH.nan_to_num().unbind(1), strict=True)
+    losses_BH = torch.stack([loss(scores_BK, labels_B) for scores_BK, labels_B in heads], 1)
+    mean_B: Tensor = torch.where(labels_BH.isnan(), 0.0, 2.0 * losses_BH).mean(1)
+    return mean_B
+
+
+def deviation_over_heads(scores_NH: Tensor) -> Tensor:
+    """How far the heads disagree on each text: population standard deviation, [N]; 0 for one head."""
+    deviation_N: Tensor = (scores_NH - scores_NH.mean(1, keepdim=True)).square().mean(1).sqrt()
+    return deviation_N
+
+
+def reliability(
+    predicted_N: Tensor, observed_N: Tensor, *, bins: int = 10
+) -> tuple[list[dict[str, float]], float]:
+    """How what was observed agrees with what was predicted: bins of equal size, by rising prediction, and their error.
+
+    A bin has the means of both, the standard error of the observed mean, and its size, 10 texts at least, for which there are
+    fewer bins. The error is the mean over all texts of |predicted - observed| of their bins: for probabilities the expected
+    calibration error (Guo et al. 2017, arXiv:1706.04599), there with bins of equal width.
+    """
+    order = predicted_N.argsort(stable=True)
+    pieces = order.tensor_split(max(1, min(bins, len(order) // 10)))
+    rows = [
+        {
+            "predicted": float(predicted_N[piece].double().mean()),
+            "observed": float(observed_N[piece].double().mean()),
+            "standard_error": float(observed_N[piece].double().std()) / len(piece) ** 0.5
+            if len(piece) > 1
+            else 0.0,
+            "count": float(len(piece)),
+        }
+        for piece in pieces
+    ]
+    error = sum(row["count"] * abs(row["predicted"] - row["observed"]) for row in rows) / len(order)
+    return rows, error
+
+
+def preference_stats(losses_B: Tensor) -> LossStats:
+    """The losses' sum as `policy_loss` over so many rows; with no older policy to compare with, the ratio is 1."""
+    total = losses_B.detach().sum().float()
+    rows, zero = torch.full_like(total, len(losses_B)), torch.zeros_like(total)
+    return LossStats(torch.stack([total, zero, zero, rows, zero, zero, zero, rows]), torch.ones_like(total))
+
+
+def pearson(one_N: Tensor, other_N: Tensor) -> float:
+    """Correlation of two lists of numbers, -1 to 1; 0 if either is constant."""
+    one, other = (values.double() - values.double().mean() for values in (one_N, other_N))
+    spread = float(one.norm() * other.norm())
+    return float(one @ other) / spread if spread > 0 else 0.0
+
+
+def spearman(one_N: Tensor, other_N: Tensor) -> float:
+    """Correlation of the ranks, equal numbers sharing their mean rank."""
+    return pearson(_ranks(one_N), _ranks(other_N))
+
+
+def _ranks(values_N: Tensor) -> Tensor:
+    _, which_N, counts = values_N.unique(return_inverse=True, return_counts=True)
+    mean_ranks: Tensor = counts.cumsum(0) - (counts - 1) / 2.0
+    return mean_ranks[which_N]
+
+
+def share_in_order(scores_N: Tensor, ratings_N: Tensor) -> float:
+    """Of all pairs of unlike ratings, the share whose scores stand in the same order; equal scores count half."""
+    agreed = unlike = 0.0
+    for scores_M, ratings_M in zip(
+        scores_N.split(1024), ratings_N.split(1024), strict=True
+    ):  # never [N, N] whole
+        order_MN = (ratings_M[:, None] - ratings_N).sign()
+        agreed += float(((scores_M[:, None] - scores_N).sign() * order_MN).sum())
+        unlike += float((order_MN != 0).sum())
+    return 0.5 + 0.5 * agreed / unlike if unlike else 0.5

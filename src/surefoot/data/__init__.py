@@ -1,0 +1,1 @@
+"""Rows, examples and preferences: what is read, and how it becomes tokens."""

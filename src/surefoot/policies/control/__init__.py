@@ -1,0 +1,1 @@
+"""Policies for Gymnasium environments."""

@@ -1,0 +1,251 @@
+"""What a policy does with its last features: one head per kind of action space.
+
+A head holds the last linear layer and the distribution. Noise is drawn for a whole rollout at once and handed back step
+by step, so that sampling is a few cheap operations and its randomness follows from one seed. Log-probs and entropies are
+in nats; over several action dimensions they add up.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from surefoot.errors import InputError
+
+LOG_2PI = math.log(2.0 * math.pi)
+
+
+class ActionHead(Protocol):
+    """Latent features [N, F] -> actions, and the log-prob and entropy of actions that were taken."""
+
+    linear: nn.Linear
+
+    def noise(self, steps: int, envs: int, generator: torch.Generator) -> Any:
+        """Randomness for a rollout: entry t belongs to step t."""
+        ...
+
+    def sample(self, latent_NF: Tensor, noise: Any, mask: Tensor | None) -> Tensor:
+        """An action a row, drawn with one entry of `noise`. `mask` [N, A] (bool) names the legal ones."""
+        ...
+
+    def mode(self, latent_NF: Tensor, mask: Tensor | None) -> Tensor:
+        """The likeliest action a row."""
+        ...
+
+    def evaluate_actions(
+        self, latent_NF: Tensor, actions: Tensor, mask: Tensor | None, *, entropy_gradient: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Log-prob and entropy [N], float32; the entropy is differentiable only on request."""
+        ...
+
+
+class CategoricalHead(nn.Module):
+    """One of `n` actions; [N] int64."""
+
+    def __init__(self, features: int, n: int):
+        super().__init__()
+        self.linear = nn.Linear(features, n)
+
+    def noise(self, steps: int, envs: int, generator: torch.Generator) -> Tensor:
+        """Gumbel noise [steps, envs, n]: the largest logit plus noise is a draw from the softmax."""
+        return _gumbel((steps, envs, self.linear.out_features), generator)
+
+    def sample(self, latent_NF: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:
+        """Actions [N]."""
+        return (_masked(self.linear(latent_NF) + noise, mask)).argmax(-1)
+
+    def mode(self, latent_NF: Tensor, mask: Tensor | None) -> Tensor:
+        """Actions [N]."""
+        return _masked(self.linear(latent_NF), mask).argmax(-1)
+
+    def evaluate_actions(
+        self, latent_NF: Tensor, actions: Tensor, mask: Tensor | None, *, entropy_gradient: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Log-prob and entropy [N]."""
+        return _categorical(_masked(self.linear(latent_NF).float(), mask), actions, entropy_gradient)
+
+
+class MultiCategoricalHead(nn.Module):
+    """Several independent choices; [N, len(sizes)] int64."""
+
+    def __init__(self, features: int, sizes: list[int]):
+        super().__init__()
+        self.sizes = sizes
+        self.linear = nn.Linear(features, sum(sizes))
+
+    def noise(self, steps: int, envs: int, generator: torch.Generator) -> Tensor:
+        """Gumbel noise [steps, envs, sum(sizes)]."""
+        return _gumbel((steps, envs, sum(self.sizes)), generator)
+
+    def sample(self, latent_NF: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:
+        """Actions [N, len(sizes)]."""
+        logits = _masked(self.linear(latent_NF) + noise, mask)
+        return torch.stack([part.argmax(-1) for part in logits.split(self.sizes, -1)], -1)
+
+    def mode(self, latent_NF: Tensor, mask: Tensor | None) -> Tensor:
+        """Actions [N, len(sizes)]."""
+        return self.sample(latent_NF, torch.zeros((), device=latent_NF.device), mask)
+
+    def evaluate_actions(
+        self, latent_NF: Tensor, actions: Tensor, mask: Tensor | None, *, entropy_gradient: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Log-prob and entropy [N], summed over the choices."""
+        logits = _masked(self.linear(latent_NF).float(), mask).split(self.sizes, -1)
+        parts = [_categorical(part, actions[..., i], entropy_gradient) for i, part in enumerate(logits)]
+        return torch.stack([p[0] for p in parts]).sum(0), torch.stack([p[1] for p in parts]).sum(0)
+
+
+class BernoulliHead(nn.Module):
+    """Independent switches; [N, n] int64 of 0 and 1. A mask is not defined for them."""
+
+    def __init__(self, features: int, n: int):
+        super().__init__()
+        self.linear = nn.Linear(features, n)
+
+    def noise(self, steps: int, envs: int, generator: torch.Generator) -> Tensor:
+        """Logistic noise [steps, envs, n]: a logit plus noise above 0 is a draw from the Bernoulli."""
+        uniform = torch.rand((steps, envs, self.linear.out_features), generator=generator).clamp(
+            1e-7, 1 - 1e-7
+        )
+        return torch.logit(uniform)
+
+    def sample(self, latent_NF: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:
+        """Actions [N, n]."""
+        on: Tensor = self.linear(latent_NF) + noise > 0
+        return on.long()
+
+    def mode(self, latent_NF: Tensor, mask: Tensor | None) -> Tensor:
+        """Actions [N, n]."""
+        on: Tensor = self.linear(latent_NF) > 0
+        return on.long()
+
+    def evaluate_actions(
+        self, latent_NF: Tensor, actions: Tensor, mask: Tensor | None, *, entropy_gradient: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Log-prob and entropy [N], summed over the switches."""
+        logits = self.linear(latent_NF).float()
+        on, off = functional.logsigmoid(logits), functional.logsigmoid(-logits)
+        logprobs = torch.where(actions > 0, on, off)
+        return logprobs.sum(-1), -(on.exp() * on + off.exp() * off).sum(-1)
+
+
+class GaussianHead(nn.Module):
+    """Continuous actions [N, n] float32 with a standard deviation that does not depend on the state."""
+
+    def __init__(self, features: int, n: int, *, log_std: float = 0.0):
+        super().__init__()
+        self.linear = nn.Linear(features, n)
+        self.log_std = nn.Parameter(torch.full((n,), log_std))
+
+    def noise(self, steps: int, envs: int, generator: torch.Generator) -> Tensor:
+        """Standard normal noise [steps, envs, n]."""
+        return torch.randn((steps, envs, self.linear.out_features), generator=generator)
+
+    def sample(self, latent_NF: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:
+        """Actions [N, n], not clipped to the space."""
+        actions: Tensor = self.linear(latent_NF) + self.log_std.exp() * noise
+        return actions
+
+    def mode(self, latent_NF: Tensor, mask: Tensor | None) -> Tensor:
+        """The mean [N, n]."""
+        mean: Tensor = self.linear(latent_NF)
+        return mean
+
+    def evaluate_actions(
+        self, latent_NF: Tensor, actions: Tensor, mask: Tensor | None, *, entropy_gradient: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Log-density and differential entropy [N]."""
+        return _gaussian(self.linear(latent_NF).float(), self.log_std, actions)
+
+
+class StateDependentHead(nn.Module):
+    """Continuous actions [N, n] whose noise is a function of the features, held for some steps.
+
+    ε(s) = θᵀ·features with θ ~ N(0, σ²) (Raffin, Kober & Stulp 2021, arXiv:2005.05719, eq. 4), so the density of an
+    action is N(mean, features² · σ²). The features are detached there: the noise does not shape them.
+    """
+
+    def __init__(self, features: int, n: int, *, log_std: float = 0.0, sample_freq: int = -1):
+        super().__init__()
+        self.linear = nn.Linear(features, n)
+        self.log_std = nn.Parameter(torch.full((features, n), log_std))
+        self.sample_freq = sample_freq
+
+    def noise(self, steps: int, envs: int, generator: torch.Generator) -> list[Tensor]:
+        """Standard normal θ/σ [envs, features, n] for each step, a new one every `sample_freq` steps."""
+        every = steps if self.sample_freq < 1 else self.sample_freq
+        drawn = [
+            torch.randn((envs, *self.log_std.shape), generator=generator) for _ in range(0, steps, every)
+        ]
+        return [drawn[t // every] for t in range(steps)]
+
+    def sample(self, latent_NF: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:
+        """Actions [N, n], not clipped to the space."""
+        exploration = torch.bmm(latent_NF[:, None], self.log_std.exp() * noise).squeeze(1)
+        actions: Tensor = self.linear(latent_NF) + exploration
+        return actions
+
+    def mode(self, latent_NF: Tensor, mask: Tensor | None) -> Tensor:
+        """The mean [N, n]."""
+        mean: Tensor = self.linear(latent_NF)
+        return mean
+
+    def evaluate_actions(
+        self, latent_NF: Tensor, actions: Tensor, mask: Tensor | None, *, entropy_gradient: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Log-density and differential entropy [N]."""
+        variance = latent_NF.detach().float() ** 2 @ self.log_std.exp() ** 2
+        return _gaussian(self.linear(latent_NF).float(), 0.5 * torch.log(variance + 1e-6), actions)
+
+
+def action_head(
+    space: Any, features: int, *, log_std: float = 0.0, use_sde: bool = False, sde_sample_freq: int = -1
+) -> Any:
+    """The head for a Gymnasium action space. Raises InputError for one that has none.
+
+    Only the space's class name and sizes are read: policies know nothing else of Gymnasium.
+    """
+    kind = type(space).__name__
+    if kind == "Discrete":
+        return CategoricalHead(features, int(space.n))
+    if kind == "MultiDiscrete" and len(space.shape) == 1:
+        return MultiCategoricalHead(features, [int(n) for n in space.nvec])
+    if kind == "MultiBinary" and len(space.shape) == 1:
+        return BernoulliHead(features, int(space.shape[0]))
+    if kind == "Box" and len(space.shape) == 1:
+        if use_sde:
+            return StateDependentHead(
+                features, int(space.shape[0]), log_std=log_std, sample_freq=sde_sample_freq
+            )
+        return GaussianHead(features, int(space.shape[0]), log_std=log_std)
+    raise InputError(
+        f"env: the action space {space} is not supported; Discrete, MultiDiscrete, MultiBinary and Box of one dimension are "
+        "(gymnasium.wrappers.FlattenAction or a wrapper of your own can make it one)"
+    )
+
+
+def _masked(logits: Tensor, mask: Tensor | None) -> Tensor:
+    return logits if mask is None else logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+
+
+def _gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return -torch.empty(shape).exponential_(generator=generator).log()
+
+
+def _categorical(logits: Tensor, actions: Tensor, entropy_gradient: bool) -> tuple[Tensor, Tensor]:
+    logprobs = torch.log_softmax(logits, -1)
+    taken = logprobs.gather(-1, actions[..., None]).squeeze(-1)
+    seen = logprobs if entropy_gradient else logprobs.detach()
+    # An illegal action has probability 0; 0 · log 0 is 0, and its log-prob is finite.
+    return taken, -(seen.exp() * seen).sum(-1)
+
+
+def _gaussian(mean: Tensor, log_std: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    squares = ((actions - mean) * torch.exp(-log_std)) ** 2
+    logprobs = (-0.5 * squares - log_std - 0.5 * LOG_2PI).sum(-1)
+    entropy = (0.5 + 0.5 * LOG_2PI + log_std).sum(-1)
+    return logprobs, entropy.expand_as(logprobs)

@@ -1,0 +1,263 @@
+"""The gradient of two small tanh towers written out in NumPy: what autograd would find, without its bookkeeping.
+
+A network of two layers of 64 spends its update on starting operations, not on numbers, and NumPy starts them faster; and
+its dozen small tensors lie end to end while an update lasts, so that norm, clipping and Adam are one operation each. It is
+used where `supports` says so: float32 on a CPU, no parameters before the towers, tanh, one choice or Gaussians.
+Everything else goes through autograd, which is also its slow twin in the tests. The loss is the same one (`core/losses.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from surefoot.core.losses import LossSettings, LossStats, loss_and_gradients
+from surefoot.policies.control.actions import LOG_2PI, CategoricalHead, GaussianHead, StateDependentHead
+from surefoot.policies.control.networks import Extractor, Tower
+from surefoot.types import ACTION_MASK, Batch
+
+if TYPE_CHECKING:
+    from surefoot.policies.control.policy import ControlPolicy
+
+Array = NDArray[numpy.float32]
+MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch's Adam calls them
+
+
+def supports(policy: ControlPolicy) -> bool:
+    """Whether this policy's gradient is known here."""
+    layers, extractor = policy.layers, policy.extractor
+    return (
+        policy.device.type == "cpu"
+        and policy.dtype == torch.float32
+        and policy.memory is None
+        and isinstance(extractor, Extractor)
+        and not list(extractor.parameters())
+        and not layers.is_shared
+        and all(isinstance(tower, Tower) and tower.is_tanh for tower in (layers.policy, layers.value))
+        and isinstance(policy.head, (CategoricalHead, GaussianHead, StateDependentHead))
+        and all(parameter.requires_grad for parameter in policy.parameters())
+    )
+
+
+class ClosedForm:
+    """A policy's weights on one vector, and the gradient there of one minibatch.
+
+    `lent` copies weights and Adam's moments in, and out again at the end: outside of it the policy knows nothing of this.
+    """
+
+    def __init__(self, policy: ControlPolicy):
+        self.extractor: Any = policy.extractor
+        self.parameters = [parameter for _, parameter in policy.named_parameters_to_train()]
+        self.sizes = [parameter.numel() for parameter in self.parameters]
+        self.weights = nn.Parameter(torch.zeros(sum(self.sizes)))
+        self.gradient = torch.zeros_like(self.weights)
+        self.optimizer = torch.optim.Adam([self.weights], fused=True)
+        both = (self.weights.detach().split(self.sizes), self.gradient.split(self.sizes))
+        slices: dict[Any, _Parameter] = {
+            own: _Parameter(values.view_as(own).numpy(), gradient.view_as(own).numpy())
+            for own, values, gradient in zip(self.parameters, *both, strict=True)
+        }
+        actor: list[Any] = [*list(policy.layers.policy)[::2], policy.head.linear]
+        critic: list[Any] = [*list(policy.layers.value)[::2], policy.value_head]
+        self.actor, self.critic = (
+            _Network([(slices[linear.weight], slices[linear.bias]) for linear in layers])
+            for layers in (actor, critic)
+        )
+        self.log_std = None if isinstance(policy.head, CategoricalHead) else slices[policy.head.log_std]
+        self.scorer: Any = _Gaussian if isinstance(policy.head, GaussianHead) else _StateDependent
+
+    @contextlib.contextmanager
+    def lent(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[ClosedForm, torch.optim.Adam]]:
+        """For one update: this, and an Adam on its vector that goes on where `optimizer` is and hands back where it got."""
+        self._copy_in(optimizer)
+        try:
+            yield self, self.optimizer
+        finally:
+            self._copy_out(optimizer)
+
+    @torch.no_grad()
+    def _copy_in(self, optimizer: torch.optim.Optimizer) -> None:
+        self.weights.copy_(torch.cat([parameter.flatten() for parameter in self.parameters]))
+        self.optimizer.param_groups[0].update(
+            {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+        )
+        self.optimizer.state.clear()
+        states = [optimizer.state[parameter] for parameter in self.parameters if parameter in optimizer.state]
+        if states:
+            moments = {name: torch.cat([state[name].flatten() for state in states]) for name in MOMENTS}
+            self.optimizer.state[self.weights] = {"step": states[0]["step"].clone(), **moments}
+
+    @torch.no_grad()
+    def _copy_out(self, optimizer: torch.optim.Optimizer) -> None:
+        for parameter, values in zip(self.parameters, self.weights.split(self.sizes), strict=True):
+            parameter.copy_(values.view_as(parameter))
+        if state := self.optimizer.state.get(self.weights):
+            parts = zip(self.parameters, *(state[name].split(self.sizes) for name in MOMENTS), strict=True)
+            for parameter, *moments in parts:
+                own = {
+                    name: part.view_as(parameter).clone() for name, part in zip(MOMENTS, moments, strict=True)
+                }
+                optimizer.state[parameter] = {"step": state["step"].clone(), **own}
+
+    def __call__(
+        self, batch: Batch, advantages_BT: Array, *, denominator: float, settings: LossSettings
+    ) -> LossStats:
+        """Add the gradient of the PPO loss on `batch` ([N, 1] rows) to the vector's `grad`; its statistics."""
+        if self.weights.grad is None:
+            self.gradient.zero_()
+            self.weights.grad = self.gradient
+        assert batch.returns_BT is not None
+        features = self._features(batch.observations)
+        outputs, values = self.actor.forward(features), self.critic.forward(features)
+        actions = batch.actions_BT[:, 0].numpy()
+        if self.log_std is None:
+            mask = batch.observations.get(ACTION_MASK)
+            scored: Any = _Categorical(outputs, actions, None if mask is None else mask[:, 0].numpy())
+        else:
+            scored = self.scorer(outputs, actions, self.log_std, self.actor.hidden[-1])
+        _, stats, (by_logprob, by_value, by_entropy) = loss_and_gradients(
+            (scored.logprobs[:, None], values, scored.entropies[:, None]),
+            (batch.logprobs_BT.numpy(), batch.values_BT.numpy()),
+            (advantages_BT, batch.returns_BT.numpy()),
+            mask_BT=batch.mask_BT.numpy(),
+            denominator=denominator,
+            settings=settings,
+        )
+        self.critic.backward(by_value)
+        self.actor.backward(scored.backward(by_logprob, by_entropy))
+        return stats
+
+    def _features(self, observations: dict[str, Tensor]) -> Array:
+        name, *others = self.extractor.parts
+        if not others and self.extractor.parts[name] is None:  # numbers as they are
+            values = observations[name]
+            return values.reshape(len(values), -1).float().numpy()
+        features: Array = self.extractor(
+            {name: values.flatten(0, 1) for name, values in observations.items()}
+        ).numpy()
+        return features
+
+
+@dataclass
+class _Parameter:
+    """A parameter's part of the vector, and its gradient's."""
+
+    array: Array
+    gradient: Array
+
+
+class _Network:
+    """Linear layers with tanh between them, their gradients, and memory for both: fresh memory costs as much as the sums."""
+
+    def __init__(self, layers: list[tuple[_Parameter, _Parameter]]):
+        self.layers = layers
+        self.hidden: list[Array] = []  # the input and every hidden layer's tanh
+        self._outputs: list[Array] = []  # of each layer, for the most rows that were seen
+        self._slopes: list[Array] = []  # and by each layer's input
+
+    def forward(self, values: Array) -> Array:
+        """The last layer's output [N, A]; it and what `backward` needs stand until the next call."""
+        rows = len(values)
+        if not self._outputs or rows > len(self._outputs[0]):
+            self._outputs = [
+                numpy.empty((rows, len(bias.array)), dtype=numpy.float32) for _, bias in self.layers
+            ]
+            self._slopes = [numpy.empty((2, *output.shape), dtype=numpy.float32) for output in self._outputs]
+        self.hidden = [values]
+        for i, (weight, bias) in enumerate(self.layers):
+            output = numpy.matmul(self.hidden[-1], weight.array.T, out=self._outputs[i][:rows])
+            output += bias.array
+            if i == len(self.layers) - 1:
+                break
+            self.hidden.append(numpy.tanh(output, out=output))
+        return output
+
+    def backward(self, gradient: Array) -> None:
+        """Add the gradients of all layers, given that of the last one's output [N, A]."""
+        ones = numpy.ones(len(gradient), dtype=numpy.float32)
+        for i in reversed(range(len(self.layers))):
+            weight, bias = self.layers[i]
+            weight.gradient += gradient.T @ self.hidden[i]
+            bias.gradient += ones @ gradient
+            if i:
+                before, slope = (memory[: len(gradient)] for memory in self._slopes[i - 1])
+                numpy.multiply(self.hidden[i], self.hidden[i], out=slope)
+                numpy.subtract(1.0, slope, out=slope)  # tanh' = 1 - tanh²
+                gradient = numpy.multiply(numpy.matmul(gradient, weight.array, out=before), slope, out=before)
+
+
+class _Categorical:
+    """log softmax of logits [N, A] at the actions [N], and its derivative; `mask` [N, A] names the legal ones.
+
+    Worked out as [A, N]: NumPy is slow over short last dimensions.
+    """
+
+    def __init__(self, logits: Array, actions: NDArray[numpy.int64], mask: NDArray[numpy.bool_] | None):
+        logits_AN = numpy.ascontiguousarray(logits.T)
+        if mask is not None:
+            logits_AN = numpy.where(mask.T, logits_AN, numpy.finfo(numpy.float32).min)
+        shifted = logits_AN - logits_AN.max(0)
+        weights = numpy.exp(shifted)
+        total = weights.sum(0)
+        self.logs, self.probabilities = shifted - numpy.log(total), weights / total
+        self.taken = (actions == numpy.arange(len(logits_AN))[:, None]).astype(numpy.float32)
+        self.logprobs = (self.logs * self.taken).sum(0)
+        self.entropies = -(self.probabilities * self.logs).sum(0)
+
+    def backward(self, by_logprob: Array, by_entropy: Array | None) -> Array:
+        """[N, A]: ∂ log p(a) = 1[a] - p,  ∂ H = -p (log p + H)."""
+        gradient = by_logprob.T * (self.taken - self.probabilities)
+        if by_entropy is not None:
+            gradient -= by_entropy.T * self.probabilities * (self.logs + self.entropies)
+        return numpy.ascontiguousarray(gradient.T)
+
+
+class _Gaussian:
+    """log density of independent Gaussians with means [N, D] at the actions [N, D], and its derivative."""
+
+    def __init__(self, means: Array, actions: Array, log_std_parameter: _Parameter, latent: Array):
+        self.parameter, log_std = log_std_parameter, log_std_parameter.array
+        self.inverse = numpy.exp(-log_std)
+        self.standard = (actions - means) * self.inverse
+        constant = (log_std + 0.5 * LOG_2PI).sum()
+        self.logprobs = -0.5 * (self.standard**2).sum(1) - constant
+        self.entropies = numpy.full(len(means), constant + 0.5 * len(log_std), dtype=numpy.float32)
+
+    def backward(self, by_logprob: Array, by_entropy: Array | None) -> Array:
+        """[N, D]: ∂ by the mean is z/σ; the deviation's own gradient, z² - 1 and 1 for the entropy, is added to it."""
+        by_log_std = (by_logprob * (self.standard**2 - 1.0)).sum(0)
+        if by_entropy is not None:
+            by_log_std = by_log_std + by_entropy.sum()
+        self.parameter.gradient += by_log_std
+        gradient: Array = by_logprob * self.standard * self.inverse
+        return gradient
+
+
+class _StateDependent:
+    """The same with a variance of its own for each state, features² [N, F] · σ² [F, D]; no gradient by those features."""
+
+    def __init__(self, means: Array, actions: Array, log_std_parameter: _Parameter, latent: Array):
+        self.parameter, self.squares = log_std_parameter, latent * latent
+        self.sigma_squared = numpy.exp(2.0 * log_std_parameter.array)
+        self.variance = self.squares @ self.sigma_squared + 1e-6
+        self.off = actions - means
+        logs = 0.5 * (numpy.log(self.variance) + LOG_2PI)
+        self.logprobs = (-0.5 * self.off**2 / self.variance - logs).sum(1)
+        self.entropies = (logs + 0.5).sum(1)
+
+    def backward(self, by_logprob: Array, by_entropy: Array | None) -> Array:
+        """[N, D]: ∂ by the mean is (a - μ)/v; by the variance ½ ((a - μ)²/v - 1)/v, and ½/v for the entropy."""
+        by_variance = by_logprob * (self.off**2 / self.variance - 1.0)
+        if by_entropy is not None:
+            by_variance = by_variance + by_entropy
+        by_variance *= 0.5 / self.variance
+        self.parameter.gradient += 2.0 * self.sigma_squared * (self.squares.T @ by_variance)
+        gradient: Array = by_logprob * self.off / self.variance
+        return gradient

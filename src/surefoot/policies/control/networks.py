@@ -1,0 +1,280 @@
+"""Networks for control: observations to features, memory, and the layers before action and value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from surefoot.config import NetworkConfig
+from surefoot.errors import InputError
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "leaky_relu": nn.LeakyReLU,
+}
+
+
+class Extractor(nn.Module):
+    """Observations [N, ...] by name -> features [N, features_dim].
+
+    Box is flattened (images of bytes over 255), Discrete and MultiDiscrete become one-hot, MultiBinary numbers; with
+    `images`, a Box that looks like an image goes through a Nature CNN, one that looks like a board through a small one. The
+    parts are concatenated in the order of the space.
+    """
+
+    def __init__(self, spaces: dict[str, Any], *, images: bool, needs_images: bool = False):
+        super().__init__()
+        self.parts: dict[str, Any] = {}
+        self.cnns = nn.ModuleDict()
+        self.features_dim = 0
+        for name, space in spaces.items():
+            kind = type(space).__name__
+            if images and (is_image(space) or is_board(space)):
+                cnn = (
+                    NatureCNN(space.shape, space.dtype.kind == "u")
+                    if is_image(space)
+                    else BoardCNN(space.shape)
+                )
+                self.cnns[name.replace(".", "_")] = self.parts[name] = cnn
+                width = cnn.features_dim
+            elif kind == "Discrete":
+                width, self.parts[name] = int(space.n), [int(space.n)]
+            elif kind == "MultiDiscrete":
+                sizes = [int(n) for n in space.nvec.flatten()]
+                width, self.parts[name] = sum(sizes), sizes
+            elif kind in ("Box", "MultiBinary"):
+                is_bytes = is_image(space) and space.dtype.kind == "u"  # divided by 255, as a CNN does
+                width, self.parts[name] = math.prod(space.shape), 1.0 / 255.0 if is_bytes else None
+            else:
+                raise InputError(
+                    f"env: the observation space {kind} ({name}) is not supported; flatten it with a wrapper"
+                )
+            self.features_dim += width
+        if needs_images and not self.cnns:
+            raise InputError(
+                "policy.model: CnnPolicy needs images (Box of 3 dimensions, at least 36 × 36) or boards (float, [H, W, C]); "
+                "use MlpPolicy"
+            )
+
+    def forward(self, observations: dict[str, Tensor]) -> Tensor:
+        """Features [N, features_dim] float32."""
+        features = [self._features(observations[name], part) for name, part in self.parts.items()]
+        return features[0] if len(features) == 1 else torch.cat(features, -1)
+
+    def _features(self, values: Tensor, part: Any) -> Tensor:
+        if part is None:
+            return values.reshape(len(values), -1).float()
+        if isinstance(part, float):
+            return values.reshape(len(values), -1).float() * part
+        if isinstance(part, nn.Module):
+            return part(values)  # type: ignore[no-any-return]
+        columns = values.long().reshape(len(values), len(part)).unbind(-1)
+        hot = [functional.one_hot(column, size) for column, size in zip(columns, part, strict=True)]
+        return torch.cat(hot, -1).float()
+
+
+class NatureCNN(nn.Module):
+    """Mnih et al. 2015 (doi:10.1038/nature14236): three convolutions and a layer of 512 with ReLU.
+
+    Images are [N, C, H, W] or [N, H, W, C], whichever of the two puts the fewest channels first or last; bytes are
+    divided by 255.
+    """
+
+    features_dim = 512
+
+    def __init__(self, shape: tuple[int, ...], is_bytes: bool):
+        super().__init__()
+        self.channels_last = shape[-1] < shape[0]
+        self.scale = 1.0 / 255.0 if is_bytes else 1.0
+        channels, height, width = (shape[2], shape[0], shape[1]) if self.channels_last else shape
+        # Channels last is what CPU kernels and tensor cores are fastest with.
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, 32, 8, 4),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 4, 2),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 3, 1),
+            nn.ReLU(),
+        )
+        with torch.no_grad():
+            flat = self.layers(torch.zeros(1, channels, height, width)).numel()
+        for layer in self.layers:
+            if isinstance(layer, nn.Conv2d):
+                layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+        self.linear = nn.Linear(flat, self.features_dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features [N, 512]."""
+        images = images.permute(0, 3, 1, 2) if self.channels_last else images
+        # One copy of the images, straight to what the convolutions compute in: bytes are exact in bfloat16 too. The scale
+        # goes into the first weights, of which there are fewer.
+        device = images.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        values = images.to(dtype, memory_format=torch.channels_last)
+        first: Any = self.layers[0]
+        hidden = functional.conv2d(values, first.weight * self.scale, first.bias, first.stride)
+        hidden = self.layers[1:](hidden)
+        return torch.relu(self.linear(hidden.flatten(1)))
+
+
+class BoardCNN(nn.Module):
+    """Three 3 × 3 convolutions that keep the size of a board [N, H, W, C], and a layer of 256, with ReLU."""
+
+    features_dim = 256
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        height, width, channels = shape
+        self.layers = nn.Sequential(
+            *(part for wide in (channels, 32, 32) for part in (nn.Conv2d(wide, 32, 3, padding=1), nn.ReLU()))
+        )
+        self.linear = nn.Linear(32 * height * width, self.features_dim)
+
+    def forward(self, boards: Tensor) -> Tensor:
+        """Features [N, 256]."""
+        return torch.relu(self.linear(self.layers(boards.float().permute(0, 3, 1, 2)).flatten(1)))
+
+
+class Memory(nn.Module):
+    """LSTM over sequences that are kept whole, its state emptied where an episode starts."""
+
+    def __init__(self, features: int, width: int):
+        super().__init__()
+        self.lstm = nn.LSTM(features, width)
+
+    def initial_state(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Zeros (h, c), [rows, width] each."""
+        zeros = torch.zeros(rows, self.lstm.hidden_size, device=next(self.lstm.parameters()).device)
+        return zeros, zeros
+
+    def forward(
+        self, features_BTF: Tensor, state: tuple[Tensor, Tensor], starts_BT: Tensor
+    ) -> tuple[Tensor, Any]:
+        """Outputs [B, T, width] and the state after the last step. `starts_BT`: an episode begins with this step."""
+        if features_BTF.shape[1] == 1 or not bool(starts_BT[:, 1:].any()):
+            alive = (~starts_BT[:, :1]).float()
+            h, c = (part * alive for part in state)
+            output_TBF, (h, c) = self.lstm(
+                features_BTF.transpose(0, 1), (h[None].contiguous(), c[None].contiguous())
+            )
+            return output_TBF.transpose(0, 1), (h[0], c[0])
+        return self._in_segments(features_BTF, state, starts_BT)
+
+    def _in_segments(
+        self, features_BTF: Tensor, state: tuple[Tensor, Tensor], starts_BT: Tensor
+    ) -> tuple[Tensor, Any]:
+        """Each episode's part of a row is a sequence of its own: one call of the LSTM over all of them, padded."""
+        rows, steps = starts_BT.shape
+        begins_BT = starts_BT.clone()
+        begins_BT[:, 0] = True
+        row_S, begin_S = begins_BT.nonzero(as_tuple=True)
+        segment_BT = begins_BT.flatten().cumsum(0).reshape(rows, steps) - 1
+        offset_BT = torch.arange(steps, device=starts_BT.device) - begin_S[segment_BT]
+        longest = int(offset_BT.max()) + 1
+        padded = features_BTF.new_zeros(longest, len(row_S), features_BTF.shape[-1])
+        padded = padded.index_put((offset_BT, segment_BT), features_BTF)
+        goes_on = ((begin_S == 0) & ~starts_BT[row_S, 0])[:, None].float()
+        h, c = ((part[row_S] * goes_on)[None] for part in state)
+        output, _ = self.lstm(padded, (h, c))
+        # The state after a row is needed only where rows go on, which is while acting: one step at a time.
+        return output[offset_BT, segment_BT], None
+
+
+class Tower(nn.Sequential):
+    """Linear layers with an activation after each, [N, width] -> [N, last width].
+
+    Without gradient, with tanh on a CPU in float32, tanh is NumPy's, whose vector instructions are several times as fast
+    as torch's.
+    """
+
+    def __init__(self, width: int, widths: list[int], activation: type[nn.Module]):
+        pairs = zip([width, *widths], widths, strict=False)
+        super().__init__(
+            *(layer for inner, outer in pairs for layer in (nn.Linear(inner, outer), activation()))
+        )
+        self.is_tanh = activation is nn.Tanh and bool(widths)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """The last layer's activations."""
+        plain = (
+            values.device.type == "cpu"
+            and values.dtype == torch.float32
+            and not torch.is_autocast_enabled("cpu")
+        )
+        if torch.is_grad_enabled() or not (self.is_tanh and plain):
+            return super().forward(values)  # type: ignore[no-any-return]
+        layers: list[Any] = [part for linear in list(self)[::2] for part in (linear.weight, linear.bias)]
+        return _tanh_layers(values, layers)
+
+
+def _tanh_layers(values: Tensor, layers: Sequence[Tensor]) -> Tensor:
+    """tanh(W h + b) for every layer W, b, W, b, …"""
+    for weight, bias in zip(layers[::2], layers[1::2], strict=True):
+        values = torch.addmm(bias, values, weight.t())
+        numbers = values.numpy()
+        numpy.tanh(numbers, out=numbers)
+    return values
+
+
+class Layers(nn.Module):
+    """The hidden layers before the action and before the value: two towers, or one that both share."""
+
+    def __init__(self, features: tuple[int, int], config: NetworkConfig, default: list[int]):
+        super().__init__()
+        arch = default if config.net_arch is None else config.net_arch
+        pi, vf = (arch.get("pi", []), arch.get("vf", [])) if isinstance(arch, dict) else (arch, arch)
+        if config.share and pi != vf:
+            raise InputError("policy.network: one shared trunk cannot have different widths for pi and vf")
+        self.policy = Tower(features[0], pi, ACTIVATIONS[config.activation])
+        self.value = self.policy if config.share else Tower(features[1], vf, ACTIVATIONS[config.activation])
+        self.is_shared = config.share
+        self.latent_dim_pi = pi[-1] if pi else features[0]
+        self.latent_dim_vf = vf[-1] if vf else features[1]
+
+    def forward_actor(self, features: Tensor) -> Tensor:
+        """[N, latent_dim_pi]."""
+        return self.policy(features)  # type: ignore[no-any-return]
+
+    def forward_critic(self, features: Tensor) -> Tensor:
+        """[N, latent_dim_vf]."""
+        return self.value(features)  # type: ignore[no-any-return]
+
+    def forward(self, actor_features: Tensor, critic_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Both."""
+        latent = self.policy(actor_features)
+        return latent, latent if self.is_shared else self.value(critic_features)
+
+
+def is_image(space: Any) -> bool:
+    """Whether a space is a Box of 3 dimensions that three convolutions fit into."""
+    return type(space).__name__ == "Box" and len(space.shape) == 3 and sorted(space.shape)[1] >= 36
+
+
+def is_board(space: Any) -> bool:
+    """Whether a space is a Box of 3 dimensions of small numbers, [H, W, C], too small to be an image."""
+    return (
+        type(space).__name__ == "Box"
+        and len(space.shape) == 3
+        and space.dtype.kind == "f"
+        and not is_image(space)
+    )
+
+
+def orthogonal(module: nn.Module, gain: float) -> None:
+    """Orthogonal weights and zero biases in all linear and convolutional layers (Saxe et al. 2013, arXiv:1312.6120)."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            # Drawn in the plain order of dimensions: torch refuses others, such as channels last.
+            layer.weight.data.copy_(nn.init.orthogonal_(torch.empty(layer.weight.shape), gain))
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

@@ -1,0 +1,178 @@
+"""Critics with weights of their own: an adapter on the policy's frozen base, or a whole transformer.
+
+Their values cost a forward pass of their own. While the policy writes there are none: they come after the rollout, from
+one pass over the whole rows (`rollout/logprobs.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surefoot.config import CriticConfig
+from surefoot.core.seeds import derived_seed
+from surefoot.errors import InputError
+from surefoot.policies.lm import adapters
+from surefoot.policies.lm.pretrained import REWARD, load_pretrained, one_line
+from surefoot.storage.safetensors import read_tensors
+
+
+class Critic:
+    """The trunk whose last hidden state a value head of its own reads.
+
+    `body` is a transformer without its output layer, of `width` hidden units and at most `context_length` tokens. With
+    `adapter` (peft's model) it is the policy's, and the critic is the adapter of that name. `head` is what the value head
+    starts from, weight [1, D] and bias [1]; without one it starts at 0.
+    """
+
+    def __init__(
+        self,
+        body: Any,
+        *,
+        width: int,
+        context_length: int,
+        adapter: Any = None,
+        head: dict[str, Tensor] | None = None,
+    ):
+        self.body, self.width, self.context_length, self.head = body, width, context_length, head
+        self.adapter = adapter
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name; float32."""
+        named = self.body.named_parameters()
+        return {name: p for name, p in named if self.adapter is None or f".{adapters.CRITIC}." in name}
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """To hold while `body` computes for the critic; the policy has it back afterwards."""
+        return (
+            contextlib.nullcontext()
+            if self.adapter is None
+            else adapters.using(self.adapter, adapters.CRITIC)
+        )
+
+
+def adapter_critic(adapter: Any, *, seed: int) -> Critic:
+    """A second adapter over the base of peft's model `adapter`, of the same shape as the policy's."""
+    adapters.add_critic_adapter(adapter, derived_seed(seed, "critic", 0))
+    lm = adapter.get_base_model()
+    return Critic(lm.base_model, width=_width(lm), context_length=context_length(lm), adapter=adapter)
+
+
+def separate_critic(lm: Any, tokenizer: Any, config: CriticConfig, *, dtype: torch.dtype) -> Critic:
+    """A copy of `lm`, or the model that `config` names, cut to its first `layers`; all of it is trained, in float32.
+
+    A reward model's folder gives the head too: (score - shift) / scale, its calibrated reward, is where the values start
+    (Stiennon et al. 2020, arXiv:2009.01325, start their separate value function from the reward model). Raises InputError
+    for a model that is no critic for this policy.
+    """
+    head, source = None, lm
+    if config.model is not None:
+        if (reward := Path(config.model) / REWARD).is_file():
+            if config.layers is not None:
+                raise InputError(
+                    "policy.critic.layers would cut the reward model off from its head; leave it out"
+                )
+            head = _calibrated_head(reward)
+        source, other = load_pretrained(config.model, dtype=torch.float32, key="policy.critic.model")
+        _check_vocabulary(config.model, tokenizer, other, source, lm)
+        source = source.to(lm.device)
+        if dtype == torch.bfloat16 and lm.device.type == "cpu":
+            source.set_attn_implementation("eager")  # as the policy's: see `wrap_policy`
+        _check_causal(config.model, source.base_model)
+    width = _width(source)
+    if head is not None and head["weight"].shape != (1, width):
+        found = list(head["weight"].shape)
+        raise InputError(
+            f"policy.critic.model {config.model}: the head in {REWARD} is {found}, and the model wants [1, {width}]"
+        )
+    body = copy.deepcopy(source.base_model) if source is lm else source.base_model
+    body = body.float().eval().requires_grad_(True)
+    if config.layers is not None:
+        _cut(body, config.layers)
+    return Critic(body, width=width, context_length=context_length(source), head=head)
+
+
+def context_length(lm: Any) -> int:
+    """Most tokens that a transformers model reads."""
+    return int(getattr(lm.config, "max_position_embeddings", 1 << 30))
+
+
+def _width(lm: Any) -> int:
+    return int(lm.get_output_embeddings().weight.shape[1])
+
+
+def _cut(body: nn.Module, layers: int) -> None:
+    """Keep the first `layers` blocks, in place; what stands after them, such as the final norm, stays."""
+    config: Any = getattr(body, "config", None)  # an LSTM's layers are one module, without a configuration
+    total = 0 if config is None else int(config.num_hidden_layers)
+    if config is not None and layers > total:
+        raise InputError(
+            f"policy.critic.layers: {layers} of {total}, which is all that {type(body).__name__} has"
+        )
+    stacks = [
+        (parent, name, child)
+        for parent in body.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == total > 0
+    ]
+    if len(stacks) != 1:
+        raise InputError(
+            f"policy.critic.layers: {type(body).__name__} is no single stack of layers that can be cut; leave it out"
+        )
+    (parent, name, stack), *_ = stacks
+    setattr(parent, name, stack[:layers])
+    config.num_hidden_layers = layers
+
+
+def _calibrated_head(file: Path) -> dict[str, Tensor]:
+    """The head of a reward model with its calibration folded in: w·h + b becomes (w·h + b - shift) / scale; of several, their
+    mean.
+    """
+    tensors = read_tensors(file)
+    if tensors.keys() != {"weight", "bias", "shift", "scale"}:
+        raise InputError(
+            f"policy.critic.model: {file} has no heads with their calibration; it has {sorted(tensors)}"
+        )
+    weight_HD, bias_H = tensors["weight"].double(), tensors["bias"].double()
+    shift_H, scale = tensors["shift"], tensors["scale"]
+    return {
+        "weight": (weight_HD.mean(0, keepdim=True) / scale).float(),
+        "bias": ((bias_H - shift_H).mean(0, keepdim=True) / scale).float(),
+    }
+
+
+def _check_vocabulary(name: str, tokenizer: Any, other: Any, critic: Any, lm: Any) -> None:
+    own, its = tokenizer.get_vocab(), other.get_vocab()
+    if own != its:
+        odd = next(token for token in sorted(own.keys() | its.keys()) if own.get(token) != its.get(token))
+        raise InputError(
+            f"policy.critic.model {name}: its tokenizer is not the policy's ({odd!r} is {its.get(odd)} in one and "
+            f"{own.get(odd)} in the other); a critic reads the tokens that the policy writes"
+        )
+    rows, wanted = (len(model.get_input_embeddings().weight) for model in (critic, lm))
+    if rows < wanted:
+        raise InputError(
+            f"policy.critic.model {name}: it has embeddings for {rows} tokens; the policy may write {wanted}"
+        )
+
+
+@torch.no_grad()
+def _check_causal(name: str, body: Any) -> None:
+    """Raise InputError for a model that looks ahead: its values would know what is still to be written."""
+    tokens = torch.arange(4, device=next(body.parameters()).device)[None]
+    try:
+        longer, shorter = (body(input_ids=tokens[:, :n], use_cache=False).last_hidden_state for n in (4, 3))
+    except Exception as error:  # an architecture we have not met can fail in any way
+        raise InputError(
+            f"policy.critic.model {name}: it gives no hidden states here: {one_line(error)}"
+        ) from error
+    if (longer[:, :3] - shorter).abs().max() > 1e-3 * shorter.abs().max():
+        raise InputError(
+            f"policy.critic.model {name}: it looks ahead, and a value must not know what comes after it"
+        )

@@ -1,0 +1,394 @@
+"""A causal language model as a policy with a critic."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from surefoot.config import PolicyConfig
+from surefoot.data.silence import silence_transformers
+from surefoot.errors import InputError
+from surefoot.policies.lm import adapters
+from surefoot.policies.lm import token_logprobs as head
+from surefoot.policies.lm.critics import Critic, adapter_critic, context_length, separate_critic
+from surefoot.policies.lm.pretrained import check_model_folder, load_pretrained, one_line
+from surefoot.storage.safetensors import read_tensors
+from surefoot.types import Batch, Evaluation
+
+# Written beside the weights by `save`.
+CRITIC = "surefoot_critic.safetensors"
+
+
+class CausalLMPolicy:
+    """Policy, critic and reference over one set of weights.
+
+    `lm` is any transformers causal LM, in evaluation mode for good: dropout would make old and new log-probs differ
+    before the first step. With an adapter the reference is the same model with the adapter off; without one it is a
+    frozen copy. Temperature divides the logits wherever a log-prob is computed, the reference's too. Without `critic` the
+    value head reads the policy's own last hidden state.
+    """
+
+    reads_whole_rows = True
+    threads = None
+
+    def __init__(
+        self,
+        lm: Any,
+        tokenizer: Any,
+        *,
+        adapter: Any = None,
+        dtype: torch.dtype = torch.float32,
+        critic: Critic | None = None,
+        stop_gradient: bool = False,
+        temperature: float = 1.0,
+    ):
+        self.tokenizer = tokenizer
+        self.adapter = adapter  # the PeftModel around `lm`, or None
+        self.lm = lm.eval()
+        self.dtype = dtype
+        self.critic = critic
+        self.stop_gradient = stop_gradient
+        self.temperature = temperature
+        self.exact_logprobs = dtype == torch.float32
+        self._body = lm.base_model
+        self._head = lm.get_output_embeddings()
+        self._cap = getattr(lm.config, "final_logit_softcapping", None)
+        width = self._head.weight.shape[1] if critic is None else critic.width
+        # Zero, so that the first values are 0 and the first advantages are the rewards' own.
+        self.value_head: nn.Linear = nn.utils.skip_init(
+            nn.Linear, width, 1, device=self.device, dtype=torch.float32
+        )
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        if critic is not None and critic.head is not None:
+            self.value_head.load_state_dict(critic.head)
+        self._reference = None if adapter is not None else copy.deepcopy(lm).requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = next(self.lm.parameters()).device
+        return device
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of prompt and answer together."""
+        own = context_length(self.lm)
+        return own if self.critic is None else min(own, self.critic.context_length)
+
+    @property
+    def model_end_tokens(self) -> frozenset[int]:
+        """Every end token that the model's generation config or its tokenizer names."""
+        named = getattr(getattr(self.lm, "generation_config", None), "eos_token_id", None)
+        ids = list(named) if isinstance(named, (list, tuple)) else [named]
+        return frozenset(int(i) for i in (*ids, self.tokenizer.eos_token_id) if i is not None)
+
+    def named_parameters_to_train(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """The adapter's parameters, or all of the model's, then the critic's."""
+        critics = {} if self.critic is None else self.critic.parameters()
+        not_the_policys = {id(p) for p in critics.values()}
+        yield from (
+            (name, p)
+            for name, p in self.lm.named_parameters()
+            if p.requires_grad and id(p) not in not_the_policys
+        )
+        yield from ((f"critic.{name}", p) for name, p in critics.items())
+        yield from ((f"value_head.{name}", p) for name, p in self.value_head.named_parameters())
+
+    def new_cache(self, *, slots: int, columns: int) -> Any:
+        """An empty cache for `slots` rows of up to `columns` tokens: keys and values, or what the model says it keeps."""
+        if hasattr(self.lm, "new_cache"):
+            return self.lm.new_cache(slots=slots, columns=columns)
+        from surefoot.policies.lm.kv_cache import (
+            SlotCache,
+        )  # here: it brings transformers, which environments do without
+
+        return SlotCache(
+            layers=int(self.lm.config.get_text_config().num_hidden_layers), slots=slots, columns=columns
+        )
+
+    def step(
+        self, tokens_BT: Tensor, positions_BT: Tensor, attention_BS: Tensor, cache: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Feed tokens after what `cache` holds; float32 logits [B, V] and value [B] at the last of them.
+
+        A critic of its own has no cache: its values come afterwards, from `compute_values`, and are 0 here.
+        """
+        with self._autocast():
+            hidden = self._body(
+                input_ids=tokens_BT,
+                attention_mask=attention_BS,
+                position_ids=positions_BT,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            last_BD = hidden.last_hidden_state[:, -1]
+            logits_BV = head.logits(last_BD, self._head, self._cap)
+            return logits_BV, self._values(last_BD) if self.critic is None else logits_BV.new_zeros(
+                len(logits_BV)
+            )
+
+    def evaluate(self, batch: Batch, *, entropy_gradient: bool = False) -> Evaluation:
+        """What policy and critic think of the written tokens, from one forward pass (of each) over the whole rows.
+
+        Of demonstrations a critic of its own gives values of 0.
+        """
+        mask_BT = batch.mask_BT
+        with self._autocast():
+            hidden_ND = _hidden_before(self._body, batch.observations, mask_BT)
+            logprobs_N, entropies_N = head.action_logprobs(
+                hidden_ND,
+                batch.actions_BT[mask_BT],
+                head=self._head,
+                cap=self._cap,
+                temperature=self.temperature,
+                entropy_gradient=entropy_gradient,
+            )
+            if self.critic is None:
+                values_N = self._values(hidden_ND)
+            elif batch.objective == "imitation":  # nobody asks for them: the critic need not read it
+                values_N = torch.zeros_like(logprobs_N)
+            else:
+                values_N = self._values(self._critics_hidden(batch))
+        return Evaluation(
+            logprobs_BT=_scatter(logprobs_N, mask_BT),
+            values_BT=_scatter(values_N, mask_BT),
+            entropies_BT=_scatter(entropies_N, mask_BT),
+        )
+
+    @property
+    def compute_values(self) -> Callable[[Batch], Tensor] | None:
+        """What gives the values [B, T] of written tokens that `step` did not; None where it did."""
+        return None if self.critic is None else self._critics_values
+
+    @torch.no_grad()
+    def reference_logprobs(self, batch: Batch) -> Tensor:
+        """Log-probs of the written tokens under the model as it was before training."""
+        reference = self.lm if self._reference is None else self._reference
+        without_adapter = contextlib.nullcontext() if self.adapter is None else adapters.using(self.adapter)
+        with without_adapter, self._autocast():
+            hidden_ND = _hidden_before(reference.base_model, batch.observations, batch.mask_BT)
+            logprobs_N, _ = head.action_logprobs(
+                hidden_ND,
+                batch.actions_BT[batch.mask_BT],
+                head=reference.get_output_embeddings(),
+                cap=self._cap,
+                temperature=self.temperature,
+            )
+        return _scatter(logprobs_N, batch.mask_BT)
+
+    def value_at_end(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
+        """What the value head gives at the last of each right-padded row's tokens, [B] float32."""
+        rows_B, positions_BT = (
+            torch.arange(len(tokens_BT), device=self.device),
+            torch.arange(tokens_BT.shape[1]),
+        )
+        positions_BT = positions_BT.to(self.device).expand_as(tokens_BT)
+        with self._autocast():
+            hidden = self._body(
+                input_ids=tokens_BT, position_ids=positions_BT, use_cache=False
+            ).last_hidden_state
+            return self._values(hidden[rows_B, lengths_B - 1])
+
+    def drop_reference(self) -> None:
+        """Free the frozen copy, for a use without KL."""
+        self._reference = None
+
+    @torch.no_grad()
+    def closed_form(self, optimizer: torch.optim.Optimizer) -> None:
+        """Its gradient is autograd's."""
+        return None
+
+    def fingerprint(self) -> int:
+        """Checksum of the frozen base, and of the frozen reference where all weights are trained."""
+        frozen = [p for p in self.lm.parameters() if not p.requires_grad]
+        frozen += [] if self._reference is None else list(self._reference.parameters())
+        total = 0
+        for parameter in frozen:
+            bits = parameter.contiguous().view(torch.int16 if parameter.element_size() == 2 else torch.int32)
+            total = (total * 31 + int(bits.sum(dtype=torch.int64))) & (2**63 - 1)
+        return total
+
+    def save(self, folder: Path) -> None:
+        """Write what `save_model` writes, and the critic beside it."""
+        self.save_model(folder)
+        save_file(
+            {name: p.data.contiguous() for name, p in self._critics_parameters().items()}, folder / CRITIC
+        )
+
+    def save_model(self, folder: Path) -> None:
+        """Write plain transformers weights (the policy's adapter merged in) that `AutoModelForCausalLM.from_pretrained`
+        opens, and the tokenizer."""
+        plain = self.lm if self.adapter is None else self._merged()
+        with silence_transformers():
+            plain.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def load_extras(self, folder: Path) -> None:
+        """The critic that `save` wrote beside the weights. Raises InputError if it does not fit."""
+        own, saved = self._critics_parameters(), read_tensors(folder / CRITIC)
+        odd = [name for name in sorted(own.keys() | saved.keys()) if name not in own or name not in saved]
+        odd = odd or [name for name, parameter in own.items() if parameter.shape != saved[name].shape]
+        if odd:
+            raise InputError(
+                f"{folder / CRITIC} does not fit this model and its policy.critic: {odd[0]} is not the same in both"
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(saved[name])
+
+    def _merged(self) -> Any:
+        merged = copy.deepcopy(self.adapter).float()
+        return merged.merge_and_unload(adapter_names=[adapters.POLICY])
+
+    @contextlib.contextmanager
+    def _autocast(self) -> Iterator[None]:
+        # One autocast region per forward pass: its cast-weight cache must not outlive an optimiser step.
+        enabled = self.dtype == torch.bfloat16
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
+            yield
+
+    def _critics_parameters(self) -> dict[str, nn.Parameter]:
+        trunk = {} if self.critic is None else self.critic.parameters()
+        return dict(self.value_head.named_parameters()) | {f"trunk.{name}": p for name, p in trunk.items()}
+
+    def _critics_hidden(self, batch: Batch) -> Tensor:
+        assert self.critic is not None
+        with self.critic.in_use():
+            return _hidden_before(self.critic.body, batch.observations, batch.mask_BT)
+
+    def _critics_values(self, batch: Batch) -> Tensor:
+        with self._autocast():
+            return _scatter(self._values(self._critics_hidden(batch)), batch.mask_BT)
+
+    def _values(self, hidden: Tensor) -> Tensor:
+        hidden = hidden.detach() if self.stop_gradient else hidden
+        with torch.autocast(self.device.type, enabled=False):
+            values: Tensor = self.value_head(hidden.float())
+            return values.squeeze(-1)
+
+
+def _hidden_before(body: nn.Module, observations: dict[str, Tensor], mask_BT: Tensor) -> Tensor:
+    """Last hidden states [N, D] at the position before each masked token: what that token was drawn from."""
+    tokens_BT = observations["tokens"]
+    positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+    # No attention mask: padding stands to the right, where causal attention never looks.
+    hidden_BTD: Tensor = body(
+        input_ids=tokens_BT, position_ids=positions_BT, use_cache=False
+    ).last_hidden_state
+    return hidden_BTD[:, :-1][mask_BT[:, 1:]]
+
+
+def _scatter(values_N: Tensor, mask_BT: Tensor) -> Tensor:
+    """[N] back to [B, T], 0 off the mask."""
+    return torch.zeros(mask_BT.shape, device=values_N.device).masked_scatter(mask_BT, values_N.float())
+
+
+def load_policy(
+    source: str,
+    config: PolicyConfig | None = None,
+    *,
+    device: str = "cpu",
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> CausalLMPolicy:
+    """Load a causal LM from a local folder or hub id (`assets.resolve` turns names into folders) and wrap it.
+
+    Raises InputError for a folder that is missing, half-written, holds pickle weights, or is no causal LM; checks that
+    the head found is the whole path from hidden state to logits.
+    """
+    config = config or PolicyConfig()
+    check_model_folder(source)
+    if config.critic.model is not None:
+        check_model_folder(config.critic.model, key="policy.critic.model")
+    dtype = resolve_dtype(config.dtype, device)
+    lm, tokenizer = load_pretrained(source, dtype=torch.float32 if config.adapter is None else dtype)
+    return wrap_policy(
+        lm.to(device), tokenizer, config=config, dtype=dtype, temperature=temperature, seed=seed
+    )
+
+
+def wrap_policy(
+    lm: Any,
+    tokenizer: Any,
+    *,
+    config: PolicyConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> CausalLMPolicy:
+    """Put adapter and critic on a transformers model that is already in memory."""
+    config, critic = config or PolicyConfig(), None
+    if dtype == torch.bfloat16 and lm.device.type == "cpu":
+        # The fused kernel rounds differently for every row length: old and new log-probs of the same tokens would
+        # differ by several percent. The plain one gives the same bits whatever the padding, as fast.
+        lm.set_attn_implementation("eager")
+    if config.critic.kind == "separate":
+        critic = separate_critic(lm, tokenizer, config.critic, dtype=dtype)
+    if config.adapter is None:
+        adapter = None
+        lm.requires_grad_(True)
+    else:
+        adapter = adapters.add_adapter(lm, config.adapter, seed)
+        lm = adapter.get_base_model()
+        if config.critic.kind == "adapter":
+            critic = adapter_critic(adapter, seed=seed)
+    policy = CausalLMPolicy(
+        lm,
+        tokenizer,
+        adapter=adapter,
+        dtype=dtype,
+        critic=critic,
+        stop_gradient=config.critic.stop_gradient,
+        temperature=temperature,
+    )
+    _check_model(policy)
+    return policy
+
+
+@torch.no_grad()
+def _check_model(policy: CausalLMPolicy) -> None:
+    """What we compute, padded and token by token, must be what the model computes in one pass.
+
+    Some models change logits after the head, some keep a state other than keys and values, some look ahead.
+    """
+    tokens = torch.arange(4, device=policy.device)
+    padded, positions = tokens[[0, 0, 1, 2]], tokens[[0, 0, 1, 2]]
+    attention = torch.tensor([[0, 1, 1, 1, 1]], device=policy.device)
+    cache = policy.new_cache(slots=1, columns=5)
+    name = type(policy.lm).__name__
+    try:
+        with policy._autocast():
+            expected = policy.lm(input_ids=tokens[None], use_cache=False).logits[0, 2:].float()
+        third, _ = policy.step(padded[None], positions[None], attention[:, :4], cache)
+        cache.window.end = 4
+        fourth, _ = policy.step(tokens[None, 3:], tokens[None, 3:], attention, cache)
+    except Exception as error:  # an architecture we have not met can fail in any way
+        raise InputError(
+            f"policy.model: {name} cannot be decoded token by token here: {one_line(error)}"
+        ) from error
+    worst = (torch.cat([third, fourth]) - expected).abs().max() / expected.abs().max()
+    if not worst < (1e-3 if policy.dtype == torch.float32 else 0.1):
+        raise InputError(
+            f"policy.model: {name} computes its logits in a way Surefoot does not know (off by {float(worst):.1%}): it "
+            "changes them after the output layer, keeps more than keys and values, or looks ahead; training it would be wrong"
+        )
+
+
+def resolve_dtype(name: str, device: str) -> torch.dtype:
+    """The arithmetic `policy.dtype` means on this device. `auto` takes bfloat16 only where hardware has it."""
+    if name == "auto":
+        fast = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if device == "cuda"
+            else device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        )
+        return torch.bfloat16 if fast else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -1,0 +1,54 @@
+"""What a policy and its reference think of a batch, before any update: log-probs without gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from surefoot.core.kl import k1
+from surefoot.policies.base import Policy
+from surefoot.rollout.batch import micro_batches
+from surefoot.types import Batch
+
+
+@torch.no_grad()
+def fill_logprobs(
+    policy: Policy, batch: Batch, *, token_budget: int, values: Callable[[Batch], Tensor] | None = None
+) -> None:
+    """Fill `reference_logprobs_BT`, and where sampler and trainer differ by more than rounding (bfloat16), the old
+    log-probs and values too: they must come from the code that will compute the new ones, or the first ratio isn't 1.
+    A batch whose sampler wrote no log-probs at all (`needs_logprobs`) gets them here; one whose sampler had no values gets
+    them from `values`, which must be the code that trains them too.
+    """
+    rescore = batch.needs_logprobs or not policy.exact_logprobs
+    references: list[tuple[Tensor, Tensor]] = []
+    if rescore:
+        batch.behaviour_logprobs_BT = None if batch.needs_logprobs else batch.logprobs_BT
+        batch.logprobs_BT, batch.values_BT = batch.logprobs_BT.clone(), batch.values_BT.clone()
+    for rows in micro_batches(batch, torch.arange(len(batch)), token_budget):
+        part = batch.rows(rows)
+        length = part.mask_BT.shape[1]
+        reference = policy.reference_logprobs(part)
+        if reference is not None:
+            references.append((rows, reference))
+        if rescore:
+            view = policy.evaluate(part)
+            batch.logprobs_BT[rows, :length] = view.logprobs_BT
+            batch.values_BT[rows, :length] = view.values_BT
+        elif values is not None:
+            batch.values_BT[rows, :length] = values(part)
+    batch.needs_logprobs = False
+    if references:
+        batch.reference_logprobs_BT = torch.zeros_like(batch.logprobs_BT)
+        for rows, reference in references:
+            batch.reference_logprobs_BT[rows, : reference.shape[1]] = reference
+
+
+def sequence_kl(batch: Batch) -> Tensor:
+    """KL to the reference of each row, nats: k1 summed over its written tokens, [B]; zeros without a reference."""
+    if batch.reference_logprobs_BT is None:
+        return torch.zeros(len(batch), device=batch.mask_BT.device)
+    per_token = k1(batch.logprobs_BT, batch.reference_logprobs_BT)
+    return torch.where(batch.mask_BT, per_token, torch.zeros_like(per_token)).sum(1)

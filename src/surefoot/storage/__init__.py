@@ -1,0 +1,1 @@
+"""Run folders, durable writes, and safetensors files."""

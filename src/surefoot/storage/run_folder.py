@@ -1,0 +1,186 @@
+"""The run folder: everything a run leaves on disk.
+
+config.yaml        the whole resolved configuration
+environment.json   versions and hardware the run was started with
+metrics.jsonl      one object an update, names as in docs/metrics.md
+samples.jsonl      prompts, answers, reward parts and KL
+tensorboard/       the same metrics for TensorBoard
+checkpoints/       see train/checkpoint.py
+model/             the trained model, written when the run ends
+calibration.json   of a reward model: its predictions beside what people said, with a plot where matplotlib is
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import re
+import weakref
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from surefoot.config import Config, absolute_paths, dump_config, load_config
+from surefoot.errors import InputError
+from surefoot.storage.files import sync, write_durably
+
+LOGS = ("metrics.jsonl", "samples.jsonl")
+
+
+class RunFolder:
+    """One run's folder, held by one process at a time."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._unlock: weakref.finalize[[int], RunFolder] | None = None
+
+    @staticmethod
+    def free_name(config: Config, prefix: str) -> str:
+        """`prefix-1`, `prefix-2`, … the one after the last that is taken."""
+        folder = Path(config.run.folder)
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        taken = [
+            int(match[1]) for name in names if (match := re.fullmatch(rf"{re.escape(prefix)}-(\d+)", name))
+        ]
+        return f"{prefix}-{max(taken, default=0) + 1}"
+
+    @staticmethod
+    def check_free(config: Config) -> None:
+        """Raise InputError if the run's folder cannot be made: better before a model is loaded than after."""
+        if config.run.name is not None and os.path.lexists(path := Path(config.run.folder) / config.run.name):
+            mend = f"; continue it with 'surefoot resume {path}'"
+            if not (path / "config.yaml").is_file():
+                mend = ", but has no config.yaml and is no whole run; remove it"
+            raise InputError(f"the run folder {path} exists{mend} or choose another run.name")
+        place = Path(config.run.folder).absolute()
+        while not os.path.lexists(place):
+            place = place.parent
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            raise InputError(
+                f"run.folder {config.run.folder}: no folder can be made in {place}; choose another"
+            )
+
+    @classmethod
+    def create(cls, config: Config) -> RunFolder:
+        """Make a new folder and write config and environment. Raises InputError if the name is taken."""
+        cls.check_free(config)
+        run = cls(_make_folder(config))
+        run.hold()
+        try:
+            write_durably(run.path / "config.yaml", dump_config(absolute_paths(config)).encode())
+            write_durably(run.path / "environment.json", json.dumps(_environment(), indent=1).encode())
+        except OSError as error:
+            raise InputError(f"the run folder {run.path} cannot be written: {error.strerror}") from error
+        return run
+
+    @classmethod
+    def open(cls, path: Path | str) -> RunFolder:
+        """An existing run. Raises InputError if it is none."""
+        path = Path(path)
+        if not (path / "config.yaml").is_file():
+            raise InputError(f"{path} is not a run folder: it has no config.yaml")
+        return cls(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    def config(self) -> Config:
+        """The configuration the run was started with."""
+        return load_config(self.path / "config.yaml")
+
+    @property
+    def is_held(self) -> bool:
+        """Whether `hold` was called since the last `release`."""
+        return self._unlock is not None
+
+    def hold(self) -> None:
+        """Take the folder until `release` or the end of this object. Raises InputError if somebody else has it."""
+        if self.is_held:
+            return
+        try:
+            lock = os.open(self.path / ".lock", os.O_WRONLY | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            raise InputError(f"{self.path} is in use by another run; wait for it or stop it first") from None
+        self._unlock = weakref.finalize(self, os.close, lock)
+
+    def release(self) -> None:
+        """Let others take the folder."""
+        if self._unlock is not None:
+            self._unlock()
+            self._unlock = None
+
+    def append(self, log: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add one JSON line per row to a log. Raises InputError if the disk does not take them."""
+        lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        try:
+            # A lone surrogate has no UTF-8; written as `\\udXXX` it is JSON's own escape and reads back the same.
+            with (self.path / log).open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(lines)
+        except OSError as error:
+            raise InputError(
+                f"{self.path / log} could not be written: {error.strerror}; the last checkpoint stands"
+            ) from error
+
+    def log_sizes(self) -> dict[str, int]:
+        """Bytes in each log, durable from here on: a checkpoint keeps them, and resuming cuts what came after it."""
+        sizes = dict.fromkeys(LOGS, 0)
+        for log in LOGS:
+            if (self.path / log).exists():
+                sync(self.path / log)
+                sizes[log] = (self.path / log).stat().st_size
+        return sizes
+
+    def cut_logs(self, sizes: Mapping[str, int]) -> None:
+        """Forget log lines written after a checkpoint."""
+        for log in LOGS:
+            path = self.path / log
+            if path.exists() and path.stat().st_size > sizes.get(log, 0):
+                os.truncate(path, sizes.get(log, 0))
+
+    def read(self, log: str) -> list[dict[str, Any]]:
+        """All rows of a log; a last line cut short by a kill, perhaps within a character, is left out."""
+        path = self.path / log
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+
+
+def _make_folder(config: Config) -> Path:
+    """The run's own new folder. Of several runs that want the next free number at once, each gets one."""
+    for tries_left in reversed(range(1 if config.run.name else 100)):
+        path = Path(config.run.folder) / (
+            config.run.name or RunFolder.free_name(config, (config.supervised or "ppo").replace("_", "-"))
+        )
+        try:
+            path.mkdir(parents=True)
+            return path
+        except OSError as error:
+            if not (isinstance(error, FileExistsError) and tries_left):
+                raise InputError(f"the run folder {path} cannot be made: {error.strerror}") from None
+    raise AssertionError("the last try returns or raises")
+
+
+def _environment() -> dict[str, Any]:
+    packages = ("surefoot", "torch", "transformers", "peft", "safetensors", "numpy")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processors": os.cpu_count(),
+        "packages": versions,
+    }

@@ -1,0 +1,175 @@
+"""What a run shows while it goes: a live table with a progress bar in a terminal, one line an update elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from surefoot.train import loop
+
+# Metric -> how the table shows it.
+SHOWN = {
+    "reward/mean": ("reward", "{:+.3f}"),
+    "ptx/loss": ("demonstrations", "{:.3f} nats/token"),
+    "sft/nll": ("NLL", "{:.3f} nats/token"),
+    "sft/epoch": ("epoch", "{:.2f}"),
+    "reward_model/loss": ("loss", "{:.3f}"),
+    "reward_model/epoch": ("epoch", "{:.2f}"),
+    "rollout/ep_rew_mean": ("return", "{:.2f}"),
+    "rollout/ep_len_mean": ("episode length", "{:.1f} steps"),
+    "kl/reference": ("KL to reference", "{:.2f} nats"),
+    "policy/entropy": ("entropy", "{:.2f} nats"),
+    "ppo/clip_fraction": ("clipped", "{:.1%}"),
+    "critic/explained_variance": ("critic explains", "{:.0%}"),
+    "length/mean": ("length", "{:.1f} tokens"),
+    "throughput/tokens_per_s": ("speed", "{:.0f} tokens/s"),
+    "throughput/steps_per_s": ("speed", "{:.0f} steps/s"),
+}
+
+# The same where each update is one line.
+IN_A_LINE = {
+    "reward/mean": "reward {:+.3f}",
+    "ptx/loss": "demonstrations {:.3f}",
+    "sft/nll": "NLL {:.3f}",
+    "sft/epoch": "epoch {:.2f}",
+    "reward_model/loss": "loss {:.3f}",
+    "reward_model/epoch": "epoch {:.2f}",
+    "rollout/ep_rew_mean": "return {:.2f}",
+    "rollout/ep_len_mean": "length {:.1f}",
+    "kl/reference": "KL {:.2f}",
+    "policy/entropy": "entropy {:.2f}",
+    "ppo/clip_fraction": "clipped {:.1%}",
+    "throughput/tokens_per_s": "{:.0f} tokens/s",
+    "throughput/steps_per_s": "{:.0f} steps/s",
+}
+# Metric of an evaluation -> the same.
+EVALUATED = {
+    "eval/reward": "reward {:+.3f}",
+    "eval/reward_std": "± {:.3f}",
+    "eval/nll": "NLL {:.3f} nats/token",
+    "eval/perplexity": "perplexity {:.2f}",
+    "eval/ptx_perplexity": "demonstrations' perplexity {:.2f}",
+    "eval/accuracy": "accuracy {:.3f}",
+    "eval/pearson": "Pearson {:.3f}",
+    "eval/spearman": "Spearman {:.3f}",
+    "eval/metric": "metric {:+.3f}",
+    "eval/kl": "KL {:.2f} nats",
+    "eval/distinct_2": "distinct-2 {:.2f}",
+    "eval/length": "length {:.1f}",
+}
+LINE_SECONDS = 1.0  # an update of control takes milliseconds; nobody reads a line for each
+
+
+class Display:
+    """An observer of the loop. Use as a context manager around it."""
+
+    def __init__(self, total_updates: int, *, console: Console | None = None):
+        self.console = console or Console()
+        self.total_updates = total_updates
+        self._metrics: dict[str, float] = {}
+        self._evaluation = ""
+        self._said_at = 0.0
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[eta]}")
+        )
+        self._task = self._bar.add_task("starting", total=total_updates, eta="")
+        self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4)
+        self._started: tuple[int, float] | None = None  # updates and time when this session began
+
+    def __enter__(self) -> Display:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live.is_started:
+            self._live.stop()
+
+    def phase(self, name: str) -> None:
+        """Show what the run is at."""
+        self._bar.update(self._task, description=name)
+
+    def log(self, metrics: dict[str, float], progress: loop.Progress) -> None:
+        """Show an update's or an evaluation's metrics."""
+        if "eval/metric" in metrics:
+            self._evaluation = _evaluation_line(metrics, progress.updates)
+            self._say(self._evaluation)
+            return
+        self._metrics = metrics
+        is_last, now = progress.updates == self.total_updates, time.monotonic()
+        if now - self._said_at < LINE_SECONDS and not is_last:
+            return
+        self._said_at = now
+        eta = self._eta(progress.updates)
+        self._bar.update(
+            self._task, completed=progress.updates, eta=f"{progress.updates}/{self.total_updates} · ETA {eta}"
+        )
+        shown = "  ".join(form.format(metrics[name]) for name, form in IN_A_LINE.items() if name in metrics)
+        self._say(
+            f"update {progress.updates}/{self.total_updates}  {shown}  {_time_shares(metrics)}  ETA {eta}"
+        )
+        if skipped := _skipped(metrics):
+            self._say(f"  {skipped:.0f} optimiser steps skipped so far (non-finite loss or gradient)")
+
+    def _say(self, line: str) -> None:
+        if self._live.is_started:
+            return
+        try:
+            self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+        except (
+            OSError,
+            SystemExit,
+        ):  # rich exits when a pipe is closed; a run must not end because nobody looks
+            self.console.quiet = True
+
+    def _eta(self, updates: int) -> str:
+        now = time.monotonic()
+        if self._started is None:
+            self._started = (updates - 1, now - _seconds(self._metrics))
+        first, since = self._started
+        seconds = (now - since) / max(updates - first, 1) * (self.total_updates - updates)
+        return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+    def _render(self) -> Group:
+        table = Table.grid(padding=(0, 2))
+        for name, (label, form) in SHOWN.items():
+            if name in self._metrics:
+                table.add_row(f"  {label}", form.format(self._metrics[name]))
+        if self._metrics:
+            table.add_row("  time", _time_shares(self._metrics))
+            table.add_row("  skipped steps", f"{_skipped(self._metrics):.0f}")
+        lines = [self._evaluation] if self._evaluation else []
+        return Group(*lines, table, self._bar)
+
+
+def _skipped(metrics: dict[str, float]) -> float:
+    return next(
+        (
+            metrics[name]
+            for kind in ("ppo", "sft", "reward_model")
+            if (name := f"{kind}/skipped_steps") in metrics
+        ),
+        0.0,
+    )
+
+
+def _seconds(metrics: dict[str, float]) -> float:
+    return sum(metrics.get(f"time/{part}_s", 0.0) for part in ("rollout", "score", "update"))
+
+
+def _time_shares(metrics: dict[str, float]) -> str:
+    whole = _seconds(metrics) or 1.0
+    return " · ".join(
+        f"{part} {metrics.get(f'time/{part}_s', 0.0) / whole:.0%}" for part in ("rollout", "score", "update")
+    )
+
+
+def _evaluation_line(metrics: dict[str, float], updates: int) -> str:
+    shown = "  ".join(form.format(metrics[name]) for name, form in EVALUATED.items() if name in metrics)
+    return f"held-out after {updates} updates: {shown}"

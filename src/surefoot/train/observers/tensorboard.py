@@ -1,0 +1,64 @@
+"""The metrics of a run as TensorBoard's event files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surefoot.errors import InputError
+
+if TYPE_CHECKING:
+    from surefoot.train import loop
+
+
+class TensorBoard:
+    """An observer that writes the same metrics for TensorBoard.
+
+    Written here and now, not by torch's SummaryWriter: its thread would find out later that the disk is full, and say so
+    in a traceback. Raises InputError then.
+    """
+
+    def __init__(self, folder: Path, *, purge_from: int | None = None):
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._folder, self._event, self._summary = folder, Event, Summary
+        with self._one_line():
+            folder.mkdir(exist_ok=True)
+            self._file = (folder / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}").open(
+                "xb", buffering=0
+            )
+        self._records = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+        if purge_from is not None:  # resuming hides what an abandoned continuation had written
+            self._write(step=purge_from, session_log=SessionLog(status=SessionLog.START))
+
+    def phase(self, name: str) -> None:
+        """Phases are not written."""
+
+    def log(self, metrics: dict[str, float], progress: loop.Progress) -> None:
+        """Write one point per metric."""
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._write(step=progress.updates, summary=self._summary(value=values))
+
+    def close(self) -> None:
+        """End the event file."""
+        self._file.close()
+
+    def _write(self, **contents: Any) -> None:
+        with self._one_line():
+            self._records.write(self._event(wall_time=time.time(), **contents).SerializeToString())
+
+    @contextlib.contextmanager
+    def _one_line(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"{self._folder} could not be written: {error.strerror}; the last checkpoint stands"
+            ) from error

@@ -1,0 +1,110 @@
+"""Two ways to log-probs and entropies of written tokens: the frozen head's hand-written gradient, and autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from surefoot.policies.lm import token_logprobs as heads
+
+N, D, V = 8 * heads.CHUNK + 90, 24, 61  # more than one chunk of either path, and a ragged last one
+
+
+def hidden_and_actions() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(N, D, generator=generator, requires_grad=True), torch.randint(0, V, (N,), generator=generator)
+
+
+def linear(*, trained: bool, bias: bool = False) -> nn.Linear:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return nn.Linear(D, V, bias=bias).requires_grad_(trained)
+
+
+def by_hand(hidden: Tensor, actions: Tensor, head: nn.Linear, *, temperature: float, cap: float | None = None):
+    z = head(hidden)
+    z = z if cap is None else cap * torch.tanh(z / cap)
+    distribution = torch.distributions.Categorical(logits=z / temperature)
+    return distribution.log_prob(actions), distribution.entropy()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 2.5])
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen head", "trained head"])
+def test_both_paths_and_the_definition_agree_in_value_and_gradient(trained, temperature):
+    hidden, actions = hidden_and_actions()
+    head = linear(trained=trained)
+    weights = torch.randn(N, generator=torch.Generator().manual_seed(2))
+    logprobs, entropies = heads.action_logprobs(hidden, actions, head=head, cap=None, temperature=temperature)
+    (gradient,) = torch.autograd.grad((weights * logprobs).sum(), hidden)
+    expected_logprobs, expected_entropies = by_hand(hidden, actions, head, temperature=temperature)
+    (expected_gradient,) = torch.autograd.grad((weights * expected_logprobs).sum(), hidden)
+    assert torch.allclose(logprobs, expected_logprobs, atol=1e-5)
+    assert torch.allclose(entropies, expected_entropies, atol=1e-5)
+    assert torch.allclose(gradient, expected_gradient, atol=1e-5)
+
+
+def test_a_trained_head_gets_its_gradient():
+    hidden, actions = hidden_and_actions()
+    head = linear(trained=True, bias=True)
+    logprobs, _ = heads.action_logprobs(hidden, actions, head=head, cap=None, temperature=0.7)
+    ours = torch.autograd.grad(logprobs.sum(), [head.weight, head.bias])
+    expected, _ = by_hand(hidden, actions, head, temperature=0.7)
+    for one, other in zip(ours, torch.autograd.grad(expected.sum(), [head.weight, head.bias]), strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_entropies_carry_a_gradient_only_when_asked_for(trained):
+    hidden, actions = hidden_and_actions()
+    head = linear(trained=trained)
+    quiet = heads.action_logprobs(hidden, actions, head=head, cap=None, temperature=0.6)[1]
+    assert not quiet.requires_grad
+    loud = heads.action_logprobs(hidden, actions, head=head, cap=None, temperature=0.6, entropy_gradient=True)[1]
+    (gradient,) = torch.autograd.grad(loud.sum(), hidden)
+    (expected,) = torch.autograd.grad(by_hand(hidden, actions, head, temperature=0.6)[1].sum(), hidden)
+    assert torch.allclose(gradient, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("bias", "cap"), [(True, None), (False, 2.0), (True, 2.0)])
+def test_a_frozen_head_with_bias_or_soft_cap_is_not_taken_for_a_plain_one(bias, cap):
+    hidden, actions = hidden_and_actions()
+    head = linear(trained=False, bias=bias)
+    logprobs, entropies = heads.action_logprobs(hidden, actions, head=head, cap=cap, temperature=0.6)
+    (gradient,) = torch.autograd.grad(logprobs.sum(), hidden)
+    expected, expected_entropies = by_hand(hidden, actions, head, temperature=0.6, cap=cap)
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), hidden)
+    assert torch.allclose(logprobs, expected, atol=1e-5)
+    assert torch.allclose(entropies, expected_entropies, atol=1e-5)
+    assert torch.allclose(gradient, expected_gradient, atol=1e-5)
+
+
+def test_a_subclass_of_linear_keeps_its_own_forward():
+    # Adapters and quantised layers are subclasses whose output is not hidden @ weight.T alone.
+    class Doubled(nn.Linear):
+        def forward(self, hidden: Tensor) -> Tensor:
+            return 2 * super().forward(hidden)
+
+    hidden, actions = hidden_and_actions()
+    plain = linear(trained=False)
+    doubled = Doubled(D, V, bias=False).requires_grad_(False)
+    doubled.weight.copy_(plain.weight)
+    logprobs, _ = heads.action_logprobs(hidden, actions, head=doubled, cap=None, temperature=1.0)
+    assert torch.allclose(logprobs, by_hand(hidden, actions, plain, temperature=0.5)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_no_written_token_is_no_error(trained):
+    empty = torch.zeros(0, D), torch.zeros(0, dtype=torch.long)
+    logprobs, entropies = heads.action_logprobs(*empty, head=linear(trained=trained), cap=None, temperature=1.0)
+    assert logprobs.shape == entropies.shape == (0,)
+
+
+def test_logits_far_apart_stay_finite():
+    head = linear(trained=False)
+    hidden, actions = hidden_and_actions()
+    hidden = (1e4 * hidden.detach()).requires_grad_()
+    logprobs, entropies = heads.action_logprobs(hidden, actions, head=head, cap=None, temperature=0.1)
+    (gradient,) = torch.autograd.grad(logprobs.sum(), hidden)
+    assert all(torch.isfinite(x).all() for x in (logprobs, entropies, gradient))
+    assert (entropies > -1e-2).all()
