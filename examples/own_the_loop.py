@@ -15,13 +15,7 @@ import torch
 from surefoot import TextTask, advantages, assets, collect, load_policy, update
 from surefoot.config import GenerationConfig, PPOConfig
 
-PROMPTS = [
-    "The weather today is",
-    "My neighbour has",
-    "In the old town",
-    "We talked about",
-    "The film begins when",
-]
+PROMPTS = ["The weather today is", "My neighbour has", "In the old town", "We talked about", "The film begins when"]
 
 
 def short_words(prompts: list[str], completions: list[str]) -> list[float]:
@@ -31,9 +25,7 @@ def short_words(prompts: list[str], completions: list[str]) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct", help="default: %(default)s")
     parser.add_argument("--updates", type=int, default=12, help="default: %(default)s")
     parser.add_argument("--episodes", type=int, default=32, help="answers per update; default: %(default)s")
@@ -48,26 +40,14 @@ def main() -> None:
 
     for number in range(arguments.updates):
         first = number * arguments.episodes  # an episode's number decides its prompt and its randomness
-        batch = collect(
-            policy,
-            task,
-            episodes=arguments.episodes,
-            first_episode=first,
-            generation=GenerationConfig(),
-            ppo=ppo,
-        )
+        batch = collect(policy, task, episodes=arguments.episodes, first_episode=first, generation=GenerationConfig(), ppo=ppo)
         batch = advantages(batch, ppo)
         learning_rate = 1e-3 * (1 - number / arguments.updates)
-        result = update(
-            policy, batch, optimizer=optimizer, config=ppo, learning_rate=learning_rate, generator=shuffle
-        )
+        result = update(policy, batch, optimizer=optimizer, config=ppo, learning_rate=learning_rate, generator=shuffle)
 
         reward = sum(t.score for t in batch.trajectories) / len(batch)
         kl = sum(t.kl for t in batch.trajectories) / len(batch)
-        print(
-            f"update {number + 1}  reward {reward:.3f}  kl {kl:.2f}  grad norm {result.grad_norm:.2f}",
-            flush=True,
-        )
+        print(f"update {number + 1}  reward {reward:.3f}  kl {kl:.2f}  grad norm {result.grad_norm:.2f}", flush=True)
     print(f"{batch.trajectories[0].prompt}{batch.trajectories[0].text}")
 
 

@@ -151,8 +151,8 @@ def test_the_version_is_told():
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_command_that_cannot_be_is_one_line_and_exit_code_2(project, monkeypatch, arguments, said):
-    for module in ("build", "build_text"):
-        monkeypatch.setattr(f"surefoot.{module}.load_policy", None)  # nothing of this may come as far as a model
+    for module in ("training", "language"):
+        monkeypatch.setattr(f"surefoot.build.{module}.load_policy", None)  # nothing of this may come as far as a model
     (project / "empty.yaml").touch()
     before = sorted(project.rglob("*"))
     assert run_cli(*arguments).complaint.startswith(said)
@@ -220,8 +220,8 @@ def test_a_run_name_taken_by_anything_at_all_is_refused(project, taken):
 
 @pytest.mark.parametrize("folder", ["config.yaml", "config.yaml/deeper/still"])
 def test_a_run_folder_that_cannot_be_made_is_refused_before_the_model_is_loaded(project, monkeypatch, folder):
-    for module in ("build", "build_text"):
-        monkeypatch.setattr(f"surefoot.{module}.load_policy", None)
+    for module in ("training", "language"):
+        monkeypatch.setattr(f"surefoot.build.{module}.load_policy", None)
     assert f"run.folder {folder}: no folder can be made in" in run_cli("ppo", "config.yaml", "--run.folder", folder).complaint
 
 

@@ -42,16 +42,12 @@ class Settings:
     """Every number of the algorithm, named as in the package."""
 
     seed: int = setting(0, "all randomness follows from it")
-    total_episodes: int = setting(
-        768, "answers in the whole run, rounded up to whole updates; with --model 32"
-    )
+    total_episodes: int = setting(768, "answers in the whole run, rounded up to whole updates; with --model 32")
     episodes_per_update: int = setting(16, "answers written for one update")
     batch_size: int = setting(8, "answers in a minibatch, which is one optimiser step")
     n_epochs: int = setting(2, "passes over the answers of an update")
     max_new_tokens: int = setting(8, "longest answer")
-    temperature: float = setting(
-        1.0, "divides the logits, of policy and reference, when writing and when scoring"
-    )
+    temperature: float = setting(1.0, "divides the logits, of policy and reference, when writing and when scoring")
     learning_rate: float = setting(3e-3, "Adam's step size; with --model 1e-5")
     lr_schedule: str = setting("constant", "constant, or linear: falling to 0 over the run")
     adam_epsilon: float = setting(1e-5, "Adam's epsilon")
@@ -66,12 +62,8 @@ class Settings:
     kl_coef: float = setting(0.05, "beta: the price, per nat, of being likelier than under the reference")
     kl_target: float | None = setting(None, "adapt beta so that an answer's KL stays near this many nats")
     kl_horizon: float = setting(10_000.0, "episodes in which beta moves by a fifth at most")
-    target_kl: float | None = setting(
-        None, "end an update once a minibatch is this far from the old policy, nats per token"
-    )
-    missing_eos_penalty: float | None = setting(
-        None, "subtracted from the score of an answer cut off by its length"
-    )
+    target_kl: float | None = setting(None, "end an update once a minibatch is this far from the old policy, nats per token")
+    missing_eos_penalty: float | None = setting(None, "subtracted from the score of an answer cut off by its length")
     whiten_rewards: bool = setting(False, "scale the tokens' rewards to variance 1, keeping their mean")
 
 
@@ -82,9 +74,7 @@ class Episode:
     prompt: str
     tokens: list[int]  # prompt and answer
     start: int  # where the answer begins
-    logprobs: list[float] = field(
-        default_factory=list
-    )  # of the written tokens, under the policy that wrote them
+    logprobs: list[float] = field(default_factory=list)  # of the written tokens, under the policy that wrote them
     values: list[float] = field(default_factory=list)  # the critic's, before each token was written
     ended: bool = False  # by an end token, not by the length limit
     text: str = ""
@@ -119,9 +109,7 @@ class Policy(torch.nn.Module):
         super().__init__()
         self.lm, self.temperature = lm, temperature
         self.critic = torch.nn.Linear(lm.get_output_embeddings().weight.shape[1], 1)
-        torch.nn.init.zeros_(
-            self.critic.weight
-        )  # zero at first, or a random critic's noise would be taken for advantages
+        torch.nn.init.zeros_(self.critic.weight)  # zero at first, or a random critic's noise would be taken for advantages
         torch.nn.init.zeros_(self.critic.bias)
 
     def forward(self, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -209,15 +197,11 @@ def estimate_advantages(e: Episode, s: Settings) -> None:
     n = len(e.rewards)
     values = [*e.values, 0.0]
     deltas = [e.rewards[t] + s.gamma * values[t + 1] - values[t] for t in range(n)]
-    e.advantages = [
-        sum((s.gamma * s.gae_lambda) ** k * deltas[t + k] for k in range(n - t)) for t in range(n)
-    ]
+    e.advantages = [sum((s.gamma * s.gae_lambda) ** k * deltas[t + k] for k in range(n - t)) for t in range(n)]
     e.returns = [advantage + value for advantage, value in zip(e.advantages, e.values, strict=True)]
 
 
-def improve(
-    policy: Policy, optimizer: torch.optim.Adam, episodes: list[Episode], update: int, s: Settings
-) -> dict[str, float]:
+def improve(policy: Policy, optimizer: torch.optim.Adam, episodes: list[Episode], update: int, s: Settings) -> dict[str, float]:
     """Step 5: one gradient step a minibatch, for some epochs. Returns means over the tokens of all minibatches."""
     sums = dict.fromkeys(("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction"), 0.0)
     tokens_seen, norms = 0, []
@@ -226,11 +210,7 @@ def improve(
     for rows in [rows for order in epochs for rows in order.split(s.batch_size)]:
         minibatch = [episodes[int(row)] for row in rows]
         n_tokens = sum(len(e.rewards) for e in minibatch)
-        shift, scale = (
-            mean_and_scale([a for e in minibatch for a in e.advantages])
-            if s.normalize_advantage
-            else (0.0, 1.0)
-        )
+        shift, scale = mean_and_scale([a for e in minibatch for a in e.advantages]) if s.normalize_advantage else (0.0, 1.0)
         optimizer.zero_grad()
         distance = 0.0
         for e in minibatch:
@@ -245,14 +225,10 @@ def improve(
             break
         norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), s.max_grad_norm)))
         optimizer.step()
-    return {name: total / tokens_seen for name, total in sums.items()} | {
-        "grad_norm": sum(norms) / max(len(norms), 1)
-    }
+    return {name: total / tokens_seen for name, total in sums.items()} | {"grad_norm": sum(norms) / max(len(norms), 1)}
 
 
-def losses(
-    policy: Policy, e: Episode, shift: float, scale: float, s: Settings
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def losses(policy: Policy, e: Episode, shift: float, scale: float, s: Settings) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """PPO's loss for each token of one answer [N], and what it is made of."""
     logprobs, values, of_all_tokens = policy.review(e)
     old_logprobs, old_values, returns = (torch.tensor(x) for x in (e.logprobs, e.values, e.returns))
@@ -292,18 +268,10 @@ def adapted(kl_coef: float, kl: float, s: Settings) -> float:
 
 
 def train(
-    lm: Any,
-    tokenizer: Any,
-    prompts: list[str],
-    reward: Callable[..., list[float]],
-    s: Settings,
-    *,
-    report: Callable[..., None],
+    lm: Any, tokenizer: Any, prompts: list[str], reward: Callable[..., list[float]], s: Settings, *, report: Callable[..., None]
 ) -> Policy:
     """All of it together. Trains `lm` in place; `report` gets the numbers of every update."""
-    policy = Policy(
-        lm.eval(), s.temperature
-    )  # eval: with dropout, the policy trained would not be the one that wrote
+    policy = Policy(lm.eval(), s.temperature)  # eval: with dropout, the policy trained would not be the one that wrote
     reference = copy.deepcopy(policy)
     optimizer = torch.optim.Adam(policy.parameters(), eps=s.adam_epsilon)
     kl_coef = s.kl_coef
@@ -315,14 +283,9 @@ def train(
         pay(episodes, reference, kl_coef, s)
         for episode in episodes:
             estimate_advantages(episode, s)
-        optimizer.param_groups[0]["lr"] = s.learning_rate * (
-            1 - update / updates if s.lr_schedule == "linear" else 1
-        )
+        optimizer.param_groups[0]["lr"] = s.learning_rate * (1 - update / updates if s.lr_schedule == "linear" else 1)
         measured = improve(policy, optimizer, episodes, update, s)
-        score, kl = (
-            sum(numbers) / len(episodes)
-            for numbers in ([e.score for e in episodes], [e.kl for e in episodes])
-        )
+        score, kl = (sum(numbers) / len(episodes) for numbers in ([e.score for e in episodes], [e.kl for e in episodes]))
         report({"update": update + 1, "reward": score, "kl": kl, "kl_coef": kl_coef, **measured})
         kl_coef = adapted(kl_coef, kl, s)
     return policy
@@ -352,19 +315,13 @@ def tiny_model() -> Any:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=28, eos_token_id=27, bos_token_id=None, max_position_embeddings=64, **sizes
-        )
+        transformers.LlamaConfig(vocab_size=28, eos_token_id=27, bos_token_id=None, max_position_embeddings=64, **sizes)
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model", help="a causal language model's folder or hub id; without it, a tiny random one"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a causal language model's folder or hub id; without it, a tiny random one")
     for f in fields(Settings):
         flag = "--episodes" if f.name == "total_episodes" else "--" + f.name.replace("_", "-")
         kind = {"int": int, "str": str, "bool": lambda text: text.lower() == "true"}.get(str(f.type), float)
@@ -378,11 +335,7 @@ def main() -> None:
     else:
         lm = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-        given = {
-            "total_episodes": 32,
-            "learning_rate": 1e-5,
-            **given,
-        }  # large steps soon spoil a trained model
+        given = {"total_episodes": 32, "learning_rate": 1e-5, **given}  # large steps soon spoil a trained model
     settings = Settings(**given)
     policy = train(lm, tokenizer, PROMPTS, share_of_vowels, settings, report=show)
     for number, prompt in enumerate(PROMPTS):
