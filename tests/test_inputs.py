@@ -34,7 +34,7 @@ def project(tmp_path, monkeypatch) -> Path:
 def no_model(monkeypatch) -> None:
     """What is checked without a model must be refused before one is loaded."""
     for module in ("build", "build_text"):
-        monkeypatch.setattr(f"surefoot.{module}.load_policy", None)
+        monkeypatch.setattr(f"surefoot.build.{module}.load_policy", None)
 
 
 class Bomb:

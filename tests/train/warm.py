@@ -130,7 +130,7 @@ def cold(folder: Path, *arguments: object, strikes: Sequence[Strike] = ()) -> En
 
 def _play(job: dict[str, Any]) -> NoReturn:
     """Be `surefoot` for one job."""
-    from surefoot import cli
+    from surefoot.cli import main as cli
 
     os.chdir(job["folder"])
     for descriptor, name in ((1, "stdout.txt"), (2, "stderr.txt")):
