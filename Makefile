@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check format bench docs recipe
+.PHONY: help setup demo test test-all messages check format bench docs recipe
 
 help:  ## List the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ test: $(READY)  ## The tests that CI runs
 
 test-all: $(READY)  ## All tests, the slow ones too (kill and resume, learning on the real model)
 	$(BIN)/python -m pytest
+
+messages: $(READY)  ## Write tests/messages.txt, the wording of every refusal, from a run of all tests
+	SUREFOOT_MESSAGES=renew $(BIN)/python -m pytest -q
 
 check: $(READY)  ## Format, lint, types, architecture
 	$(BIN)/ruff format --check .

@@ -22,6 +22,7 @@ import yaml
 
 from surefoot import InputError
 from surefoot.cli import main as cli
+from tests import golden
 from tests.tiny import tiny_lm, tiny_tokenizer
 
 PROMPTS = [
@@ -75,13 +76,18 @@ class Outcome:
         assert self.code == 2 and len(lines) == 1 and lines[0].startswith("surefoot: "), self
         return lines[0].removeprefix("surefoot: ")
 
+    def refused(self, *names: str) -> str:
+        """The complaint, in the golden wording and with `names` in it."""
+        return golden.check(self.complaint, *names)
 
-def refusal(call: Callable[[], object]) -> str:
-    """The one line of the InputError that `call` raises."""
+
+def refusal(call: Callable[[], object], *names: str) -> str:
+    """The one line of the InputError that `call` raises, in the golden wording if `names` are given, which are in it."""
     with pytest.raises(InputError) as caught:
         call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    message = str(caught.value)
+    assert "\n" not in message
+    return golden.check(message, *names) if names else message
 
 
 def run_cli(*arguments: object) -> Outcome:
