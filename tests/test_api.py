@@ -208,7 +208,7 @@ def test_settings_and_config_are_the_same_thing():
     ],
 )
 def test_a_wrong_setting_is_refused_before_the_model_is_loaded(monkeypatch, settings, said):
-    monkeypatch.setattr("surefoot.build.training.load_policy", None)
+    monkeypatch.setattr("surefoot.build.language.load_policy", None)
     assert refusal(lambda: PPO("smollm2-135m-instruct", task(), **settings)).startswith(said)
 
 
@@ -237,7 +237,7 @@ def test_a_device_this_machine_lacks_is_refused_before_the_model_is_fetched(monk
 
 
 def test_a_broken_reward_is_refused_before_the_model_is_loaded(monkeypatch):
-    monkeypatch.setattr("surefoot.build.training.load_policy", None)
+    monkeypatch.setattr("surefoot.build.language.load_policy", None)
     env = TextTask(PROMPTS, lambda prompts, completions, **_: [None] * len(prompts))
     assert "returned None for sample 0" in refusal(lambda: PPO(model_folder(), env))
 

@@ -151,8 +151,7 @@ def test_the_version_is_told():
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_command_that_cannot_be_is_one_line_and_exit_code_2(project, monkeypatch, arguments, said):
-    for module in ("training", "language"):
-        monkeypatch.setattr(f"surefoot.build.{module}.load_policy", None)  # nothing of this may come as far as a model
+    monkeypatch.setattr("surefoot.build.language.load_policy", None)  # nothing of this may come as far as a model
     (project / "empty.yaml").touch()
     before = sorted(project.rglob("*"))
     assert run_cli(*arguments).complaint.startswith(said)
@@ -200,7 +199,7 @@ def test_a_second_run_of_the_same_name_is_refused_before_anything_is_read(projec
     (project / "runs" / "mine").mkdir(parents=True)
     (project / "runs" / "mine" / "config.yaml").touch()
     for heavy in ("load_policy", "TextTask", "load_function"):
-        monkeypatch.setattr(f"surefoot.build.training.{heavy}", None)
+        monkeypatch.setattr(f"surefoot.build.language.{heavy}", None)
     said = run_cli("ppo", "config.yaml", "--run.name", "mine", "--run.folder", "runs").complaint
     assert said.startswith("the run folder runs/mine exists; continue it with 'surefoot resume runs/mine' or choose another")
 
@@ -220,8 +219,7 @@ def test_a_run_name_taken_by_anything_at_all_is_refused(project, taken):
 
 @pytest.mark.parametrize("folder", ["config.yaml", "config.yaml/deeper/still"])
 def test_a_run_folder_that_cannot_be_made_is_refused_before_the_model_is_loaded(project, monkeypatch, folder):
-    for module in ("training", "language"):
-        monkeypatch.setattr(f"surefoot.build.{module}.load_policy", None)
+    monkeypatch.setattr("surefoot.build.language.load_policy", None)
     assert f"run.folder {folder}: no folder can be made in" in run_cli("ppo", "config.yaml", "--run.folder", folder).complaint
 
 

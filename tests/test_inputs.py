@@ -33,8 +33,7 @@ def project(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def no_model(monkeypatch) -> None:
     """What is checked without a model must be refused before one is loaded."""
-    for module in ("training", "language"):
-        monkeypatch.setattr(f"surefoot.build.{module}.load_policy", None)
+    monkeypatch.setattr("surefoot.build.language.load_policy", None)
 
 
 class Bomb:

@@ -13,8 +13,7 @@ import yaml
 
 from surefoot import collect
 from surefoot.api.pipeline import load_pipeline
-from surefoot.build import training as build
-from surefoot.build.language import build_task
+from surefoot.build.language import build_policy, build_task
 from surefoot.config.pipeline import PipelineConfig, PseudoLabelsConfig
 from surefoot.errors import InputError
 from surefoot.rollout.text import encode_prompt
@@ -91,7 +90,7 @@ def test_pseudo_labels_are_the_given_rows_and_then_the_best_answers(whole: Path)
     assert examples[: len(PAIRS)] == PAIRS
     config = load_pipeline(whole / "pipeline.yaml")[3].config
     task = build_task(config)
-    batch = collect(build.build_policy(config), task, episodes=36, seed=5, generation=config.generation, ppo=config.ppo)
+    batch = collect(build_policy(config), task, episodes=36, seed=5, generation=config.generation, ppo=config.ppo)
     written = sorted((t for t in batch.trajectories if isinstance(t, Trajectory)), key=lambda t: -t.score)
     whole_ones = [t for t in written if t.text.strip() and t.completion.stop_reason is not StopReason.LENGTH]
     assert {t.text for t in written} > {t.text for t in whole_ones}  # or there was nothing to leave out

@@ -276,7 +276,7 @@ def make_reward(folder: str) -> Any:
     ],
 )
 def test_bad_input_is_one_line_before_a_model_is_loaded(base, monkeypatch, sections, flags, said):
-    monkeypatch.setattr("surefoot.build.training.load_policy", None)
+    monkeypatch.setattr("surefoot.build.language.load_policy", None)
     write_project(Path(), base, **sections)
     ended: Outcome = run_cli("reward-model", "reward.yaml", *flags)
     assert ended.complaint.startswith(said) and not Path("runs").exists()
@@ -315,7 +315,7 @@ ONE_SIDE = [{**row, "chosen": " positive", "rejected": " negative"} for row in P
     ],
 )
 def test_preferences_that_say_nothing_are_one_line_before_a_model_is_loaded(base, monkeypatch, data, flags, said):
-    monkeypatch.setattr("surefoot.build.training.load_policy", None)
+    monkeypatch.setattr("surefoot.build.language.load_policy", None)
     write_project(Path(), base, data=data)
     assert run_cli("reward-model", "reward.yaml", *flags).complaint.startswith(said) and not Path("runs").exists()
 
@@ -352,7 +352,7 @@ def test_a_reward_model_that_cannot_read_the_prompts_is_refused_in_one_line(save
 
 @pytest.mark.parametrize("advantage", ["grpo", "rloo", "dr_grpo"])
 def test_a_group_of_one_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, advantage):
-    monkeypatch.setattr("surefoot.build.training.load_policy", None)
+    monkeypatch.setattr("surefoot.build.language.load_policy", None)
     project = inputs.write_project(tmp_path)
     said = run_cli("ppo", project, "--ppo.advantage", advantage).complaint
     assert f"{advantage} compares the answers to one prompt; give ppo.samples_per_prompt, now 1, 2 or more" in said

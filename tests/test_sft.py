@@ -251,7 +251,7 @@ def test_data_that_changed_under_a_run_is_refused(tmp_path, base, warm):
     ],
 )
 def test_bad_input_is_one_line_before_a_model_is_loaded(base, monkeypatch, sections, flags, said):
-    monkeypatch.setattr("surefoot.build.training.load_policy", None)
+    monkeypatch.setattr("surefoot.build.language.load_policy", None)
     write_project(Path(), base, **sections)
     ended: Outcome = run_cli("sft", "sft.yaml", *flags)
     assert ended.complaint.startswith(said) and not Path("runs").exists()

@@ -22,7 +22,7 @@ import torch
 import yaml
 
 from surefoot import PPO, __version__
-from surefoot.build.training import build_vector
+from surefoot.build.control import build_vector
 from surefoot.rollout.gym import play
 
 RECIPES = Path(__file__).parents[2] / "recipes"

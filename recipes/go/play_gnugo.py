@@ -17,7 +17,7 @@ import numpy as np
 from gtp import GTPPlayer, action_of, vertex_of  # beside this file
 
 from surefoot import PPO
-from surefoot.build.training import build_vector
+from surefoot.build.control import build_vector
 from surefoot.envs.games import game_factory
 from surefoot.rollout.gym import play
 from surefoot.storage.run_folder import RunFolder

@@ -188,7 +188,6 @@ def test_what_parts_lack_is_said_before_any_model_is_loaded(tmp_path, monkeypatc
     model = RewardModel(model_folder(), PAIRS, run_folder="runs", **FAST | {"epochs": 1}).learn()
     model.save("judge")
     monkeypatch.setattr("surefoot.build.language.load_policy", None)
-    monkeypatch.setattr("surefoot.build.training.load_policy", None)
     project = write_project(tmp_path, reward=TWO)
     for parts, said in (
         (

@@ -385,7 +385,7 @@ def test_a_mixed_loss_without_demonstrations_is_refused_before_a_model_is_loaded
     if content is not None:
         Path("labelled.jsonl").write_text(content)
         flags = ["--ppo.ptx.data", "labelled.jsonl", *flags]
-    monkeypatch.setattr("surefoot.build.training.load_policy", load)
+    monkeypatch.setattr("surefoot.build.language.load_policy", load)
     assert said in run_cli("ppo", "config.yaml", *flags).complaint
     assert not Path("runs").exists()
 

@@ -11,7 +11,6 @@ import torch
 import yaml
 
 from surefoot import PPO
-from surefoot.build import training as build
 from surefoot.cli.main import main
 from surefoot.config import load_config, make_config
 from surefoot.errors import InputError
@@ -53,7 +52,7 @@ def test_a_taken_name_ends_with_2_before_anything_is_loaded(
     run = write_project(tmp_path, base)
     run.mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(build, "load_policy", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("surefoot.build.language.load_policy", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(SystemExit) as ended:
         main(["ppo", "ppo.yaml"])
     said = capsys.readouterr().err

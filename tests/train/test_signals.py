@@ -91,7 +91,7 @@ def test_interrupting_again_and_again_changes_nothing(
 
 def test_control_c_while_loading_is_one_line(tmp_path: Path, base: Path, warm: Warm) -> None:
     run = write_project(tmp_path, base)
-    ended = warm.run(tmp_path, "ppo", "ppo.yaml", strikes=[Strike("surefoot.build.training:load_policy", 1, [INT])])
+    ended = warm.run(tmp_path, "ppo", "ppo.yaml", strikes=[Strike("surefoot.build.language:load_policy", 1, [INT])])
     assert (ended.code, ended.stderr) == (130, "surefoot: stopped\n")
     assert not run.exists()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from surefoot.build import training as build
+from surefoot.build.language import build_demonstrations
 from surefoot.config import Config, make_config
 from surefoot.core.seeds import derived_seed
 from surefoot.data.assets import tell
@@ -53,7 +53,7 @@ def write_new_model(config: Config, data: Any = None, *, say: Callable[[str], No
     assert config.new_model is not None and config.sft is not None
     folder = Path(config.policy.model)
     check_new_folder(folder)
-    contents = [example.contents for example in build.build_demonstrations(config.sft, data, say=say).train]
+    contents = [example.contents for example in build_demonstrations(config.sft, data, say=say).train]
     tokenizer = learn_tokenizer(plain_texts(contents), config.new_model.vocab, chat="messages" in contents[0])
     lm = random_lm(config.new_model, tokenizer, seed=derived_seed(config.seed, "new model", 0))
     try:

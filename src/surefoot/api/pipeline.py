@@ -16,8 +16,16 @@ from typing import Any
 from surefoot.api.ppo import PPO, merge
 from surefoot.api.reward_model import RewardModel
 from surefoot.api.sft import SFT
-from surefoot.build import training as build
-from surefoot.build.language import build_reward, build_task, probe_functions
+from surefoot.build.language import (
+    build_demonstrations,
+    build_policy,
+    build_preferences,
+    build_reward,
+    build_task,
+    probe_functions,
+)
+from surefoot.build.preflight import build_device, model_of_run
+from surefoot.build.training import build_rollout
 from surefoot.config import (
     Config,
     RewardPart,
@@ -158,16 +166,16 @@ def _stage(
 def _check_inputs(stage: Stage, made: Mapping[str, Stage]) -> None:
     """Raise InputError for models, functions and data that are missing, if no stage will have `made` them, or of no use."""
     config, critic = stage.config, stage.config.policy.critic.model
-    build.build_device(config.device)
+    build_device(config.device)
     if config.env is None and config.policy.model not in {*made, *assets.ASSETS}:
         check_model_folder(config.policy.model)
     if critic is not None and critic not in {*made, *assets.ASSETS}:
-        check_model_folder(build.model_of_run(critic), key="policy.critic.model")
+        check_model_folder(model_of_run(critic), key="policy.critic.model")
     for section in (config.sft, config.ppo.ptx):
         if section is not None and section.data not in made:
-            build.build_demonstrations(section)
+            build_demonstrations(section)
     if config.reward_model is not None and config.reward_model.data not in made:
-        build.build_preferences(config)
+        build_preferences(config)
     kinds = _check_task(config, made)
     if stage.pseudo_labels is not None:
         _check_join(stage.pseudo_labels.join, kinds, made)
@@ -216,7 +224,7 @@ def _check_join(join: str | None, kinds: set[str], made: Mapping[str, Stage]) ->
         return
     if not Path(source := assets.resolve(join, key="pseudo_labels.join")).is_file():
         raise InputError(f"pseudo_labels.join: no file {join}")
-    kind = " and ".join(build.build_demonstrations(SFTConfig(data=source, held_out=0.0)).train[0].contents)
+    kind = " and ".join(build_demonstrations(SFTConfig(data=source, held_out=0.0)).train[0].contents)
     if kinds and kind not in kinds:
         raise InputError(
             f"pseudo_labels.join has {kind}, and the answers will be {min(kinds)}; a file holds one kind"
@@ -290,9 +298,9 @@ def _write_pseudo_labels(stage: Stage, labels: PseudoLabelsConfig) -> None:
     config = stage.config
     task = build_task(config)
     probe_functions(task)
-    policy = build.build_policy(config)
+    policy = build_policy(config)
     policy.drop_reference()
-    rollout: Any = build.build_rollout(config, policy, task)
+    rollout: Any = build_rollout(config, policy, task)
     numbers, group = range(labels.episodes), config.ppo.samples_per_prompt
     prompts = [task.training_example(number // group, config.seed) for number in numbers]
     seeds = [derived_seed(config.seed, "sampling", number) for number in numbers]

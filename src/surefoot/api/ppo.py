@@ -1,4 +1,4 @@
-"""`PPO`: the three-line start over the parts that `build.py` puts together."""
+"""`PPO`: the three-line start over the parts that `py` puts together."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from surefoot.api import stable_baselines as sb3
-from surefoot.build import training as build
-from surefoot.build.language import build_task, probe_functions
+from surefoot.build.control import build_control_policy, build_vector
+from surefoot.build.language import build_demonstrations, build_policy, build_task, probe_functions
+from surefoot.build.preflight import SETTINGS, preflight
+from surefoot.build.training import build_training, restore_best
 from surefoot.config import (
     NETWORKS,
     SUPERVISED,
@@ -103,25 +105,25 @@ class PPO:
             )
         self.verbose = verbose
         if run is None and (env is not None or is_control):
-            build.preflight(self.config)
+            preflight(self.config)
         ptx = self.config.ppo.ptx
         self._demonstrations = (
-            build.build_demonstrations(ptx, ptx_data) if ptx is not None and env is not None else None
+            build_demonstrations(ptx, ptx_data) if ptx is not None and env is not None else None
         )
         self.policy: Any
         self.env: Any
         if is_control:
-            self.env = build.build_vector(self.config, env)
+            self.env = build_vector(self.config, env)
             spaces = (self.env.observation_spaces, self.env.action_space)
             self._checks = Checks(*spaces, name=self.env.name, where="predict")
-            self.policy = build.build_control_policy(
+            self.policy = build_control_policy(
                 self.config, self.env, policy if isinstance(policy, nn.Module) else None
             )
         else:
             self.env = env
             if env is not None:
                 probe_functions(env)
-            self.policy = policy if isinstance(policy, CausalLMPolicy) else build.build_policy(self.config)
+            self.policy = policy if isinstance(policy, CausalLMPolicy) else build_policy(self.config)
             self.policy.temperature = self.config.generation.temperature
         self._folder = run
         self._training: loop.Training | None = None
@@ -298,11 +300,11 @@ class PPO:
                 run.release()
                 raise
             return model
-        if not (folder / build.SETTINGS).is_file():
+        if not (folder / SETTINGS).is_file():
             raise InputError(
-                f"{folder} is neither a run folder (config.yaml) nor a model that Surefoot saved ({build.SETTINGS})"
+                f"{folder} is neither a run folder (config.yaml) nor a model that Surefoot saved ({SETTINGS})"
             )
-        config = load_config(folder / build.SETTINGS)
+        config = load_config(folder / SETTINGS)
         name = str(folder) if config.env is None else config.policy.model
         model = cls(given.pop("policy", name), env, config=config, verbose=verbose, **given)
         model.policy.load_extras(folder)
@@ -328,9 +330,9 @@ class PPO:
                 verbose=0,
                 run=run if config.env is not None else None,
             )
-            build.restore_best(model.policy, run)
+            restore_best(model.policy, run)
             return model
-        settings = Path(source) / build.SETTINGS
+        settings = Path(source) / SETTINGS
         if settings.is_file() and load_config(settings).env is not None:
             return cls.load(source, env, verbose=0)
         return cls(str(source), verbose=0)
@@ -339,7 +341,7 @@ class PPO:
         if self._training is None:
             if self.env is None:
                 raise InputError("there is no task to train on; give PPO a TextTask as its second argument")
-            self._training = build.build_training(
+            self._training = build_training(
                 self.config, self.policy, self.env, self._folder, demonstrations=self._demonstrations
             )
             if (
@@ -372,7 +374,7 @@ def save_policy(policy: Any, config: Config, folder: Path) -> None:
             policy.save(place)
             # Without `run` and the supervised sections: what is trained from it is another run.
             settings = dump_config(absolute_paths(config), exclude={"run", *SUPERVISED})
-            (place / build.SETTINGS).write_text(settings, encoding="utf-8")
+            (place / SETTINGS).write_text(settings, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"{folder} could not be written: {getattr(error, 'strerror', None) or error}"

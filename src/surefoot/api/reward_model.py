@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from surefoot.api.ppo import check_count, merge, save_policy
-from surefoot.build import training as build
-from surefoot.build.language import load_reward
+from surefoot.build.language import build_policy, build_preferences, build_reward_policy, load_reward
+from surefoot.build.preflight import SETTINGS, preflight
+from surefoot.build.training import build_training
 from surefoot.config import Config, load_config, make_config, nested
 from surefoot.core.preference import deviation_over_heads
 from surefoot.data.preferences import PreferenceDataset
@@ -71,11 +72,11 @@ class RewardModel:
             self.policy = policy
             return
         if run is None:
-            build.preflight(self.config)
+            preflight(self.config)
         # A file may be named once more for a run that goes on; its own name for it stays.
-        self.data = build.build_preferences(self.config, data)
-        trunk = policy if isinstance(policy, CausalLMPolicy) else build.build_policy(self.config)
-        self.policy = build.build_reward_policy(self.config, trunk)
+        self.data = build_preferences(self.config, data)
+        trunk = policy if isinstance(policy, CausalLMPolicy) else build_policy(self.config)
+        self.policy = build_reward_policy(self.config, trunk)
 
     @property
     def run_folder(self) -> Path | None:
@@ -169,7 +170,7 @@ class RewardModel:
                     f"{folder} is no run folder, and what was saved only scores; go on where it was trained"
                 )
             policy = load_reward(folder)
-            return cls(policy, config=load_config(Path(folder) / build.SETTINGS), verbose=verbose)
+            return cls(policy, config=load_config(Path(folder) / SETTINGS), verbose=verbose)
         run = RunFolder.open(folder)
         config = run.config()
         if config.reward_model is None:
@@ -193,7 +194,7 @@ class RewardModel:
                 raise InputError(
                     "this reward model was saved and only scores; train one with RewardModel(model, data)"
                 )
-            self._training = build.build_training(self.config, self.policy, self.data, self._folder)
+            self._training = build_training(self.config, self.policy, self.data, self._folder)
             self._folder = self._training.folder
         return self._training
 

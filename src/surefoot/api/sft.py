@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, overload
 
 from surefoot.api.ppo import check_count, generate_text, merge, save_policy
-from surefoot.build import training as build
+from surefoot.build.language import build_demonstrations, build_policy
+from surefoot.build.preflight import preflight
+from surefoot.build.training import build_training
 from surefoot.config import Config, make_config, nested
 from surefoot.errors import InputError
 from surefoot.policies.lm.policy import CausalLMPolicy
@@ -59,11 +61,11 @@ class SFT:
         self.config = make_config(settings_of_run, where="SFT(...)")
         self.verbose = verbose
         if run is None:
-            build.preflight(self.config)
+            preflight(self.config)
         # A file may be named once more for a run that goes on; its own name for it stays.
         assert self.config.sft is not None
-        self.data = build.build_demonstrations(self.config.sft, data)
-        self.policy = policy if isinstance(policy, CausalLMPolicy) else build.build_policy(self.config)
+        self.data = build_demonstrations(self.config.sft, data)
+        self.policy = policy if isinstance(policy, CausalLMPolicy) else build_policy(self.config)
         self.policy.temperature = 1.0  # the likelihood is the model's own
         self._folder = run
         self._training: loop.Training | None = None
@@ -149,7 +151,7 @@ class SFT:
 
     def _prepare_training(self) -> loop.Training:
         if self._training is None:
-            self._training = build.build_training(self.config, self.policy, self.data, self._folder)
+            self._training = build_training(self.config, self.policy, self.data, self._folder)
             self._folder = self._training.folder
             rollout = self._training.rollout
             assert isinstance(rollout, DemonstrationRollout)

@@ -249,7 +249,7 @@ def evaluate_policy(
             raise InputError(
                 "evaluate_policy: the model's environment was made in Python; pass one to evaluate in"
             )
-        from surefoot.build.training import build_vector
+        from surefoot.build.control import build_vector
 
         vector = build_vector(model.config, for_evaluation=True)
     elif isinstance(env, str):

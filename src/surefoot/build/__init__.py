@@ -1,1 +1,1 @@
-"""Config -> objects: the only room that knows every class."""
+"""Config -> objects, the only room that knows every class."""

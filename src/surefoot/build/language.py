@@ -1,25 +1,123 @@
-"""Config -> a text task: its prompts, its rewards, the reward models among them."""
+"""Config -> what a language model learns with: the policy, the task and its rewards, examples and preferences."""
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from surefoot.build.training import SETTINGS, build_device, model_of_run
-from surefoot.config import Config, PolicyConfig, RewardPart, load_config
+from surefoot.build.preflight import SETTINGS, build_device, model_of_run
+from surefoot.config import Config, CriticConfig, PolicyConfig, PTXConfig, RewardPart, SFTConfig, load_config
+from surefoot.core.seeds import derived_seed
 from surefoot.data import assets
+from surefoot.data.demonstrations import Demonstrations
+from surefoot.data.preferences import PreferenceDataset
 from surefoot.envs.text import TextTask
 from surefoot.errors import InputError
-from surefoot.policies.lm.policy import load_policy
-from surefoot.policies.lm.pretrained import REWARD
+from surefoot.policies.lm.policy import CausalLMPolicy, load_policy
+from surefoot.policies.lm.pretrained import REWARD, check_model_folder
 from surefoot.policies.lm.reward_model import RewardModelPolicy, saved_heads
 from surefoot.rewards.functions import RewardFunction, compute_rewards, is_function, load_function
 from surefoot.rewards.mixed import MixedReward, assign_rewards
-from surefoot.rollout.preferences import NO_UNCERTAINTY, RewardScorer
+from surefoot.rollout.preferences import NO_UNCERTAINTY, RewardScorer, shares_of_heads
 from surefoot.train import checkpoint
 from surefoot.types import Completion, StopReason, Trajectory
+
+
+def build_policy(config: Config, *, say: Callable[[str], None] = assets.tell) -> CausalLMPolicy:
+    """The policy of a run, fetched if need be."""
+    device = build_device(config.device)
+    source = assets.resolve(config.policy.model, say=say)
+    check_model_folder(source)
+    if not os.path.exists(source):
+        say(
+            f"{source} is no folder here and no asset ({', '.join(assets.ASSETS)}): asking the Hugging Face hub for it"
+        )
+    return load_policy(
+        source,
+        config.policy.model_copy(update={"critic": _critic(config, say)}),
+        device=device,
+        temperature=config.generation.temperature,
+        seed=derived_seed(config.seed, "adapter", 0),
+    )
+
+
+def _critic(config: Config, say: Callable[[str], None]) -> CriticConfig:
+    """The critic that is built: none of its own where no values are learned, and its model as a folder."""
+    critic = config.policy.critic
+    if not config.ppo.has_critic:
+        return CriticConfig()
+    if critic.model is None:
+        return critic
+    source = model_of_run(assets.resolve(critic.model, key="policy.critic.model", say=say))
+    return critic.model_copy(update={"model": source})
+
+
+def build_reward_policy(config: Config, trunk: CausalLMPolicy) -> RewardModelPolicy:
+    """A reward model over a language model, which it takes over."""
+    check_no_critic(trunk)
+    check_critic(trunk, config.policy.critic)
+    assert config.reward_model is not None
+    return RewardModelPolicy(
+        trunk, seed=derived_seed(config.seed, "reward head", 0), heads=config.reward_model.heads
+    )
+
+
+def check_critic(policy: Any, critic: CriticConfig) -> None:
+    """Raise InputError for a loaded policy that lacks what `policy.critic` asks for."""
+    if isinstance(policy, CausalLMPolicy):
+        lacks_own = critic.kind != "shared" and policy.critic is None
+        if lacks_own or (critic.stop_gradient and not policy.stop_gradient):
+            raise InputError(
+                "policy: it was loaded without what policy.critic asks for; give load_policy the same PolicyConfig(critic=...)"
+            )
+
+
+def check_no_critic(policy: Any) -> None:
+    """Raise InputError for a loaded policy that brings a critic's weights along to where no values are learned."""
+    if getattr(policy, "critic", None) is not None:
+        raise InputError(
+            "policy: it has a critic of its own, which this run would not train; load it with critic.kind: shared"
+        )
+
+
+def build_preferences(config: Config, data: Any = None) -> PreferenceDataset:
+    """The preferences of a run: `data`, or what `reward_model.data` names. Raises InputError for what says nothing."""
+    settings = config.reward_model
+    assert settings is not None
+    if data is None:
+        if settings.data is None:
+            raise InputError(
+                "reward_model.data is missing: name a JSONL file of pairs or ratings, or give them in Python"
+            )
+        data = settings.data
+    preferences = PreferenceDataset(data, held_out=settings.held_out, rating_range=settings.rating_range)
+    if preferences.of_pairs and settings.rating_range is not None:
+        raise InputError("reward_model.rating_range is for ratings, and these are pairs; leave it out")
+    if settings.center and not preferences.of_pairs:
+        raise InputError("reward_model.center is for pairs, and these are ratings; leave it out")
+    if settings.heads > 1:  # a head without any is refused here, before a model is loaded
+        shares_of_heads(len(preferences.train), heads=settings.heads, seed=config.seed)
+    return preferences
+
+
+def build_demonstrations(
+    settings: SFTConfig | PTXConfig, data: Any = None, *, say: Callable[[str], None] = assets.tell
+) -> Demonstrations:
+    """The examples of a run: `data`, or what the section names. Raises InputError for what cannot be learned from."""
+    is_sft = isinstance(settings, SFTConfig)
+    key, given = ("sft.data", "data") if is_sft else ("ppo.ptx.data", "ptx_data")
+    if data is None:
+        if settings.data is None:
+            raise InputError(
+                f"{key} is missing: name a JSONL file of examples; what was given in Python ({given}), give again"
+            )
+        data = assets.resolve(settings.data, key=key, say=say)
+    return Demonstrations(
+        data, held_out=settings.held_out, columns=settings.columns, name="data" if is_sft else key
+    )
 
 
 def build_task(config: Config, *, say: Callable[[str], None] = assets.tell) -> TextTask:

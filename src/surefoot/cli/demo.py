@@ -15,7 +15,7 @@ from rich.table import Table
 
 from surefoot.api.ppo import PPO
 from surefoot.build.language import build_task
-from surefoot.build.training import preflight
+from surefoot.build.preflight import preflight
 from surefoot.config import load_config
 from surefoot.storage.run_folder import RunFolder
 

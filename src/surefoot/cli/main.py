@@ -61,7 +61,7 @@ def ppo(options: argparse.Namespace, overrides: dict[str, str]) -> None:
         )
     from surefoot.api.ppo import PPO
     from surefoot.build.language import build_task
-    from surefoot.build.training import preflight
+    from surefoot.build.preflight import preflight
 
     preflight(config)
     _train(PPO(config.policy.model, build_task(config) if config.env is None else None, config=config))

@@ -12,7 +12,7 @@ import numpy
 from numpy.typing import NDArray
 
 from surefoot.api.ppo import PPO
-from surefoot.build.training import build_recorded, build_vector
+from surefoot.build.control import build_recorded, build_vector
 from surefoot.envs.gym import VectorStep
 from surefoot.errors import InputError
 from surefoot.rollout.gym import play

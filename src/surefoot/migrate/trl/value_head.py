@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from surefoot.build.training import SETTINGS
+from surefoot.build.preflight import SETTINGS
 from surefoot.config import Config, PolicyConfig, dump_config
 from surefoot.errors import InputError
 from surefoot.policies.lm.policy import CRITIC, load_policy

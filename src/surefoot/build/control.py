@@ -1,0 +1,96 @@
+"""Config -> an environment to act in, and a policy that acts in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from surefoot.build.preflight import build_device
+from surefoot.config import Config, EnvConfig
+from surefoot.core.seeds import derived_seed
+from surefoot.envs.games import make_games
+from surefoot.envs.gym import Vector, make_vector, wrap_vector
+from surefoot.envs.record import Frame, recorded_vector
+from surefoot.errors import InputError
+from surefoot.policies.base import ActingPolicy, Policy
+from surefoot.policies.control.policy import ControlPolicy
+from surefoot.policies.lm.policy import resolve_dtype
+from surefoot.rewards.functions import is_function, load_function
+
+
+def build_vector(config: Config, env: Any = None, *, for_evaluation: bool = False) -> Vector:
+    """The environment of a run: what the user made, or copies of what `env.id` names."""
+    assert config.env is not None
+    settings = config.env
+    seed = derived_seed(config.seed, "evaluation" if for_evaluation else "environment", 0)
+    if env is not None and not isinstance(env, str):
+        vector = wrap_vector(env, seed=seed)
+        if settings.n_envs not in (1, vector.num_envs):
+            raise InputError(
+                f"n_envs: the environment given has {vector.num_envs}, not {settings.n_envs}; give an id, or a Gymnasium "
+                "vector environment of so many copies"
+            )
+        return vector
+    if settings.id is None:
+        raise InputError("the environment was made in Python; give it again: PPO.load(folder, env)")
+    kwargs = settings.kwargs | (settings.eval_kwargs if for_evaluation else {})
+    make = _maker(settings.id)
+    if has_two_players(settings):
+        if settings.vectorization != "sync":
+            raise InputError(
+                "env.vectorization: two-player games are stepped in one process, for one opponent; leave it out"
+            )
+        return make_games(make, n_envs=settings.n_envs, kwargs=kwargs, seed=seed)
+    vectorization = "sync" if for_evaluation and settings.vectorization == "async" else settings.vectorization
+    return make_vector(make, n_envs=settings.n_envs, vectorization=vectorization, kwargs=kwargs, seed=seed)
+
+
+def build_recorded(config: Config, show: Callable[[Frame, float], None]) -> Vector:
+    """One copy of what a run is evaluated in, begun from the same seeds; `show` gets its first episode's frames."""
+    assert config.env is not None and config.env.id is not None
+    kwargs = config.env.kwargs | config.env.eval_kwargs
+    seed = derived_seed(config.seed, "evaluation", 0)
+    return recorded_vector(_maker(config.env.id), kwargs=kwargs, seed=seed, show=show)
+
+
+def has_two_players(env: EnvConfig) -> bool:
+    return env.self_play is not None or (env.id or "").startswith("classic/")
+
+
+def _maker(name: str) -> Any:
+    return load_function(name, key="env.id") if is_function(name) else name
+
+
+def build_control_policy(config: Config, env: Vector, module: nn.Module | None = None) -> Any:
+    """A network for the environment's spaces. `module` is the user's: a whole policy (`ActingPolicy`), or what extracts
+    features.
+    """
+    assert config.env is not None
+    device = build_device(config.device)
+    if module is not None and hasattr(module, "act"):
+        asked = {
+            name
+            for kind in (Policy, ActingPolicy)
+            for name in (*vars(kind), *kind.__annotations__)
+            if name[0] != "_"
+        }
+        if missing := sorted(name for name in asked if not hasattr(module, name)):
+            raise InputError(f"policy: yours has act, but lacks {', '.join(missing)} (docs/extending.md)")
+        return module.to(device)
+    # Only convolutions are large enough to gain from half precision.
+    wanted = (
+        config.policy.dtype if "Cnn" in config.policy.model or config.policy.dtype != "auto" else "float32"
+    )
+    policy = ControlPolicy(
+        env.observation_spaces,
+        env.action_space,
+        extractor=module,
+        config=config.policy.network,
+        kind=config.policy.model,
+        normalize=config.env.normalize_observations,
+        dtype=resolve_dtype(wanted, device),
+        seed=derived_seed(config.seed, "network", 0),
+    )
+    return policy.to(device)
