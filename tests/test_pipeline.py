@@ -178,7 +178,6 @@ def task(**settings: Any) -> dict[str, Any]:
     return STAGES["tuned"]["task"] | settings
 
 
-UNSURE = task(reward=[{"name": "stage:judge", "uncertainty": 1.0}])
 TWO_KINDS = changed("answers", task=None, sft=STAGES["taught"]["sft"])
 BAD = {
     "no stages": ({}, "stages"),
@@ -233,10 +232,6 @@ BAD = {
         "stage again: sft.data takes examples, and stage tuned leaves a language model",
     ),
     "a stage as a name": (changed("again", device="stage:tuned"), "device takes nothing of a stage's"),
-    "uncertainty of one head": (
-        changed("tuned", task=UNSURE),
-        "task.reward, judge: uncertainty needs reward_model.heads above 1",
-    ),
     "chats to join for strings": (
         changed("answers", pseudo_labels={"episodes": 12, "join": "chats.jsonl"}),
         "pseudo_labels.join has messages, and the answers will be prompt and completion",

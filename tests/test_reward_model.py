@@ -304,14 +304,13 @@ ONE_SIDE = [{**row, "chosen": " positive", "rejected": " negative"} for row in P
         (ONE_SIDE, (), "pairs.jsonl: all 27 preferences to train on prefer the same text to the same other one, whatever"),
         (PAIRS, ("--reward-model.rating-range", "[-4, 4]"), "reward_model.rating_range is for ratings, and these are pairs"),
         (RATINGS, ("--reward-model.center", "0.1"), "reward_model.center is for pairs, and these are ratings; leave it out"),
-        (PAIRS[:5], ("--reward-model.heads", "32"), "reward_model.heads: 32 heads each learn from their own half"),
         (PAIRS[:1], (), "pairs.jsonl: of 1 preferences "),
         ([], (), "pairs.jsonl: of 0 preferences 0 are to train on and two are needed at least; give more"),
         (SAME_PROMPT, (), "pairs.jsonl: of 40 preferences "),
     ],
     ids=[
         *("equal sides", "one class", "outside the range", "one side", "a range of pairs", "a centre of ratings"),
-        *("many heads", "one row", "no row", "one prompt"),
+        *("one row", "no row", "one prompt"),
     ],
 )
 def test_preferences_that_say_nothing_are_one_line_before_a_model_is_loaded(base, monkeypatch, data, flags, said):

@@ -1,7 +1,7 @@
 """A reward model from people's ratings of sentences, beside VADER's lexicon, on sentences of its own kind and of others.
 
-python recipes/reward_model/train.py --ratings 2500                      a few minutes on two cores
-python recipes/reward_model/train.py --domain product-reviews --heads 8  and how far do eight heads disagree?
+python recipes/reward_model/train.py --ratings 2500             a few minutes on two cores
+python recipes/reward_model/train.py --domain product-reviews   learns from those instead
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import statistics
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ def rated_sentences(domain: str, count: int | None = None) -> list[dict[str, Any
 
 
 def compare(model: RewardModel, domain: str, rows: list[dict[str, Any]]) -> None:
-    """Print both agreements with people, and whether the model is less sure where it is wrong."""
+    """Print how far the model and VADER agree with people."""
     texts, ratings = [row["text"] for row in rows], torch.tensor([row["rating"] for row in rows])
     scores = torch.tensor(model.score([""] * len(texts), texts))
     for name, judged in (
@@ -39,20 +38,6 @@ def compare(model: RewardModel, domain: str, rows: list[dict[str, Any]]) -> None
     ):
         agreed = f"{pearson(judged, ratings):9.3f}{spearman(judged, ratings):10.3f}{share_in_order(judged, ratings):16.3f}"
         print(f"{domain:17}{name:14}{agreed}", flush=True)
-    if model.policy.heads > 1:
-        assert model.data is not None
-        learned = [preference.label for preference in model.data.train]
-        in_units = statistics.pstdev(learned)  # ratings were learned in units of their deviation
-        predicted = statistics.fmean(learned) + in_units * (
-            float(model.policy.shift_H.mean()) + model.policy.scale * scores
-        )
-        unsure = torch.tensor(model.uncertainty([""] * len(texts), texts)) * model.policy.scale * in_units
-        error = (predicted - ratings).abs()
-        print(
-            f"{domain:17}heads disagree by {float(unsure.mean()):.3f} rating points, are wrong by {float(error.mean()):.3f}; "
-            f"Spearman of the two {spearman(unsure, error):.3f}",
-            flush=True,
-        )
 
 
 def main() -> None:
@@ -63,10 +48,7 @@ def main() -> None:
     parser.add_argument("--domain", choices=DOMAINS, default=DOMAINS[0], help="what is learned from")
     parser.add_argument("--ratings", type=int, default=2500, help="sentences used, a fifth of them held out")
     parser.add_argument("--others", type=int, default=500, help="sentences of each other domain to be judged")
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="the language model under the heads")
-    parser.add_argument(
-        "--heads", type=int, default=1, help="8: an ensemble, whose disagreement is printed too"
-    )
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="the language model under the head")
     parser.add_argument("--learning-rate", type=float, default=2e-4, help="fewer ratings want more")
     parser.add_argument(
         "--seed", type=int, default=0, help="of the model's head, its adapter and the order of the sentences"
@@ -80,8 +62,8 @@ def main() -> None:
         "epochs": 2,
         "evaluate_episodes": 128,
         "seed": options.seed,
+        "learning_rate": options.learning_rate,
     }
-    settings |= {"heads": options.heads, "learning_rate": options.learning_rate}
     model = RewardModel(options.model, data, **settings).learn()
     assert model.data is not None
     held_out = [

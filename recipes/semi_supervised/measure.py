@@ -190,7 +190,6 @@ def pipeline_command(folder: Path, task: str, *, labels: int, seed: int, quick: 
     stages = pipeline["stages"]
     if task == "write":
         plain = copy.deepcopy(stages["tuned"])
-        plain["task"]["reward"] = "stage:judge"
         del plain["ppo"]["ptx"]
         alone = {key: value for key, value in plain.items() if key != "policy"}
         stages |= {"taught_ppo": plain, "ppo_alone": copy.deepcopy(alone)}

@@ -247,7 +247,7 @@ class Batch:
 class Evaluation:
     """A policy's view of a batch: log-probs, values and entropies, [B, T] float32; anything off the mask.
 
-    Of a reward model's batch, whose rows have K texts each, the values are the texts' scores, [B, K], or by H heads [B, K, H].
+    Of a reward model's batch, whose rows have K texts each, the values are the texts' scores, [B, K].
     """
 
     logprobs_BT: Tensor

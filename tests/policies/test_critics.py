@@ -51,13 +51,12 @@ RUN: dict[str, Any] = {
 pytestmark = pytest.mark.usefixtures("in_own_folder")
 
 
-@pytest.fixture(scope="module", params=[1, 3], ids=["one head", "an ensemble"])
-def reward_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reward model with a calibration that is not 0 and 1."""
     folder = tmp_path_factory.mktemp("reward")
     pairs = [{"prompt": f"film {n}", "chosen": " is good", "rejected": f" is bad {n}"} for n in range(20)]
     settings = {"dtype": "float32", "verbose": 0, "epochs": 2, "learning_rate": 0.01, "batch_size": 8, "held_out": 0.3}
-    settings["heads"] = request.param
     RewardModel(model_folder(), pairs, run_folder=str(folder / "runs"), run_name="run", **settings).learn().save(
         folder / "saved"
     )
@@ -279,7 +278,7 @@ def test_a_reward_model_is_a_critic_whose_value_at_the_end_token_is_the_calibrat
     critic = CriticConfig(kind="separate", model=str(reward_folder))
     policy = load_policy(str(model_folder()), PolicyConfig(critic=critic, adapter=adapter, dtype="float32"))
     judge = RewardModel.load(reward_folder)
-    assert bool((judge.policy.shift_H != 0).all()) and judge.policy.scale != 1
+    assert judge.policy.shift != 0 and judge.policy.scale != 1
     texts = ["film 3 is good", "film 8 is bad", "the end"]
     end = tiny_tokenizer().eos_token_id
     rows = [

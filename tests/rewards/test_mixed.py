@@ -172,7 +172,6 @@ def test_paths_of_parts_are_the_files_and_survive_a_round_trip(tmp_path, monkeyp
         ),
         ([{"name": "reward.py:long", "weight": 0}], "task.reward: no part has a weight other than 0; give one"),
         ([{"name": "reward.py:long", "weight": math.inf}], "task.reward: part 1: weight: should be a finite number, got inf"),
-        ([{"name": "reward.py:long", "uncertainty": -1}], "task.reward: part 1: uncertainty: should be greater than"),
         ([{"name": "reward.py:long", "label": "a b"}], "task.reward: 'a b' cannot name a metric; give a label of letters"),
         (["reward.py:long"], "task.reward: part 1 is 'reward.py:long'; write {name: …, weight: 1.0}"),
         ([], "task.reward: no part has a weight other than 0"),
@@ -190,14 +189,6 @@ def test_what_parts_lack_is_said_before_any_model_is_loaded(tmp_path, monkeypatc
     monkeypatch.setattr("surefoot.build.language.load_policy", None)
     project = write_project(tmp_path, reward=TWO)
     for parts, said in (
-        (
-            [{"name": "judge", "uncertainty": 1.0}],
-            "task.reward, judge: uncertainty: this reward model has one head, which knows",
-        ),
-        (
-            [{"name": "reward.py:long", "uncertainty": 1.0}],
-            "task.reward, long: uncertainty is of a reward model's folder, and 'reward.py:long' is none; leave it out",
-        ),
         ([{"name": "judge"}, {"name": "reward.py:short"}], "task.reward, short: reward.py has no function 'short'"),
         ([{"name": "judge"}, {"name": "model"}], "task.reward, model: no reward model in model, which would have a"),
     ):
@@ -205,22 +196,22 @@ def test_what_parts_lack_is_said_before_any_model_is_loaded(tmp_path, monkeypatc
         assert found.startswith(said), found
 
 
-def test_a_reward_model_is_a_part_and_its_uncertainty_lowers_it(tmp_path, monkeypatch):
+def test_a_reward_model_is_a_part_of_a_mixed_reward(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model = RewardModel(model_folder(), PAIRS, run_folder="runs", **FAST | {"epochs": 2, "heads": 3}).learn()
+    model = RewardModel(model_folder(), PAIRS, run_folder="runs", **FAST | {"epochs": 2}).learn()
     model.save("judge")
-    parts = [{"name": "judge", "weight": 0.5, "uncertainty": 2.0}, {"name": "reward.py:long", "weight": 0.1}]
+    parts = [{"name": "judge", "weight": 0.5}, {"name": "reward.py:long", "weight": 0.1}]
     project = write_project(tmp_path, reward=TWO, task={"reward": parts})
     assert (done := run_cli("ppo", project, "--run.folder", "runs", "--device", "cpu")).code == 0, done.err
     samples = rows(Path("runs/ppo-1"), "samples.jsonl")
     texts = [one["prompt"] for one in samples], [one["completion"] for one in samples]
     loaded = RewardModel.load("judge")
-    lowered = [s - 2.0 * u for s, u in zip(loaded.score(*texts), loaded.uncertainty(*texts), strict=True)]
-    assert [one["reward"]["part/judge"] for one in samples] == pytest.approx(lowered, abs=1e-4)
-    total = [0.5 * value + 0.1 * len(text) for value, text in zip(lowered, texts[1], strict=True)]
+    scores = loaded.score(*texts)
+    assert [one["reward"]["part/judge"] for one in samples] == pytest.approx(scores, abs=1e-4)
+    total = [0.5 * value + 0.1 * len(text) for value, text in zip(scores, texts[1], strict=True)]
     assert [one["reward"]["score"] for one in samples] == pytest.approx(total, abs=1e-4)
     # The same from Python.
-    env = TextTask(["film 1 is"], {"judge": (loaded.lower_bound(2.0), 0.5), "long": (long, 0.1)}, held_out=0.0)
+    env = TextTask(["film 1 is"], {"judge": (loaded, 0.5), "long": (long, 0.1)}, held_out=0.0)
     answer = trajectory(texts[1][0], prompt=texts[0][0])
     assign_rewards(env.reward, [answer])
     assert answer.score == pytest.approx(total[0], abs=1e-4)

@@ -85,7 +85,7 @@ def test_the_head_starts_as_its_paper_says():
     policy = RewardModelPolicy(tiny_policy(hidden_size=512), seed=0)
     weight = policy.trunk.value_head.weight.detach()
     assert float(weight.std() * 513**0.5) == pytest.approx(1, abs=0.1) and abs(float(weight.mean())) < 0.01
-    assert policy.trunk.value_head.bias.tolist() == [0] and (policy.shift_H.tolist(), policy.scale) == ([0], 1)
+    assert policy.trunk.value_head.bias.tolist() == [0] and (policy.shift, policy.scale) == (0, 1)
     assert torch.equal(weight, RewardModelPolicy(tiny_policy(hidden_size=512), seed=0).trunk.value_head.weight)
     assert not torch.equal(weight, RewardModelPolicy(tiny_policy(hidden_size=512), seed=1).trunk.value_head.weight)
 

@@ -190,11 +190,6 @@ def _check_task(config: Config, made: Mapping[str, Stage]) -> set[str]:
     metric = [] if task.metric is None else [RewardPart(name=task.metric)]
     functions: list[tuple[str, RewardFunction]] = []
     for key, part in [("reward", part) for part in parts] + [("metric", part) for part in metric]:
-        judge = made[part.name].config.reward_model if part.name in made else None
-        if part.uncertainty and judge is not None and judge.heads == 1:
-            raise InputError(
-                f"task.{key}, {part.called}: uncertainty needs reward_model.heads above 1 in the stage; 8 is usual"
-            )
         if part.name not in made:
             function = build_reward(part, f"task.{key}", config.device)
             if not Path(part.name).is_dir():

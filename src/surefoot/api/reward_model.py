@@ -14,12 +14,11 @@ from surefoot.build.language import build_policy, build_preferences, build_rewar
 from surefoot.build.preflight import SETTINGS, preflight
 from surefoot.build.training import build_training
 from surefoot.config import Config, load_config, make_config, nested
-from surefoot.core.preference import deviation_over_heads
 from surefoot.data.preferences import PreferenceDataset
 from surefoot.errors import InputError
 from surefoot.policies.lm.policy import CausalLMPolicy
 from surefoot.policies.lm.reward_model import RewardModelPolicy
-from surefoot.rollout.preferences import NO_UNCERTAINTY, PreferenceRollout, RewardScorer
+from surefoot.rollout.preferences import PreferenceRollout, RewardScorer
 from surefoot.storage.files import write_durably
 from surefoot.storage.run_folder import RunFolder
 from surefoot.train import loop
@@ -129,22 +128,6 @@ class RewardModel:
         """
         self._calibrate()
         return RewardScorer(self.policy)(prompts, completions)
-
-    def uncertainty(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
-        """Standard deviation of each score over the heads, in units of the score. Raises InputError for a model with one."""
-        if self.policy.heads == 1:
-            raise InputError(NO_UNCERTAINTY)
-        self._calibrate()
-        scores_NH = RewardScorer(self.policy).by_head(prompts, completions)
-        return [float(deviation) for deviation in deviation_over_heads(scores_NH)]
-
-    def lower_bound(self, uncertainty: float = 1.0) -> RewardScorer:
-        """A reward function: the score less `uncertainty` times its standard deviation over the heads, calibrated as of now.
-
-        Raises InputError for a model with one head.
-        """
-        self._calibrate()
-        return RewardScorer(self.policy, uncertainty=uncertainty)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         """`score` with a reward function's signature."""

@@ -18,10 +18,10 @@ from surefoot.envs.text import TextTask
 from surefoot.errors import InputError
 from surefoot.policies.lm.policy import CausalLMPolicy, load_policy
 from surefoot.policies.lm.pretrained import REWARD, check_model_folder
-from surefoot.policies.lm.reward_model import RewardModelPolicy, saved_heads
+from surefoot.policies.lm.reward_model import RewardModelPolicy
 from surefoot.rewards.functions import RewardFunction, compute_rewards, is_function, load_function
 from surefoot.rewards.mixed import MixedReward, assign_rewards
-from surefoot.rollout.preferences import NO_UNCERTAINTY, RewardScorer, shares_of_heads
+from surefoot.rollout.preferences import RewardScorer
 from surefoot.train import checkpoint
 from surefoot.types import Completion, StopReason, Trajectory
 
@@ -60,9 +60,7 @@ def build_reward_policy(config: Config, trunk: CausalLMPolicy) -> RewardModelPol
     check_no_critic(trunk)
     check_critic(trunk, config.policy.critic)
     assert config.reward_model is not None
-    return RewardModelPolicy(
-        trunk, seed=derived_seed(config.seed, "reward head", 0), heads=config.reward_model.heads
-    )
+    return RewardModelPolicy(trunk, seed=derived_seed(config.seed, "reward head", 0))
 
 
 def check_critic(policy: Any, critic: CriticConfig) -> None:
@@ -98,8 +96,6 @@ def build_preferences(config: Config, data: Any = None) -> PreferenceDataset:
         raise InputError("reward_model.rating_range is for ratings, and these are pairs; leave it out")
     if settings.center and not preferences.of_pairs:
         raise InputError("reward_model.center is for pairs, and these are ratings; leave it out")
-    if settings.heads > 1:  # a head without any is refused here, before a model is loaded
-        shares_of_heads(len(preferences.train), heads=settings.heads, seed=config.seed)
     return preferences
 
 
@@ -153,10 +149,6 @@ def build_reward(part: RewardPart, key: str, device: str) -> RewardFunction:
     """
     if Path(part.name).is_dir():
         return _reward_of_model(part, key, device)
-    if part.uncertainty:
-        raise InputError(
-            f"{key}: uncertainty is of a reward model's folder, and {part.name!r:.60} is none; leave it out"
-        )
     if not is_function(part.name):
         raise InputError(
             f"{key}: expected 'file.py:function' or 'package.module:function', got {part.name!r}; "
@@ -167,12 +159,10 @@ def build_reward(part: RewardPart, key: str, device: str) -> RewardFunction:
 
 def _reward_of_model(part: RewardPart, key: str, device: str) -> RewardFunction:
     folder = _reward_folder(part.name, key)
-    if saved_heads(folder) == 1 and part.uncertainty:
-        raise InputError(f"{key}: {NO_UNCERTAINTY}")
 
     @functools.cache
     def scorer() -> RewardScorer:
-        return RewardScorer(load_reward(folder, device=device, key=key), uncertainty=part.uncertainty)
+        return RewardScorer(load_reward(folder, device=device, key=key))
 
     def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         return scorer()(prompts, completions)
@@ -184,10 +174,7 @@ def load_reward(folder: str | Path, *, device: str = "auto", key: str = "reward 
     """The reward model that lies in `folder`, its run folder or what `save` wrote. Raises InputError naming `key`."""
     folder = _reward_folder(folder, key)
     settings = PolicyConfig(adapter=None, dtype=load_config(folder / SETTINGS).policy.dtype)
-    heads = saved_heads(folder)
-    policy = RewardModelPolicy(
-        load_policy(str(folder), settings, device=build_device(device)), seed=0, heads=heads
-    )
+    policy = RewardModelPolicy(load_policy(str(folder), settings, device=build_device(device)), seed=0)
     policy.load_head(folder)
     return policy
 

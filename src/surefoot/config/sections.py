@@ -93,7 +93,7 @@ class CriticConfig(Section):
     )
     stop_gradient: bool = Field(
         False,
-        description="`shared`: keep the value loss's gradient out of the shared trunk; with `reward_model` the heads alone learn, and the model under them stays as it was.",
+        description="`shared`: keep the value loss's gradient out of the shared trunk; with `reward_model` the head alone learns, and the model under it stays as it was.",
     )
     model: PathText | None = Field(
         None,

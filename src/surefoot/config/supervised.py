@@ -24,7 +24,6 @@ from surefoot.config.fields import (
 )
 from surefoot.config.sections import PPOConfig, Section
 
-MAX_HEADS = 32  # each has a bit of a preference's hash
 MAX_WEIGHTS = 1_000_000_000  # of a new model: 4 GB in float32
 
 
@@ -99,12 +98,6 @@ class RewardModelConfig(Section):
     center: NonNegative = Field(
         0.0,
         description="Weight of (r_chosen + r_rejected)², which holds the scores of pairs near 0; 0.01 is usual.",
-    )
-    heads: int = Field(
-        1,
-        ge=1,
-        le=MAX_HEADS,
-        description="Scores on one trunk, each learned from its own half of the preferences: their mean is the score, their standard deviation tells how unsure it is; 8 is usual. 1: no uncertainty.",
     )
     epochs: Positive = Field(2, description="Passes over the preferences; rounded up to whole updates.")
     batch_size: Positive = Field(32, description="PreferenceDataset in one optimiser step.")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from surefoot.config.fields import NonNegative, PathText, Positive
+from surefoot.config.fields import PathText, Positive
 from surefoot.config.messages import first_problem, short
 from surefoot.config.sections import Section
 
@@ -26,9 +26,6 @@ class RewardPart(Section):
         None,
         description="Its name in metrics and samples; default: the function's, or the folder's last part.",
     )
-    uncertainty: NonNegative = Field(
-        0.0, description="Lower a reward model's score by so many of its standard deviations over the heads."
-    )
 
     @property
     def called(self) -> str:
@@ -41,7 +38,7 @@ class TaskConfig(Section):
 
     prompts: PathText = Field(description="JSONL file of prompts, or a name `surefoot fetch` knows.")
     reward: PathText | list[RewardPart] = Field(
-        description="Reward function as `file.py:function` or `package.module:function`, or a reward model's folder; or a list of `{name, weight, label, uncertainty}`, whose weighted sum it is (docs/extending.md)."
+        description="Reward function as `file.py:function` or `package.module:function`, or a reward model's folder; or a list of `{name, weight, label}`, whose weighted sum it is (docs/extending.md)."
     )
     metric: PathText | None = Field(
         None,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -25,26 +23,6 @@ def rating_loss(scores_B1: Tensor, ratings_B: Tensor) -> Tensor:
     """½ (r - rating)² for each text, [B]."""
     loss_B: Tensor = 0.5 * (scores_B1.squeeze(1) - ratings_B) ** 2
     return loss_B
-
-
-def ensemble_loss(
-    scores_BKH: Tensor, labels_B1H: Tensor, *, loss: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
-    """Mean over the heads of each head's own `loss` on the preferences that are shown to it, [B].
-
-    A label that is NaN is not shown. Half of the preferences are, and count double: a head's expected loss is that over all.
-    """
-    labels_BH = labels_B1H.squeeze(1)
-    heads = zip(scores_BKH.unbind(2), labels_BH.nan_to_num().unbind(1), strict=True)
-    losses_BH = torch.stack([loss(scores_BK, labels_B) for scores_BK, labels_B in heads], 1)
-    mean_B: Tensor = torch.where(labels_BH.isnan(), 0.0, 2.0 * losses_BH).mean(1)
-    return mean_B
-
-
-def deviation_over_heads(scores_NH: Tensor) -> Tensor:
-    """How far the heads disagree on each text: population standard deviation, [N]; 0 for one head."""
-    deviation_N: Tensor = (scores_NH - scores_NH.mean(1, keepdim=True)).square().mean(1).sqrt()
-    return deviation_N
 
 
 def reliability(

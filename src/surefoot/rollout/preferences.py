@@ -14,8 +14,6 @@ from torch import Tensor
 
 from surefoot.config import RewardModelConfig
 from surefoot.core.preference import (
-    deviation_over_heads,
-    ensemble_loss,
     pearson,
     preference_loss,
     rating_loss,
@@ -23,7 +21,6 @@ from surefoot.core.preference import (
     share_in_order,
     spearman,
 )
-from surefoot.core.seeds import derived_seed
 from surefoot.data.preferences import PreferenceDataset
 from surefoot.errors import InputError
 from surefoot.policies.base import Policy
@@ -32,9 +29,6 @@ from surefoot.rollout.text import encode_prompt
 from surefoot.types import Batch, Preference
 
 SCORED_TOKENS = 4096  # at once, where nothing is trained
-NO_UNCERTAINTY = (
-    "uncertainty: this reward model has one head, which knows none; train one with reward_model.heads: 8"
-)
 
 
 class ScoringPolicy(Policy, Protocol):
@@ -43,18 +37,16 @@ class ScoringPolicy(Policy, Protocol):
     tokenizer: Any
     context_length: int
     model_end_tokens: frozenset[int]
-    heads: int
-    shift_H: Tensor
+    shift: float
     scale: float
 
 
 class PreferenceRollout:
     """Takes a run's batches from preferences, one after the other through shuffled epochs.
 
-    Ratings are learned in units of their own mean and deviation over the training examples: how fast a head learns does not
-    depend on the scale people were given. Of an ensemble each head learns from its own half of the preferences, the same in
-    every epoch, chosen by a hash of the seed and the preference's number. Raises InputError for a text that does not fit, for a
-    head that no preference falls to, or if the data is another than a checkpoint's.
+    Ratings are standardized by their mean and standard deviation over the training examples: how fast the head learns does
+    not depend on the raters' scale. Raises InputError for a text that does not fit, or if the data is another than a
+    checkpoint's.
     """
 
     unit = "examples"
@@ -73,9 +65,6 @@ class PreferenceRollout:
         if not data.of_pairs:
             ratings = torch.tensor([preference.label for preference in data.train], dtype=torch.float64)
             self._mean, self._deviation = float(ratings.mean()), float(ratings.std(correction=0))
-        self._is_shown_NH = (
-            shares_of_heads(len(data.train), heads=policy.heads, seed=seed) if policy.heads > 1 else None
-        )
         seen = repr(
             [(tokens, preference.label) for tokens, preference in zip(self._train, data.train, strict=True)]
         )
@@ -95,11 +84,6 @@ class PreferenceRollout:
         batch = self._batch(
             [self._train[index] for index in indices], [self.data.train[index] for index in indices]
         )
-        if self._is_shown_NH is not None:  # each head sees the labels of its own half alone
-            assert batch.labels_B is not None
-            is_shown_B1H = self._is_shown_NH[indices][:, None].to(batch.labels_B.device)
-            batch.labels_B = torch.where(is_shown_B1H, batch.labels_B[:, None, None], torch.nan)
-            batch.objective = functools.partial(ensemble_loss, loss=self._objective)
         batch.version = version
         batch.metrics = {
             "reward_model/epoch": (first + count) / len(self._train),
@@ -115,7 +99,7 @@ class PreferenceRollout:
         """Loss on the first `episodes` held-out preferences, and how far the scores agree with them."""
         preferences = self.data.held_out[:episodes]
         batch = self._batch(self._held_out[:episodes], preferences)
-        scores_BK = _scores(self.policy, batch, poll).mean(2)
+        scores_BK = _scores(self.policy, batch, poll)
         assert batch.labels_B is not None
         labels_B = batch.labels_B.cpu()
         loss = float(self._objective(scores_BK, labels_B).mean())
@@ -138,44 +122,30 @@ class PreferenceRollout:
         return bool(self._held_out)
 
     def calibrate(self) -> dict[str, Any]:
-        """Set the policy's `shift_H` and `scale`: the held-out texts (without any, the others) get mean 0, deviation 1.
+        """Set the policy's `shift` and `scale`: the held-out texts (without any, the others) get mean 0, standard deviation 1.
 
-        Each head has a shift of its own: pairs leave the constant open, and heads that differ by one do not disagree.
         Returns, as JSON, how far what the model predicts of these texts is what people said: docs/reward-model.md.
         """
         texts, preferences = (
             (self._held_out, self.data.held_out) if self._held_out else (self._train, self.data.train)
         )
-        scores_BKH = _scores(self.policy, self._batch(texts, preferences))
-        scores_BK = scores_BKH.mean(2).double()
-        self.policy.shift_H = scores_BKH.double().mean((0, 1))
+        scores_BK = _scores(self.policy, self._batch(texts, preferences)).double()
+        self.policy.shift = float(scores_BK.mean())
         self.policy.scale = float(scores_BK.std(correction=0)) or 1.0
         if self.data.of_pairs:
             differences_B = scores_BK[:, 0] - scores_BK[:, 1]
             kind, predicted_B = "pairs", differences_B.abs().sigmoid()
             observed_B = 0.5 + 0.5 * differences_B.sign()
-            wrong_B, by_head_BH = (-differences_B).sigmoid(), scores_BKH[:, 0] - scores_BKH[:, 1]
         else:
             kind, predicted_B = "ratings", self._mean + self._deviation * scores_BK[:, 0]
             observed_B = torch.tensor([preference.label for preference in preferences], dtype=torch.float64)
-            wrong_B, by_head_BH = (
-                (predicted_B - observed_B).abs(),
-                self._deviation * (scores_BKH[:, 0] - self.policy.shift_H),
-            )
         bins, error = reliability(predicted_B, observed_B)
-        found = {
+        return {
             "kind": kind,
             "texts": "held-out" if self._held_out else "training",
             "calibration_error": error,
             "bins": bins,
         }
-        if self.policy.heads > 1:
-            unsure_B = deviation_over_heads(by_head_BH.double())
-            found |= {
-                "uncertainty": float(unsure_B.mean()),
-                "uncertainty_spearman": spearman(unsure_B, wrong_B),
-            }
-        return found
 
     def state(self) -> dict[str, Any]:
         """All that is random follows from counters; what the preferences were is kept to be compared."""
@@ -193,39 +163,18 @@ class PreferenceRollout:
         return preference_batch(rows, labels, objective=self._objective, device=self.policy.device)
 
 
-def shares_of_heads(count: int, *, heads: int, seed: int) -> Tensor:
-    """Which of `count` training preferences each head learns from, [N, H]. Raises InputError if one has none."""
-    hashes = [derived_seed(seed, "shares of heads", number) for number in range(count)]
-    is_shown_NH = torch.tensor([[bool(value >> head & 1) for head in range(heads)] for value in hashes])
-    if not bool(is_shown_NH.any(0).all()):
-        raise InputError(
-            f"reward_model.heads: {heads} heads each learn from their own half of the preferences, and of {count} none falls to "
-            "one of them; give more preferences, or fewer heads"
-        )
-    return is_shown_NH
-
-
 class RewardScorer:
     """A reward model in TRL's signature: `scorer(prompts=[…], completions=[…]) -> list[float]`.
 
     What goes in is text, so policy and reward model may have different tokenizers. Prompts and completions are strings, which
-    are read as one text, or message lists, which go through the reward model's own chat template. The score is the mean over
-    the heads, less `uncertainty` times their standard deviation. Raises InputError for an `uncertainty` that one head has not.
+    are read as one text, or message lists, which go through the reward model's own chat template.
     """
 
-    def __init__(self, policy: ScoringPolicy, *, uncertainty: float = 0.0):
-        if uncertainty and policy.heads == 1:
-            raise InputError(NO_UNCERTAINTY)
-        self.policy, self.uncertainty = policy, uncertainty
+    def __init__(self, policy: ScoringPolicy):
+        self.policy = policy
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         """Calibrated scores, one a completion. Raises InputError for a text that does not fit the model's context."""
-        scores_NH = self.by_head(prompts, completions)
-        lowered_N = scores_NH.mean(1) - self.uncertainty * deviation_over_heads(scores_NH)
-        return [float(score) for score in lowered_N]
-
-    def by_head(self, prompts: Sequence[Any], completions: Sequence[Any]) -> Tensor:
-        """What each head says of each completion, [N, H] float64, calibrated."""
         if isinstance(prompts, str) or isinstance(completions, str):
             raise InputError(
                 "score: prompts and completions are lists, one entry each; for one text write [prompt] and [text]"
@@ -235,7 +184,7 @@ class RewardScorer:
                 f"score: {len(prompts)} prompts and {len(completions)} completions; one prompt each is needed"
             )
         if not completions:
-            return torch.zeros(0, self.policy.heads, dtype=torch.float64)
+            return []
         texts = [
             c if isinstance(c, str) else "".join(str(message["content"]) for message in c)
             for c in completions
@@ -245,22 +194,20 @@ class RewardScorer:
             for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), start=1)
         ]
         batch = preference_batch(rows, [0.0] * len(rows), objective=rating_loss, device=self.policy.device)
-        scores_NH = _scores(self.policy, batch)[:, 0].double()
-        return (scores_NH - self.policy.shift_H) / self.policy.scale
+        scores_N = _scores(self.policy, batch)[:, 0].double()
+        return ((scores_N - self.policy.shift) / self.policy.scale).tolist()
 
 
 @torch.no_grad()
 def _scores(policy: ScoringPolicy, batch: Batch, poll: Callable[[], None] | None = None) -> Tensor:
-    """Scores of all texts by every head, [B, K, H] float32 on the CPU, before calibration."""
+    """Scores of all texts, [B, K] float32 on the CPU, before calibration."""
     sides = batch.observations["lengths"].shape[1]
-    scores_BKH = torch.zeros(len(batch), sides, policy.heads)
+    scores_BK = torch.zeros(len(batch), sides)
     for rows in micro_batches(batch, torch.arange(len(batch)), SCORED_TOKENS // sides):
         if poll is not None:
             poll()
-        scores_BKH[rows] = (
-            policy.evaluate(batch.rows(rows)).values_BT.float().cpu().view(len(rows), sides, policy.heads)
-        )
-    return scores_BKH
+        scores_BK[rows] = policy.evaluate(batch.rows(rows)).values_BT.float().cpu()
+    return scores_BK
 
 
 def _encoded(policy: ScoringPolicy, preference: Preference) -> list[tuple[int, ...]]:

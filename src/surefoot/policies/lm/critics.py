@@ -131,19 +131,16 @@ def _cut(body: nn.Module, layers: int) -> None:
 
 
 def _calibrated_head(file: Path) -> dict[str, Tensor]:
-    """The head of a reward model with its calibration folded in: w·h + b becomes (w·h + b - shift) / scale; of several, their
-    mean.
-    """
+    """The head of a reward model with its calibration folded in: w·h + b becomes (w·h + b - shift) / scale."""
     tensors = read_tensors(file)
     if tensors.keys() != {"weight", "bias", "shift", "scale"}:
         raise InputError(
-            f"policy.critic.model: {file} has no heads with their calibration; it has {sorted(tensors)}"
+            f"policy.critic.model: {file} has no head with its calibration; it has {sorted(tensors)}"
         )
-    weight_HD, bias_H = tensors["weight"].double(), tensors["bias"].double()
-    shift_H, scale = tensors["shift"], tensors["scale"]
+    scale = tensors["scale"]
     return {
-        "weight": (weight_HD.mean(0, keepdim=True) / scale).float(),
-        "bias": ((bias_H - shift_H).mean(0, keepdim=True) / scale).float(),
+        "weight": (tensors["weight"].double() / scale).float(),
+        "bias": ((tensors["bias"].double() - tensors["shift"]) / scale).float(),
     }
 
 

@@ -1,4 +1,4 @@
-"""A causal language model that scores whole texts: its value head, or an ensemble of them, read at the last token."""
+"""A causal language model that scores whole texts: its value head, read at the last token."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ from surefoot.types import Batch, Evaluation
 class RewardModelPolicy:
     """A reward model that `train/` can train: `evaluate` gives scores in place of log-probs.
 
-    `trunk` is taken over, its value head made so many `heads`. Each starts at N(0, 1/(D + 1)) of `seed` (Stiennon et
-    al. 2020, arXiv:2009.01325): with unit hidden states its scores start near variance 1. Of several, half of that
-    variance is common to all: from starts that have nothing in common the trunk learns worse (docs/log.md). `shift_H` and
-    `scale` make them rewards of mean 0 and deviation 1 on reference texts, (score - shift) / scale (Ziegler et al. 2019,
+    `trunk` is taken over, its value head initialized to N(0, 1/(D + 1)) of `seed` (Stiennon et al. 2020,
+    arXiv:2009.01325): with unit hidden states its scores start near variance 1. `shift` and `scale` make them rewards
+    of mean 0 and standard deviation 1 on reference texts, (score - shift) / scale (Ziegler et al. 2019,
     arXiv:1909.08593, §2); they are set after training and don't enter the loss.
     """
 
@@ -30,23 +29,14 @@ class RewardModelPolicy:
     exact_logprobs = True
     threads: int | None = None
 
-    def __init__(self, trunk: CausalLMPolicy, *, seed: int, heads: int = 1):
-        self.trunk, self.heads = trunk, heads
-        self.shift_H, self.scale = torch.zeros(heads, dtype=torch.float64), 1.0
+    def __init__(self, trunk: CausalLMPolicy, *, seed: int):
+        self.trunk = trunk
+        self.shift, self.scale = 0.0, 1.0
         trunk.drop_reference()
         width = trunk.value_head.in_features
-        if heads > 1:
-            trunk.value_head = nn.utils.skip_init(
-                nn.Linear, width, heads, device=trunk.device, dtype=torch.float32
-            )
         generator = torch.Generator().manual_seed(seed)
-        start_HD = torch.randn(1, width, generator=generator) / (width + 1) ** 0.5
-        if heads > 1:
-            start_HD = (
-                start_HD + torch.randn(heads, width, generator=generator) / (width + 1) ** 0.5
-            ) / 2**0.5
         with torch.no_grad():
-            trunk.value_head.weight.copy_(start_HD)
+            trunk.value_head.weight.copy_(torch.randn(1, width, generator=generator) / (width + 1) ** 0.5)
             trunk.value_head.bias.zero_()
         self.tokenizer = trunk.tokenizer
         self.context_length = trunk.context_length
@@ -58,12 +48,11 @@ class RewardModelPolicy:
         return self.trunk.device
 
     def named_parameters_to_train(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """The adapter's parameters, or all of the model's, then the heads'."""
+        """The adapter's parameters, or all of the model's, then the head's."""
         return self.trunk.named_parameters_to_train()
 
     def evaluate(self, batch: Batch, *, entropy_gradient: bool = False) -> Evaluation:
-        """Scores before `shift_H` and `scale` as the evaluation's values: one for each of a row's K texts, [B, K] float32,
-        or of an ensemble one for each text and head, [B, K, H].
+        """Scores before `shift` and `scale` as the evaluation's values: one for each of a row's K texts, [B, K] float32.
 
         Of `batch` it reads the observations `tokens` [B, T, K], right-padded, and `lengths` [B, K].
         """
@@ -86,32 +75,19 @@ class RewardModelPolicy:
         return self.trunk.fingerprint()
 
     def save(self, folder: Path) -> None:
-        """Write model and tokenizer as transformers has them (the adapter merged in), and the heads with their calibration."""
+        """Write model and tokenizer as transformers has them (the adapter merged in), and the head with its calibration."""
         self.trunk.save_model(folder)
         head = {name: p.data.contiguous() for name, p in self.trunk.value_head.state_dict().items()}
-        calibration = {"shift": self.shift_H.squeeze().clone(), "scale": torch.tensor(self.scale).double()}
-        save_file(head | calibration, folder / REWARD)
+        shift = torch.tensor(self.shift, dtype=torch.float64)
+        save_file(head | {"shift": shift, "scale": torch.tensor(self.scale).double()}, folder / REWARD)
 
     def load_head(self, folder: Path) -> None:
-        """Heads and calibration that `save` wrote. Raises InputError if they do not fit."""
+        """Head and calibration that `save` wrote. Raises InputError if they do not fit."""
         tensors = read_tensors(folder / REWARD)
         try:
-            self.shift_H, self.scale = (
-                tensors.pop("shift").double().reshape(self.heads),
-                float(tensors.pop("scale")),
-            )
+            self.shift, self.scale = float(tensors.pop("shift")), float(tensors.pop("scale"))
             self.trunk.value_head.load_state_dict(tensors)
         except (KeyError, RuntimeError) as error:  # torch's, for other names or shapes
             raise InputError(
                 f"{folder / REWARD} does not fit this model: {' '.join(str(error).split())}"
             ) from None
-
-
-def saved_heads(folder: Path) -> int:
-    """How many heads `save` wrote there. Raises InputError for a file that has none."""
-    weight = read_tensors(folder / REWARD).get("weight")
-    if weight is None or weight.dim() != 2:
-        raise InputError(
-            f"{folder / REWARD} has no heads of a reward model; train it again, or save it again"
-        )
-    return len(weight)
