@@ -23,7 +23,7 @@ import pytest
 from surefoot import assets
 from surefoot.errors import InputError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ARCHIVE = b"what the index serves"
 CONTENT = "what is made of it"
 
@@ -213,7 +213,7 @@ def test_an_interrupted_fetch_leaves_no_half_asset(cache, pip, step, error):
 
 def child(cache: Path, task: str) -> subprocess.Popen[str]:
     """Run a function of this module, by name, in a process of its own."""
-    code = f"from tests import test_assets as here; here.{task}"
+    code = f"from tests.data import test_assets as here; here.{task}"
     environment = {**os.environ, "SUREFOOT_CACHE": str(cache)}
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
 
