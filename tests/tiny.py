@@ -97,7 +97,6 @@ def tiny_policy(
     adapter: bool = True,
     moved: bool = False,
     dtype: torch.dtype = torch.float32,
-    temperature: float = 1.0,
     stop_gradient: bool = False,
     critic: CriticConfig | None = None,
     tokenizer: Any = None,
@@ -114,7 +113,7 @@ def tiny_policy(
     config = PolicyConfig(adapter=AdapterConfig(rank=4) if adapter else None, critic=critic)
     if adapter and dtype == torch.bfloat16:
         lm = lm.to(dtype)  # as `load_policy` stores a frozen base
-    policy = wrap_policy(lm, tokenizer or tiny_tokenizer(), config=config, dtype=dtype, temperature=temperature)
+    policy = wrap_policy(lm, tokenizer or tiny_tokenizer(), config=config, dtype=dtype)
     if moved:
         move(policy)
     return policy
@@ -146,11 +145,13 @@ def written_batch(rows: Iterable[tuple[Sequence[int], Sequence[int]]]) -> Batch:
 
 
 @torch.no_grad()
-def plain_scores(policy: CausalLMPolicy, prompt: Sequence[int], answer: Sequence[int], *, lm: Any = None) -> dict[str, Tensor]:
+def plain_scores(
+    policy: CausalLMPolicy, prompt: Sequence[int], answer: Sequence[int], *, lm: Any = None, temperature: float = 1.0
+) -> dict[str, Tensor]:
     """Log-probs, values and entropies of `answer` from transformers' own forward pass: one row, no cache, no padding."""
     out = (lm or policy.lm)(input_ids=torch.tensor([[*prompt, *answer]]), use_cache=False, output_hidden_states=True)
     before = slice(len(prompt) - 1, -1)  # the position before each written token
-    logprobs = torch.log_softmax(out.logits[0, before].float() / policy.temperature, dim=-1)
+    logprobs = torch.log_softmax(out.logits[0, before].float() / temperature, dim=-1)
     return {
         "logprobs": logprobs.gather(-1, torch.tensor(answer)[:, None]).squeeze(-1),
         "values": policy.value_head(out.hidden_states[-1][0, before].float()).squeeze(-1),

@@ -20,7 +20,7 @@ import torch
 
 from surefoot import assets
 from surefoot.config import PolicyConfig
-from surefoot.generation.engine import generate
+from surefoot.generation.engine import TokenEngine, generate
 from surefoot.policies.lm.policy import CausalLMPolicy, load_policy
 from surefoot.types import Request, SamplingParams
 
@@ -76,20 +76,15 @@ def main() -> None:
 def run_engine(
     policy: CausalLMPolicy, prompts: torch.Tensor, new_tokens: int, limits: list[int] | None
 ) -> None:
-    def stop_at(limit: int) -> Callable[..., bool]:
-        return lambda tokens: len(tokens) >= limit
-
     requests = [
-        Request(tuple(row.tolist()), seed=i, is_stopped=stop_at(limits[i]) if limits else None)
+        Request(
+            tuple(row.tolist()),
+            seed=i,
+            params=SamplingParams(max_new_tokens=limits[i] if limits else new_tokens),
+        )
         for i, row in enumerate(prompts)
     ]
-    generate(
-        policy,
-        requests,
-        params=SamplingParams(max_new_tokens=new_tokens),
-        end_tokens=frozenset(),
-        slots=len(requests),
-    )
+    generate(TokenEngine(policy, slots=len(requests), end_tokens=frozenset()), requests)
 
 
 def run_transformers(

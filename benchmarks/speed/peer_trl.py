@@ -23,7 +23,7 @@ from surefoot import assets
 from surefoot.config import GenerationConfig, PolicyConfig, PPOConfig
 from surefoot.envs.text import TextTask
 from surefoot.policies.lm.policy import load_policy
-from surefoot.rollout.text import TextRollout
+from surefoot.rollout.text import TextRollout, text_engine
 from surefoot.train.update import advantages, make_optimizer, update
 
 
@@ -57,7 +57,9 @@ def main() -> None:
         lambda prompts, completions, **_: [float(len(c) % 7) for c in completions],
         prompt_tokens=6,
     )
-    rollout = TextRollout(policy, task, generation=GenerationConfig(), ppo=config, seed=0)
+    generation = GenerationConfig()
+    engine = text_engine(policy, generation)
+    rollout = TextRollout(policy, task, engine=engine, generation=generation, ppo=config, seed=0)
     optimizer = make_optimizer(policy, config)
     ours, theirs = [], []
     for number in range(options.rounds + 1):  # the first of each warms up

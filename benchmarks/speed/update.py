@@ -21,7 +21,7 @@ from surefoot.config import GenerationConfig, PolicyConfig, PPOConfig
 from surefoot.envs.text import TextTask
 from surefoot.policies.lm import token_logprobs as head
 from surefoot.policies.lm.policy import load_policy
-from surefoot.rollout.text import TextRollout
+from surefoot.rollout.text import TextRollout, text_engine
 from surefoot.train.update import advantages, make_optimizer, update
 
 
@@ -42,7 +42,9 @@ def main() -> None:
         lambda prompts, completions, **_: [0.1 * len(c) for c in completions],
         prompt_tokens=6,
     )
-    rollout = TextRollout(policy, task, generation=GenerationConfig(), ppo=config, seed=0)
+    generation = GenerationConfig()
+    engine = text_engine(policy, generation)
+    rollout = TextRollout(policy, task, engine=engine, generation=generation, ppo=config, seed=0)
     optimizer = make_optimizer(policy, config)
 
     batch = rollout.collect(first_episode=0, episodes=options.episodes)

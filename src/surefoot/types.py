@@ -6,7 +6,7 @@ language model: tokens of prompt and answer), V vocabulary, N written tokens, D 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Literal
@@ -51,21 +51,20 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to continue. `seed` alone decides its randomness, whatever its neighbours.
+    """One prompt to continue, as plain data. `seed` alone decides its randomness, whatever its neighbors.
 
-    Example: `Request(prompt=(504, 2768), seed=7)`.
+    Example: `Request(prompt=(504, 2768), seed=7, stop=("\n",))`.
     """
 
     prompt: tuple[int, ...]
     seed: int
-    is_stopped: Callable[[Sequence[int]], bool] | None = (
-        None  # stop strings, seen from the tokens written so far
-    )
+    params: SamplingParams = SamplingParams()
+    stop: tuple[str, ...] = ()  # strings that end the completion once its text has them
 
 
 @dataclass
 class Completion:
-    """What the engine wrote for one request: born together, never re-tokenised.
+    """What an engine wrote for one request: born together, never re-tokenized.
 
     Example: tokens [314, 2] with logprobs [-1.2, -0.3] and values [0.1, 0.4], `StopReason.END_TOKEN`: token 2 is the
     end token, a trained action like any other. `values[t]` is the critic's V(s_t), read before token t was written.
@@ -76,6 +75,8 @@ class Completion:
     values: list[float]
     entropies: list[float]  # nats, exact, of the distribution each token was drawn from
     stop_reason: StopReason
+    request_id: int = 0  # as `Engine.submit` numbered it
+    version: int = 0  # of the weights that wrote it: as `Engine.sync` was told before it was begun
 
 
 @dataclass
@@ -196,6 +197,7 @@ class Batch:
     advantages_BT: Tensor | None = None
     returns_BT: Tensor | None = None  # what a critic learns; None where there is none
     trajectories: list[Trajectory] | list[Episode] | list[Demonstration] = field(default_factory=list)
+    temperature: float = 1.0  # the logits were divided by it when the actions were drawn; of text alone
     step_limit: int | None = None  # most steps the policy may take in a row
     row_size: int = 1  # what a row counts for in `batch_size`: an episode 1, a sequence its timesteps
     collected: int | None = None  # units of the run's budget in it; None: its rows

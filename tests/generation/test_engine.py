@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from surefoot.generation.engine import generate
+from surefoot.generation.engine import TokenEngine, generate
 from surefoot.generation.sampling import request_uniforms
 from surefoot.policies.lm.kv_cache import SlotCache
 from surefoot.policies.lm.lstm import StateCache
@@ -29,7 +29,8 @@ def policy_of(family: str) -> CausalLMPolicy:
 
 
 def run(policy, requests=REQUESTS, *, params=PARAMS, ends=ENDS, slots=3, poll=None) -> list[Completion]:
-    return generate(policy, requests, params=params, end_tokens=ends, slots=slots, poll=poll)
+    engine = TokenEngine(policy, slots=slots, end_tokens=ends)
+    return generate(engine, [replace(request, params=params) for request in requests], poll=poll)
 
 
 def naive_twin(policy, request: Request, params: SamplingParams = PARAMS, ends: frozenset[int] = ENDS) -> list[int]:
@@ -196,9 +197,16 @@ def test_without_an_end_token_every_answer_has_the_length_limit(limit):
         assert completion.stop_reason is StopReason.LENGTH
 
 
-def test_a_stop_check_sees_the_tokens_so_far_and_ends_only_its_own_row():
-    requests = [replace(r, is_stopped=(lambda tokens: len(tokens) == 4) if i % 2 else None) for i, r in enumerate(REQUESTS)]
-    completions = run(policy_of("llama"), requests, ends=frozenset())
+class Strokes(Watched):
+    """A policy whose text is a stroke for every token."""
+
+    def decode(self, tokens):
+        return "|" * len(tokens)
+
+
+def test_a_stop_string_is_looked_for_in_the_text_so_far_and_ends_only_its_own_row():
+    requests = [replace(r, stop=("never", "|" * 4) if i % 2 else ()) for i, r in enumerate(REQUESTS)]
+    completions = run(Strokes.of(policy_of("llama")), requests, ends=frozenset())
     free = run(policy_of("llama"), ends=frozenset())
     for i, completion in enumerate(completions):
         expected = (4, StopReason.STOP_STRING) if i % 2 else (9, StopReason.LENGTH)
@@ -206,14 +214,54 @@ def test_a_stop_check_sees_the_tokens_so_far_and_ends_only_its_own_row():
         assert completion.tokens == free[i].tokens[: expected[0]]
 
 
-def test_a_stop_at_the_very_last_token_counts_as_a_stop():
-    requests = [replace(r, is_stopped=lambda tokens: len(tokens) == 9) for r in REQUESTS]
-    assert {c.stop_reason for c in run(policy_of("llama"), requests, ends=frozenset())} == {StopReason.STOP_STRING}
+def test_a_stop_at_the_very_last_token_counts_as_a_stop_and_an_end_token_takes_precedence():
+    at_limit, at_once = ([replace(r, stop=("|" * n,)) for r in REQUESTS] for n in (9, 1))
+    stopped = run(Strokes.of(policy_of("llama")), at_limit, ends=frozenset())
+    assert {c.stop_reason for c in stopped} == {StopReason.STOP_STRING}
+    assert {c.stop_reason for c in run(Strokes.of(certain_end_policy()), at_once)} == {StopReason.END_TOKEN}
 
 
-def test_an_end_token_goes_before_a_stop_string():
-    requests = [replace(r, is_stopped=lambda tokens: True) for r in REQUESTS]
-    assert {c.stop_reason for c in run(certain_end_policy(), requests)} == {StopReason.END_TOKEN}
+@pytest.mark.parametrize("family", ["llama", "mistral", LSTM])
+@pytest.mark.parametrize("early", [1, 5, 8])
+def test_what_is_submitted_while_others_are_written_is_written_the_same(family, early):
+    expected = run(policy_of(family), slots=64)
+    engine = TokenEngine(policy_of(family), slots=4, end_tokens=ENDS)
+    requests = [replace(request, params=PARAMS) for request in REQUESTS]
+    numbers, found = engine.submit(requests[:early]), {}
+    for late in requests[early:]:  # the longest prompts do not fit into the cache that was made before they came
+        found |= {c.request_id: c for c in engine.poll()}
+        numbers += engine.submit([late])
+    while len(found) < len(REQUESTS):
+        found |= {c.request_id: c for c in engine.poll()}
+    assert [found[number].tokens for number in numbers] == [c.tokens for c in expected]
+    assert engine.poll() == []
+
+
+def test_requests_that_are_sampled_otherwise_wait_for_their_turn():
+    engine = TokenEngine(policy_of("llama"), slots=4, end_tokens=ENDS)
+    kinds = [replace(PARAMS, max_new_tokens=3), PARAMS, replace(PARAMS, temperature=0.0)]
+    mixed = generate(engine, [replace(r, params=kinds[i % 3]) for i, r in enumerate(REQUESTS)])
+    alone = [run(policy_of("llama"), params=params) for params in kinds]
+    assert [c.tokens for c in mixed] == [alone[i % 3][i].tokens for i in range(len(REQUESTS))]
+
+
+def test_a_completion_carries_the_version_of_the_weights_that_wrote_it():
+    policy = policy_of("llama")
+    engine = TokenEngine(policy, end_tokens=frozenset())
+    assert engine.exact_logprobs and not TokenEngine(tiny_policy(dtype=torch.bfloat16)).exact_logprobs
+    assert {c.version for c in generate(engine, REQUESTS)} == {0}
+    engine.sync(policy, 3)
+    engine.submit(REQUESTS[:2])
+    engine.sync(policy, 4)  # none is begun yet
+    engine.poll()
+    with pytest.raises(RuntimeError, match="2 completions are being written"):
+        engine.sync(policy, 5)
+    with pytest.raises(ValueError, match="the model that it was made for"):
+        engine.sync(policy_of("gpt2"), 5)
+    engine.abort()
+    engine.sync(policy, 5)
+    assert engine.poll() == []
+    assert {c.version for c in generate(engine, REQUESTS)} == {5}
 
 
 def test_poll_can_abandon_the_work_between_two_steps():
@@ -224,9 +272,16 @@ def test_poll_can_abandon_the_work_between_two_steps():
         if len(calls) == 3:
             raise KeyboardInterrupt
 
+    engine = TokenEngine(policy_of("llama"))
     with pytest.raises(KeyboardInterrupt):
-        run(policy_of("llama"), poll=poll)
+        generate(engine, REQUESTS, poll=poll)
     assert len(calls) == 3
+    assert (
+        [c.tokens for c in generate(engine, REQUESTS[:2])]
+        == [  # nothing is left of what was abandoned
+            c.tokens for c in generate(TokenEngine(policy_of("llama")), REQUESTS[:2])
+        ]
+    )
 
 
 def test_an_empty_prompt_is_refused_and_no_request_is_no_work():

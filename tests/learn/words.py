@@ -27,7 +27,6 @@ def word_policy(
     seed: int = 0,
     width: int = 16,
     adapter: bool = False,
-    temperature: float = 1.0,
     critic: CriticConfig | None = None,
 ) -> CausalLMPolicy:
     """One layer. Its answers to one prompt differ in probability, but every word is written now and then."""
@@ -46,4 +45,4 @@ def word_policy(
         torch.manual_seed(seed)
         lm = transformers.LlamaForCausalLM(config)
     policy_config = PolicyConfig(adapter=AdapterConfig(rank=4) if adapter else None, critic=critic or CriticConfig())
-    return wrap_policy(lm, word_tokenizer(), config=policy_config, temperature=temperature)
+    return wrap_policy(lm, word_tokenizer(), config=policy_config)

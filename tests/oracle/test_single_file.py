@@ -124,7 +124,7 @@ def package_run(lm: Any, settings: dict[str, Any], folder: Path) -> tuple[Causal
         },
         where="test",
     )
-    policy = wrap_policy(lm, tiny_tokenizer(), config=config.policy, temperature=config.generation.temperature)
+    policy = wrap_policy(lm, tiny_tokenizer(), config=config.policy)
     task = TextTask(PROMPTS, reward, held_out=[])
     training = build_training(config, policy, task, RunFolder.create(config))
     recorder = Recorder()

@@ -253,7 +253,7 @@ def test_where_no_values_are_learned_none_are_computed():
     policy = tiny_policy(critic=SEPARATE)
     batch = written_batch(PAIRS)
     policy.critic.body.forward = None  # type: ignore[union-attr,method-assign]
-    fill_logprobs(policy, batch, token_budget=10**6)
+    fill_logprobs(policy, batch, token_budget=10**6, exact_logprobs=policy.exact_logprobs)
     assert (batch.values_BT == 0).all() and batch.reference_logprobs_BT is not None
 
 
@@ -461,8 +461,8 @@ def test_the_batch_of_a_rollout_is_scored_by_micro_batches():
         assert policy.compute_values is not None
         return policy.compute_values(part)
 
-    fill_logprobs(policy, whole, token_budget=10**6, values=values)
-    fill_logprobs(policy, split, token_budget=20, values=values)
+    fill_logprobs(policy, whole, token_budget=10**6, exact_logprobs=True, values=values)
+    fill_logprobs(policy, split, token_budget=20, exact_logprobs=True, values=values)
     assert sizes[0] == 4 and len(sizes) > 3
     assert torch.allclose(whole.values_BT, split.values_BT, atol=1e-5) and whole.values_BT.abs().max() > 0
 

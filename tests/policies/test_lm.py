@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,9 +32,11 @@ PAIRS = [(random_tokens(p, seed=p), random_tokens(a, seed=40 + a)) for p, a in (
 KINDS = ("logprobs", "values", "entropies")
 
 
-def brute_force(policy, prompt, answer) -> dict[str, torch.Tensor]:
+def brute_force(policy, prompt, answer, *, temperature: float = 1.0) -> dict[str, torch.Tensor]:
     """Scores of each token from a forward pass over nothing but what stood before it."""
-    steps = [plain_scores(policy, (*prompt, *answer[:t]), answer[t : t + 1]) for t in range(len(answer))]
+    steps = [
+        plain_scores(policy, (*prompt, *answer[:t]), answer[t : t + 1], temperature=temperature) for t in range(len(answer))
+    ]
     return {kind: torch.cat([step[kind] for step in steps]) for kind in KINDS}
 
 
@@ -109,16 +112,16 @@ def test_padding_to_the_left_changes_no_logits(family):
 @pytest.mark.parametrize("adapter", [True, False], ids=["LoRA", "all weights"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "phi"])
 def test_temperature_divides_the_logits_of_policy_and_reference(family, adapter):
-    policy = tiny_policy(family, adapter=adapter, temperature=0.6)
+    policy = tiny_policy(family, adapter=adapter)
     base = copy.deepcopy(tiny_lm(family)).eval()
-    batch = written_batch(PAIRS)
+    batch = replace(written_batch(PAIRS), temperature=0.6)
     # With all weights trained, the two take different paths through the head and may differ by rounding.
     kl = policy.evaluate(batch).logprobs_BT - policy.reference_logprobs(batch)
     assert kl.abs().max() <= (0 if adapter else 1e-5)
     move(policy)
     with torch.no_grad():
-        assert_scores_match(policy.evaluate(batch), batch, [brute_force(policy, *pair) for pair in PAIRS])
-    reference = torch.cat([plain_scores(policy, *pair, lm=base)["logprobs"] for pair in PAIRS])
+        assert_scores_match(policy.evaluate(batch), batch, [brute_force(policy, *pair, temperature=0.6) for pair in PAIRS])
+    reference = torch.cat([plain_scores(policy, *pair, lm=base, temperature=0.6)["logprobs"] for pair in PAIRS])
     assert torch.allclose(policy.reference_logprobs(batch)[batch.mask_BT], reference, atol=1e-4)
 
 
@@ -187,8 +190,8 @@ def test_stop_gradient_keeps_the_value_loss_out_of_the_trunk(adapter, stop_gradi
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_gradient_through_the_frozen_head_is_the_gradient_of_the_plain_model(family):
-    policy = tiny_policy(family, moved=True, temperature=0.7)
-    batch = written_batch(PAIRS)
+    policy = tiny_policy(family, moved=True)
+    batch = replace(written_batch(PAIRS), temperature=0.7)
     weights = torch.randn(batch.mask_BT.shape, generator=torch.Generator().manual_seed(0))
     parameters = [p for name, p in policy.named_parameters_to_train() if not name.startswith("value_head")]
     ours = torch.autograd.grad((weights * policy.evaluate(batch).logprobs_BT).sum(), parameters)

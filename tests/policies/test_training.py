@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+import surefoot
 from surefoot.config import GenerationConfig, PPOConfig
 from surefoot.envs.text import TextTask
 from surefoot.policies.lm.policy import CausalLMPolicy
@@ -26,9 +27,9 @@ def reward(prompts, completions, **columns):
     return [float(len(set(text))) for text in completions]
 
 
-def rollout(policy: CausalLMPolicy, *, episodes: int = 12) -> Batch:
+def rollout(policy: CausalLMPolicy, *, episodes: int = 12, temperature: float = 1.0) -> Batch:
     task = TextTask(PROMPTS, reward, held_out=0.0)
-    generation = GenerationConfig(max_new_tokens=10, slots=5, temperature=policy.temperature)
+    generation = GenerationConfig(max_new_tokens=10, slots=5, temperature=temperature)
     batch = collect(policy, task, episodes=episodes, generation=generation, ppo=PPOConfig(micro_batch_tokens=64), seed=3)
     return advantages(batch, PPO)
 
@@ -43,8 +44,8 @@ def first_minibatch(result: UpdateResult) -> dict[str, float]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_before_the_first_step_the_ratio_is_1_and_nothing_is_clipped(family, temperature):
-    policy = tiny_policy(family, moved=True, temperature=temperature)
-    batch = rollout(policy)
+    policy = tiny_policy(family, moved=True)
+    batch = rollout(policy, temperature=temperature)
     seen = first_minibatch(update(policy, batch, config=PPO))
     assert seen["ratio"] == pytest.approx(1, abs=1e-6)
     assert seen["ratio_max"] == pytest.approx(1, abs=1e-4)
@@ -54,16 +55,16 @@ def test_before_the_first_step_the_ratio_is_1_and_nothing_is_clipped(family, tem
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_before_the_first_step_there_is_no_kl_to_the_reference(temperature):
-    batch = rollout(tiny_policy(temperature=temperature))
+    batch = rollout(tiny_policy(), temperature=temperature)
     assert (batch.logprobs_BT - batch.reference_logprobs_BT).abs().max() < 1e-4
-    moved = rollout(tiny_policy(temperature=temperature, moved=True))
+    moved = rollout(tiny_policy(moved=True), temperature=temperature)
     assert (moved.logprobs_BT - moved.reference_logprobs_BT).abs().max() > 0.01
 
 
 def test_a_temperature_on_one_side_only_would_be_seen_in_the_first_ratio():
-    policy = tiny_policy(temperature=0.6)
-    batch = rollout(policy)
-    policy.temperature = 1.0
+    policy = tiny_policy()
+    batch = rollout(policy, temperature=0.6)
+    batch.temperature = 1.0
     assert abs(first_minibatch(update(policy, batch, config=PPO))["ratio"] - 1) > 0.1
 
 
@@ -109,3 +110,14 @@ def test_the_reference_of_full_fine_tuning_does_not_move(dtype):
     assert not any(torch.equal(value, weights[name]) for name, value in policy.lm.state_dict().items())
     assert torch.equal(policy.reference_logprobs(batch), before)
     assert (policy.evaluate(batch).logprobs_BT - before)[batch.mask_BT].abs().max() > 0.1
+
+
+def test_a_policy_that_was_handed_in_is_changed_by_training_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    policy, task = tiny_policy(), TextTask(PROMPTS, reward, held_out=0.0)
+    before = {name: value for name, value in vars(policy).items() if not isinstance(value, torch.nn.Module)}
+    settings = {"total_episodes": 8, "episodes_per_update": 8, "batch_size": 8, "max_new_tokens": 4}
+    model = surefoot.PPO(policy, task, temperature=0.7, verbose=0, run_name="ppo", **settings)
+    assert model.learn().policy is policy
+    surefoot.SFT(policy, [{"prompt": "the", "completion": " end"}] * 4, verbose=0, run_name="sft").learn()
+    assert {name: vars(policy)[name] for name in before} == before

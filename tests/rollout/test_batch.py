@@ -13,10 +13,10 @@ from tests.tiny import random_tokens, written_batch
 
 
 def test_the_batch_of_the_worked_example():
-    one = Completion([21, 2], [-1.2, -0.3], [0.1, 0.4], [1.0, 0.5], StopReason.END_TOKEN)
-    two = Completion([2], [-0.7], [0.2], [0.6], StopReason.END_TOKEN)
+    one = Completion([21, 2], [-1.2, -0.3], [0.1, 0.4], [1.0, 0.5], StopReason.END_TOKEN, version=6)
+    two = Completion([2], [-0.7], [0.2], [0.6], StopReason.END_TOKEN, version=5)
     trajectories = [Trajectory("", (11, 12), one, ""), Trajectory("", (13, 14), two, "")]
-    batch = text_batch(trajectories, device=torch.device("cpu"), version=5)
+    batch = text_batch(trajectories, device=torch.device("cpu"))
     assert batch.observations["tokens"].tolist() == [[11, 12, 21, 2], [13, 14, 2, 0]]
     assert batch.observations["lengths"].tolist() == [4, 3]
     assert batch.mask_BT.tolist() == [[False, False, True, True], [False, False, True, False]]

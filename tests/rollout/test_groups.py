@@ -10,7 +10,7 @@ import torch
 from surefoot.config import GenerationConfig, PPOConfig
 from surefoot.envs.text import TextTask
 from surefoot.errors import InputError
-from surefoot.generation.engine import generate
+from surefoot.generation.engine import TokenEngine, generate
 from surefoot.rollout.text import collect
 from surefoot.types import Batch, Request, SamplingParams
 from tests.tiny import tiny_policy
@@ -64,9 +64,8 @@ def test_the_greedy_answers_reward_stands_beside_its_group_and_its_tokens_do_not
     assert [t.completion for t in batch.trajectories] == [t.completion for t in plain.trajectories]
     assert torch.equal(batch.rewards_BT, plain.rewards_BT) and plain.baselines_B is None
     policy = tiny_policy(moved=True)
-    requests = [Request(t.prompt_tokens, seed=0) for t in batch.trajectories[::4]]
     params = SamplingParams(max_new_tokens=6, temperature=0.0)
-    answers = generate(policy, requests, params=params, end_tokens=policy.model_end_tokens)
-    texts = [policy.tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in answers]
+    requests = [Request(t.prompt_tokens, seed=0, params=params) for t in batch.trajectories[::4]]
+    texts = [policy.decode(completion.tokens) for completion in generate(TokenEngine(policy), requests)]
     expected = letters([t.prompt for t in batch.trajectories[::4]], texts)
     assert batch.baselines_B.tolist() == [min(score, clip or score) for score in expected for _ in range(4)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -14,8 +14,8 @@ from surefoot.core.losses import LossSettings, ppo_loss
 from surefoot.envs.text import TextTask
 from surefoot.errors import InputError
 from surefoot.rollout.logprobs import fill_logprobs, sequence_kl
-from surefoot.rollout.text import TextRollout, collect, completion_text, distinct_2, encode_prompt, stop_check
-from surefoot.types import Batch, StopReason
+from surefoot.rollout.text import TextRollout, collect, completion_text, distinct_2, encode_prompt, text_engine
+from surefoot.types import Batch, Completion, StopReason
 from tests.tiny import ASSISTANT, CONTEXT, END, SPECIAL, USER, plain_scores, tiny_lm, tiny_policy, tiny_tokenizer
 
 PROMPTS = ["the", "a band in the sun.", "1, 2, 3", "who?", "an inner thing and another", "no", "other", "thin ice"]
@@ -36,6 +36,11 @@ def played(policy=None, env=None, *, episodes=16, first_episode=0, seed=0, gener
     return collect(
         policy, env or task(), episodes=episodes, first_episode=first_episode, seed=seed, generation=generation, ppo=ppo
     )
+
+
+def text_rollout(policy, env, *, seed=0) -> TextRollout:
+    engine = text_engine(policy, GENERATION)
+    return TextRollout(policy, env, engine=engine, generation=GENERATION, ppo=PPO, seed=seed)
 
 
 def end_often(lm=None, bias: float = 3.0):
@@ -103,15 +108,17 @@ def test_distinct_2_counts_bigrams_of_tokens_over_all_sequences():
     assert distinct_2([]) == 0.0
 
 
-def test_the_answers_text_has_neither_end_token_nor_other_special_ones():
-    tokenizer = tiny_tokenizer()
-    the, no = tokenizer("the")["input_ids"], tokenizer("no")["input_ids"]
-    ends = frozenset({END, *tokenizer("?")["input_ids"]})
-    assert completion_text(tokenizer, [*the, END], ends) == "the"
-    assert completion_text(tokenizer, the, ends) == "the"
-    assert completion_text(tokenizer, [*the, USER, *no], ends) == "theno"
-    assert completion_text(tokenizer, [*no, *tokenizer("?")["input_ids"]], ends) == "no"  # ended by a visible token
-    assert completion_text(tokenizer, [END], ends) == completion_text(tokenizer, [], ends) == ""
+def test_the_completions_text_has_neither_end_token_nor_other_special_ones():
+    policy = tiny_policy()
+    the, no, question = (policy.tokenizer(text)["input_ids"] for text in ("the", "no", "?"))
+
+    def text(tokens: list[int], stop_reason: StopReason) -> str:
+        return completion_text(policy, Completion(tokens, [], [], [], stop_reason))
+
+    assert text([*the, END], StopReason.END_TOKEN) == text(the, StopReason.LENGTH) == "the"
+    assert text([*the, USER, *no], StopReason.LENGTH) == "theno"
+    assert text([*no, *question], StopReason.END_TOKEN) == "no"  # ended by a visible token
+    assert text([END], StopReason.END_TOKEN) == ""
 
 
 def test_the_reward_function_sees_prompts_texts_and_columns_in_order():
@@ -273,12 +280,13 @@ def test_every_pass_over_the_prompts_is_a_permutation_of_its_own():
     assert one_pass(0, 0) == passes[0]  # asked again out of order, as after resuming
 
 
-def test_a_temperature_on_one_side_only_is_refused():
-    cold = GENERATION.model_copy(update={"temperature": 0.6})
-    with pytest.raises(InputError, match=r"temperature is 0\.6.*at 1"):
-        played(generation=cold)
-    batch = played(tiny_policy(temperature=0.6, moved=True), generation=cold)
-    assert torch.allclose(tiny_policy(temperature=0.6, moved=True).evaluate(batch).logprobs_BT, batch.logprobs_BT, atol=1e-4)
+def test_the_batch_carries_the_temperature_that_it_was_sampled_at_and_the_policy_none():
+    policy = tiny_policy(moved=True)
+    batch = played(policy, generation=GENERATION.model_copy(update={"temperature": 0.6}))
+    assert batch.temperature == batch.rows(slice(2)).temperature == 0.6
+    for temperature in (0.6, 1.0):
+        view = policy.evaluate(replace(batch, temperature=temperature))
+        assert torch.allclose(view.logprobs_BT, batch.logprobs_BT, atol=1e-4) == (temperature == 0.6)
 
 
 @pytest.mark.parametrize(("name", "value"), [("top_p", 0.9), ("top_k", 5)])
@@ -301,20 +309,14 @@ def test_a_stop_string_ends_the_answer_and_stays_part_of_it():
         length = len(t.completion.tokens)
         assert t.completion.tokens == unstopped.completion.tokens[:length]
         assert (stop in t.text) == (t.completion.stop_reason is StopReason.STOP_STRING)
-        assert stop not in completion_text(tiny_tokenizer(), t.completion.tokens[:-1], frozenset())
+        assert stop not in tiny_policy().decode(t.completion.tokens[:-1])
 
 
-def test_a_stop_string_is_found_across_token_borders():
-    tokenizer = tiny_tokenizer()
-    is_stopped = stop_check(tokenizer, ["then"])
-    tokens = tokenizer.convert_tokens_to_ids(["a", "t", "h", "e", "n"])
-    assert [is_stopped(tokens[: i + 1]) for i in range(5)] == [False, False, False, False, True]
-    assert is_stopped(tokenizer.convert_tokens_to_ids(["the", "n"]))
-    assert stop_check(tokenizer, []) is None
-
-
-def test_a_stop_string_does_not_match_the_name_of_a_special_token():
-    assert not stop_check(tiny_tokenizer(), ["e", "user"])([USER])
+def test_a_stop_string_is_looked_for_in_the_text_as_it_will_be_shown():
+    policy = tiny_policy()
+    tokens = policy.tokenizer.convert_tokens_to_ids(["a", "t", "h", "e", "n"])
+    assert ["then" in policy.decode(tokens[: i + 1]) for i in range(5)] == [False, False, False, False, True]
+    assert policy.decode([USER]) == ""  # the name of a special token is no text
 
 
 def test_the_penalty_for_a_missing_end_is_for_cut_off_answers_alone_with_custom_end_tokens_too():
@@ -333,7 +335,7 @@ def test_the_penalty_for_a_missing_end_is_for_cut_off_answers_alone_with_custom_
 
 def test_evaluation_reports_the_means_of_its_answers_and_repeats_itself():
     env = task(["no"], held_out=PROMPTS, metric=lambda prompts, completions, **columns: [2.0] * len(prompts))
-    rollout = TextRollout(tiny_policy(lm=end_often(), moved=True), env, generation=GENERATION, ppo=PPO, seed=1)
+    rollout = text_rollout(tiny_policy(lm=end_often(), moved=True), env, seed=1)
     assert rollout.can_evaluate
     metrics, trajectories = rollout.evaluate(6)
     assert [t.prompt for t in trajectories] == PROMPTS[:6]
@@ -355,7 +357,7 @@ def test_evaluation_reports_the_means_of_its_answers_and_repeats_itself():
 
 
 def test_nothing_held_out_means_nothing_to_evaluate():
-    assert not TextRollout(tiny_policy(), task(), generation=GENERATION, ppo=PPO, seed=0).can_evaluate
+    assert not text_rollout(tiny_policy(), task()).can_evaluate
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -364,8 +366,8 @@ def test_scoring_fills_the_written_tokens_whatever_the_token_budget(dtype, budge
     policy = tiny_policy(moved=True, dtype=dtype)
     batch = played(policy)
     written, old = batch.logprobs_BT.clone(), batch.behaviour_logprobs_BT
-    fill_logprobs(policy, batch, token_budget=budget)
     exact = dtype == torch.float32
+    fill_logprobs(policy, batch, token_budget=budget, exact_logprobs=exact)
     assert (batch.behaviour_logprobs_BT is None) == exact and (old is None) == exact
     whole = policy.evaluate(batch)
     for ours, expected in (

@@ -36,7 +36,7 @@ from surefoot.generation.engine import generate
 from surefoot.policies.lm.policy import CausalLMPolicy
 from surefoot.rollout.gym import env_actions
 from surefoot.rollout.mixed import MixedRollout
-from surefoot.rollout.text import check_length, completion_text, encode_prompt, stop_check
+from surefoot.rollout.text import check_length, completion_text, encode_prompt, text_engine
 from surefoot.storage.files import whole_folder
 from surefoot.storage.run_folder import RunFolder
 from surefoot.train import loop
@@ -124,7 +124,6 @@ class PPO:
             if env is not None:
                 probe_functions(env)
             self.policy = policy if isinstance(policy, CausalLMPolicy) else build_policy(self.config)
-            self.policy.temperature = self.config.generation.temperature
         self._folder = run
         self._training: loop.Training | None = None
         self._has_learnt = False
@@ -396,8 +395,7 @@ def generate_text(
     if not isinstance(prompts, (str, Sequence)):
         raise InputError(f"prompts: expected a string or a list of prompts, got {type(prompts).__name__}")
     many = [prompts] if isinstance(prompts, str) else prompts
-    is_stopped = stop_check(policy.tokenizer, settings.stop)
-    ends = policy.model_end_tokens | frozenset(settings.stop_token_ids)
+    engine = text_engine(policy, settings)
     requests = []
     for number, prompt in enumerate(many):
         checked = checked_prompt(
@@ -405,9 +403,9 @@ def generate_text(
         )
         tokens = encode_prompt(policy.tokenizer, checked, chat=chat)
         check_length(tokens, str(checked), context=policy.context_length, new_tokens=params.max_new_tokens)
-        requests.append(Request(tokens, derived_seed(seed, "generate", number), is_stopped))
-    completions = generate(policy, requests, params=params, end_tokens=ends, slots=settings.slots)
-    texts = [completion_text(policy.tokenizer, completion.tokens, ends) for completion in completions]
+        seed_of_prompt = derived_seed(seed, "generate", number)
+        requests.append(Request(tokens, seed_of_prompt, params, tuple(settings.stop)))
+    texts = [completion_text(policy, completion) for completion in generate(engine, requests)]
     return texts[0] if isinstance(prompts, str) else texts
 
 

@@ -66,7 +66,6 @@ class SFT:
         assert self.config.sft is not None
         self.data = build_demonstrations(self.config.sft, data)
         self.policy = policy if isinstance(policy, CausalLMPolicy) else build_policy(self.config)
-        self.policy.temperature = 1.0  # the likelihood is the model's own
         self._folder = run
         self._training: loop.Training | None = None
 

@@ -39,7 +39,6 @@ def build_policy(config: Config, *, say: Callable[[str], None] = assets.tell) ->
         source,
         config.policy.model_copy(update={"critic": _critic(config, say)}),
         device=device,
-        temperature=config.generation.temperature,
         seed=derived_seed(config.seed, "adapter", 0),
     )
 

@@ -22,7 +22,7 @@ from surefoot.rollout.gym import GymRollout
 from surefoot.rollout.mixed import MixedRollout
 from surefoot.rollout.opponents import OpponentPool
 from surefoot.rollout.preferences import PreferenceRollout
-from surefoot.rollout.text import TextRollout
+from surefoot.rollout.text import TextRollout, text_engine
 from surefoot.storage.run_folder import RunFolder
 from surefoot.train import checkpoint, loop
 from surefoot.train.update import make_optimizer
@@ -46,7 +46,14 @@ def build_rollout(
         assert config.reward_model is not None
         return PreferenceRollout(policy, env, settings=config.reward_model, seed=config.seed)
     if isinstance(env, TextTask):
-        rollout = TextRollout(policy, env, generation=config.generation, ppo=config.ppo, seed=config.seed)
+        rollout = TextRollout(
+            policy,
+            env,
+            engine=text_engine(policy, config.generation),
+            generation=config.generation,
+            ppo=config.ppo,
+            seed=config.seed,
+        )
         return rollout if demonstrations is None else _mixed(config, rollout, demonstrations)
     assert config.env is not None
     make = None if config.env.id is None else lambda: build_vector(config, for_evaluation=True)
@@ -74,9 +81,15 @@ def _mixed(config: Config, rollout: TextRollout, demonstrations: Demonstrations)
     )
     # A seed of their own: a list as long as the prompts would be in the prompts' order.
     seed = derived_seed(config.seed, "ptx", 0)
-    return MixedRollout(
-        rollout, DemonstrationRollout(rollout.policy, demonstrations, sft=sft, seed=seed, key="ppo.ptx")
+    demonstrated = DemonstrationRollout(
+        rollout.policy,
+        demonstrations,
+        sft=sft,
+        seed=seed,
+        key="ppo.ptx",
+        temperature=config.generation.temperature,
     )
+    return MixedRollout(rollout, demonstrated)
 
 
 def build_training(

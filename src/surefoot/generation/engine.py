@@ -1,4 +1,4 @@
-"""Batched decoding with continuous batching: admit, prefill, decode, retire.
+"""The Engine protocol, and ours: batched decoding with continuous batching (admit, prefill, decode, retire).
 
 Rows that finish leave the batch at once and waiting prompts take their place. A row's tokens depend on its prompt,
 its seed and the weights alone (exactly so in float32, up to rounding at the boundary between two tokens).
@@ -6,9 +6,10 @@ its seed and the weights alone (exactly so in float32, up to rounding at the bou
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,42 +19,50 @@ from surefoot.generation.sampling import request_uniforms, sample
 from surefoot.types import Completion, Request, SamplingParams, StopReason
 
 
-class CacheWindow(Protocol):
-    """Which columns of a cache are in use; the newest token of every row stands in column `end - 1`."""
+class Engine(Protocol):
+    """Whatever continues prompts: requests go in, completions come out as they finish, in any order."""
 
-    begin: int
-    end: int
-    columns: int
+    exact_logprobs: bool
+    """Whether its log-probs and values repeat the trainer's to rounding, so that they serve as the old ones."""
 
-
-class KVCache(Protocol):
-    """What the engine needs of a cache whose rows are right-aligned (`policies/lm/kv_cache.py`)."""
-
-    window: Any  # a CacheWindow
-
-    def move_rows(self, sources: list[int], targets: list[int]) -> None:
-        """Copy whole rows over others."""
+    def submit(self, requests: Sequence[Request]) -> list[int]:
+        """Queue `requests`; the number of each, by which its completion names it (`Completion.request_id`)."""
         ...
 
-    def copy_from(self, other: Any, first_row: int, rows: int) -> None:
-        """Append rows of another cache so that they end where this one's window ends."""
+    def poll(self) -> list[Completion]:
+        """Go on for a while; the completions that finished since the last call, each handed out once."""
         ...
 
-    def shift_to(self, new_end: int) -> None:
-        """Move the columns in use so that they end at `new_end`."""
+    def abort(self) -> None:
+        """Forget every request whose completion was not handed out."""
+        ...
+
+    def sync(self, policy: Any, version: int) -> None:
+        """Write with the weights that `policy` has now; completions begun from here on carry `version`."""
         ...
 
 
 class TokenModel(Protocol):
-    """What the engine needs of a model."""
+    """What the token engine needs of a model."""
+
+    exact_logprobs: bool
 
     @property
     def device(self) -> torch.device:
         """Where its inputs must be."""
         ...
 
+    @property
+    def model_end_tokens(self) -> frozenset[int]:
+        """Tokens that end a completion."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Tokens as text, in which stop strings are looked for."""
+        ...
+
     def new_cache(self, *, slots: int, columns: int) -> Any:
-        """An empty cache."""
+        """An empty cache with `window`, `move_rows`, `copy_from` and `shift_to` (`policies/lm/kv_cache.py`)."""
         ...
 
     def step(
@@ -63,11 +72,30 @@ class TokenModel(Protocol):
         ...
 
 
+def generate(
+    engine: Engine, requests: Sequence[Request], *, poll: Callable[[], None] | None = None
+) -> list[Completion]:
+    """Continue every request with an engine that has nothing else to do; completions in the order of `requests`.
+
+    `poll` is called after each of the engine's steps and may raise to abandon the work.
+    """
+    numbers = engine.submit(requests)
+    completions: dict[int, Completion] = {}
+    try:
+        while len(completions) < len(numbers):
+            completions |= {completion.request_id: completion for completion in engine.poll()}
+            if poll is not None:
+                poll()
+    except BaseException:
+        engine.abort()
+        raise
+    return [completions[number] for number in numbers]
+
+
 @dataclass
 class _Row:
     """One sequence being written. `length` counts the tokens in the cache, prompt included."""
 
-    index: int
     request: Request
     uniforms: list[float]
     completion: Completion
@@ -75,139 +103,161 @@ class _Row:
     pending: int = 0  # sampled, not yet in the cache
 
 
-@torch.no_grad()
-def generate(
-    model: TokenModel,
-    requests: Sequence[Request],
-    *,
-    params: SamplingParams,
-    end_tokens: frozenset[int],
-    slots: int = 64,
-    poll: Callable[[], None] | None = None,
-) -> list[Completion]:
-    """Continue every request; completions in the order of `requests`.
+class TokenEngine:
+    """Decodes at most `slots` rows at once with a model in this process, whose weights it shares.
 
-    At most `slots` rows are decoded at once. `poll` is called after each step and may raise to abandon the work.
-    Raises ValueError for an empty prompt.
+    Requests are admitted in the order of submission, as soon as places are free. The cache is made for what waits when
+    decoding begins: a request that comes later and does not fit into it (a longer prompt, more new tokens) or is sampled
+    otherwise waits, and those after it too, until the rows before it are done and a new cache is made. `end_tokens`
+    replaces the model's.
     """
-    if any(not request.prompt for request in requests):
-        raise ValueError("a prompt has no tokens")
-    if not requests:
-        return []
-    engine = _Engine(model, requests, params, end_tokens, slots)
-    while engine.rows or engine.waiting:
-        engine.admit()
-        engine.retire()
-        if engine.rows:
-            engine.decode()
-            engine.retire()
-        if poll is not None:
-            poll()
-    return engine.completions
 
+    def __init__(self, model: TokenModel, *, slots: int = 64, end_tokens: frozenset[int] | None = None):
+        self.model, self.slots = model, slots
+        self.end_tokens = model.model_end_tokens if end_tokens is None else end_tokens
+        self.exact_logprobs = model.exact_logprobs
+        self._version = 0
+        self._submitted = itertools.count()
+        self._waiting: deque[tuple[int, Request]] = deque()
+        self._rows: list[_Row] = []
+        self._finished: list[Completion] = []
+        self._cache: Any = None
+        self._params = SamplingParams()  # of all rows in the cache
+        self._places = self._longest_prompt = 0
 
-class _Engine:
-    """The state of one `generate` call."""
+    def submit(self, requests: Sequence[Request]) -> list[int]:
+        """Queue `requests`; their numbers. Raises ValueError for an empty prompt."""
+        if any(not request.prompt for request in requests):
+            raise ValueError("a prompt has no tokens")
+        numbered = [(next(self._submitted), request) for request in requests]
+        self._waiting += numbered
+        return [number for number, _ in numbered]
 
-    def __init__(
-        self,
-        model: TokenModel,
-        requests: Sequence[Request],
-        params: SamplingParams,
-        end_tokens: frozenset[int],
-        slots: int,
-    ):
-        self.model, self.params, self.end_tokens = model, params, end_tokens
-        self.slots = min(slots, len(requests))
-        self.rows: list[_Row] = []
-        self.waiting: deque[tuple[int, Request]] = deque(enumerate(requests))
-        self.completions = [Completion([], [], [], [], StopReason.LENGTH) for _ in requests]
-        self.longest_prompt = max(len(request.prompt) for request in requests)
-        longest_row = self.longest_prompt + params.max_new_tokens
-        # Room to move on by a whole answer before columns are shifted back; none is needed if nobody has to wait.
-        slack = params.max_new_tokens if len(requests) > self.slots else 0
-        self.cache: KVCache = model.new_cache(slots=self.slots, columns=longest_row + slack)
-        self.cache.window.begin = self.cache.window.end = self.longest_prompt
+    @torch.no_grad()
+    def poll(self) -> list[Completion]:
+        """Write one token of every row; the completions that finished."""
+        self._admit()
+        self._retire()
+        if self._rows:
+            self._decode()
+            self._retire()
+        if not self._rows and not self._waiting:
+            self._cache = None
+        finished, self._finished = self._finished, []
+        return finished
 
-    def admit(self) -> None:
-        """Prefill waiting prompts into free slots, once enough are free to be worth a forward pass."""
-        free = self.slots - len(self.rows)
-        if not self.waiting or (self.rows and free < max(1, self.slots // 8)):
+    def abort(self) -> None:
+        """Forget what waits, is being written, or was not handed out."""
+        self._waiting.clear()
+        self._rows, self._finished, self._cache = [], [], None
+
+    def sync(self, policy: Any, version: int) -> None:
+        """Stamp what is begun from here on with `version`; the weights are shared, so that none are copied.
+
+        Raises RuntimeError while rows are being written, for a completion is one version's; ValueError for a policy that is
+        not the engine's model.
+        """
+        if policy is not self.model:
+            raise ValueError("sync: a TokenEngine writes with the model that it was made for")
+        if self._rows:
+            raise RuntimeError(
+                f"sync: {len(self._rows)} completions are being written; poll or abort them first"
+            )
+        self._version = version
+
+    def _fits(self, request: Request) -> bool:
+        is_short = len(request.prompt) <= self._longest_prompt
+        is_short &= request.params.max_new_tokens <= self._params.max_new_tokens
+        return self._cache is not None and is_short and _are_alike(request.params, self._params)
+
+    def _make_cache(self) -> None:
+        """A cache for the requests at the head of the queue that are sampled alike."""
+        params = self._waiting[0][1].params
+        alike = [
+            r for _, r in itertools.takewhile(lambda one: _are_alike(one[1].params, params), self._waiting)
+        ]
+        limit = max(request.params.max_new_tokens for request in alike)
+        self._params = replace(params, max_new_tokens=limit)
+        self._places = min(self.slots, len(alike))
+        self._longest_prompt = max(len(request.prompt) for request in alike)
+        # Room to move on by a whole completion before columns are shifted back; none is needed if nobody has to wait.
+        columns = self._longest_prompt + limit + (limit if len(alike) > self._places else 0)
+        self._cache = self.model.new_cache(slots=self._places, columns=columns)
+
+    def _admit(self) -> None:
+        """Prefill waiting prompts into free places, once enough are free to be worth a forward pass."""
+        is_narrow = self._places < min(self.slots, len(self._waiting))
+        if self._waiting and not self._rows and (is_narrow or not self._fits(self._waiting[0][1])):
+            self._make_cache()
+        free = self._places - len(self._rows)
+        if self._rows and free < max(1, self._places // 8):
             return
-        window = self.cache.window
-        if not self.rows:
-            window.begin = window.end = self.longest_prompt
-        rows = [self._new_row(*self.waiting.popleft()) for _ in range(min(free, len(self.waiting)))]
-        width = max(len(row.request.prompt) for row in rows)
+        rows: list[_Row] = []
+        while self._waiting and len(rows) < free and self._fits(self._waiting[0][1]):
+            rows.append(self._new_row(*self._waiting.popleft()))
+        if not rows:
+            return
+        if not self._rows:
+            self._cache.window.begin = self._cache.window.end = self._longest_prompt
+        width = max(row.length for row in rows)
         scratch = self.model.new_cache(slots=len(rows), columns=width)
-        tokens = torch.zeros((len(rows), width), dtype=torch.long)
-        for i, row in enumerate(rows):
-            tokens[i, width - len(row.request.prompt) :] = torch.tensor(row.request.prompt)
-        lengths = torch.tensor([len(row.request.prompt) for row in rows])
-        offsets_BT = torch.arange(width)[None] - (width - lengths[:, None])
-        device = self.model.device
-        logits_BV, values_B = self.model.step(
-            tokens.to(device),
-            offsets_BT.clamp(min=0).to(device),
-            (offsets_BT >= 0).long().to(device),
-            scratch,
-        )
+        tokens = torch.tensor([[0] * (width - row.length) + [*row.request.prompt] for row in rows])
+        offsets_BT = torch.arange(width) - torch.tensor([[width - row.length] for row in rows])
+        self._step(rows, tokens, offsets_BT.clamp(min=0), (offsets_BT >= 0).long(), scratch)
         scratch.window.end = width
-        self.cache.copy_from(scratch, len(self.rows), len(rows))
-        self.rows += rows
-        self._write(rows, logits_BV, values_B)
+        self._cache.copy_from(scratch, len(self._rows), len(rows))
+        self._rows += rows
 
-    def decode(self) -> None:
+    def _decode(self) -> None:
         """Put every row's pending token into the cache and sample the next one."""
-        window = self.cache.window
+        window = self._cache.window
         if window.end == window.columns:
-            self.cache.shift_to(max(self.longest_prompt, window.end - window.begin))
-        lengths = torch.tensor([row.length for row in self.rows])
-        columns = torch.arange(window.begin, window.end + 1)
-        attention_BS = (columns[None] >= window.end - lengths[:, None]).long()
-        tokens = torch.tensor([[row.pending] for row in self.rows])
-        device = self.model.device
-        logits_BV, values_B = self.model.step(
-            tokens.to(device), lengths[:, None].to(device), attention_BS.to(device), self.cache
-        )
+            self._cache.shift_to(max(self._longest_prompt, window.end - window.begin))
+        lengths_B1 = torch.tensor([[row.length] for row in self._rows])
+        attention_BS = (torch.arange(window.begin, window.end + 1) >= window.end - lengths_B1).long()
+        tokens = torch.tensor([[row.pending] for row in self._rows])
+        self._step(self._rows, tokens, lengths_B1, attention_BS, self._cache)
         window.end += 1
-        for row in self.rows:
+        for row in self._rows:
             row.length += 1
-        self._write(self.rows, logits_BV, values_B)
 
-    def retire(self) -> None:
+    def _retire(self) -> None:
         """Let finished rows go: rows from the end move into their places."""
-        finished = {i for i, row in enumerate(self.rows) if self._is_finished(row)}
+        finished = {i for i, row in enumerate(self._rows) if self._is_finished(row)}
         if not finished:
             return
-        for i in finished:
-            self.completions[self.rows[i].index] = self.rows[i].completion
-        left = len(self.rows) - len(finished)
+        self._finished += [self._rows[i].completion for i in sorted(finished)]
+        left = len(self._rows) - len(finished)
         targets = [i for i in sorted(finished) if i < left]
-        sources = [i for i in range(left, len(self.rows)) if i not in finished]
+        sources = [i for i in range(left, len(self._rows)) if i not in finished]
         if targets:
-            self.cache.move_rows(sources, targets)
+            self._cache.move_rows(sources, targets)
             for source, target in zip(sources, targets, strict=True):
-                self.rows[target] = self.rows[source]
-        del self.rows[left:]
-        if self.rows:
-            self.cache.window.begin = self.cache.window.end - max(row.length for row in self.rows)
+                self._rows[target] = self._rows[source]
+        del self._rows[left:]
+        if self._rows:
+            self._cache.window.begin = self._cache.window.end - max(row.length for row in self._rows)
 
-    def _new_row(self, index: int, request: Request) -> _Row:
+    def _new_row(self, number: int, request: Request) -> _Row:
         return _Row(
-            index=index,
             request=request,
-            uniforms=request_uniforms(request.seed, self.params.max_new_tokens).tolist(),
-            completion=self.completions[index],
+            uniforms=request_uniforms(request.seed, request.params.max_new_tokens).tolist(),
+            completion=Completion(
+                [], [], [], [], StopReason.LENGTH, request_id=number, version=self._version
+            ),
             length=len(request.prompt),
         )
 
-    def _write(self, rows: list[_Row], logits_BV: Tensor, values_B: Tensor) -> None:
-        """Sample one token for each row and record it with what the policy thought of it."""
-        uniforms = torch.tensor(
-            [row.uniforms[len(row.completion.tokens)] for row in rows], dtype=torch.float64
+    def _step(
+        self, rows: list[_Row], tokens: Tensor, positions: Tensor, attention: Tensor, cache: Any
+    ) -> None:
+        """Feed tokens, sample the next of each row and record it with its log-prob, entropy and value."""
+        device = self.model.device
+        logits_BV, values_B = self.model.step(
+            tokens.to(device), positions.to(device), attention.to(device), cache
         )
-        drawn = sample(logits_BV, uniforms, self.params)
+        uniforms = [row.uniforms[len(row.completion.tokens)] for row in rows]
+        drawn = sample(logits_BV, torch.tensor(uniforms, dtype=torch.float64), self._params)
         columns = [values.tolist() for values in (*drawn, values_B)]
         for row, token, logprob, entropy, value in zip(rows, *columns, strict=True):
             row.pending = token
@@ -217,11 +267,16 @@ class _Engine:
             row.completion.values.append(value)
 
     def _is_finished(self, row: _Row) -> bool:
-        tokens = row.completion.tokens
+        tokens, stop = row.completion.tokens, row.request.stop
         if tokens[-1] in self.end_tokens:
             row.completion.stop_reason = StopReason.END_TOKEN
-        elif row.request.is_stopped is not None and row.request.is_stopped(tokens):
+        elif stop and any(string in self.model.decode(tokens) for string in stop):
             row.completion.stop_reason = StopReason.STOP_STRING
         else:
-            return len(tokens) >= self.params.max_new_tokens
+            return len(tokens) >= row.request.params.max_new_tokens
         return True
+
+
+def _are_alike(one: SamplingParams, other: SamplingParams) -> bool:
+    """Whether rows of the two can be sampled together."""
+    return replace(one, max_new_tokens=other.max_new_tokens) == other

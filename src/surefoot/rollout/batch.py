@@ -10,7 +10,7 @@ from torch import Tensor
 from surefoot.types import Batch, Trajectory
 
 
-def text_batch(trajectories: Sequence[Trajectory], *, device: torch.device, version: int = 0) -> Batch:
+def text_batch(trajectories: Sequence[Trajectory], *, device: torch.device) -> Batch:
     """Right-padded [B, T] batch over prompt and answer; rewards are 0 until shaping fills them in.
 
     The mask comes from lengths, never from comparing tokens with a pad id. Rows must have at least one written token.
@@ -37,7 +37,7 @@ def text_batch(trajectories: Sequence[Trajectory], *, device: torch.device, vers
         ends_BT=ends_BT,
         bootstrap_BT=torch.zeros(shape),  # an answer that was cut off is terminal, with value 0
         trajectories=list(trajectories),
-        version=version,
+        version=min(t.completion.version for t in trajectories),
     )
     return to_device(batch, device)
 
@@ -55,7 +55,7 @@ def has_reward_variance(batch: Batch) -> Tensor:
 
 
 def demonstration_batch(
-    rows: Sequence[tuple[Sequence[int], Sequence[bool]]], *, device: torch.device
+    rows: Sequence[tuple[Sequence[int], Sequence[bool]]], *, device: torch.device, temperature: float = 1.0
 ) -> Batch:
     """Right-padded [B, T] batch of (tokens, which of them to imitate); whoever wrote them left no log-probs."""
     lengths = [len(tokens) for tokens, _ in rows]
@@ -75,6 +75,7 @@ def demonstration_batch(
         ends_BT=torch.zeros(shape, dtype=torch.bool),
         bootstrap_BT=nothing_BT,
         objective="imitation",
+        temperature=temperature,
     )
     return to_device(batch, device)
 

@@ -41,7 +41,14 @@ class DemonstrationRollout:
     throughput = "throughput/tokens_per_s"
 
     def __init__(
-        self, policy: LanguagePolicy, data: Demonstrations, *, sft: SFTConfig, seed: int, key: str = "sft"
+        self,
+        policy: LanguagePolicy,
+        data: Demonstrations,
+        *,
+        sft: SFTConfig,
+        seed: int,
+        key: str = "sft",
+        temperature: float = 1.0,
     ):
         if sft.max_tokens is not None and sft.max_tokens > policy.context_length:
             raise InputError(
@@ -52,7 +59,7 @@ class DemonstrationRollout:
                 "policy.model: names no end token, without which an answer would never end; set its eos_token"
             )
         self.policy, self.data, self.sft, self.seed = policy, data, sft, seed
-        self.key = key
+        self.key, self.temperature = key, temperature
         self.truncated = 0  # examples that were cut to max_tokens
         self._train = [self._lesson(example) for example in data.train]
         self._held_out = [self._lesson(example) for example in data.held_out]
@@ -126,9 +133,8 @@ class DemonstrationRollout:
             )
 
     def _batch(self, lessons: Sequence[TokenizedExample]) -> Batch:
-        return demonstration_batch(
-            [(lesson.tokens, lesson.is_trained) for lesson in lessons], device=self.policy.device
-        )
+        rows = [(lesson.tokens, lesson.is_trained) for lesson in lessons]
+        return demonstration_batch(rows, device=self.policy.device, temperature=self.temperature)
 
     def _lesson(self, example: Demonstration) -> TokenizedExample:
         lesson = encode_demonstration(self.policy.tokenizer, example, end_tokens=self.policy.model_end_tokens)

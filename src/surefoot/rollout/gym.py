@@ -97,7 +97,12 @@ class GymRollout:
         batch = played.batch(last_values, version=version, recurrent=self.policy.reads_whole_rows)
         del played  # its steps are in the batch now
         rolled = time.perf_counter()
-        fill_logprobs(self.policy, batch, token_budget=self.ppo.micro_batch_tokens)
+        fill_logprobs(
+            self.policy,
+            batch,
+            token_budget=self.ppo.micro_batch_tokens,
+            exact_logprobs=self.policy.exact_logprobs,
+        )
         self.finished.extend(self._new)
         batch.trajectories = self._new
         batch.metrics = episode_metrics(list(self.finished), "rollout") if self.finished else {}

@@ -1,4 +1,4 @@
-"""What a policy and its reference think of a batch, before any update: log-probs without gradient."""
+"""Log-probs and values of a batch under the policy and its reference, before any update and without gradient."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ from surefoot.types import Batch
 
 @torch.no_grad()
 def fill_logprobs(
-    policy: Policy, batch: Batch, *, token_budget: int, values: Callable[[Batch], Tensor] | None = None
+    policy: Policy,
+    batch: Batch,
+    *,
+    token_budget: int,
+    exact_logprobs: bool,
+    values: Callable[[Batch], Tensor] | None = None,
 ) -> None:
-    """Fill `reference_logprobs_BT`, and where sampler and trainer differ by more than rounding (bfloat16), the old
-    log-probs and values too: they must come from the code that will compute the new ones, or the first ratio isn't 1.
-    A batch whose sampler wrote no log-probs at all (`needs_logprobs`) gets them here; one whose sampler had no values gets
+    """Fill `reference_logprobs_BT`, and where the sampler's log-probs are not the trainer's to rounding (`exact_logprobs`:
+    bfloat16's are not), the old log-probs and values too: they must come from the code that will compute the new ones, or
+    the first ratio isn't 1. A batch whose sampler wrote no log-probs at all (`needs_logprobs`) gets them here; one whose sampler had no values gets
     them from `values`, which must be the code that trains them too.
     """
-    rescore = batch.needs_logprobs or not policy.exact_logprobs
+    rescore = batch.needs_logprobs or not exact_logprobs
     references: list[tuple[Tensor, Tensor]] = []
     if rescore:
         batch.behaviour_logprobs_BT = None if batch.needs_logprobs else batch.logprobs_BT

@@ -15,30 +15,24 @@ from surefoot.core.running import RunningStats
 from surefoot.core.seeds import derived_seed
 from surefoot.envs.text import Example, TextTask
 from surefoot.errors import InputError
-from surefoot.generation.engine import TokenModel, generate
+from surefoot.generation.engine import Engine, TokenEngine, TokenModel, generate
 from surefoot.policies.base import Policy
 from surefoot.rewards.functions import compute_rewards
 from surefoot.rewards.mixed import PART, assign_rewards
 from surefoot.rewards.shaping import shape_rewards
 from surefoot.rollout.batch import text_batch
 from surefoot.rollout.logprobs import fill_logprobs, sequence_kl
-from surefoot.types import Batch, Request, SamplingParams, StopReason, Trajectory
+from surefoot.types import Batch, Completion, Request, SamplingParams, StopReason, Trajectory
 
 
 class LanguagePolicy(Policy, TokenModel, Protocol):
     """A policy that writes text: what `policies/lm/policy.py` provides."""
 
     tokenizer: Any
-    temperature: float
 
     @property
     def compute_values(self) -> Callable[[Batch], torch.Tensor] | None:
         """What gives values [B, T] after the rollout, where `step` has none to give."""
-        ...
-
-    @property
-    def model_end_tokens(self) -> frozenset[int]:
-        """Tokens that end an answer."""
         ...
 
     @property
@@ -48,7 +42,7 @@ class LanguagePolicy(Policy, TokenModel, Protocol):
 
 
 class TextRollout:
-    """Collects training batches and evaluations of one policy on one task.
+    """Collects training batches and evaluations of one policy, for which `engine` writes, on one task.
 
     Everything random in it follows from `seed` and the episode's number, so the only state to save is the running
     statistics of the rewards.
@@ -59,6 +53,7 @@ class TextRollout:
         policy: LanguagePolicy,
         task: TextTask,
         *,
+        engine: Engine,
         generation: GenerationConfig,
         ppo: PPOConfig,
         seed: int,
@@ -67,15 +62,9 @@ class TextRollout:
             raise InputError(
                 "generation.top_k and top_p contradict training: log-probs are over the full vocabulary"
             )
-        if generation.temperature != policy.temperature:
-            raise InputError(
-                f"generation.temperature is {generation.temperature:g}, but the policy computes its log-probs at "
-                f"{policy.temperature:g}; load it with the same"
-            )
-        self.policy, self.task, self.seed = policy, task, seed
+        self.policy, self.task, self.engine, self.seed = policy, task, engine, seed
         self.generation, self.ppo = generation, ppo
         self.reward_stats = RunningStats()
-        self.end_tokens = policy.model_end_tokens | frozenset(generation.stop_token_ids)
         self.params = SamplingParams(
             max_new_tokens=generation.max_new_tokens, temperature=generation.temperature
         )
@@ -102,6 +91,7 @@ class TextRollout:
         examples = [self.task.training_example(number // group, self.seed) for number in numbers]
         seeds = [derived_seed(self.seed, "sampling", number) for number in numbers]
         started = time.perf_counter()
+        self.engine.sync(self.policy, version)
         trajectories = self.play(examples, seeds, poll)
         greedy: list[Trajectory] = []  # one a prompt: what ReMax compares with, and not trained on
         if self.ppo.advantage == "remax":
@@ -111,7 +101,7 @@ class TextRollout:
         played = time.perf_counter()
         assign_rewards(self.task.reward, trajectories + greedy)
         self.reward_stats = shape_rewards(trajectories + greedy, self.ppo, self.reward_stats)
-        batch = text_batch(trajectories, device=self.policy.device, version=version)
+        batch = text_batch(trajectories, device=self.policy.device)
         totals_B = _totals(trajectories, self.policy.device)
         # On the last written token, the action that ended the episode.
         batch.rewards_BT = torch.where(batch.ends_BT, totals_B[:, None], batch.rewards_BT)
@@ -170,23 +160,16 @@ class TextRollout:
     ) -> list[Trajectory]:
         """Write one answer per example; unscored trajectories. `params` takes the place of the run's own."""
         requests = [
-            Request(self.encode(example), seed, stop_check(self.policy.tokenizer, self.generation.stop))
+            Request(self.encode(example), seed, params or self.params, tuple(self.generation.stop))
             for example, seed in zip(examples, seeds, strict=True)
         ]
-        completions = generate(
-            self.policy,
-            requests,
-            params=params or self.params,
-            end_tokens=self.end_tokens,
-            slots=self.generation.slots,
-            poll=poll,
-        )
+        completions = generate(self.engine, requests, poll=poll)
         return [
             Trajectory(
                 prompt=self._shown_prompt(example, request),
                 prompt_tokens=request.prompt,
                 completion=completion,
-                text=completion_text(self.policy.tokenizer, completion.tokens, self.end_tokens),
+                text=completion_text(self.policy, completion),
                 columns=example.columns,
             )
             for example, request, completion in zip(examples, requests, completions, strict=True)
@@ -216,7 +199,14 @@ class TextRollout:
     def _compare_with_reference(
         self, batch: Batch, *, values: Callable[[Batch], torch.Tensor] | None = None
     ) -> None:
-        fill_logprobs(self.policy, batch, token_budget=self.ppo.micro_batch_tokens, values=values)
+        batch.temperature = self.params.temperature
+        fill_logprobs(
+            self.policy,
+            batch,
+            token_budget=self.ppo.micro_batch_tokens,
+            exact_logprobs=self.engine.exact_logprobs,
+            values=values,
+        )
         for trajectory, kl in zip(batch.trajectories, sequence_kl(batch).tolist(), strict=True):
             assert isinstance(trajectory, Trajectory)
             trajectory.kl = kl
@@ -225,7 +215,7 @@ class TextRollout:
         """What the reward function sees: the prompt as given, or what `prompt_tokens` left of it."""
         if self.task.prompt_tokens is None or not isinstance(example.prompt, str) or self.task.chat:
             return example.prompt
-        return self.policy.tokenizer.decode(request.prompt, skip_special_tokens=True)
+        return self.policy.decode(request.prompt)
 
 
 def _totals(trajectories: Sequence[Trajectory], device: torch.device) -> torch.Tensor:
@@ -267,14 +257,6 @@ def _part_means(trajectories: Sequence[Trajectory], name: str) -> dict[str, floa
     }
 
 
-def stop_check(tokenizer: Any, stops: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
-    """Whether the tokens written so far hold one of the strings; None without strings."""
-    if not stops:
-        return None
-    # In the text as the answer will show it: the name of a special token does not count.
-    return lambda tokens: any(stop in tokenizer.decode(tokens, skip_special_tokens=True) for stop in stops)
-
-
 def collect(
     policy: LanguagePolicy,
     env: TextTask,
@@ -283,6 +265,7 @@ def collect(
     first_episode: int = 0,
     seed: int = 0,
     version: int = 0,
+    engine: Engine | None = None,
     generation: GenerationConfig | None = None,
     ppo: PPOConfig | None = None,
 ) -> Batch:
@@ -291,10 +274,16 @@ def collect(
     `version` is the number of updates the policy has seen. Each call stands alone: keep a `TextRollout` instead where
     `reward_scale` should remember earlier scores.
     """
-    rollout = TextRollout(
-        policy, env, generation=generation or GenerationConfig(), ppo=ppo or PPOConfig(), seed=seed
-    )
+    generation, ppo = generation or GenerationConfig(), ppo or PPOConfig()
+    engine = engine or text_engine(policy, generation)
+    rollout = TextRollout(policy, env, engine=engine, generation=generation, ppo=ppo, seed=seed)
     return rollout.collect(first=first_episode, count=episodes, version=version)
+
+
+def text_engine(policy: LanguagePolicy, generation: GenerationConfig) -> TokenEngine:
+    """Our own engine over `policy`, as `generation` has it."""
+    ends = policy.model_end_tokens | frozenset(generation.stop_token_ids)
+    return TokenEngine(policy, slots=generation.slots, end_tokens=ends)
 
 
 def encode_prompt(tokenizer: Any, prompt: Any, *, chat: bool = False) -> tuple[int, ...]:
@@ -333,10 +322,10 @@ def check_length(tokens: Sequence[int], text: str, *, context: int, new_tokens: 
         )
 
 
-def completion_text(tokenizer: Any, tokens: Sequence[int], end_tokens: frozenset[int]) -> str:
-    """The answer as text, without the end token."""
-    written = tokens[:-1] if tokens and tokens[-1] in end_tokens else tokens
-    return str(tokenizer.decode(written, skip_special_tokens=True))
+def completion_text(policy: LanguagePolicy, completion: Completion) -> str:
+    """The completion as text, without the end token."""
+    has_end = completion.stop_reason is StopReason.END_TOKEN
+    return policy.decode(completion.tokens[:-1] if has_end else completion.tokens)
 
 
 def distinct_2(sequences: Sequence[Sequence[int]]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,12 @@ class CausalLMPolicy:
 
     `lm` is any transformers causal LM, in evaluation mode for good: dropout would make old and new log-probs differ
     before the first step. With an adapter the reference is the same model with the adapter off; without one it is a
-    frozen copy. Temperature divides the logits wherever a log-prob is computed, the reference's too. Without `critic` the
-    value head reads the policy's own last hidden state.
+    frozen copy. The batch's temperature divides the logits wherever a log-prob is computed, the reference's too. Without
+    `critic` the value head reads the policy's own last hidden state.
     """
 
     reads_whole_rows = True
-    threads = None
+    threads: int | None = None
 
     def __init__(
         self,
@@ -47,7 +47,6 @@ class CausalLMPolicy:
         dtype: torch.dtype = torch.float32,
         critic: Critic | None = None,
         stop_gradient: bool = False,
-        temperature: float = 1.0,
     ):
         self.tokenizer = tokenizer
         self.adapter = adapter  # the PeftModel around `lm`, or None
@@ -55,7 +54,6 @@ class CausalLMPolicy:
         self.dtype = dtype
         self.critic = critic
         self.stop_gradient = stop_gradient
-        self.temperature = temperature
         self.exact_logprobs = dtype == torch.float32
         self._body = lm.base_model
         self._head = lm.get_output_embeddings()
@@ -89,6 +87,10 @@ class CausalLMPolicy:
         named = getattr(getattr(self.lm, "generation_config", None), "eos_token_id", None)
         ids = list(named) if isinstance(named, (list, tuple)) else [named]
         return frozenset(int(i) for i in (*ids, self.tokenizer.eos_token_id) if i is not None)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Tokens as text, without the names of special ones."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def named_parameters_to_train(self) -> Iterable[tuple[str, nn.Parameter]]:
         """The adapter's parameters, or all of the model's, then the critic's."""
@@ -148,7 +150,7 @@ class CausalLMPolicy:
                 batch.actions_BT[mask_BT],
                 head=self._head,
                 cap=self._cap,
-                temperature=self.temperature,
+                temperature=batch.temperature,
                 entropy_gradient=entropy_gradient,
             )
             if self.critic is None:
@@ -180,7 +182,7 @@ class CausalLMPolicy:
                 batch.actions_BT[batch.mask_BT],
                 head=reference.get_output_embeddings(),
                 cap=self._cap,
-                temperature=self.temperature,
+                temperature=batch.temperature,
             )
         return _scatter(logprobs_N, batch.mask_BT)
 
@@ -201,11 +203,11 @@ class CausalLMPolicy:
         """Free the frozen copy, for a use without KL."""
         self._reference = None
 
-    @torch.no_grad()
     def closed_form(self, optimizer: torch.optim.Optimizer) -> None:
         """Its gradient is autograd's."""
         return None
 
+    @torch.no_grad()
     def fingerprint(self) -> int:
         """Checksum of the frozen base, and of the frozen reference where all weights are trained."""
         frozen = [p for p in self.lm.parameters() if not p.requires_grad]
@@ -296,7 +298,6 @@ def load_policy(
     config: PolicyConfig | None = None,
     *,
     device: str = "cpu",
-    temperature: float = 1.0,
     seed: int = 0,
 ) -> CausalLMPolicy:
     """Load a causal LM from a local folder or hub id (`assets.resolve` turns names into folders) and wrap it.
@@ -310,9 +311,7 @@ def load_policy(
         check_model_folder(config.critic.model, key="policy.critic.model")
     dtype = resolve_dtype(config.dtype, device)
     lm, tokenizer = load_pretrained(source, dtype=torch.float32 if config.adapter is None else dtype)
-    return wrap_policy(
-        lm.to(device), tokenizer, config=config, dtype=dtype, temperature=temperature, seed=seed
-    )
+    return wrap_policy(lm.to(device), tokenizer, config=config, dtype=dtype, seed=seed)
 
 
 def wrap_policy(
@@ -321,7 +320,6 @@ def wrap_policy(
     *,
     config: PolicyConfig | None = None,
     dtype: torch.dtype = torch.float32,
-    temperature: float = 1.0,
     seed: int = 0,
 ) -> CausalLMPolicy:
     """Put adapter and critic on a transformers model that is already in memory."""
@@ -347,7 +345,6 @@ def wrap_policy(
         dtype=dtype,
         critic=critic,
         stop_gradient=config.critic.stop_gradient,
-        temperature=temperature,
     )
     _check_model(policy)
     return policy
