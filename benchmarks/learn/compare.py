@@ -3,7 +3,7 @@
     python benchmarks/learn/compare.py RESULTS [RESULTS ...] --output docs/learning
 
 RESULTS are files, or folders of them, that `ours.py` and `peer_sb3.py` have written. A seed is one sample: what is compared is
-each seed's mean return over its final evaluation episodes, under the likeliest actions.
+each seed's mean return over its final evaluation episodes, with greedy actions.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ HEAD = """# Learning beside Stable-Baselines3
 
 Written by `benchmarks/learn/compare.py` from what `ours.py` and `peer_sb3.py` wrote, one file a task and seed. Same settings
 (`tasks.json`, with their sources), same seeds, same number of steps. A seed is one sample: its mean return over 100 (highway and
-Pong: 20) fresh episodes with the likeliest actions. Mean ± standard deviation over seeds; the difference with the percentile
+Pong: 20) fresh episodes with greedy actions. Mean ± standard deviation over seeds; the difference with the percentile
 bootstrap's interval over seeds, which is narrow for so few of them (with 3, it holds the truth in about 8 of 10 cases).
 MountainCarContinuous and Acrobot got five more seeds on both sides after a look at the first three."""
 Results = dict[str, dict[str, list[dict[str, Any]]]]  # task -> library -> runs
