@@ -15,8 +15,8 @@ from surefoot import collect
 from surefoot.api.pipeline import load_pipeline
 from surefoot.build.language import build_policy, build_task
 from surefoot.config.pipeline import PipelineConfig, PseudoLabelsConfig
+from surefoot.data.render import encode_prompt
 from surefoot.errors import InputError
-from surefoot.rollout.text import encode_prompt
 from surefoot.types import StopReason, Trajectory
 from tests.inputs import model_folder, run_cli
 from tests.tiny import tiny_tokenizer

@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from surefoot.rollout.batch import micro_batches, minibatches, text_batch
+from surefoot.data.batches import micro_batches, minibatches
+from surefoot.rollout.batch import text_batch
 from surefoot.types import Completion, StopReason, Trajectory
 from tests.tiny import random_tokens, written_batch
 

@@ -10,10 +10,10 @@ import torch
 
 from surefoot.config import SFTConfig
 from surefoot.data.demonstrations import Demonstrations
+from surefoot.data.render import TokenizedExample, encode_demonstration, encode_prompt
 from surefoot.errors import InputError
 from surefoot.policies.lm.policy import CausalLMPolicy
-from surefoot.rollout.demonstrations import DemonstrationRollout, TokenizedExample, encode_demonstration
-from surefoot.rollout.text import encode_prompt
+from surefoot.rollout.demonstrations import DemonstrationRollout
 from surefoot.types import Demonstration
 from tests.tiny import CONTEXT, END, VOCABULARY, tiny_policy, tiny_tokenizer
 
@@ -48,7 +48,7 @@ def rollout_of(
 
 
 def trained(lesson: TokenizedExample) -> list[int]:
-    return [token for token, is_trained in zip(lesson.tokens, lesson.is_trained, strict=True) if is_trained]
+    return [token for token, is_trained in zip(lesson.tokens, lesson.loss_mask, strict=True) if is_trained]
 
 
 def test_a_text_is_trained_whole_but_for_its_first_token():
@@ -74,7 +74,7 @@ def test_of_a_chat_the_assistants_turns_are_trained():
     assert list(lesson.tokens) == tokenizer.apply_chat_template(CHAT[:4], tokenize=True, return_dict=True)["input_ids"]
     for turns in (1, 3):
         asked = encode_prompt(tokenizer, CHAT[:turns])
-        assert lesson.tokens[: len(asked)] == asked and lesson.is_trained[len(asked)]
+        assert lesson.tokens[: len(asked)] == asked and lesson.loss_mask[len(asked)]
 
 
 def test_what_a_template_writes_after_the_end_token_is_not_trained():
@@ -103,7 +103,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
 
 def test_an_end_token_within_a_text_ends_nothing():
     lesson = encoded({"text": "the<eos>end"})
-    assert lesson.tokens.count(END) == 2 and all(lesson.is_trained[1:])
+    assert lesson.tokens.count(END) == 2 and all(lesson.loss_mask[1:])
     assert encoded({"text": "the end<eos>"}).tokens == encoded({"text": "the end"}).tokens
 
 
@@ -125,11 +125,11 @@ def test_the_loss_is_transformers_own_cross_entropy(data, adapter):
     metrics, shown = rollout.evaluate(9)
     total, count = 0.0, 0
     for lesson, example in zip(rollout._train, shown, strict=True):
-        labels = [token if is_trained else -100 for token, is_trained in zip(lesson.tokens, lesson.is_trained, strict=True)]
+        labels = [token if is_trained else -100 for token, is_trained in zip(lesson.tokens, lesson.loss_mask, strict=True)]
         with torch.no_grad():
             loss = float(policy.lm(input_ids=torch.tensor([lesson.tokens]), labels=torch.tensor([labels])).loss)
         assert example.nll == pytest.approx(loss, rel=1e-5)
-        total, count = total + loss * sum(lesson.is_trained), count + sum(lesson.is_trained)
+        total, count = total + loss * sum(lesson.loss_mask), count + sum(lesson.loss_mask)
     assert metrics["eval/nll"] == pytest.approx(total / count, rel=1e-5) and metrics["eval/metric"] == -metrics["eval/nll"]
 
 
@@ -170,7 +170,7 @@ def test_long_examples_are_cut_and_counted_or_refused():
     lengths = sorted(len(lesson.tokens) for lesson in rollout._train)
     assert lengths[-1] == 20 and lengths[0] < lengths[1] < 20
     cut = next(lesson for lesson in rollout._train if len(lesson.tokens) == 20)
-    assert cut.tokens[-1] != END and cut.is_trained[-1]  # nobody ended there
+    assert cut.tokens[-1] != END and cut.loss_mask[-1]  # nobody ended there
     with pytest.raises(InputError, match=rf"^data, row 3: has \d+ tokens, more than the model's context of {CONTEXT}; shorten"):
         rollout_of(rows)
     with pytest.raises(InputError, match=r"^data, row 1: nothing to learn is left of it within 2 tokens; raise sft.max_tokens"):
@@ -180,7 +180,7 @@ def test_long_examples_are_cut_and_counted_or_refused():
 
 
 def test_a_chat_without_a_template_or_one_the_template_refuses_is_one_line():
-    with pytest.raises(InputError, match=r"^data, row 1: chats need a tokenizer with a chat template"):
+    with pytest.raises(InputError, match=r"^data, row 1: messages need a chat template"):
         rollout_of([{"messages": CHAT}], tiny_policy())
     picky = tiny_tokenizer(chat=True)
     picky.chat_template = "{{ raise_exception('no\nsystem') }}"
@@ -200,5 +200,5 @@ def test_a_model_that_names_no_end_token_is_refused():
     tokenizer.eos_token = None
     policy = tiny_policy(tokenizer=tokenizer)
     policy.lm.generation_config.eos_token_id = None
-    with pytest.raises(InputError, match="names no end token"):
+    with pytest.raises(InputError, match="has no end token"):
         rollout_of(["a"], policy)

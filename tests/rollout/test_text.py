@@ -11,10 +11,11 @@ import torch
 from surefoot.config import GenerationConfig, PPOConfig, make_config
 from surefoot.core.kl import kl_penalised_rewards
 from surefoot.core.losses import LossSettings, ppo_loss
+from surefoot.data.render import encode_prompt
 from surefoot.envs.text import TextTask
 from surefoot.errors import InputError
 from surefoot.rollout.logprobs import fill_logprobs, sequence_kl
-from surefoot.rollout.text import TextRollout, collect, completion_text, distinct_2, encode_prompt, text_engine
+from surefoot.rollout.text import TextRollout, collect, completion_text, distinct_2, text_engine
 from surefoot.types import Batch, Completion, StopReason
 from tests.tiny import ASSISTANT, CONTEXT, END, SPECIAL, USER, plain_scores, tiny_lm, tiny_policy, tiny_tokenizer
 

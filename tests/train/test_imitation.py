@@ -11,8 +11,8 @@ from torch import Tensor
 
 from surefoot.config import PPOConfig, SFTConfig
 from surefoot.core.losses import LossStats, nll_loss
+from surefoot.data.batches import demonstration_batch, micro_batches
 from surefoot.policies.lm.policy import CausalLMPolicy
-from surefoot.rollout.batch import demonstration_batch, micro_batches
 from surefoot.train.metrics import nll_metrics
 from surefoot.train.update import TokenBudget, accumulate_gradient, advantages, make_optimizer, update
 from surefoot.types import Batch

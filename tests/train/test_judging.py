@@ -13,8 +13,8 @@ from torch import Tensor
 from surefoot.config import RewardModelConfig
 from surefoot.core.losses import LossStats
 from surefoot.core.preference import preference_loss, rating_loss
+from surefoot.data.batches import micro_batches, preference_batch
 from surefoot.policies.lm.reward_model import RewardModelPolicy
-from surefoot.rollout.batch import micro_batches, preference_batch
 from surefoot.train.metrics import preference_metrics
 from surefoot.train.update import TokenBudget, accumulate_gradient, advantages, make_optimizer, update
 from surefoot.types import Batch

@@ -16,8 +16,8 @@ from torch import Tensor
 from surefoot import PPO, TextTask
 from surefoot.config import PPOConfig, PTXConfig
 from surefoot.core.losses import LossStats
+from surefoot.data.batches import demonstration_batch, micro_batches
 from surefoot.policies.lm.policy import CausalLMPolicy
-from surefoot.rollout.batch import demonstration_batch, micro_batches
 from surefoot.train import checkpoint, loop
 from surefoot.train.update import TokenBudget, accumulate_gradient, advantages, make_optimizer, update
 from surefoot.types import Batch

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from surefoot.config import PPOConfig
 from surefoot.core.losses import LossStats
-from surefoot.rollout.batch import micro_batches, text_batch
+from surefoot.data.batches import micro_batches
+from surefoot.rollout.batch import text_batch
 from surefoot.train.update import TokenBudget, UpdateResult, accumulate_gradient, advantages, make_optimizer, update
 from surefoot.types import Batch
 from tests.fakes import CPU, VOCABULARY, BigramPolicy, padded, played_batch, trajectory

@@ -28,6 +28,7 @@ from surefoot.config import (
     with_sampling,
 )
 from surefoot.core.seeds import derived_seed
+from surefoot.data.render import check_length, encode_prompt
 from surefoot.envs.gym import made_from
 from surefoot.envs.observations import Checks, batched
 from surefoot.envs.text import TextTask, checked_prompt
@@ -36,7 +37,7 @@ from surefoot.generation.engine import generate
 from surefoot.policies.lm.policy import CausalLMPolicy
 from surefoot.rollout.gym import env_actions
 from surefoot.rollout.mixed import MixedRollout
-from surefoot.rollout.text import check_length, completion_text, encode_prompt, text_engine
+from surefoot.rollout.text import completion_text, text_engine
 from surefoot.storage.files import whole_folder
 from surefoot.storage.run_folder import RunFolder
 from surefoot.train import loop

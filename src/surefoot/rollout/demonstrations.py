@@ -6,28 +6,18 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from surefoot.config import SFTConfig
+from surefoot.data.batches import demonstration_batch, micro_batches
 from surefoot.data.demonstrations import Demonstrations
+from surefoot.data.render import TokenizedExample, encode_demonstration
 from surefoot.errors import InputError
-from surefoot.rollout.batch import demonstration_batch, micro_batches
-from surefoot.rollout.text import LanguagePolicy, encode_prompt
+from surefoot.rollout.text import LanguagePolicy
 from surefoot.types import Batch, Demonstration
-
-
-@dataclass(frozen=True)
-class TokenizedExample:
-    """One example as tokens, and which of them the loss falls on.
-
-    Example: prompt (504, 2768), completion (314,) and end token 2: `TokenizedExample((504, 2768, 314, 2), (False, False, True, True))`.
-    """
-
-    tokens: tuple[int, ...]
-    is_trained: tuple[bool, ...]
 
 
 class DemonstrationRollout:
@@ -54,16 +44,12 @@ class DemonstrationRollout:
             raise InputError(
                 f"{key}.max_tokens ({sft.max_tokens}) is more than the model's context of {policy.context_length} tokens"
             )
-        if not policy.model_end_tokens:
-            raise InputError(
-                "policy.model: names no end token, without which an answer would never end; set its eos_token"
-            )
         self.policy, self.data, self.sft, self.seed = policy, data, sft, seed
         self.key, self.temperature = key, temperature
         self.truncated = 0  # examples that were cut to max_tokens
         self._train = [self._lesson(example) for example in data.train]
         self._held_out = [self._lesson(example) for example in data.held_out]
-        seen = repr([(lesson.tokens, lesson.is_trained) for lesson in self._train])
+        seen = repr([(lesson.tokens, lesson.loss_mask) for lesson in self._train])
         self._digest = hashlib.sha256(seen.encode()).hexdigest()
 
     @property
@@ -133,7 +119,7 @@ class DemonstrationRollout:
             )
 
     def _batch(self, lessons: Sequence[TokenizedExample]) -> Batch:
-        rows = [(lesson.tokens, lesson.is_trained) for lesson in lessons]
+        rows = [(lesson.tokens, lesson.loss_mask) for lesson in lessons]
         return demonstration_batch(rows, device=self.policy.device, temperature=self.temperature)
 
     def _lesson(self, example: Demonstration) -> TokenizedExample:
@@ -145,79 +131,10 @@ class DemonstrationRollout:
                     f"{example.where}: has {len(lesson.tokens)} tokens, more than the model's context of {limit}; shorten it, "
                     f"or let {self.key}.max_tokens cut it"
                 )
-            lesson = TokenizedExample(lesson.tokens[:limit], lesson.is_trained[:limit])
+            lesson = TokenizedExample(lesson.tokens[:limit], lesson.loss_mask[:limit])
             self.truncated += 1
-        if not any(lesson.is_trained):
+        if not any(lesson.loss_mask):
             raise InputError(
                 f"{example.where}: nothing to learn is left of it within {limit} tokens; raise {self.key}.max_tokens or drop it"
             )
         return lesson
-
-
-def encode_demonstration(
-    tokenizer: Any, example: Demonstration, *, end_tokens: frozenset[int]
-) -> TokenizedExample:
-    """Tokens and mask of one example.
-
-    Prompt and completion are made tokens apart from each other, as they will be when the model writes the one after the
-    other. The first token of all stands after nothing and is never trained.
-    """
-    if "messages" in example.contents:
-        pieces = _chat_pieces(tokenizer, example, end_tokens)
-    elif "text" in example.contents:
-        pieces = [(encode_prompt(tokenizer, example.contents["text"]), True)]
-    else:
-        completion = tuple(tokenizer(example.contents["completion"], add_special_tokens=False)["input_ids"])
-        pieces = [(encode_prompt(tokenizer, example.contents["prompt"]), False), (completion, True)]
-    tokens = [token for piece, _ in pieces for token in piece]
-    is_trained = [is_imitated for piece, is_imitated in pieces for _ in piece]
-    if not tokens or tokens[-1] not in end_tokens:
-        tokens.append(min(end_tokens) if tokenizer.eos_token_id is None else tokenizer.eos_token_id)
-        is_trained.append(True)
-    is_trained[0] = False
-    return TokenizedExample(tuple(tokens), tuple(is_trained))
-
-
-def _chat_pieces(
-    tokenizer: Any, example: Demonstration, end_tokens: frozenset[int]
-) -> list[tuple[tuple[int, ...], bool]]:
-    """A chat cut where the assistant's turns begin and end, up to the last of them: (tokens, whether the assistant's)."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise InputError(
-            f"{example.where}: chats need a tokenizer with a chat template; this model's has none"
-        )
-    messages = example.contents["messages"]
-    pieces: list[tuple[tuple[int, ...], bool]] = []
-    before = ""
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        opened = _rendered(tokenizer, messages[:number], example.where, open_turn=True)
-        closed = _rendered(tokenizer, messages[: number + 1], example.where, open_turn=False)
-        if not (opened.startswith(before) and closed.startswith(opened)):
-            raise InputError(
-                f"{example.where}: the model's chat template changes earlier turns as the chat goes on, so that none could be "
-                "trained as it will be written; give each answer as a chat of its own"
-            )
-        asked, answered = (
-            tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-            for text in (opened[len(before) :], closed[len(opened) :])
-        )
-        # After the end token a template may have a line break, which nobody will have to write.
-        end = max(
-            (place + 1 for place, token in enumerate(answered) if token in end_tokens), default=len(answered)
-        )
-        pieces += [(asked, False), (answered[:end], True), (answered[end:], False)]
-        before = closed
-    return pieces[:-1]  # nor has what follows the last one
-
-
-def _rendered(tokenizer: Any, messages: list[dict[str, Any]], where: str, *, open_turn: bool) -> str:
-    try:
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=open_turn, tokenize=False))
-    except (
-        Exception
-    ) as error:  # a template is a program, and may refuse roles or their order in its own words
-        raise InputError(
-            f"{where}: the model's chat template does not take it: {' '.join(str(error).split())}"
-        ) from error

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from surefoot.core.kl import k1
+from surefoot.data.batches import micro_batches
 from surefoot.policies.base import Policy
-from surefoot.rollout.batch import micro_batches
 from surefoot.types import Batch
 
 

@@ -21,11 +21,11 @@ from surefoot.core.preference import (
     share_in_order,
     spearman,
 )
+from surefoot.data.batches import micro_batches, preference_batch
 from surefoot.data.preferences import PreferenceDataset
+from surefoot.data.render import encode_scored_text
 from surefoot.errors import InputError
 from surefoot.policies.base import Policy
-from surefoot.rollout.batch import micro_batches, preference_batch
-from surefoot.rollout.text import encode_prompt
 from surefoot.types import Batch, Preference
 
 SCORED_TOKENS = 4096  # at once, where nothing is trained
@@ -216,21 +216,9 @@ def _encoded(policy: ScoringPolicy, preference: Preference) -> list[tuple[int, .
 
 def _tokens(policy: ScoringPolicy, prompt: Any, text: str, where: str) -> tuple[int, ...]:
     """Prompt and answer as the tokens of one text, and an end token: where the score is read, the text is over."""
-    tokenizer = policy.tokenizer
-    if not (prompt is None or isinstance(prompt, str) or getattr(tokenizer, "chat_template", None)):
-        raise InputError(
-            f"{where}: its prompt is messages, and the reward model's tokenizer has no chat template; use texts"
-        )
-    if prompt is None or isinstance(prompt, str):
-        tokens = encode_prompt(tokenizer, (prompt or "") + text)
-    else:
-        answer = tokenizer(text, add_special_tokens=False)["input_ids"]
-        tokens = (*encode_prompt(tokenizer, prompt), *answer)
-    if not tokens or tokens[-1] not in policy.model_end_tokens:
-        if not policy.model_end_tokens:
-            raise InputError("policy.model: names no end token, at which a text is scored; set its eos_token")
-        end = min(policy.model_end_tokens) if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-        tokens = (*tokens, end)
+    tokens = encode_scored_text(
+        policy.tokenizer, prompt, text, end_tokens=policy.model_end_tokens, where=where
+    )
     if len(tokens) > policy.context_length:
         raise InputError(
             f"{where}: has {len(tokens)} tokens, more than the model's context of {policy.context_length}; shorten it"

@@ -13,6 +13,7 @@ import torch
 from surefoot.config import GenerationConfig, PPOConfig
 from surefoot.core.running import RunningStats
 from surefoot.core.seeds import derived_seed
+from surefoot.data.render import check_length, encode_prompt
 from surefoot.envs.text import Example, TextTask
 from surefoot.errors import InputError
 from surefoot.generation.engine import Engine, TokenEngine, TokenModel, generate
@@ -284,42 +285,6 @@ def text_engine(policy: LanguagePolicy, generation: GenerationConfig) -> TokenEn
     """Our own engine over `policy`, as `generation` has it."""
     ends = policy.model_end_tokens | frozenset(generation.stop_token_ids)
     return TokenEngine(policy, slots=generation.slots, end_tokens=ends)
-
-
-def encode_prompt(tokenizer: Any, prompt: Any, *, chat: bool = False) -> tuple[int, ...]:
-    """Tokens of a string, or of messages through the chat template (with the assistant's turn opened)."""
-    if isinstance(prompt, str) and not chat:
-        return tuple(tokenizer(prompt)["input_ids"])
-    if not getattr(tokenizer, "chat_template", None):
-        raise InputError("chat prompts need a tokenizer with a chat template; this model's has none")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    try:
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-    except (
-        Exception
-    ) as error:  # a template is a program, and may refuse roles or their order in its own words
-        raise InputError(
-            f"the model's chat template does not take the prompt {str(prompt)[:60]!r}: {error}"
-        ) from error
-    return tuple(encoded["input_ids"])
-
-
-def check_length(tokens: Sequence[int], text: str, *, context: int, new_tokens: int) -> None:
-    """Raise InputError for a prompt that has no tokens, or too many for the model's context."""
-    if new_tokens >= context:
-        raise InputError(
-            f"max_new_tokens ({new_tokens}) leaves no room for a prompt in the model's context of {context} tokens"
-        )
-    if not tokens:
-        raise InputError(f"the prompt {text[:60]!r} has no tokens; give it text or drop it")
-    if len(tokens) > context - new_tokens:
-        raise InputError(
-            f"the prompt {text[:60]!r}… has {len(tokens)} tokens; the model's context of {context} leaves "
-            f"{context - new_tokens} beside {new_tokens} new ones; shorten it, cut prompts with prompt_tokens, or lower "
-            "max_new_tokens"
-        )
 
 
 def completion_text(policy: LanguagePolicy, completion: Completion) -> str:

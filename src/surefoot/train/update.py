@@ -18,8 +18,9 @@ from surefoot.core.kl import kl_penalised_rewards
 from surefoot.core.losses import LossSettings, LossStats, nll_loss, ppo_loss, truncated_ratio
 from surefoot.core.masked import library_of, whiten
 from surefoot.core.preference import preference_stats
+from surefoot.data.batches import micro_batches, minibatches
 from surefoot.policies.base import Policy
-from surefoot.rollout.batch import has_reward_variance, micro_batches, minibatches
+from surefoot.rollout.batch import has_reward_variance
 from surefoot.types import Batch, Evaluation
 
 # What the names of a critic's own parameters begin with.

@@ -1,0 +1,123 @@
+"""Rows of tokens -> one padded batch; and a batch -> minibatches and micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from surefoot.types import Batch
+
+
+def demonstration_batch(
+    rows: Sequence[tuple[Sequence[int], Sequence[bool]]], *, device: torch.device, temperature: float = 1.0
+) -> Batch:
+    """Right-padded [B, T] batch of (tokens, which of them to imitate); whoever wrote them left no log-probs."""
+    lengths = [len(tokens) for tokens, _ in rows]
+    shape = (len(rows), max(lengths))
+    tokens_BT, mask_BT = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
+    for b, (tokens, is_imitated) in enumerate(rows):
+        tokens_BT[b, : lengths[b]] = torch.tensor(tokens)
+        mask_BT[b, : lengths[b]] = torch.tensor(is_imitated)
+    nothing_BT = torch.zeros(shape)
+    batch = Batch(
+        observations={"tokens": tokens_BT, "lengths": torch.tensor(lengths)},
+        actions_BT=tokens_BT,
+        mask_BT=mask_BT,
+        logprobs_BT=nothing_BT,
+        values_BT=nothing_BT,
+        rewards_BT=nothing_BT,
+        ends_BT=torch.zeros(shape, dtype=torch.bool),
+        bootstrap_BT=nothing_BT,
+        objective="imitation",
+        temperature=temperature,
+    )
+    return to_device(batch, device)
+
+
+def preference_batch(
+    rows: Sequence[Sequence[Sequence[int]]],
+    labels: Sequence[float],
+    *,
+    objective: Callable[[Tensor, Tensor], Tensor],
+    device: torch.device,
+) -> Batch:
+    """Batch of rows of K texts each, as tokens, right-padded to [B, T, K]; the mask covers the longest text of a row.
+
+    A row's texts stay together: the loss of a pair needs both.
+    """
+    lengths_BK = torch.tensor([[len(tokens) for tokens in texts] for texts in rows])
+    longest_B = lengths_BK.amax(1)
+    tokens_BTK = torch.zeros(len(rows), int(longest_B.max()), lengths_BK.shape[1], dtype=torch.long)
+    for b, texts in enumerate(rows):
+        for k, tokens in enumerate(texts):
+            tokens_BTK[b, : len(tokens), k] = torch.tensor(tokens)
+    mask_BT = torch.arange(tokens_BTK.shape[1]) < longest_B[:, None]
+    nothing_BT = torch.zeros(mask_BT.shape)
+    batch = Batch(
+        observations={"tokens": tokens_BTK, "lengths": lengths_BK},
+        actions_BT=nothing_BT,
+        mask_BT=mask_BT,
+        logprobs_BT=nothing_BT,
+        values_BT=nothing_BT,
+        rewards_BT=nothing_BT,
+        ends_BT=torch.zeros(mask_BT.shape, dtype=torch.bool),
+        bootstrap_BT=nothing_BT,
+        labels_B=torch.tensor(labels, dtype=torch.float32),
+        objective=objective,
+    )
+    return to_device(batch, device)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with all its tensors on `device`."""
+    for name, value in vars(batch).items():
+        if isinstance(value, Tensor):
+            setattr(batch, name, value.to(device))
+    batch.observations = {name: value.to(device) for name, value in batch.observations.items()}
+    return batch
+
+
+def minibatches(batch: Batch, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Batch, Tensor]]:
+    """One shuffled pass: a batch and the indices [batch_size] of a minibatch's rows in it; the last may be smaller.
+
+    Single steps are shuffled once and then cut, which is cheaper than picking each minibatch's. The generator is a CPU one.
+    """
+    if batch_size >= len(batch):  # all of it: their order does not matter
+        yield batch, torch.arange(len(batch))
+        return
+    order = torch.randperm(len(batch), generator=generator)
+    if batch.mask_BT.shape[1] > 1:
+        for rows in order.split(batch_size):
+            yield batch, rows
+        return
+    shuffled = batch.rows(order)
+    for start in range(0, len(batch), batch_size):
+        piece = shuffled.rows(slice(start, start + batch_size))
+        yield piece, torch.arange(len(piece))
+
+
+def micro_batches(batch: Batch, rows: Tensor, token_budget: int) -> list[Tensor]:
+    """Split `rows` into groups whose rows times longest row stay within `token_budget` (one row at least).
+
+    Rows of like length are grouped, longest first, so that padding is small.
+    """
+    if len(rows) * batch.mask_BT.shape[1] <= token_budget:
+        return [rows]
+    lengths = _row_lengths(batch)
+    groups: list[list[int]] = []
+    longest = 0
+    for row in sorted(rows.tolist(), key=lambda r: (-lengths[r], r)):
+        if groups and (len(groups[-1]) + 1) * longest <= token_budget:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+            longest = lengths[row]
+    return [torch.tensor(group) for group in groups]
+
+
+def _row_lengths(batch: Batch) -> list[int]:
+    """Steps up to and including the last masked one, per row."""
+    steps_T = torch.arange(1, batch.mask_BT.shape[1] + 1, device=batch.mask_BT.device)
+    return (batch.mask_BT * steps_T).amax(1).clamp(min=1).tolist()
