@@ -35,7 +35,7 @@ check: $(READY)  ## Format, lint, types, architecture
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_architecture.py tests/test_docs.py
 
-format: $(READY)  ## Format the code and mend what the linter can
+format: $(READY)  ## Format the code and fix what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -43,9 +43,9 @@ bench: $(READY)  ## Speed beside transformers' generate, and where an update's t
 	$(BIN)/python benchmarks/speed/generation.py
 	$(BIN)/python benchmarks/speed/update.py
 
-recipe: $(READY)  ## Make a recipe's table again: make recipe NAME=semi_supervised [ARGS=--quick]
+recipe: $(READY)  ## Reproduce a recipe's tables: make recipe NAME=semi_supervised [ARGS=--quick]
 	@test -f recipes/$(NAME)/measure.py || { echo "recipes that measure themselves: $(patsubst recipes/%/measure.py,%,$(wildcard recipes/*/measure.py)); name one with NAME=..."; exit 2; }
 	$(BIN)/python recipes/$(NAME)/measure.py $(ARGS)
 
-docs: $(READY)  ## Write docs/config.md and docs/metrics.md again from the code
+docs: $(READY)  ## Write docs/config.md, docs/metrics.md and the table of docs/from-trl.md from the code
 	$(BIN)/python docs/generate.py

@@ -4,8 +4,8 @@ Our side of the learning comparison; `peer_sb3.py` is the other, with the same c
 
     python benchmarks/learn/ours.py CartPole-v1 --seed 0 --output ours_CartPole-v1_0.json
 
-Returns are the true ones: unclipped and unnormalised. `seconds` counts training alone (with the run folder, its metrics and
-its checkpoints), set-up and evaluation left out. Atari is ale-py's own vectorised form; SB3 has the same wrappers in Python.
+Returns are the true ones: unclipped and unnormalized. `seconds` counts training alone (with the run folder, its metrics and
+its checkpoints), set-up and evaluation excluded. Atari is ale-py's vectorized form; SB3 has the same wrappers in Python.
 """
 
 from __future__ import annotations

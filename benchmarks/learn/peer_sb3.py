@@ -1,11 +1,11 @@
 """Stable-Baselines3 on one task and one seed of `tasks.json`: trains, evaluates 100 (slow tasks: 20) fresh episodes, writes JSON.
 
-The other side of the learning comparison, in an environment of its own, so it imports nothing of Surefoot. Run:
+The other side of the learning comparison, in a separate environment, so it imports nothing of Surefoot. Run:
 
     python benchmarks/learn/peer_sb3.py CartPole-v1 --seed 0 --output sb3_CartPole-v1_0.json
 
 It needs stable-baselines3 and sb3-contrib; box2d, highway-env, ale-py and opencv-python for the tasks that use them.
-Returns are the true ones: unclipped and unnormalised. `seconds` counts training alone, set-up and evaluation left out.
+Returns are the true ones: unclipped and unnormalized. `seconds` counts training alone, set-up and evaluation excluded.
 """
 
 from __future__ import annotations

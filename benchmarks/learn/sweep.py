@@ -3,10 +3,10 @@
     python benchmarks/learn/sweep.py recipes/trust_region/sweep.yaml --output runs/trust_region
 
 The YAML names `base` (a configuration beside it), `seeds`, and `variants`: a name each, with the flags of `surefoot ppo`
-that make it. Every run is a process of its own; one that was finished before is not run again, one that was cut off is
+that make it. Every run is a separate process; one that is finished is not run again, one that was interrupted is
 resumed. Means and standard deviations (n - 1) are over seeds. Reward and KL to the reference are those of the held-out
 prompts after the last update; step KL is KL(old‖new), the mean over updates, explained variance the mean over the second
-half of them; CPU time and memory (its highest resident set) are the whole process's, of a run that was cut off its last
+half of them; CPU time and memory (its highest resident set) are the whole process's, of an interrupted run its last
 process's.
 """
 
@@ -140,8 +140,8 @@ def table(results: Runs) -> str:
 def spread(runs: list[dict[str, Any]], key: str, digits: int, *, sign: str = "") -> str:
     """Mean ± standard deviation over seeds."""
     values = [run[key] for run in runs]
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):{sign}.{digits}f} ± {deviation:.{digits}f}"
+    std = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.fmean(values):{sign}.{digits}f} ± {std:.{digits}f}"
 
 
 def draw(path: Path, results: Runs) -> None:
@@ -163,7 +163,7 @@ def draw(path: Path, results: Runs) -> None:
             marker="x",
             s=25,
         )
-    axes.set_xlabel("KL to the reference, nats an answer")
+    axes.set_xlabel("KL to the reference, nats per completion")
     axes.set_ylabel("held-out reward")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

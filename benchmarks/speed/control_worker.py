@@ -24,7 +24,7 @@ ATARI = {
     "clip_range": 0.1,
     "ent_coef": 0.01,
 }
-CASES = {  # name -> policy, environment, copies, PPO's keywords, timesteps to warm up and to measure
+CASES = {  # name -> policy, environment, n_envs, PPO's keywords, timesteps to warm up and to measure
     "cartpole": ("MlpPolicy", "CartPole-v1", 8, CARTPOLE_ZOO, 2_560, 25_600),
     "cartpole-defaults": ("MlpPolicy", "CartPole-v1", 8, {}, 1, 16_384),
     "pong": ("CnnPolicy", "Pong", 8, ATARI, 1_024, 4_096),

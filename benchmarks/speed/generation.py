@@ -1,11 +1,11 @@
 """Tokens per second: Surefoot's engine beside transformers' `generate`, on the same model, prompts and lengths.
 
-Both sides in one process, interleaved, after one warm-up each; medians and the ratio pair by pair. Both sample the full
+Both sides in one process, interleaved, after one warm-up each; medians and the ratio of each pair. Both sample the full
 distribution at temperature 1 and give log-probs of what they sampled, which PPO needs. Run:
 
     python benchmarks/speed/generation.py [--rows 64] [--new-tokens 24] [--dtype float32] [--spread]
 
-`--spread` lets answers end at random lengths (a synthetic end-of-text rule), where continuous batching matters.
+`--spread` lets completions end at random lengths (a synthetic end-of-text rule), where continuous batching matters.
 """
 
 from __future__ import annotations

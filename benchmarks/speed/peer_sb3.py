@@ -1,4 +1,4 @@
-"""Steps per second end to end beside Stable-Baselines3: same settings, each run a process of its own, in turns.
+"""Steps per second end to end beside Stable-Baselines3: same settings, each run in a separate process, in turns.
 
     python benchmarks/speed/peer_sb3.py --sb3-python peers/bin/python [--rounds 3] [--cases cartpole pong]
 

@@ -1,8 +1,8 @@
-"""Seconds per whole PPO update (rollout, scoring, optimiser steps): Surefoot beside TRL 1.12, the last with PPO.
+"""Seconds per whole PPO update (rollout, rewards and log-probs, optimizer steps): Surefoot beside TRL 1.12, the last with PPO.
 
 Same model, 64 episodes of 6 + 24 tokens, 4 minibatches of 16, 1 epoch, LoRA rank 16 on all linear layers, the reference by
-switching the adapter off. The two take turns, update by update, in two processes of which one is always idle. TRL stands
-in an environment of its own:
+switching the adapter off. The two take turns, update by update, in two processes of which one is always idle. TRL runs
+in a separate environment:
 
     python -m venv /tmp/trl && /tmp/trl/bin/pip install torch==2.13.0 trl==1.12.0 peft
     python benchmarks/speed/peer_trl.py --trl-python /tmp/trl/bin/python [--dtype float32] [--frozen-value-trunk]

@@ -1,6 +1,6 @@
 """TRL's PPO, one update each time a line comes in on stdin. Runs in TRL's own environment; started by `peer_trl.py`.
 
-In TRL's favour: the reward model is a stub that costs nothing, and the value model's trunk can be frozen
+In TRL's favor: the reward model is a stub that costs nothing, and the value model's trunk can be frozen
 (`--frozen-value-trunk`), which its users have to do by hand.
 """
 

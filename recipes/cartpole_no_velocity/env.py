@@ -1,4 +1,4 @@
-"""CartPole-v1 that shows positions and no velocities: one look is not enough, so the policy needs memory."""
+"""CartPole-v1 that shows positions and no velocities: one observation is not enough, so the policy needs a recurrent state."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A reward model from people's ratings of sentences, beside VADER's lexicon, on sentences of its own kind and of others.
+"""A reward model from people's ratings of sentences, beside VADER's lexicon, within its domain and across domains.
 
 python recipes/reward_model/train.py --ratings 2500             a few minutes on two cores
-python recipes/reward_model/train.py --domain product-reviews   learns from those instead
+python recipes/reward_model/train.py --domain product-reviews   trains on those instead
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Rated review sentences, cut into the few that are labelled, the many that are not, the judge's, and the test's.
+"""Rated review sentences, split into the few that are labeled, the many that are not, the judge's, and the test set.
 
     python recipes/semi_supervised/data.py FOLDER --labels 300 --seed 0
 
 The 10,605 sentences and their ratings by people, -4 to 4, come with vaderSentiment. Those of 8 to 20 words are used. The
-judge's and the test's are the same whatever the seed; the seed draws the labelled ones from the others. What was drawn for
-100 labels is among what is drawn for 300.
+judge's and the test set are the same whatever the seed; the seed draws the labeled ones from the others. Those drawn for
+100 labels are among those drawn for 300.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from surefoot.data.assets import fetch
 
-JUDGE, TEST, UNLABELLED = 2000, 400, 1500
+JUDGE, TEST, UNLABELED = 2000, 400, 1500
 OPENING = 4  # words of a sentence that are the prompt
 GOOD = 1.0  # rating from which a sentence shows how to write
 CLEAR = 0.5  # rating from which on either side a sentence has a label
@@ -41,7 +41,7 @@ def opening(text: str) -> tuple[str, str]:
 
 
 def question(text: str) -> str:
-    """What the classifier reads; it goes on with one of `LABELS`."""
+    """The classifier's prompt; its completion is one of `LABELS`."""
     return f"{text}\nSentiment:"
 
 
@@ -51,23 +51,23 @@ def label(rating: float) -> str:
 
 
 def prepare(folder: Path, *, labels: int, seed: int) -> None:
-    """Write what the stages read. Of the unlabelled sentences nothing is written but the text, or its opening."""
+    """Write what the stages read. For the unlabeled sentences only the text, or its opening, is written."""
     pool = sentences()["pool"]
     random.Random(seed).shuffle(pool)
-    labelled, unlabelled = pool[:labels], pool[-UNLABELLED:]
-    good = [opening(row["text"]) for row in labelled if row["rating"] >= GOOD]
-    clear = [row for row in labelled if abs(row["rating"]) >= CLEAR]
+    labeled, unlabeled = pool[:labels], pool[-UNLABELED:]
+    good = [opening(row["text"]) for row in labeled if row["rating"] >= GOOD]
+    clear = [row for row in labeled if abs(row["rating"]) >= CLEAR]
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "examples.jsonl", ({"prompt": prompt, "completion": rest} for prompt, rest in good))
-    write(folder / "ratings.jsonl", labelled)
-    write(folder / "openings.jsonl", ({"prompt": opening(row["text"])[0]} for row in unlabelled))
+    write(folder / "ratings.jsonl", labeled)
+    write(folder / "openings.jsonl", ({"prompt": opening(row["text"])[0]} for row in unlabeled))
     answers = [(question(row["text"]), label(row["rating"])) for row in clear]
     write(folder / "answers.jsonl", ({"prompt": asked, "completion": right} for asked, right in answers))
     pairs = (
         {"prompt": asked, "chosen": right, "rejected": LABELS[right == LABELS[0]]} for asked, right in answers
     )
     write(folder / "answer_pairs.jsonl", pairs)
-    write(folder / "questions.jsonl", ({"prompt": question(row["text"])} for row in unlabelled))
+    write(folder / "questions.jsonl", ({"prompt": question(row["text"])} for row in unlabeled))
 
 
 def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""A reward of one's own: VADER's sentiment, but an answer that repeats a word earns less."""
+"""A reward function: VADER's sentiment, less for a completion that repeats words."""
 
 from surefoot.rewards.sentiment import vader_compound
 

@@ -1,4 +1,4 @@
-"""Tic-tac-toe solved by enumeration, from the rules alone: a judge for policies that shares no code with the library.
+"""Tic-tac-toe solved by enumeration, from the rules alone: an oracle for policies that shares no code with the library.
 
 A board is a tuple of 9 cells, 0 empty, 1 X, 2 O, in PettingZoo's order of actions. X moves first. Values are those of a
 named player: 1 for a win, 0 for a draw, -1 for a loss, expected where the other player is uniformly random.
@@ -36,7 +36,7 @@ def after(board: Board, cell: int) -> Board:
 
 @cache
 def winner(board: Board) -> int | None:
-    """X or O, 0 for a draw, None while the game goes on."""
+    """X or O, 0 for a draw, None while the game is in progress."""
     for a, b, c in LINES:
         if board[a] and board[a] == board[b] == board[c]:
             return board[a]
