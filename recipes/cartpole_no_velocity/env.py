@@ -1,4 +1,4 @@
-"""CartPole-v1 that shows positions and no velocities: one observation is not enough, so the policy needs a recurrent state."""
+"""CartPole-v1 without velocities in its observations: the policy needs a recurrent state."""
 
 from __future__ import annotations
 

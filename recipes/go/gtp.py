@@ -14,11 +14,11 @@ from typing import IO, Literal, TypeAlias
 
 from surefoot.errors import InputError
 
-Colour: TypeAlias = Literal["black", "white"]
+Color: TypeAlias = Literal["black", "white"]
 
 COLUMNS = "ABCDEFGHJKLMNOPQRSTUVWXYZ"  # GTP leaves out the I
-# PettingZoo counts every stone left on the board as alive. A player that passes once the dead stones are plain to see, as
-# GNU Go does if not told to capture them, loses games there that it has won.
+# PettingZoo counts every stone left on the board as alive. A player that passes once the dead stones are
+# plain to see, as GNU Go does if not told to capture them, loses games there that it has won.
 GNU_GO = ("gnugo", "--mode", "gtp", "--level", "1", "--chinese-rules", "--never-resign", "--capture-all-dead")
 
 
@@ -36,7 +36,7 @@ def vertex_of(action: int, size: int) -> str:
 
 
 def action_of(vertex: str, size: int) -> int:
-    """The inverse of `vertex_of`; letters of either case. "resign" is no vertex, and is refused like any other."""
+    """The inverse of `vertex_of`; letters of either case. "resign" is refused: it is not a vertex."""
     if vertex.upper() == "PASS":
         return size**2
     column, row = COLUMNS.find(vertex[:1].upper()), vertex[1:]
@@ -48,8 +48,8 @@ def action_of(vertex: str, size: int) -> int:
 class GTPPlayer:
     """A program that speaks GTP on its standard input and output; GNU Go at its weakest by default.
 
-    Every method raises InputError if the program refuses a command (an illegal move, a board size it does not know),
-    dies, or has not answered after `timeout` seconds. Use it as a context manager, or `close` it.
+    Every method raises InputError if the program refuses a command (an illegal move, a board size it does not
+    know), dies, or has not replied after `timeout` seconds. Use it as a context manager, or `close` it.
     """
 
     def __init__(self, command: Sequence[str] = GNU_GO, *, timeout: float = 60.0):
@@ -75,16 +75,16 @@ class GTPPlayer:
         for command in (f"boardsize {size}", "clear_board", f"komi {komi}"):
             self.send(command)
 
-    def play(self, colour: Colour, vertex: str) -> None:
-        """Put a stone of this colour on the program's board; "pass" is a vertex too."""
-        self.send(f"play {colour} {vertex}")
+    def play(self, color: Color, vertex: str) -> None:
+        """Put a stone of this color on the program's board; "pass" is a vertex too."""
+        self.send(f"play {color} {vertex}")
 
-    def genmove(self, colour: Colour) -> str:
+    def genmove(self, color: Color) -> str:
         """Let the program choose and play a move: a vertex, "pass", or "resign"."""
-        return self.send(f"genmove {colour}")
+        return self.send(f"genmove {color}")
 
     def final_score(self) -> float:
-        """Points by which black is ahead, below zero if white is, in the program's preference of which stones are dead.
+        """Points by which black leads (negative: white), by the program's view of which stones are dead.
 
         PettingZoo's Go takes every stone for alive; the two agree only on games played out to the end.
         """
@@ -94,34 +94,34 @@ class GTPPlayer:
             return 0.0 if score == "0" else {"B": 1.0, "W": -1.0}[winner.upper()] * float(points)
         except (KeyError, ValueError):
             raise InputError(
-                f"{self.name}: final_score answered {score!r}, expected 0, B+points or W+points"
+                f"{self.name}: final_score returned {score!r}, expected 0, B+points or W+points"
             ) from None
 
     def send(self, command: str) -> str:
-        """Send one command and return the answer's text, without its leading "="."""
+        """Send one command and return the reply's text, without its leading "="."""
         try:
             self._pipe(self._process.stdin).write(f"{command}\n".encode())
         except (BrokenPipeError, ValueError):
             raise InputError(f"{self.name}: cannot send {command!r}, the program has ended") from None
-        answer = self._receive(command)
-        if not answer.startswith("="):
-            raise InputError(f"{self.name}: refused {command!r}: {answer.removeprefix('?').strip()}")
-        return answer[1:].strip()
+        reply = self._receive(command)
+        if not reply.startswith("="):
+            raise InputError(f"{self.name}: refused {command!r}: {reply.removeprefix('?').strip()}")
+        return reply[1:].strip()
 
     def _receive(self, command: str) -> str:
-        """The next answer; GTP ends each with an empty line."""
+        """The next reply; GTP ends each with an empty line."""
         stdout = self._pipe(self._process.stdout)
         deadline = time.monotonic() + self.timeout
         while b"\n\n" not in self._received:
             if not select.select([stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                self._process.kill()  # a late answer would be taken for that to the next command
-                raise InputError(f"{self.name}: no answer to {command!r} in {self.timeout:g} s")
+                self._process.kill()  # a late reply would be taken for that to the next command
+                raise InputError(f"{self.name}: no reply to {command!r} in {self.timeout:g} s")
             data = os.read(stdout.fileno(), 4096)
             if not data:
                 raise InputError(f"{self.name}: ended at {command!r} with exit code {self._process.wait()}")
             self._received = (self._received + data.replace(b"\r", b"")).lstrip(b"\n")
-        answer, _, self._received = self._received.partition(b"\n\n")
-        return answer.decode(errors="replace")
+        reply, _, self._received = self._received.partition(b"\n\n")
+        return reply.decode(errors="replace")
 
     @staticmethod
     def _pipe(stream: IO[bytes] | None) -> IO[bytes]:

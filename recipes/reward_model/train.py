@@ -1,4 +1,4 @@
-"""A reward model from people's ratings of sentences, beside VADER's lexicon, within its domain and across domains.
+"""A reward model from people's ratings of sentences, beside VADER's lexicon, within and across domains.
 
 python recipes/reward_model/train.py --ratings 2500             a few minutes on two cores
 python recipes/reward_model/train.py --domain product-reviews   trains on those instead
@@ -36,12 +36,13 @@ def compare(model: RewardModel, domain: str, rows: list[dict[str, Any]]) -> None
         ("reward model", scores),
         ("VADER", torch.tensor(vader_compound(completions=texts))),
     ):
-        agreed = f"{pearson(judged, ratings):9.3f}{spearman(judged, ratings):10.3f}{share_in_order(judged, ratings):16.3f}"
+        agreed = f"{pearson(judged, ratings):9.3f}{spearman(judged, ratings):10.3f}"
+        agreed += f"{share_in_order(judged, ratings):16.3f}"
         print(f"{domain:17}{name:14}{agreed}", flush=True)
 
 
 def main() -> None:
-    """Train on one domain, then print the agreement with people on what it held out and on the other domains."""
+    """Train on one domain, then print the agreement with people on held-out sentences of all domains."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,10 +1,10 @@
-"""Rated review sentences, split into the few that are labeled, the many that are not, the judge's, and the test set.
+"""Rated review sentences, split: a few labeled, many unlabeled, the judge's, and the test set.
 
     python recipes/semi_supervised/data.py FOLDER --labels 300 --seed 0
 
-The 10,605 sentences and their ratings by people, -4 to 4, come with vaderSentiment. Those of 8 to 20 words are used. The
-judge's and the test set are the same whatever the seed; the seed draws the labeled ones from the others. Those drawn for
-100 labels are among those drawn for 300.
+The 10,605 sentences and their ratings by people, -4 to 4, come with vaderSentiment. Those of 8 to 20 words
+are used. The judge's and the test set are the same whatever the seed; the seed draws the labeled ones from
+the others. Those drawn for 100 labels are among those drawn for 300.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""How good a trained tic-tac-toe policy is, exactly: python recipes/tictactoe/check.py runs/NAME [runs/NAME ...]
+"""How good a trained tic-tac-toe policy is, exactly.
 
-Every position that the policy can meet is enumerated by `oracle.py`, which knows the rules and nothing of Surefoot. The
-policy takes its greedy move. Exits with 1 unless it always draws against perfect play and comes within 0.01 of the
-largest values that any policy has against a random player.
+    python recipes/tictactoe/check.py runs/NAME [runs/NAME ...]
+
+Every position that the policy can meet is enumerated by `oracle.py`, which knows the rules and nothing of
+Surefoot. The policy takes its greedy move. Exits with 1 unless it always draws against perfect play and comes
+within 0.01 of the largest values that any policy has against a random player.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Tic-tac-toe solved by enumeration, from the rules alone: an oracle for policies that shares no code with the library.
+"""Tic-tac-toe solved by enumeration, from the rules alone; it shares no code with the library.
 
-A board is a tuple of 9 cells, 0 empty, 1 X, 2 O, in PettingZoo's order of actions. X moves first. Values are those of a
-named player: 1 for a win, 0 for a draw, -1 for a loss, expected where the other player is uniformly random.
+A board is a tuple of 9 cells, 0 empty, 1 X, 2 O, in PettingZoo's order of actions. X moves first. Values are
+those of a named player: 1 for a win, 0 for a draw, -1 for a loss, expected where the other player is
+uniformly random.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def minimax(board: Board, player: int) -> int:
 
 
 def safe_moves(board: Board) -> list[int]:
-    """The moves after which perfect play still holds the draw; all legal ones where the game is lost anyway."""
+    """The moves after which perfect play still draws; all legal ones where the game is already lost."""
     player = to_move(board)
     at_least = min(0, minimax(board, player))
     return [cell for cell in legal_moves(board) if minimax(after(board, cell), player) >= at_least]
@@ -66,14 +67,14 @@ def safe_moves(board: Board) -> list[int]:
 
 @cache
 def best_response(board: Board, player: int, safe: bool = False) -> float:
-    """The largest value that any policy has against the random player; if `safe`, any that perfect play cannot beat."""
+    """The highest value any policy (if `safe`, any that cannot be beaten) has against the random player."""
     return _against_random(
         board, player, lambda b, p: best_response(b, p, safe), safe_moves if safe else legal_moves
     )
 
 
 def best_policy(safe: bool = False) -> Policy:
-    """The deterministic policy that has the value of `best_response`, in both seats; the first cell among equals."""
+    """The deterministic policy with the value of `best_response`, in both seats; the first cell wins ties."""
 
     def policy(board: Board) -> int:
         player = to_move(board)
@@ -125,10 +126,10 @@ def random_play() -> tuple[float, float, float]:
 
 
 def board_of(planes: Any) -> Board:
-    """The board behind a view [3, 3, 2] of `tictactoe_v3` by the player to move: 0 its own marks, 1 the other's.
+    """The board behind a view [3, 3, 2] of `tictactoe_v3`, the player to move first, then the other.
 
-    PettingZoo draws the cells by columns (0 3 6 / 1 4 7 / 2 5 8) but fills the planes in the order of the actions, so
-    that action a is planes[a // 3, a % 3].
+    PettingZoo draws the cells by columns (0 3 6 / 1 4 7 / 2 5 8) but fills the planes in the order of the
+    actions, so that action a is planes[a // 3, a % 3].
     """
     own, other = ([int(planes[a // 3][a % 3][plane]) for a in range(9)] for plane in (0, 1))
     me, them = (X, O) if sum(own) == sum(other) else (O, X)
