@@ -304,7 +304,7 @@ def test_gtp_answers(fake_go):
 def test_gtp_program_that_dies_hangs_or_is_missing(fake_go):
     with go_gtp.GTPPlayer(fake_go) as player, pytest.raises(InputError, match="ended at 'die' with exit code 3"):
         player.send("die")
-    with go_gtp.GTPPlayer(fake_go, timeout=0.1) as player, pytest.raises(InputError, match=r"no answer to 'hang' in 0\.1 s"):
+    with go_gtp.GTPPlayer(fake_go, timeout=0.1) as player, pytest.raises(InputError, match=r"no reply to 'hang' in 0\.1 s"):
         player.send("hang")
     with pytest.raises(InputError, match=r"'no-such-go' not found; .*apt install gnugo"):
         go_gtp.GTPPlayer(("no-such-go",))
