@@ -351,14 +351,9 @@ def test_the_pages_pipeline_is_one_and_its_table_is_whole(tmp_path: Path):
     example = yaml.safe_load(page.split("```yaml")[1].split("```")[0])
     write(tmp_path, example["stages"])
     (tmp_path / "pairs.jsonl").rename(tmp_path / "examples.jsonl")
-    (tmp_path / "prompts.jsonl").rename(tmp_path / "unlabelled.jsonl")
-    assert [stage.name for stage in load_pipeline(tmp_path / "pipeline.yaml")] == [
-        "taught",
-        "judge",
-        "tuned",
-        "answers",
-        "again",
-    ]
+    (tmp_path / "prompts.jsonl").rename(tmp_path / "unlabeled.jsonl")
+    stages = load_pipeline(tmp_path / "pipeline.yaml")
+    assert [stage.name for stage in stages] == ["sft", "judge", "ppo", "best", "again"]
     fields = [*PipelineConfig.model_fields, *(f"pseudo_labels.{name}" for name in PseudoLabelsConfig.model_fields)]
     assert all(f"| `{name}` |" in page for name in fields)
 
