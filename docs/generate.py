@@ -15,7 +15,7 @@ CONFIG_INTRO = """\
 
 Written by `make docs` from the models in `src/surefoot/config/`; change it there.
 
-A run is one YAML file, and every field is also a flag (`--ppo.kl-coef 0.02`). In Python it is a keyword without its section: fields
+A run is one YAML file, and every field is also a flag (`--kl.coef 0.02`). In Python it is a keyword without its section: fields
 of `ppo` of `PPO(...)`, of `sft` of `SFT(...)`, of `reward_model` of `RewardModel(...)`; those of `run` and `evaluate` keep theirs as a
 prefix (`run_name`, `evaluate_every`). Relative paths in a file are relative to the file. A key that does not
 exist is an error that names the nearest one that does.

@@ -13,7 +13,7 @@ import argparse
 import torch
 
 from surefoot import TextTask, advantages, assets, collect, load_policy, update
-from surefoot.config import GenerationConfig, PPOConfig
+from surefoot.config import Config, KLConfig, PPOConfig
 
 PROMPTS = ["The weather today is", "My neighbour has", "In the old town", "We talked about", "The film begins when"]
 
@@ -31,19 +31,19 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=32, help="answers per update; default: %(default)s")
     arguments = parser.parse_args()
 
-    ppo = PPOConfig(batch_size=8, n_epochs=2, kl_coef=0.05)
+    config = Config(ppo=PPOConfig(batch_size=8, n_epochs=2), kl=KLConfig(coef=0.05))
     policy = load_policy(assets.resolve(arguments.model))
     task = TextTask(PROMPTS, short_words, held_out=0.0)
     # One optimiser for all updates, since Adam remembers; and one generator, so that every update shuffles anew.
-    optimizer = torch.optim.Adam([p for _, p in policy.named_parameters_to_train()], eps=ppo.adam_epsilon)
+    optimizer = torch.optim.Adam([p for _, p in policy.named_parameters_to_train()], eps=config.ppo.adam_epsilon)
     shuffle = torch.Generator().manual_seed(0)
 
     for number in range(arguments.updates):
         first = number * arguments.episodes  # an episode's number decides its prompt and its randomness
-        batch = collect(policy, task, episodes=arguments.episodes, first_episode=first, generation=GenerationConfig(), ppo=ppo)
-        batch = advantages(batch, ppo)
+        batch = collect(policy, task, episodes=arguments.episodes, first_episode=first, config=config)
+        batch = advantages(batch, config)
         learning_rate = 1e-3 * (1 - number / arguments.updates)
-        result = update(policy, batch, optimizer=optimizer, config=ppo, learning_rate=learning_rate, generator=shuffle)
+        result = update(policy, batch, optimizer=optimizer, config=config, learning_rate=learning_rate, generator=shuffle)
 
         reward = sum(t.score for t in batch.trajectories) / len(batch)
         kl = sum(t.kl for t in batch.trajectories) / len(batch)

@@ -10,8 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surefoot.config import Config, PTXConfig, nested
 from surefoot.rollout.batch import text_batch
 from surefoot.types import Batch, Completion, Evaluation, StopReason, Trajectory
+
+
+def config_of(base: Config | None = None, /, **settings: Any) -> Config:
+    """`base` with these settings, by their keywords; unlike a run's, its sizes need not fit each other."""
+    config = base or Config()
+    given = nested(settings)
+    ptx = given.pop("ptx", None)
+
+    def over(section: Any, values: dict[str, Any]) -> Any:
+        inner = {k: over(getattr(section, k), v) if k == "critic" and isinstance(v, dict) else v for k, v in values.items()}
+        return type(section).model_validate({name: getattr(section, name) for name in type(section).model_fields} | inner)
+
+    update = {
+        name: over(getattr(config, name), values) if isinstance(values, dict) else values for name, values in given.items()
+    }
+    if ptx is not None:
+        update["ptx"] = PTXConfig.model_validate(ptx)
+    return config.model_copy(update=update)
+
 
 VOCABULARY = 7
 CPU = torch.device("cpu")

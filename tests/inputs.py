@@ -34,7 +34,8 @@ CONFIG: dict[str, Any] = {
     "policy": {"model": "model", "adapter": {"rank": 2}, "dtype": "float32"},
     "task": {"prompts": "prompts.jsonl", "reward": "reward.py:reward", "held_out": 0.5},
     "generation": {"max_new_tokens": 2},
-    "ppo": {"total_episodes": 8, "episodes_per_update": 4, "batch_size": 4, "n_epochs": 1},
+    "ppo": {"batch_size": 4, "n_epochs": 1},
+    "rollout": {"total_episodes": 8, "episodes_per_update": 4},
     "evaluate": {"every": None, "episodes": 1},
 }
 

@@ -15,8 +15,9 @@ import transformers
 
 import surefoot
 from surefoot import PPO, SFT, RewardModel, TextTask, advantages, collect, load_policy, update
-from surefoot.config import AdapterConfig, Config, PolicyConfig, PPOConfig, make_config
+from surefoot.config import AdapterConfig, Config, PolicyConfig, make_config
 from surefoot.storage.run_folder import RunFolder
+from tests.fakes import config_of
 from tests.inputs import PROMPTS, Rows, model_folder, refusal
 from tests.tiny import tiny_policy, tiny_tokenizer
 
@@ -105,8 +106,8 @@ SIGNATURES = {
     TextTask.__init__: (
         "(self, prompts, reward, *, metric=None, held_out=0.1, prompt_column='prompt', prompt_tokens=None, chat=False)"
     ),
-    collect: "(policy, env, *, episodes=64, first_episode=0, seed=0, version=0, generation=None, ppo=None)",
-    advantages: "(batch, config=None, *, kl_coef=None)",
+    collect: "(policy, env, *, episodes=64, first_episode=0, seed=0, version=0, engine=None, config=None)",
+    advantages: "(batch, config=None)",
     update: (
         "(policy, batch, *, optimizer=None, config=None, learning_rate=None, generator=None, budget=None, "
         "before_first_step=None)"
@@ -176,7 +177,7 @@ def test_nothing_is_shown_when_nothing_is_asked_for(capfd):
 
 
 def test_the_loops_parts_are_a_loop_of_ones_own():
-    policy, ppo = tiny_policy(), PPOConfig(batch_size=4, n_epochs=1)
+    policy, ppo = tiny_policy(), config_of(batch_size=4, n_epochs=1)
     optimizer = torch.optim.Adam([p for _, p in policy.named_parameters_to_train()])
     before = [p.detach().clone() for _, p in policy.named_parameters_to_train()]
     batch = collect(policy, task(held_out=0), episodes=4)
@@ -187,9 +188,9 @@ def test_the_loops_parts_are_a_loop_of_ones_own():
 
 
 def test_settings_and_config_are_the_same_thing():
-    config = make_config({"ppo": {"kl_coef": 0.3, "gamma": 0.5}, "run": {"name": "mine"}}, where="test")
+    config = make_config({"ppo": {"gamma": 0.5}, "kl": {"coef": 0.3}, "run": {"name": "mine"}}, where="test")
     model = PPO(tiny_policy(), config=config, gamma=0.25, adapter={"rank": 2})
-    assert (model.config.ppo.kl_coef, model.config.ppo.gamma, model.config.run.name) == (0.3, 0.25, "mine")
+    assert (model.config.kl.coef, model.config.ppo.gamma, model.config.run.name) == (0.3, 0.25, "mine")
     assert model.config.policy.adapter == AdapterConfig(rank=2)
     assert PPO(tiny_policy(), adapter=None).config.policy.adapter is None
     assert PPO(tiny_policy()).config == Config()
@@ -201,7 +202,7 @@ def test_settings_and_config_are_the_same_thing():
         ({"learning_rat": 1}, "unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
         ({"chat": True}, "unknown setting 'chat'; it is TextTask's"),
         ({"learning_rate": "fast"}, "PPO(...): ppo.learning_rate: should be a number, got 'fast'"),
-        ({"batch_size": 5}, "PPO(...): ppo.batch_size (5) does not divide ppo.episodes_per_update (64); try 4"),
+        ({"batch_size": 5}, "PPO(...): ppo.batch_size (5) does not divide rollout.episodes_per_update (64); try 4"),
         ({"temperature": 0}, "PPO(...): generation.temperature 0 is greedy and cannot be trained on"),
         ({"adapter": {"rnk": 2}}, "PPO(...): unknown key 'policy.adapter.rnk'; did you mean 'policy.adapter.rank'?"),
         ({"run_name": "../up"}, "PPO(...): run.name: '../up' is not a plain folder name"),
@@ -365,10 +366,10 @@ def test_a_run_is_loaded_where_it_stopped():
 
 
 def test_a_saved_model_is_loaded_with_its_critic_and_settings():
-    model = PPO(model_folder(), task(), verbose=0, kl_coef=0.3, run_name="mine", **SMALL).learn()
+    model = PPO(model_folder(), task(), verbose=0, kl={"coef": 0.3}, run_name="mine", **SMALL).learn()
     model.save("out")
     loaded = PPO.load("out", task(), verbose=0)
-    assert loaded.config.ppo.kl_coef == 0.3 and loaded.config.run.name is None  # what it trains is another run
+    assert loaded.config.kl.coef == 0.3 and loaded.config.run.name is None  # what it trains is another run
     assert torch.equal(loaded.policy.value_head.weight, model.policy.value_head.weight)
     assert loaded.policy.value_head.weight.abs().sum() > 0
     assert loaded.learn(4).run_folder != model.run_folder

@@ -114,12 +114,12 @@ def test_the_version_is_told():
         (["ppo"], "the following arguments are required: FILE; see surefoot ppo --help"),
         (["ppo", "config.yaml", "more"], "unrecognized arguments: more; see surefoot --help"),
         (["ppo", "config.yaml", "-x"], "unrecognized arguments: -x; see surefoot --help"),
-        (["ppo", "config.yaml", "--ppo.kl-coef"], "--ppo.kl-coef needs a value"),
+        (["ppo", "config.yaml", "--kl.coef"], "--kl.coef needs a value"),
         (["ppo", "--run.name", "--seed", "3", "config.yaml"], "--run.name needs a value"),
         (["ppo", "config.yaml", "--run.name="], "--run.name: the value is empty; write null for none"),
-        (["ppo", "config.yaml", "--kl-coef", "1"], "unknown flag '--kl-coef'; did you mean '--ppo.kl-coef'?"),
+        (["ppo", "config.yaml", "--kl-coef", "1"], "unknown flag '--kl-coef'; did you mean '--kl.coef'?"),
         (["ppo", "config.yaml", "--nosuch=1"], "unknown flag '--nosuch'; surefoot ppo --help lists them"),
-        (["ppo", "config.yaml", "--ppo.kl-coef", "-1"], "--ppo.kl-coef: should be greater than or equal to 0, got -1"),
+        (["ppo", "config.yaml", "--kl.coef", "-1"], "--kl.coef: should be greater than or equal to 0, got -1"),
         (["ppo", "no.yaml"], "no.yaml: no such file"),
         (["ppo", "empty.yaml"], "empty.yaml: no task (task.prompts and task.reward) and no environment (env.id); name one"),
         (["ppo", "."], ".: cannot be read: Is a directory"),
@@ -173,10 +173,10 @@ def test_flags_may_stand_before_and_after_the_file(project, monkeypatch, order):
     seen = []
     monkeypatch.setattr("surefoot.api.ppo.PPO.__init__", lambda self, *_, config, **__: seen.append(config))
     monkeypatch.setattr(cli, "_train", lambda model: None)
-    flags = ["--seed", "3", "--ppo.kl-coef=3e-1", "--ppo.gamma", "0.5", "--run.name", "7", "--ppo.gamma", "0.25"]
+    flags = ["--seed", "3", "--kl.coef=3e-1", "--ppo.gamma", "0.5", "--run.name", "7", "--ppo.gamma", "0.25"]
     run_cli("ppo", *(["config.yaml", *flags] if order == "after" else [*flags, "config.yaml"]))
     assert len(seen) == 1
-    assert (seen[0].seed, seen[0].ppo.kl_coef, seen[0].ppo.gamma, seen[0].run.name) == (3, 0.3, 0.25, "7")
+    assert (seen[0].seed, seen[0].kl.coef, seen[0].ppo.gamma, seen[0].run.name) == (3, 0.3, 0.25, "7")
 
 
 def test_a_run_says_what_it_does_what_it_left_and_what_to_do_next(trained):

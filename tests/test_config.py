@@ -27,6 +27,7 @@ from surefoot.config import (
     setting_keys,
     with_sampling,
 )
+from surefoot.config.checks import foreign_sections
 from surefoot.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -58,11 +59,11 @@ def refusal(path: Path | str, overrides: dict[str, str] | None = None) -> str:
     [
         ("sede: 1", "sede", "seed"),
         ("polcy: {model: x}", "polcy", "policy"),
-        ("ppo: {kl_coeff: 1}", "ppo.kl_coeff", "ppo.kl_coef"),
-        ("kl_coef: 1", "kl_coef", "ppo.kl_coef"),  # right name, section forgotten
+        ("kl: {coeff: 1}", "kl.coeff", "kl.coef"),
+        ("clip_range: 1", "clip_range", "ppo.clip_range"),  # right name, section forgotten
         ("ppo: {temperature: 1.0}", "ppo.temperature", "generation.temperature"),  # right name, wrong section
         ("ppo: {every: 3}", "ppo.every", "evaluate.every"),  # though ppo.vf_coef looks more like it as a whole
-        ("generation: {kl_coeff: 3}", "generation.kl_coeff", "ppo.kl_coef"),  # wrong section and misspelt
+        ("generation: {horizn: 3}", "generation.horizn", "kl.horizon"),  # wrong section and misspelt
         ("policy: {adapter: {rnk: 4}}", "policy.adapter.rnk", "policy.adapter.rank"),
         ("policy: {critic: {kynd: shared}}", "policy.critic.kynd", "policy.critic.kind"),
         ("task: {prompts: p, rewards: r}", "task.rewards", "task.reward"),  # the misspelt key is also a missing one
@@ -81,13 +82,13 @@ def test_a_key_like_no_other_is_refused_without_a_guess(written):
     [
         ("seed: -1", "seed: should be greater than or equal to 0, got -1"),
         ("seed: 9223372036854775808", "seed: should be less than 9223372036854775808"),
-        ("ppo: {kl_coef: -0.1}", "ppo.kl_coef: should be greater than or equal to 0, got -0.1"),
+        ("kl: {coef: -0.1}", "kl.coef: should be greater than or equal to 0, got -0.1"),
         ("ppo: {learning_rate: 0}", "ppo.learning_rate: should be greater than 0, got 0"),
         ("ppo: {learning_rate: .nan}", "ppo.learning_rate: should be a finite number, got nan"),
         ("ppo: {clip_range: .inf}", "ppo.clip_range: should be a finite number, got inf"),
         ("ppo: {gamma: 1.01}", "ppo.gamma: should be less than or equal to 1, got 1.01"),
         ("ppo: {n_epochs: 0}", "ppo.n_epochs: should be greater than 0, got 0"),
-        ("ppo: {total_episodes: 10000000000}", "ppo.total_episodes: should be less than or equal to 1000000000"),
+        ("rollout: {total_episodes: 10000000000}", "rollout.total_episodes: should be less than or equal to 1000000000"),
         ("run: {keep_checkpoints: 1}", "run.keep_checkpoints: should be greater than or equal to 2, got 1"),
         ("task: {prompts: p, reward: r, held_out: 1.0}", "task.held_out: should be less than 1, got 1.0"),
         ("generation: {temperature: 11}", "generation.temperature: should be less than or equal to 10, got 11"),
@@ -103,9 +104,9 @@ def test_a_value_out_of_range_is_named(written, text, said):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("ppo: {kl_coef: low}", "ppo.kl_coef: should be a number, got 'low'"),
-        ("ppo: {kl_coef: '0.1'}", "ppo.kl_coef: should be a number, got '0.1'"),  # nothing is coerced
-        ("ppo: {kl_coef: [1, 2]}", "ppo.kl_coef: should be a number, got [1, 2]"),
+        ("kl: {coef: low}", "kl.coef: should be a number, got 'low'"),
+        ("kl: {coef: '0.1'}", "kl.coef: should be a number, got '0.1'"),  # nothing is coerced
+        ("kl: {coef: [1, 2]}", "kl.coef: should be a number, got [1, 2]"),
         ("ppo: {batch_size: 8.0}", "ppo.batch_size: should be a whole number, got 8.0"),
         ("ppo: {batch_size: true}", "ppo.batch_size: should be a whole number, got True"),
         ("task: {prompts: p, reward: r, chat: 1}", "task.chat: should be true or false, got 1"),
@@ -131,46 +132,55 @@ def test_a_value_of_another_type_is_named(written, text, said):
         ("generation: {top_p: 0.9}", "generation.top_p contradicts training"),
         ("generation: {top_k: 50}", "generation.top_k contradicts training"),
         ("generation: {temperature: 0}", "generation.temperature 0 is greedy and cannot be trained on"),
-        ("ppo: {kl_target: 6.0, kl_coef: 0}", "ppo.kl_target adapts ppo.kl_coef, which is 0 and would stay 0"),
+        ("kl: {target: 6.0, coef: 0}", "kl.target adapts kl.coef, which is 0 and would stay 0"),
         (
-            "ppo: {kl_target: 6.0, kl_coef: 0.1, kl_horizon: 12.8, episodes_per_update: 64}",
-            "ppo.kl_horizon (12.8) is too short: ppo.kl_coef moves by up to 20 % in so many episodes, and an update of 64",
+            "kl: {target: 6.0, coef: 0.1, horizon: 12.8}",
+            "kl.horizon (12.8) is too short: kl.coef moves by up to 20 % in so many episodes, and an update of 64",
         ),
-        ("ppo: {missing_eos_mode: replace}", "replace needs a ppo.missing_eos_penalty"),
-        ("ppo: {episodes_per_update: 64, batch_size: 24}", "(24) does not divide ppo.episodes_per_update (64); try 16"),
-        ("ppo: {episodes_per_update: 8, batch_size: 16}", "(16) does not divide ppo.episodes_per_update (8); try 8"),
-        ("ppo: {samples_per_prompt: 12}", "ppo.samples_per_prompt (12) does not divide ppo.episodes_per_update (64); try 8"),
+        ("ppo: {batch_size: 24}", "(24) does not divide rollout.episodes_per_update (64); try 16"),
+        ("rollout: {episodes_per_update: 8}", "(16) does not divide rollout.episodes_per_update (8); try 8"),
+        ("group: {size: 12}", "group.size (12) does not divide rollout.episodes_per_update (64); try 8"),
         *(
             (f"ppo: {{advantage: {name}}}", f"ppo.advantage: {name} compares the answers to one prompt; give")
             for name in ("grpo", "dr_grpo", "rloo")
         ),
         ("ppo: {advantage: remax, clip_range_vf: 0.2}", "ppo.clip_range_vf is for ppo.advantage: gae; remax has no critic"),
-        ("ppo: {advantage: reinforce_pp, whiten_rewards: true}", "ppo.whiten_rewards is for ppo.advantage: gae"),
+        ("ppo: {advantage: reinforce_pp}\nshaping: {whiten: true}", "shaping.whiten is for ppo.advantage: gae"),
         (
             "ppo: {advantage: remax, gamma: 0.9}",
             "ppo.gamma is 0.9; with ppo.advantage: remax the tokens of an answer share",
         ),
-        ("env: {id: CartPole-v1}\nppo: {advantage: reinforce_pp}", "ppo.advantage is for text tasks"),
         ("ppo: {clip_range_high: 0.3, clip_schedule: linear}", "ppo.clip_schedule moves ppo.clip_range alone"),
         ("ppo: {dual_clip: 1.0}", "ppo.dual_clip: should be greater than 1"),
-        ("env: {id: CartPole-v1}\nppo: {loss_aggregation: sequence}", "ppo.loss_aggregation is for text tasks"),
-        ("env: {id: CartPole-v1}\nppo: {ptx: {data: d.jsonl}}", "ppo.ptx is for text tasks"),
-        ("env: {id: CartPole-v1}\nppo: {kl_in: loss}", "ppo.kl_in is for text tasks"),
-        ("env: {id: CartPole-v1}\nppo: {sampler_ratio_cap: 2.0}", "ppo.sampler_ratio_cap is for text tasks"),
-        ("ppo: {skip_equal_groups: true}", "ppo.skip_equal_groups is for ppo.advantage: grpo, dr_grpo, rloo; gae learns"),
-        ("ppo: {critic_warmup_updates: 5}", "set policy.critic.stop_gradient: true"),
-        ("policy: {critic: {layers: 2}}", "policy.critic: layers is for kind: separate, and this is shared; leave it out"),
+        ("group: {skip_zero_variance: true}", "group.skip_zero_variance is for ppo.advantage: grpo, dr_grpo, rloo; gae"),
+        ("policy: {critic: {warmup_updates: 5}}", "set policy.critic.stop_gradient: true"),
         ("policy: {critic: {kind: adapter, model: m}}", "policy.critic: model is for kind: separate, and this is adapter"),
-        ("policy: {critic: {kind: separate, layers: 0}}", "policy.critic.layers: should be greater than 0, got 0"),
         ("policy: {critic: {kind: separate, stop_gradient: true}}", "policy.critic: stop_gradient is for kind: shared"),
         ("policy: {adapter: null, critic: {kind: adapter}}", "policy: critic.kind: adapter needs the frozen base under"),
+        (
+            "ppo: {advantage: remax}\npolicy: {critic: {gae_lambda: 1.0}}",
+            "policy.critic.gae_lambda is for ppo.advantage: gae; remax has no",
+        ),
+        ("env: {id: CartPole-v1}\nppo: {advantage: reinforce_pp}", "ppo.advantage is for text tasks"),
+        ("env: {id: CartPole-v1}\nppo: {loss_aggregation: sequence}", "ppo.loss_aggregation is for text tasks"),
         ("env: {id: CartPole-v1}\npolicy: {critic: {kind: separate}}", "policy.critic is for text tasks"),
+        ("env: {id: CartPole-v1}\npolicy: {critic: {warmup_updates: 5}}", "policy.critic is for text tasks"),
         ("sft: {data: x.jsonl}\npolicy: {critic: {kind: separate}}", "policy.critic: a run of sft learns no values"),
         ("reward_model: {data: x.jsonl}\npolicy: {critic: {kind: adapter}}", "policy.critic: a run of reward_model learns"),
-        ("ppo: {advantage: remax, gae_lambda_critic: 1.0}", "ppo.gae_lambda_critic is for ppo.advantage: gae; remax has no"),
-        ("env: {id: CartPole-v1}\nppo: {critic_warmup_updates: 5}", "ppo.critic_warmup_updates is for text tasks"),
-        ("env: {id: CartPole-v1}\nppo: {gae_lambda_length_alpha: 0.05}", "ppo.gae_lambda_length_alpha is for text tasks"),
-        ("env: {id: CartPole-v1}\nppo: {samples_per_prompt: 4}", "ppo.samples_per_prompt is for text tasks"),
+        *(
+            (f"env: {{id: CartPole-v1}}\n{name}: {{}}", f"{name}: a run with env has no such section; leave it out")
+            for name in ("generation", "rollout", "kl", "group", "shaping", "ptx")
+        ),
+        *(
+            (f"{kind}: {{data: d.jsonl}}\n{name}: {{}}", f"{name}: a run with {kind} has no such section; leave it out")
+            for kind, names in {"sft": ("rollout", "ppo", "kl"), "reward_model": ("ppo", "ptx", "new_model")}.items()
+            for name in names
+        ),
+        ("new_model: {}", "new_model: a text task has no such section; leave it out"),
+        (
+            "env: {id: CartPole-v1}\nsft: {data: d.jsonl}",
+            "a run has one of task, env, sft, reward_model, and here are env and sft",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(written, text, said):
@@ -179,7 +189,7 @@ def test_settings_that_contradict_each_other_are_refused(written, text, said):
 
 def test_the_divisor_that_is_proposed_is_found_at_once(written):
     started = time.perf_counter()
-    assert "try 8" in refusal(written("ppo: {episodes_per_update: 1000000000, batch_size: 7}"))
+    assert "try 8" in refusal(written("rollout: {episodes_per_update: 1000000000}\nppo: {batch_size: 7}"))
     assert time.perf_counter() - started < 1
 
 
@@ -194,7 +204,7 @@ def test_3e_minus_4_is_a_number_in_the_file_and_in_a_flag(written, text):
     assert load_config(written(""), {"ppo.learning-rate": text}).ppo.learning_rate == 3e-4
 
 
-@pytest.mark.parametrize("place", ["{}", "seed: {}", "ppo: {{kl_coef: {}}}", "run: {{name: {}}}"])
+@pytest.mark.parametrize("place", ["{}", "seed: {}", "kl: {{coef: {}}}", "run: {{name: {}}}"])
 @pytest.mark.parametrize(
     "bomb",
     [
@@ -212,7 +222,7 @@ def test_yaml_that_would_run_code_is_refused_and_not_run(written, tmp_path, plac
 
 def test_a_flag_that_would_run_code_is_text(written, tmp_path):
     bomb = "!!python/object/apply:os.system ['touch canary']"
-    assert "--ppo.kl-coef: should be a number" in refusal(written(""), {"ppo.kl-coef": bomb})
+    assert "--kl.coef: should be a number" in refusal(written(""), {"kl.coef": bomb})
     assert not (tmp_path / "canary").exists()
 
 
@@ -240,7 +250,7 @@ def test_a_file_made_to_exhaust_the_reader_is_refused(written, text):
         (b"seed: 1\nrun: {name: \xff\xfe}\n", "c.yaml, line 2: not UTF-8; save the file as UTF-8"),
         ("seed: 1".encode("utf-16"), "c.yaml, line 1: not UTF-8"),
         ("seed: 1\n\tdevice: cpu", "c.yaml, line 2: not valid, safe YAML"),
-        ("seed: 1\nppo: {kl_coef: 1", "c.yaml, line 2: not valid, safe YAML"),
+        ("seed: 1\nkl: {coef: 1", "c.yaml, line 2: not valid, safe YAML"),
         ("seed: 1\n---\nseed: 2", "c.yaml, line 2: not valid, safe YAML"),
         ("run: {name: 2024-02-30}", "c.yaml: not valid, safe YAML: day is out of range for month"),
         ("1: 2", "c.yaml, line 1: not valid, safe YAML: a key here is no name"),
@@ -259,7 +269,7 @@ def test_a_huge_file_is_not_read(written):
 
 
 @pytest.mark.parametrize(
-    "text", ["seed: 1\nseed: 2", "ppo: {kl_coef: 1}\nseed: 3\nppo: {gamma: 0.5}", "ppo: {gamma: 1,\n gamma: 0}"]
+    "text", ["seed: 1\nseed: 2", "ppo: {n_epochs: 1}\nseed: 3\nppo: {gamma: 0.5}", "ppo: {gamma: 1,\n gamma: 0}"]
 )
 def test_a_key_said_twice_is_refused_and_not_forgotten(written, text):
     # YAML lets the last one win: a second `ppo:` would throw the first away unseen.
@@ -378,14 +388,14 @@ def test_absolute_paths_mean_the_same_wherever_they_are_read(places, monkeypatch
     assert paths_of(load_config(places / "elsewhere" / "copy.yaml")) == expected
 
 
-@pytest.mark.parametrize("key", ["ppo.kl-coef", "ppo.kl_coef"])
+@pytest.mark.parametrize("key", ["ppo.vf-coef", "ppo.vf_coef"])
 def test_dashes_in_a_flag_are_underscores(written, key):
-    assert load_config(written("ppo: {kl_coef: 0.5}"), {key: "0.25"}).ppo.kl_coef == 0.25
+    assert load_config(written("ppo: {vf_coef: 0.5}"), {key: "0.25"}).ppo.vf_coef == 0.25
 
 
 def test_a_flag_changes_one_field_and_leaves_its_neighbours(written):
-    config = load_config(written("ppo: {kl_coef: 0.5, gamma: 0.9}"), {"ppo.kl-coef": "0.25"})
-    assert (config.ppo.kl_coef, config.ppo.gamma) == (0.25, 0.9)
+    config = load_config(written("kl: {coef: 0.5, horizon: 9e3}"), {"kl.coef": "0.25"})
+    assert (config.kl.coef, config.kl.horizon) == (0.25, 9e3)
 
 
 def test_a_flag_can_bring_back_a_section_that_the_file_turned_off(written):
@@ -397,23 +407,23 @@ def test_a_flag_can_bring_back_a_section_that_the_file_turned_off(written):
 @pytest.mark.parametrize(
     ("key", "text", "said"),
     [
-        ("ppo.kl-coeff", "1", "unknown flag '--ppo.kl-coeff'; did you mean '--ppo.kl-coef'?"),
-        ("kl-coef", "1", "unknown flag '--kl-coef'; did you mean '--ppo.kl-coef'?"),
-        ("ppo.kl-coef", "-1", "--ppo.kl-coef: should be greater than or equal to 0, got -1"),
-        ("ppo.kl-coef", "", "--ppo.kl-coef: the value is empty; write null for none"),
-        ("ppo.kl-coef.x", "1", "--ppo.kl-coef.x: kl_coef is 0.5 in the file, not a section"),
+        ("kl.coeff", "1", "unknown flag '--kl.coeff'; did you mean '--kl.coef'?"),
+        ("kl-coef", "1", "unknown flag '--kl-coef'; it is '--kl.coef'"),
+        ("kl.coef", "-1", "--kl.coef: should be greater than or equal to 0, got -1"),
+        ("kl.coef", "", "--kl.coef: the value is empty; write null for none"),
+        ("kl.coef.x", "1", "--kl.coef.x: coef is 0.5 in the file, not a section"),
         ("run.name", "../x", "--run.name: '../x' is not a plain folder name"),
         ("..", "1", "--.. is no flag; surefoot ppo --help lists them"),
         ("ppo.", "1", "--ppo. is no flag"),
     ],
 )
 def test_a_wrong_flag_is_called_by_its_name_as_a_flag(written, key, text, said):
-    assert refusal(written("ppo: {kl_coef: 0.5}"), {key: text}).startswith(said)
+    assert refusal(written("kl: {coef: 0.5}"), {key: text}).startswith(said)
 
 
 def test_a_wrong_value_in_the_file_is_not_blamed_on_another_flag(written):
-    message = refusal(written("ppo: {kl_coef: -1}"), {"ppo.gamma": "0.5", "seed": "3"})
-    assert message == "c.yaml: ppo.kl_coef: should be greater than or equal to 0, got -1"
+    message = refusal(written("kl: {coef: -1}"), {"ppo.gamma": "0.5", "seed": "3"})
+    assert message == "c.yaml: kl.coef: should be greater than or equal to 0, got -1"
 
 
 @pytest.mark.parametrize("name", ["7", "3e-4", "no", "2024-01-31", "a: b", "[x", "0x1f"])
@@ -466,7 +476,8 @@ def test_what_is_written_reads_back_the_same(tmp_path):
             "policy": {"model": "org/model", "adapter": {"targets": ["q_proj", "v_proj"]}},
             "task": {"prompts": "/p.jsonl", "reward": "package.module:reward"},
             "generation": {"stop": ["\n\n", "# ", "null", "1e3", "ä"], "stop_token_ids": [0, 2]},
-            "ppo": {"learning_rate": 1e-7, "adam_epsilon": 1e-8, "kl_horizon": 1e22, "target_kl": 0.1 + 0.2},
+            "ppo": {"learning_rate": 1e-7, "adam_epsilon": 1e-8, "target_kl": 0.1 + 0.2},
+            "kl": {"horizon": 1e22},
             "evaluate": {"every": None},
         },
         where="test",
@@ -493,15 +504,16 @@ def test_a_section_can_be_left_out_of_what_is_written():
 def test_flat_setting_names_are_unique_across_sections():
     keys = setting_keys()
     assert Counter(keys.values()).most_common(1)[0][1] == 1
-    top = {name for name, info in Config.model_fields.items() if name not in {"task", "sft", "new_model", "reward_model"}}
-    prefixed, too_plain = {"run", "evaluate"}, {"env.id", "env.kwargs"}
+    foreign = {"task", "sft", "new_model", "reward_model"}
+    top = {name for name in Config.model_fields if name not in foreign}
+    prefixed, too_plain, whole = {"run", "evaluate"}, {"env.id", "env.kwargs"}, {"kl", "group", "shaping", "ptx"}
     plain = [
         f"{key}_{leaf}" if key in prefixed or f"{key}.{leaf}" in too_plain else leaf
         for key, _, leaf in (k.partition(".") for k, *_ in field_table())
-        if leaf and key not in {"task", "sft", "new_model", "reward_model"} and "." not in leaf
+        if leaf and key not in foreign | whole and "." not in leaf
     ]
     assert [name for name, count in Counter(plain).items() if count > 1] == []
-    assert set(plain) | {"seed", "device", "adapter", "critic", "network", "self_play", "ptx"} == set(keys)
+    assert set(plain) | {"seed", "device", "adapter", "critic", "network", "self_play"} | whole == set(keys)
     assert {key.split(".")[0] for key in keys.values()} == top
 
 
@@ -540,7 +552,8 @@ def test_flat_settings_reach_their_fields():
     ("name", "said"),
     [
         ("learning_rat", "unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
-        ("kl_coeff", "unknown setting 'kl_coeff'; did you mean 'kl_coef'?"),
+        ("kl_coef", "unknown setting 'kl_coef'; it is kl={'coef': ...}"),
+        ("sampler_ratio_cap", "unknown setting 'sampler_ratio_cap'; it is tis_cap"),
         ("name", "unknown setting 'name'; did you mean 'run_name'?"),
         ("chat", "unknown setting 'chat'; it is TextTask's"),
         ("zzz", "unknown setting 'zzz'; docs/config.md lists them"),
@@ -609,7 +622,7 @@ def test_every_field_has_a_type_a_default_and_a_description():
 
 def test_every_field_is_a_flag(written):
     """Each default, written as the table shows it, can be given back as a flag."""
-    text = "{task: {prompts: p.jsonl, reward: 'r:r'}, ppo: {ptx: {}}}"
+    text = "{task: {prompts: p.jsonl, reward: 'r:r'}, ptx: {}}"
     control = "{env: {id: CartPole-v1, self_play: {}}, run: {checkpoint_every: 10}}"
     supervised, judged = "{sft: {data: d.jsonl}}", "{reward_model: {data: d.jsonl}}"
     made = "{new_model: {}, sft: {data: d.jsonl}}"
@@ -625,11 +638,12 @@ def test_every_field_is_a_flag(written):
         )
     }
     sections = {text: "task", control: "env", supervised: "sft", judged: "reward_model", made: "new_model"}
+    other[supervised] |= {key for key, *_ in field_table() if key.startswith("new_model.")}
     for key, _, default, _ in field_table():
         for base, section in sections.items():
             own = {*other[base], "env.id", "sft.data", "reward_model.data"}
-            is_foreign = key.split(".")[0] in {*sections.values()} - {section} or key in own
-            is_foreign |= key.startswith("ppo.ptx.") and section != "task"
+            kind = "sft" if section == "new_model" else section
+            is_foreign = key.split(".")[0] in foreign_sections(kind) or key in own
             if default != "required" and not is_foreign:
                 config = load_config(written(base), {key.replace("_", "-"): default})
                 assert config.model_dump() == load_config(written(base)).model_dump(), (key, base)

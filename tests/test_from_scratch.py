@@ -143,7 +143,7 @@ def test_from_nothing_through_sft_to_ppo(kind):
     task = TextTask(["the"], is_old, held_out=0.0)
     ppo = PPO(
         "taught", task, total_episodes=640, episodes_per_update=32, batch_size=16, n_epochs=2, max_new_tokens=12,
-        learning_rate=0.003, kl_coef=0.02, evaluate_every=None, **WHOLE,
+        learning_rate=0.003, kl={"coef": 0.02}, evaluate_every=None, **WHOLE,
     ).learn()  # fmt: skip
     rewards = [row["reward/mean"] for row in rows(ppo.run_folder or Path())]
     kl = [row["kl/reference"] for row in rows(ppo.run_folder or Path())]
@@ -171,7 +171,8 @@ def test_the_command_line_goes_the_whole_way(kind):
                 "policy": {"adapter": None},
                 "task": {"prompts": "texts.jsonl", "prompt_column": "said", "prompt_tokens": 2, "reward": "reward.py:reward"},
                 "generation": {"max_new_tokens": 4},
-                "ppo": {"total_episodes": 4, "episodes_per_update": 4, "batch_size": 4},
+                "ppo": {"batch_size": 4},
+                "rollout": {"total_episodes": 4, "episodes_per_update": 4},
             }
         )
     )

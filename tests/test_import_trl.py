@@ -52,25 +52,25 @@ def test_a_script_of_the_old_api(tmp_path):
         "policy.model": "lvwerra/gpt2-imdb",
         "policy.adapter": None,
         "generation.max_new_tokens": 20,
-        "ppo.episodes_per_update": 64,
+        "rollout.episodes_per_update": 64,
         "ppo.batch_size": 16,  # 8 rows, twice
         "ppo.n_epochs": 3,
         "ppo.learning_rate": 2e-5,
         "ppo.adam_epsilon": 1e-8,
         "ppo.max_grad_norm": 1e9,
-        "ppo.kl_coef": 0.1,
-        "ppo.kl_target": 5,
-        "ppo.kl_horizon": 2000,
-        "ppo.kl_in": "reward",
+        "kl.coef": 0.1,
+        "kl.target": 5,
+        "kl.horizon": 2000,
+        "kl.placement": "reward",
         "ppo.clip_range": 0.3,
-        "ppo.reward_clip": 2.5,
-        "ppo.reward_scale": "running_std",
+        "shaping.clip": 2.5,
+        "shaping.scale": "running_std",
         # TRL's own defaults, which are not ours
         "ppo.clip_range_vf": 0.2,
         "ppo.vf_coef": 0.1,
         "ppo.gamma": 1.0,
         "ppo.gae_lambda": 0.95,
-        "ppo.whiten_rewards": False,
+        "shaping.whiten": False,
     }
 
 
@@ -87,23 +87,23 @@ peft = LoraConfig(r=32, lora_alpha=16, target_modules=["q_proj", "v_proj"])
         "policy.adapter": {"rank": 32, "alpha": 16, "targets": ["q_proj", "v_proj"]},
         "generation.max_new_tokens": 53,
         "generation.temperature": 0.7,
-        "ppo.total_episodes": 10_000,
-        "ppo.episodes_per_update": 16,
+        "rollout.total_episodes": 10_000,
+        "rollout.episodes_per_update": 16,
         "ppo.batch_size": 4,
         "ppo.n_epochs": 4,
         "ppo.learning_rate": 3e-6,
         "ppo.lr_schedule": "linear",
         "ppo.adam_epsilon": 1e-8,
         "ppo.max_grad_norm": 1e9,
-        "ppo.kl_coef": 0.03,
-        "ppo.kl_in": "reward",
-        "ppo.missing_eos_penalty": 1.0,
+        "kl.coef": 0.03,
+        "kl.placement": "reward",
+        "shaping.missing_eos_penalty": 1.0,
         "ppo.clip_range": 0.2,
         "ppo.clip_range_vf": 0.2,
         "ppo.vf_coef": 0.1,
         "ppo.gamma": 1.0,
         "ppo.gae_lambda": 0.95,
-        "ppo.whiten_rewards": False,
+        "shaping.whiten": False,
     }
 
 
@@ -120,7 +120,7 @@ peft = LoraConfig(r=32, lora_alpha=16, target_modules=["q_proj", "v_proj"])
 )
 def test_the_newer_ppo_steps_as_often_as_trl_does(tmp_path, arguments, per_update, step):
     found = settings(tmp_path, f"PPOConfig(num_ppo_epochs=1, {arguments})")
-    assert (found["ppo.episodes_per_update"], found["ppo.batch_size"]) == (per_update, step)
+    assert (found["rollout.episodes_per_update"], found["ppo.batch_size"]) == (per_update, step)
 
 
 @pytest.mark.parametrize(
@@ -141,10 +141,12 @@ def test_grpo_and_its_relatives(tmp_path, given, expected):
         "GRPOTrainer(model='Qwen/Qwen2-0.5B', reward_funcs=f)",
     )
     assert (found["ppo.advantage"], found["ppo.loss_aggregation"]) == expected
-    assert (found["ppo.samples_per_prompt"], found["ppo.kl_coef"], found["ppo.kl_in"]) == (4, 0.04, "loss")
+    assert (found["group.size"], found["kl.coef"], found["kl.placement"]) == (4, 0.04, "loss")
     assert (found["ppo.clip_range"], found["ppo.clip_range_high"], found["ppo.dual_clip"]) == (0.2, 0.28, 3.0)
     # 8 × 4 answers from one policy, in steps of 8 × 2, each taken twice: 50 steps are 400 answers.
-    assert [found[f"ppo.{name}"] for name in ("episodes_per_update", "batch_size", "n_epochs", "total_episodes")] == [
+    assert [
+        found[name] for name in ("rollout.episodes_per_update", "ppo.batch_size", "ppo.n_epochs", "rollout.total_episodes")
+    ] == [
         32,
         16,
         2,
@@ -172,28 +174,28 @@ def test_what_other_settings_leave_without_use_is_said(tmp_path, call, names):
 
 def test_grpo_that_generates_more_often_than_it_steps_is_one_update_a_step(tmp_path):
     found = settings(tmp_path, "GRPOConfig(gradient_accumulation_steps=4, steps_per_generation=1, num_generations=8)")
-    assert (found["ppo.episodes_per_update"], found["ppo.batch_size"]) == (32, 32)
+    assert (found["rollout.episodes_per_update"], found["ppo.batch_size"]) == (32, 32)
 
 
 def test_rloo_of_both_apis(tmp_path):
     new = settings(tmp_path, "RLOOConfig(num_generations=4, beta=0.1, reward_clip_range=(-5.0, 5.0))")
     old = settings(tmp_path, "RLOOConfig(rloo_k=4, kl_coef=0.1, cliprange=0.3, per_device_train_batch_size=16)")
     for found in (new, old):
-        assert [found[f"ppo.{name}"] for name in ("advantage", "samples_per_prompt", "kl_coef", "kl_in")] == [
+        assert [found[name] for name in ("ppo.advantage", "group.size", "kl.coef", "kl.placement")] == [
             "rloo",
             4,
             0.1,
             "reward",
         ]
-    assert (new["ppo.reward_clip"], new["ppo.n_epochs"], new["ppo.clip_range"]) == (5.0, 1, 0.2)
+    assert (new["shaping.clip"], new["ppo.n_epochs"], new["ppo.clip_range"]) == (5.0, 1, 0.2)
     assert (old["ppo.clip_range"], old["ppo.n_epochs"], old["generation.temperature"]) == (0.3, 4, 0.7)
 
 
 @pytest.mark.parametrize(
     ("text", "expected", "absent"),
     [
-        ("PPOConfig(ppo_epochs=1, adap_kl_ctrl=False)", {"ppo.kl_coef": 0.2}, ["ppo.kl_target", "ppo.kl_horizon"]),
-        ("PPOConfig(ppo_epochs=1, init_kl_coef=0)", {"ppo.kl_coef": 0}, ["ppo.kl_target"]),
+        ("PPOConfig(ppo_epochs=1, adap_kl_ctrl=False)", {"kl.coef": 0.2}, ["kl.target", "kl.horizon"]),
+        ("PPOConfig(ppo_epochs=1, init_kl_coef=0)", {"kl.coef": 0}, ["kl.target"]),
         ("PPOConfig(ppo_epochs=1, early_stopping=True, target_kl=0.2)", {"ppo.target_kl": pytest.approx(0.3)}, []),
         ("PPOConfig(ppo_epochs=1, target_kl=0.2)", {}, ["ppo.target_kl"]),
         ("PPOConfig(ppo_epochs=1, forward_batch_size=32)", {"ppo.batch_size": 32}, []),
@@ -286,10 +288,10 @@ config.gamma = 0.9
 """
     found = imported(tmp_path, script)
     assert "ppo.learning_rate: TRL's learning_rate is the expression lr at line 4" in found.by_hand
-    assert "ppo.episodes_per_update: TRL's batch_size is the expression args.size at line 5" in found.by_hand
+    assert "rollout.episodes_per_update: TRL's batch_size is the expression args.size at line 5" in found.by_hand
     assert "settings in **more at line 6 are not seen" in found.by_hand
     assert "ppo.gamma: TRL's gamma is set again by config.gamma = 0.9 at line 8" in found.by_hand
-    assert not found.settings.keys() & {"ppo.learning_rate", "ppo.episodes_per_update", "ppo.batch_size", "ppo.gamma"}
+    assert not found.settings.keys() & {"ppo.learning_rate", "rollout.episodes_per_update", "ppo.batch_size", "ppo.gamma"}
 
 
 def test_what_is_usual_and_asks_for_nothing_is_not_listed(tmp_path):
@@ -390,13 +392,13 @@ def test_a_command_line(tmp_path):
     expected = {
         "ppo.learning_rate": 3e-6,
         "ppo.n_epochs": 1,
-        "ppo.episodes_per_update": 16,  # 8 on each of 2
+        "rollout.episodes_per_update": 16,  # 8 on each of 2
         "ppo.batch_size": 16,
-        "ppo.total_episodes": 10_000,
+        "rollout.total_episodes": 10_000,
         "policy.adapter": {"rank": 16, "alpha": 32, "targets": ["q_proj", "v_proj"]},
     }
     assert {name: found.settings[name] for name in expected} == expected
-    assert "ppo.missing_eos_penalty" not in found.settings
+    assert "shaping.missing_eos_penalty" not in found.settings
     assert "ppo.adam_epsilon: TRL's adam_epsilon is the expression $EPS at line 3" in found.by_hand
 
 
@@ -406,8 +408,8 @@ def test_quotes_hide_what_ends_a_command(tmp_path):
 trl grpo-again | tee --epsilon 0.1 2>&1; x --max_steps $(nproc | head) --output_dir a\\;b"""
     found = imported(tmp_path, command, "grpo.sh")
     assert found.aside == ["run_name"] and "eos_token '<|im_end|>': not known here" in found.no_counterpart
-    expected = {"kl_coef": 0.3, "dual_clip": 4.0, "samples_per_prompt": 4, "clip_range": 0.1}
-    assert {name: found.settings[f"ppo.{name}"] for name in expected} == expected
+    expected = {"kl.coef": 0.3, "ppo.dual_clip": 4.0, "group.size": 4, "ppo.clip_range": 0.1}
+    assert {name: found.settings[name] for name in expected} == expected
     assert found.settings["run.folder"] == "a;b"
     assert any("is the expression $(nproc | head) at line 3" in entry for entry in found.by_hand)
 
@@ -422,7 +424,7 @@ def test_what_no_one_has_looked_at_is_not_called_harmless(tmp_path):
     cap = {"scale_rewards": "none", "vllm_importance_sampling_cap": 3.0}
     assert imported(tmp_path, json.dumps(cap), "grpo.json").no_counterpart == []
     listed = imported(tmp_path, json.dumps(cap | {"use_vllm": True}), "grpo.json").no_counterpart
-    assert listed == ["vllm_importance_sampling_cap 3.0: ppo.sampler_ratio_cap is the like, for each token"]
+    assert listed == ["vllm_importance_sampling_cap 3.0: generation.tis_cap is the like, for each token"]
 
 
 def test_a_settings_file_that_a_command_names_is_told_of(tmp_path):
@@ -440,7 +442,7 @@ def test_yaml_and_json(tmp_path):
     from_yaml, from_json = (
         settings(tmp_path, text, name) for text, name in ((yaml.safe_dump(data), "a.yaml"), (json.dumps(data), "a.json"))
     )
-    assert from_yaml == from_json and from_yaml["ppo.loss_aggregation"] == "constant" and from_yaml["ppo.kl_coef"] == 0.01
+    assert from_yaml == from_json and from_yaml["ppo.loss_aggregation"] == "constant" and from_yaml["kl.coef"] == 0.01
     # Without a word that one kind alone has, the file's name decides.
     both = {"num_generations": 4, "beta": 0.01}
     assert imported(tmp_path, json.dumps(both), "my_rloo.json").kind is KINDS["RLOO"]
@@ -511,7 +513,7 @@ def test_the_command_writes_yaml_that_ppo_takes(tmp_path):
     )
     flags = {"task.prompts": str(tmp_path / "prompts.jsonl"), "task.reward": f"{tmp_path / 'reward.py'}:reward"}
     config = load_config(tmp_path / "ppo.yaml", flags)
-    assert (config.ppo.kl_target, config.ppo.batch_size, config.policy.adapter) == (5.0, 16, None)
+    assert (config.kl.target, config.ppo.batch_size, config.policy.adapter) == (5.0, 16, None)
     assert Path(config.policy.model) == tmp_path / "model" and config.task is not None
     bare = run_cli("ppo", tmp_path / "ppo.yaml").complaint  # what is unknown is not made up
     assert "no task (task.prompts and task.reward)" in bare
@@ -680,4 +682,4 @@ def test_a_folder_needs_a_new_folder(tmp_path):
 def test_errors_are_of_the_kind_that_python_users_catch(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         import_settings(tmp_path / "none.py")
-    assert make_config({}, where="nothing").ppo.kl_coef == 0.05  # ours; TRL's old 0.2 is written out above
+    assert make_config({}, where="nothing").kl.coef == 0.05  # ours; TRL's old 0.2 is written out above

@@ -183,7 +183,7 @@ def test_a_prompt_longer_than_the_context_is_named_with_the_ways_out(project):
     long = "a long prompt " * 10
     write_project(project, prompts=[*PROMPTS, {"prompt": long}])
     run_cli(*RUN).refused(f"{long[:60]!r}", "context of 96 leaves 94", "prompt_tokens", "max_new_tokens")
-    assert run_cli(*RUN, "--task.prompt-tokens", "20", "--ppo.total-episodes", "4").code == 0
+    assert run_cli(*RUN, "--task.prompt-tokens", "20", "--rollout.total-episodes", "4").code == 0
 
 
 def test_completions_longer_than_the_context_are_refused(project):
@@ -423,6 +423,8 @@ def test_a_module_beside_the_project_is_not_left_imported(project):
     write_project(project)
     write_project(project / "other", reward="def reward(prompts, completions, **columns):\n    return [7.0] * len(prompts)\n")
     assert run_cli(*RUN).code == 0
-    outcome = run_cli("ppo", "other/config.yaml", "--run.name", "other", "--run.folder", "runs", "--ppo.total-episodes", "4")
+    outcome = run_cli(
+        "ppo", "other/config.yaml", "--run.name", "other", "--run.folder", "runs", "--rollout.total-episodes", "4"
+    )
     assert "reward +7.000" in outcome.out
     assert "reward" not in sys.modules

@@ -36,7 +36,8 @@ STAGES: dict[str, Any] = {
         "policy": {"model": "stage:taught"},
         "task": {"prompts": "prompts.jsonl", "reward": "stage:judge", "held_out": 0.3},
         "generation": {"max_new_tokens": 3},
-        "ppo": {"total_episodes": 8, "episodes_per_update": 4, "batch_size": 4, "n_epochs": 1},
+        "ppo": {"batch_size": 4, "n_epochs": 1},
+        "rollout": {"total_episodes": 8, "episodes_per_update": 4},
     },
     "answers": {
         "policy": {"model": "stage:tuned"},
@@ -90,7 +91,7 @@ def test_pseudo_labels_are_the_given_rows_and_then_the_best_answers(whole: Path)
     assert examples[: len(PAIRS)] == PAIRS
     config = load_pipeline(whole / "pipeline.yaml")[3].config
     task = build_task(config)
-    batch = collect(build_policy(config), task, episodes=36, seed=5, generation=config.generation, ppo=config.ppo)
+    batch = collect(build_policy(config), task, episodes=36, seed=5, config=config)
     written = sorted((t for t in batch.trajectories if isinstance(t, Trajectory)), key=lambda t: -t.score)
     whole_ones = [t for t in written if t.text.strip() and t.completion.stop_reason is not StopReason.LENGTH]
     assert {t.text for t in written} > {t.text for t in whole_ones}  # or there was nothing to leave out
@@ -162,9 +163,9 @@ def test_paths_in_flags_are_relative_to_the_working_directory(tmp_path: Path, mo
 
 
 def test_flags_reach_a_stage_and_the_common_part(tmp_path: Path):
-    stages = load_pipeline(write(tmp_path, STAGES), {"common.seed": "9", "stages.tuned.ppo.total_episodes": "4"})
+    stages = load_pipeline(write(tmp_path, STAGES), {"common.seed": "9", "stages.tuned.rollout.total_episodes": "4"})
     assert {stage.config.seed for stage in stages} == {9}
-    assert stages[2].config.ppo.total_episodes == 4
+    assert stages[2].config.rollout.total_episodes == 4
 
 
 def changed(name: str, **sections: Any) -> dict[str, Any]:
@@ -197,8 +198,8 @@ BAD = {
     "a run that is no section": (changed("taught", run=5), "stage taught: run: should be a section"),
     "a new model": (changed("taught", new_model={}), "new_model is read by surefoot new-model"),
     "a share of a group": (
-        changed("answers", ppo={"samples_per_prompt": 8, "episodes_per_update": 64, "batch_size": 8}),
-        "stage answers: ppo.samples_per_prompt (8) does not divide pseudo_labels.episodes (36)",
+        changed("answers", group={"size": 8}, rollout={"episodes_per_update": 64}, ppo={"batch_size": 8}),
+        "stage answers: group.size (8) does not divide pseudo_labels.episodes (36)",
     ),
     "no such function": (
         changed("tuned", task=task(metric="none.py:metric")),
@@ -259,8 +260,8 @@ def test_bad_pipelines_are_refused_in_one_line_before_any_stage(tmp_path: Path, 
 
 
 def test_a_stage_that_was_begun_with_other_settings_is_refused(whole: Path):
-    outcome = run_cli("pipeline", str(whole / "pipeline.yaml"), "--stages.tuned.ppo.kl-coef", "0.3")
-    assert "stage tuned was begun with ppo.kl_coef 0.05, and now has 0.3; name another folder" in outcome.complaint
+    outcome = run_cli("pipeline", str(whole / "pipeline.yaml"), "--stages.tuned.kl.coef", "0.3")
+    assert "stage tuned was begun with kl.coef 0.05, and now has 0.3; name another folder" in outcome.complaint
     outcome = run_cli("pipeline", str(whole / "pipeline.yaml"), "--stages.answers.pseudo-labels.keep", "0.25")
     assert "stage answers was begun with pseudo_labels.keep 0.5, and now has 0.25; name another" in outcome.complaint
 

@@ -270,8 +270,12 @@ def make_reward(folder: str) -> Any:
         ({}, ("--reward-model.centre", "1"), "unknown flag '--reward-model.centre'; did you mean '--reward-model.center'?"),
         ({}, ("--reward-model.held-out", "0.001"), "pairs.jsonl: of 40 preferences 0 are held out and two are needed"),
         ({}, ("--reward-model.rating-range", "[4, -4]"), "--reward-model.rating-range: [4.0, -4.0] is no range; write the"),
-        ({}, ("--ppo.kl-coef", "0.1"), "reward.yaml: ppo: a reward_model run has no use for these settings; leave"),
-        ({}, ("--sft.data", "x"), "reward.yaml: a run has one of task, env and sft, and here are reward_model and sft; leave"),
+        ({}, ("--kl.coef", "0.1"), "reward.yaml: ppo: a reward_model run has no use for these settings; leave"),
+        (
+            {},
+            ("--sft.data", "x"),
+            "reward.yaml: a run has one of task, env, sft, reward_model, and here are sft and reward_model; leave",
+        ),
         ({}, ("--policy.model", "./no"), "policy.model: no folder ./no"),
     ],
 )
@@ -354,7 +358,7 @@ def test_a_group_of_one_is_refused_before_a_model_is_loaded(tmp_path, monkeypatc
     monkeypatch.setattr("surefoot.build.language.load_policy", None)
     project = inputs.write_project(tmp_path)
     said = run_cli("ppo", project, "--ppo.advantage", advantage).complaint
-    assert f"{advantage} compares the answers to one prompt; give ppo.samples_per_prompt, now 1, 2 or more" in said
+    assert f"{advantage} compares the answers to one prompt; give group.size, now 1, 2 or more" in said
 
 
 def test_verbs_and_files_that_do_not_belong_together_are_refused(base):
@@ -380,7 +384,7 @@ def make_score(prompts, completions, **columns):
     [
         (lambda: RewardModel(model_folder()), "reward_model.data is missing: name a JSONL file of pairs or ratings"),
         (lambda: RewardModel(7, PAIRS), "policy: expected a model's name or folder, or what load_policy gives, got a int"),  # type: ignore[arg-type]
-        (lambda: RewardModel(model_folder(), PAIRS, kl_coef=1), "unknown setting 'kl_coef'; docs/config.md lists them"),
+        (lambda: RewardModel(model_folder(), PAIRS, kl={"coef": 1}), "unknown setting 'kl'; docs/config.md lists them"),
         (lambda: RewardModel(model_folder(), [*PAIRS, RATINGS[0]]), "data, row 41: is a rating, but data, row 1 is a pair"),
         (lambda: RewardModel(model_folder(), PAIRS, **SMALL).learn(0), "total_epochs: expected a whole number above 0, got 0"),
         (

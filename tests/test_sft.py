@@ -245,8 +245,12 @@ def test_data_that_changed_under_a_run_is_refused(tmp_path, base, warm):
             ("--sft.columns", "{prompt: q}"),
             "pairs.jsonl, line 1: has prompt, completion; one of text, prompt and completion",
         ),
-        ({}, ("--ppo.kl-coef", "0.1"), "sft.yaml: ppo: an sft run has no use for these settings; leave the section out"),
-        ({}, ("--env.id", "x"), "sft.yaml: a run has one of task, env and sft, and here are env and sft; leave one out"),
+        ({}, ("--kl.coef", "0.1"), "sft.yaml: kl: a run with sft has no such section; leave it out"),
+        (
+            {},
+            ("--env.id", "x"),
+            "sft.yaml: a run has one of task, env, sft, reward_model, and here are env and sft; leave one out",
+        ),
         ({}, ("--policy.model", "./no"), "policy.model: no folder ./no"),
     ],
 )
@@ -276,7 +280,7 @@ def test_verbs_and_files_that_do_not_belong_together_are_refused(base):
     [
         (lambda: SFT(model_folder()), "sft.data is missing: name a JSONL file of examples"),
         (lambda: SFT(7, SENTENCES), "policy: expected a model's name or folder, or what load_policy gives, got a int"),
-        (lambda: SFT(model_folder(), SENTENCES, kl_coef=1), "unknown setting 'kl_coef'; docs/config.md lists them"),
+        (lambda: SFT(model_folder(), SENTENCES, kl={"coef": 1}), "unknown setting 'kl'; docs/config.md lists them"),
         (lambda: SFT(model_folder(), SENTENCES, epoch=1), "unknown setting 'epoch'; did you mean 'epochs'?"),
         (
             lambda: SFT(model_folder(), [*SENTENCES, PAIRS[0]]),

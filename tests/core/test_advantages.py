@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from surefoot.core.advantages import gae, length_adaptive_lambda
+from surefoot.core.advantages import gae
 
 NAN = math.nan
 
@@ -116,12 +116,6 @@ def test_nothing_is_carried_from_one_trajectory_to_the_one_before() -> None:
     first = one_row([0.1, 0.2], [0.5, 0.6], bootstrap=0.9, gamma=0.99)[0]
     second = one_row([0.3, 0.4], [0.7, 0.8], gamma=0.99)[0]
     assert torch.equal(whole[0], torch.cat([first, second]))
-
-
-def test_length_adaptive_lambda_of_known_lengths() -> None:
-    mask = torch.arange(1000) < torch.tensor([[0], [1], [20], [25], [100], [1000]])
-    expected = [0.0, 0.0, 0.0, 0.2, 0.8, 0.98]
-    assert length_adaptive_lambda(mask, 0.05).flatten().tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_lambda_for_each_row_is_that_rows_lambda() -> None:

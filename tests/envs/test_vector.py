@@ -21,6 +21,7 @@ from surefoot.envs.gym import Vector, make_vector, wrap_vector
 from surefoot.policies.control.policy import ControlPolicy
 from surefoot.rollout.gym import GymRollout, play
 from surefoot.types import Batch
+from tests.fakes import config_of
 from tests.inputs import refusal
 
 MODES = list(AutoresetMode)
@@ -71,8 +72,8 @@ def linear_critic(env: Vector, *, slope: float, at_zero: float, model: str = "Ml
 
 
 def rollout_of(policy: ControlPolicy, env: Vector, n_steps: int, **settings: Any) -> GymRollout:
-    ppo = PPOConfig(n_steps=n_steps, batch_size=n_steps, gamma=0.9)
-    return GymRollout(policy, env, settings=EnvConfig(**settings), ppo=ppo, seed=0)
+    ppo = PPOConfig(batch_size=n_steps, gamma=0.9)
+    return GymRollout(policy, env, settings=EnvConfig(n_steps=n_steps, **settings), ppo=ppo, seed=0)
 
 
 def collect(rollout: GymRollout, version: int = 0) -> Batch:
@@ -144,7 +145,7 @@ def test_a_time_limit_does_not_change_what_a_state_is_worth(mode: AutoresetMode,
     for number in range(3):
         batch = collect(rollout, number)
         batch.rewards_BT = batch.mask_BT.float()
-        advantages(batch, rollout.ppo)
+        advantages(batch, config_of(gamma=0.9))
         assert batch.returns_BT is not None and batch.advantages_BT is not None
         assert torch.allclose(batch.returns_BT[batch.mask_BT], torch.tensor(10.0), atol=1e-5)
         assert batch.advantages_BT.abs().max() < 1e-5
@@ -299,7 +300,7 @@ def elsewhere(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: ppo("broken.py:make"), "env make cannot be made: the engine is missing"),
         (
             lambda: ppo("CartPole-v1", "MlpLstmPolicy", n_steps=8, batch_size=12),
-            "ppo.batch_size (12) is not a multiple of ppo.n_steps (8): MlpLstmPolicy is trained on whole sequences; try 16",
+            "ppo.batch_size (12) is not a multiple of env.n_steps (8): MlpLstmPolicy is trained on whole sequences; try 16",
         ),
     ],
 )

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from surefoot import TextTask, advantages, collect, update
-from surefoot.config import GenerationConfig, PPOConfig
+from surefoot.config import Config, GenerationConfig
 from surefoot.core.schedules import schedule
 from surefoot.policies.lm.policy import CausalLMPolicy
 from surefoot.train.update import make_optimizer
 from surefoot.types import Batch
+from tests.fakes import config_of
 from tests.learn.words import END, WORDS, word_policy
 
 CONTEXTS = ["P", "Q", "R"]
@@ -49,7 +50,7 @@ def distributions(policy: CausalLMPolicy, temperature: float = 1.0) -> Tensor:
 def play(
     policy: CausalLMPolicy,
     reward: Any,
-    ppo: PPOConfig,
+    ppo: Config,
     *,
     seed: int,
     episodes: int,
@@ -58,7 +59,14 @@ def play(
 ) -> Batch:
     generation = GenerationConfig(max_new_tokens=1, temperature=temperature, slots=episodes)
     task = TextTask(CONTEXTS, reward, held_out=[])
-    return collect(policy, task, episodes=episodes, first_episode=first_episode, seed=seed, generation=generation, ppo=ppo)
+    return collect(
+        policy,
+        task,
+        episodes=episodes,
+        first_episode=first_episode,
+        seed=seed,
+        config=ppo.model_copy(update={"generation": generation}),
+    )
 
 
 def train(
@@ -69,13 +77,13 @@ def train(
     seed: int = 0,
     temperature: float = 1.0,
     **settings: Any,
-) -> PPOConfig:
+) -> Config:
     """The package's parts in a loop; the step size falls to 0, so that the noise of the gradients is averaged out."""
-    ppo = PPOConfig(**{"batch_size": 60, "n_epochs": 2, "learning_rate": 5e-3, **settings})
+    ppo = config_of(**{"batch_size": 60, "n_epochs": 2, "learning_rate": 5e-3, **settings})
     optimizer, shuffle = make_optimizer(policy, ppo), torch.Generator().manual_seed(seed)
     for number in range(updates):
         batch = play(policy, reward, ppo, seed=seed, episodes=240, first_episode=240 * number, temperature=temperature)
-        learning_rate = ppo.learning_rate * schedule("linear", number, updates)
+        learning_rate = ppo.ppo.learning_rate * schedule("linear", number, updates)
         update(policy, advantages(batch, ppo), optimizer=optimizer, config=ppo, learning_rate=learning_rate, generator=shuffle)
     return ppo
 
@@ -107,7 +115,7 @@ def test_the_closed_form_optimum_is_reached(case: str) -> None:
     reference_CV = distributions(policy, temperature)
     best_CV = optimum(reference_CV, beta=beta, alpha=alpha)
     # Whitened advantages keep the optimum of the reward, but would rescale it against the entropy bonus.
-    ppo = train(policy, updates=60, kl_coef=beta, ent_coef=alpha, normalize_advantage=alpha == 0, temperature=temperature)
+    ppo = train(policy, updates=60, kl={"coef": beta}, ent_coef=alpha, normalize_advantage=alpha == 0, temperature=temperature)
     learnt_CV = distributions(policy, temperature)
 
     # Over seeds 0 to 7 the distance was 0.0067 at most, with the entropy bonus 0.0101.
@@ -139,7 +147,7 @@ def test_reward_rises_and_the_best_word_gets_likelier(seed: int, adapter: bool) 
     """
     policy = word_policy(seed=seed, width=32, adapter=adapter)
     before_CV = distributions(policy)
-    train(policy, updates=12, seed=seed, kl_coef=0.05)
+    train(policy, updates=12, seed=seed, kl={"coef": 0.05})
     after_CV = distributions(policy)
 
     def mean_probability(of_CV: Tensor, word_C: Tensor) -> float:
@@ -158,8 +166,8 @@ def test_without_reward_the_penalty_leads_back_to_the_reference() -> None:
     """The other sign that was flipped. The policy starts away from the reference, and nothing else is paid for."""
     policy = word_policy()
     reference_CV = distributions(policy)
-    train(policy, updates=12, kl_coef=0.05)
+    train(policy, updates=12, kl={"coef": 0.05})
     far = kl(distributions(policy), reference_CV)
-    train(policy, no_reward, updates=30, seed=1, kl_coef=1.0)
+    train(policy, no_reward, updates=30, seed=1, kl={"coef": 1.0})
     assert far > 0.1
     assert kl(distributions(policy), reference_CV) < 0.05 * far

@@ -7,9 +7,10 @@ import functools
 import pytest
 
 from surefoot import TextTask, advantages, collect, update
-from surefoot.config import CriticConfig, GenerationConfig, PPOConfig
+from surefoot.config import CriticConfig
 from surefoot.core.masked import explained_variance
 from surefoot.train.update import make_optimizer
+from tests.fakes import config_of
 from tests.learn.words import word_policy
 
 COUNTED = {"P": "a", "Q": "b", "R": "c"}
@@ -25,12 +26,19 @@ def explained(kind: str) -> list[float]:
     """Explained variance before each of 14 updates in which the critic alone learns."""
     critic = CriticConfig.model_validate({"kind": kind, "stop_gradient": kind == "shared"})
     policy = word_policy(adapter=True, critic=critic)
-    ppo = PPOConfig(critic_warmup_updates=100, learning_rate=0.01, batch_size=60, gae_lambda=1.0, kl_coef=0.0)
+    ppo = config_of(
+        critic={"warmup_updates": 100},
+        learning_rate=0.01,
+        batch_size=60,
+        gae_lambda=1.0,
+        kl={"coef": 0.0},
+        max_new_tokens=4,
+        slots=240,
+    )
     optimizer, task = make_optimizer(policy, ppo), TextTask(list(COUNTED), reward, held_out=[])
-    generation = GenerationConfig(max_new_tokens=4, slots=240)
     found = []
     for number in range(14):
-        batch = collect(policy, task, episodes=240, first_episode=240 * number, generation=generation, ppo=ppo)
+        batch = collect(policy, task, episodes=240, first_episode=240 * number, config=ppo)
         advantages(batch, ppo)
         assert batch.returns_BT is not None
         found.append(float(explained_variance(batch.values_BT, batch.returns_BT, batch.mask_BT)))

@@ -22,7 +22,7 @@ def test_an_unbiased_baseline_leads_to_the_same_optimum(kind: str, kl_in: str) -
     beta, policy = 0.3, word_policy()
     reference_CV = distributions(policy)
     best_CV = optimum(reference_CV, beta=beta)
-    train(policy, updates=60, kl_coef=beta, advantage=kind, kl_in=kl_in, samples_per_prompt=8)
+    train(policy, updates=60, kl={"coef": beta, "placement": kl_in}, advantage=kind, group={"size": 8})
     # Where the baseline is not of the whole penalised reward, noise is left at the optimum, and two epochs of clipped steps
     # take some of it for signal. With one step an update, the mean of three policies came to 0.017 for ReMax.
     is_noisy = kind == "remax" or kl_in == "loss"
@@ -34,7 +34,7 @@ def test_grpo_finds_the_best_word() -> None:
     """Divided by its deviation, a group's noise near the optimum never fades: the way is the same, the end is not."""
     policy = word_policy()
     before_CV = distributions(policy)
-    train(policy, updates=12, kl_coef=0.05, advantage="grpo", samples_per_prompt=8)
+    train(policy, updates=12, kl={"coef": 0.05}, advantage="grpo", group={"size": 8})
     after_CV = distributions(policy)
     gain = float(((after_CV.exp() - before_CV.exp()) * REWARDS_CV).sum(-1).mean())
     assert gain > 0.3 and kl(after_CV, before_CV) > 0.1
@@ -53,7 +53,7 @@ def run_of(tmp_path: Path, reward: Any, *, seed: int = 0, **settings: Any) -> PP
         "batch_size": 32,
         "n_epochs": 2,
         "learning_rate": 5e-3,
-        "samples_per_prompt": 8,
+        "group": {"size": 8},
     }
     task = TextTask(PROMPTS, reward, held_out=PROMPTS * 16)
     return PPO(word_policy(seed=seed, width=32), task, **(common | settings))
@@ -62,7 +62,7 @@ def run_of(tmp_path: Path, reward: Any, *, seed: int = 0, **settings: Any) -> PP
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
 def test_answers_of_several_words_are_learnt_without_a_critic(kind: str, tmp_path: Path) -> None:
     for seed in (0, 1):
-        settings = {"total_episodes": 3_200, "lr_schedule": "linear", "kl_coef": 0.01}
+        settings = {"total_episodes": 3_200, "lr_schedule": "linear", "kl": {"coef": 0.01}}
         model = run_of(tmp_path, repeat, seed=seed, advantage=kind, **settings)
         untrained = model.evaluate()["eval/reward"]
         assert model.learn().evaluate()["eval/reward"] > untrained + 0.5, f"seed {seed}"
@@ -77,11 +77,9 @@ def test_everything_at_once_learns_too(tmp_path: Path) -> None:
         loss_aggregation="constant",
         clip_range_high=0.28,
         dual_clip=3.0,
-        kl_in="loss",
-        kl_coef=0.01,
-        kl_target=10.0,
-        sampler_ratio_cap=2.0,
-        skip_equal_groups=True,
+        kl={"placement": "loss", "coef": 0.01, "target": 10.0},
+        tis_cap=2.0,
+        group={"skip_zero_variance": True},
     )
     untrained = model.evaluate()["eval/reward"]
     assert model.learn().evaluate()["eval/reward"] > untrained + 0.3
@@ -93,7 +91,7 @@ def test_a_run_without_any_signal_goes_to_its_end_and_changes_nothing(tmp_path: 
         lambda prompts, completions: [1.0] * len(prompts),
         total_episodes=192,
         advantage="rloo",
-        skip_equal_groups=True,
+        group={"skip_zero_variance": True},
     )
     before = distributions(model.policy)
     model.learn()

@@ -36,7 +36,7 @@ def ended(tmp_path: Path, seed: int, coef: float) -> tuple[dict[str, float], dic
         batch_size=32,
         learning_rate=5e-3,
         max_new_tokens=WORDS_PER_ANSWER,
-        kl_coef=0.0,
+        kl={"coef": 0.0},
         ent_coef=0.01,
         **common,
     )

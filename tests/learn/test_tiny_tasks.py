@@ -27,8 +27,8 @@ def brevity(prompts: list[str], completions: list[str]) -> list[float]:
 # Reward, settings, and the least that every seed must gain on the untrained policy. Over seeds 0 to 5 the gains were at
 # least 0.71 for repeating and 0.50 for brevity, of 1 that can be gained.
 TASKS: dict[str, tuple[Any, dict[str, Any], float]] = {
-    "repeat": (repeat, {"total_episodes": 3_200, "kl_coef": 0.01}, 0.6),
-    "brevity": (brevity, {"total_episodes": 640, "kl_coef": 0.05}, 0.4),
+    "repeat": (repeat, {"total_episodes": 3_200, "kl": {"coef": 0.01}}, 0.6),
+    "brevity": (brevity, {"total_episodes": 640, "kl": {"coef": 0.05}}, 0.4),
 }
 
 

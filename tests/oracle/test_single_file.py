@@ -20,7 +20,8 @@ import pytest
 import torch
 
 from surefoot.build.training import build_training
-from surefoot.config import Config, make_config
+from surefoot.config import field_table, make_config, nested, set_field, setting_keys
+from surefoot.config.messages import MOVED
 from surefoot.envs.text import TextTask
 from surefoot.policies.lm.policy import CausalLMPolicy, wrap_policy
 from surefoot.storage.run_folder import RunFolder
@@ -109,21 +110,18 @@ class Recorder:
         self.rows.append(metrics)
 
 
+def packages_key(name: str) -> str:
+    """The package's dotted key of a setting of the page."""
+    return MOVED.get(name) or setting_keys()[name]
+
+
 def package_run(lm: Any, settings: dict[str, Any], folder: Path) -> tuple[CausalLMPolicy, Metrics]:
     """The package's own loop, with five cache slots for twelve episodes and two answers or so in a micro-batch."""
-    sampling = {name: settings[name] for name in SAMPLING}
-    ppo = {name: value for name, value in settings.items() if name not in (*SAMPLING, "seed")}
-    config: Config = make_config(
-        {
-            "seed": settings["seed"],
-            "device": "cpu",
-            "run": {"folder": str(folder), "name": "oracle"},
-            "policy": {"adapter": None, "dtype": "float32"},
-            "generation": {**sampling, "slots": 5},
-            "ppo": {**ppo, "micro_batch_tokens": 40},
-        },
-        where="test",
-    )
+    ours = {"run_folder": str(folder), "run_name": "oracle", "adapter": None, "dtype": "float32"}
+    data = nested({"device": "cpu", "slots": 5, "micro_batch_tokens": 40, **ours})
+    for name, value in settings.items():
+        set_field(data, packages_key(name), str(value))
+    config = make_config(data, where="test")
     policy = wrap_policy(lm, tiny_tokenizer(), config=config.policy)
     task = TextTask(PROMPTS, reward, held_out=[])
     training = build_training(config, policy, task, RunFolder.create(config))
@@ -189,9 +187,7 @@ def test_the_page_is_a_page_and_needs_no_other() -> None:
 
 
 def test_its_settings_are_the_packages(page: ModuleType) -> None:
-    config = Config()
-    ours = {**config.ppo.model_dump(), **config.generation.model_dump(), "seed": config.seed}
-    assert set(page.Settings.__dataclass_fields__) <= set(ours)
+    assert {packages_key(name) for name in page.Settings.__dataclass_fields__} <= {key for key, *_ in field_table()}
 
 
 def script(*arguments: str) -> str:

@@ -15,25 +15,25 @@ import transformers
 from torch import Tensor
 
 from surefoot import PPO, SFT, RewardModel, TextTask, load_policy
-from surefoot.config import AdapterConfig, CriticConfig, PolicyConfig, PPOConfig, load_config
-from surefoot.errors import InputError
+from surefoot.config import AdapterConfig, CriticConfig, PolicyConfig, load_config
 from surefoot.policies.lm.policy import CausalLMPolicy
 from surefoot.rollout.logprobs import fill_logprobs
 from surefoot.storage.safetensors import read_tensors
 from surefoot.train.update import TokenBudget, accumulate_gradient, advantages, make_optimizer
 from surefoot.types import Batch
+from tests.fakes import config_of
 from tests.inputs import model_folder, refusal
 from tests.policies.test_training import first_minibatch, rollout, update
-from tests.tiny import FAMILIES, LSTM, move, random_tokens, tiny_config, tiny_lm, tiny_policy, tiny_tokenizer, written_batch
+from tests.tiny import FAMILIES, LSTM, move, random_tokens, tiny_lm, tiny_policy, tiny_tokenizer, written_batch
 from tests.train.small_run import rows
 
-ADAPTER, SEPARATE, SMALL = CriticConfig(kind="adapter"), CriticConfig(kind="separate"), CriticConfig(kind="separate", layers=1)
-KINDS = pytest.mark.parametrize("critic", [ADAPTER, SEPARATE, SMALL], ids=["adapter", "separate", "one layer"])
+ADAPTER, SEPARATE = CriticConfig(kind="adapter"), CriticConfig(kind="separate")
+KINDS = pytest.mark.parametrize("critic", [ADAPTER, SEPARATE], ids=["adapter", "separate"])
 # What is trained beside it: only a critic of its own weights can go with either.
 SETTINGS = pytest.mark.parametrize(
     ("critic", "adapter"),
-    [(ADAPTER, True), (SEPARATE, True), (SMALL, True), (SEPARATE, False)],
-    ids=["adapter", "separate", "one layer", "separate, all weights"],
+    [(ADAPTER, True), (SEPARATE, True), (SEPARATE, False)],
+    ids=["adapter", "separate", "separate, all weights"],
 )
 PAIRS = [(random_tokens(p, seed=p), random_tokens(a, seed=40 + a)) for p, a in ((3, 5), (1, 1), (9, 4), (2, 12))]
 RUN: dict[str, Any] = {
@@ -128,20 +128,6 @@ def test_the_critic_does_not_read_demonstrations(monkeypatch, critic):
     assert (found.values_BT == 0).all() and (expected.values_BT[batch.mask_BT] != 0).all()
 
 
-@pytest.mark.parametrize("family", TRANSFORMERS)
-def test_a_critic_of_n_layers_starts_as_the_model_without_the_others(family):
-    policy = tiny_policy(family, critic=SMALL)
-    short = {"num_hidden_layers": 1} | ({"layer_types": ["sliding_attention"]} if family == "gemma2" else {})
-    lm = transformers.AutoModelForCausalLM.from_config(tiny_config(family, **short)).eval()
-    left_out = lm.load_state_dict(tiny_lm(family).state_dict(), strict=False)
-    assert not left_out.missing_keys and left_out.unexpected_keys
-    tokens = torch.tensor([random_tokens(9, seed=1)])
-    with torch.no_grad():
-        expected = lm(input_ids=tokens, use_cache=False, output_hidden_states=True).hidden_states[-1]
-        assert torch.equal(policy.critic.body(input_ids=tokens, use_cache=False).last_hidden_state, expected)
-        assert policy.lm.config.num_hidden_layers == 2  # the policy keeps its own
-
-
 @SETTINGS
 def test_the_value_loss_reaches_the_critic_alone_and_the_policy_loss_the_policy_alone(critic, adapter):
     policy = tiny_policy(critic=critic, adapter=adapter, moved=True)
@@ -215,7 +201,7 @@ def test_the_gradient_does_not_depend_on_how_a_minibatch_is_split(critic):
     def gradient(tokens: int) -> dict[str, Tensor]:
         policy = tiny_policy(critic=critic, moved=True)
         batch = rollout(policy)
-        config = PPOConfig(batch_size=12, n_epochs=1, vf_coef=1.0)
+        config = config_of(batch_size=12, n_epochs=1, vf_coef=1.0)
         accumulate_gradient(
             policy,
             advantages(batch, config),
@@ -242,7 +228,7 @@ def test_a_rollouts_values_are_the_critics_and_the_first_ratio_is_1(critic, adap
         expected = policy.compute_values(batch)
     assert expected.abs().max() > 0.1
     assert torch.allclose(batch.values_BT, expected, atol=1e-4 if dtype == torch.float32 else 0.05)
-    config = PPOConfig(batch_size=4, n_epochs=1, learning_rate=1e-6, micro_batch_tokens=90)
+    config = config_of(batch_size=4, n_epochs=1, learning_rate=1e-6, micro_batch_tokens=90)
     seen = first_minibatch(update(policy, batch, config=config))
     exact = dtype == torch.float32
     assert seen["ratio"] == pytest.approx(1, abs=1e-6 if exact else 1e-3) and seen["clipped"] == 0
@@ -257,17 +243,16 @@ def test_where_no_values_are_learned_none_are_computed():
     assert (batch.values_BT == 0).all() and batch.reference_logprobs_BT is not None
 
 
-@pytest.mark.parametrize("layers", [None, 1])
-def test_a_critic_may_start_as_another_model(layers):
+def test_a_critic_may_start_as_another_model():
     tiny_lm(seed=3, hidden_size=16, num_hidden_layers=3).save_pretrained("smaller")
     tiny_tokenizer().save_pretrained("smaller")
-    critic = CriticConfig(kind="separate", model="smaller", layers=layers)
+    critic = CriticConfig(kind="separate", model="smaller")
     policy = load_policy(str(model_folder()), PolicyConfig(critic=critic, dtype="float32"))
     other = tiny_lm(seed=3, hidden_size=16, num_hidden_layers=3)
     assert policy.critic is not None and policy.value_head.weight.shape == (1, 16)
     own = policy.critic.body.state_dict()
     assert all(torch.equal(value, other.base_model.state_dict()[name]) for name, value in own.items())
-    assert len(policy.critic.body.layers) == (layers or 3)
+    assert len(policy.critic.body.layers) == 3
 
 
 # --- a reward model as critic ---
@@ -329,16 +314,16 @@ def test_save_and_load_keep_the_critic(critic):
 
 
 def test_a_saved_critic_of_another_kind_is_refused():
-    PPO(model_folder(), critic=SMALL, dtype="float32", verbose=0).save("out")
+    PPO(model_folder(), critic=SEPARATE, dtype="float32", verbose=0).save("out")
     text = Path("out/surefoot.yaml").read_text()
-    Path("out/surefoot.yaml").write_text(text.replace("layers: 1", "layers: null"))
+    Path("out/surefoot.yaml").write_text(text.replace("kind: separate", "kind: adapter"))
     said = refusal(lambda: PPO.load("out", task()))
-    assert said.startswith("out/surefoot_critic.safetensors does not fit this model and its policy.critic: trunk.layers.1.")
+    assert said.startswith("out/surefoot_critic.safetensors does not fit this model and its policy.critic: trunk.")
 
 
 @pytest.mark.parametrize("advantage", ["grpo", "reinforce_pp"])
 def test_without_values_no_critic_is_built(advantage):
-    settings = RUN | {"advantage": advantage, "samples_per_prompt": 2}
+    settings = RUN | {"advantage": advantage, "group": {"size": 2}}
     model = PPO(model_folder(), task(), critic=SEPARATE, **settings).learn()
     assert model.policy.critic is None
     assert PPO.load(model.run_folder, task(), verbose=0).is_finished
@@ -351,7 +336,7 @@ def test_without_values_no_critic_is_built(advantage):
 
 
 def test_while_the_critic_warms_up_the_policy_stays():
-    model = PPO(model_folder(), task(), critic=ADAPTER, critic_warmup_updates=1, **RUN)
+    model = PPO(model_folder(), task(), critic={"kind": "adapter", "warmup_updates": 1}, **RUN)
     before = {name: p.detach().clone() for name, p in model.policy.named_parameters_to_train()}
     model.learn(8)
     moved = {name for name, p in model.policy.named_parameters_to_train() if not torch.equal(p, before[name])}
@@ -360,8 +345,8 @@ def test_while_the_critic_warms_up_the_policy_stays():
 
 def test_the_kl_coefficient_waits_for_the_critic():
     """While the policy stands still its KL is 0 and says nothing: a controller would take that for a coefficient too high."""
-    settings = RUN | {"total_episodes": 24, "kl_coef": 0.1, "kl_target": 1e-6, "kl_horizon": 80.0}
-    PPO(model_folder(), task(), critic=ADAPTER, critic_warmup_updates=2, run_name="run", **settings).learn()
+    settings = RUN | {"total_episodes": 24, "kl": {"coef": 0.1, "target": 1e-6, "horizon": 80.0}}
+    PPO(model_folder(), task(), critic={"kind": "adapter", "warmup_updates": 2}, run_name="run", **settings).learn()
     coefs = [row["kl/coef"] for row in rows(Path("runs/run")) if "kl/coef" in row]
     # Updates 1 and 2 warm up; 3 is the first to be counted, too late for its own coefficient.
     assert coefs == [0.1, 0.1, 0.1]
@@ -404,7 +389,6 @@ def without_calibration(reward: Path) -> str:
 CASES: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "no folder": (lambda _: {"model": "./none"}, "policy.critic.model: no folder ./none"),
     "no model": (lambda _: {"model": str(Path())}, "policy.critic.model .: no config.json there; is it a whole model folder?"),
-    "too many layers": (lambda _: {"layers": 3}, "policy.critic.layers: 3 of 2, which is all that LlamaModel has"),
     "other tokenizer": (
         lambda _: {"model": other_model("other", tokenizer=other_tokenizer())},
         "policy.critic.model other: its tokenizer is not the policy's ('film' is 57 in one and None in the other); a critic",
@@ -412,10 +396,6 @@ CASES: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "fewer embeddings": (
         lambda _: {"model": other_model("other", vocab_size=58)},
         "policy.critic.model other: it has embeddings for 58 tokens; the policy may write 61",
-    ),
-    "a cut reward model": (
-        lambda reward: {"model": str(reward), "layers": 1},
-        "policy.critic.layers would cut the reward model",
     ),
     "a damaged reward model": (
         lambda reward: {"model": without_calibration(reward)},
@@ -470,7 +450,7 @@ def test_the_batch_of_a_rollout_is_scored_by_micro_batches():
 def test_a_critic_has_a_step_size_of_its_own_which_the_schedule_moves_too():
     policy = tiny_policy(critic=CriticConfig(kind="separate"))
     before = {name: p.detach().clone() for name, p in policy.named_parameters_to_train()}
-    config = PPOConfig(learning_rate=0.01, n_epochs=1, batch_size=100, max_grad_norm=1e9)
+    config = config_of(learning_rate=0.01, n_epochs=1, batch_size=100, max_grad_norm=1e9)
     optimizer = make_optimizer(policy, config, critic_learning_rate=0.001)
     update(policy, rollout(policy), config=config, optimizer=optimizer, learning_rate=0.005)  # half of its highest
     largest = {True: 0.0, False: 0.0}
@@ -491,5 +471,3 @@ def test_an_lstm_has_a_separate_critic_but_not_the_other_kinds():
     hidden_BTD = lm(batch.observations["tokens"]).hidden_states[-1]
     expected = policy.value_head(hidden_BTD[:, :-1]).squeeze(-1)[batch.mask_BT[:, 1:]]
     torch.testing.assert_close(policy.compute_values(batch)[batch.mask_BT], expected)
-    with pytest.raises(InputError, match=r"policy\.critic\.layers: _Body is no single stack of layers"):
-        tiny_policy(LSTM, critic=CriticConfig(kind="separate", layers=1))

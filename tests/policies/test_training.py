@@ -8,17 +8,18 @@ import pytest
 import torch
 
 import surefoot
-from surefoot.config import GenerationConfig, PPOConfig
+from surefoot.config import GenerationConfig
 from surefoot.envs.text import TextTask
 from surefoot.policies.lm.policy import CausalLMPolicy
 from surefoot.rollout.text import collect
 from surefoot.train.update import UpdateResult, advantages, update
 from surefoot.types import Batch
+from tests.fakes import config_of
 from tests.tiny import FAMILIES, tiny_policy
 
 PROMPTS = ["the", "a band in the sun.", "1, 2, 3", "who?", "an inner thing and another", "no"]
 # The token budgets differ on purpose: old and new log-probs come from batches of other shapes.
-PPO = PPOConfig(batch_size=4, n_epochs=1, learning_rate=1e-6, micro_batch_tokens=90, kl_coef=0.1)
+PPO = config_of(batch_size=4, n_epochs=1, learning_rate=1e-6, micro_batch_tokens=90, kl={"coef": 0.1})
 EXACT, ROUGH = torch.float32, torch.bfloat16
 MODES = [(adapter, dtype) for adapter in (True, False) for dtype in (EXACT, ROUGH)]
 
@@ -30,7 +31,13 @@ def reward(prompts, completions, **columns):
 def rollout(policy: CausalLMPolicy, *, episodes: int = 12, temperature: float = 1.0) -> Batch:
     task = TextTask(PROMPTS, reward, held_out=0.0)
     generation = GenerationConfig(max_new_tokens=10, slots=5, temperature=temperature)
-    batch = collect(policy, task, episodes=episodes, generation=generation, ppo=PPOConfig(micro_batch_tokens=64), seed=3)
+    batch = collect(
+        policy,
+        task,
+        episodes=episodes,
+        config=config_of(micro_batch_tokens=64).model_copy(update={"generation": generation}),
+        seed=3,
+    )
     return advantages(batch, PPO)
 
 
@@ -90,7 +97,7 @@ def test_one_step_at_learning_rate_1e_6_changes_every_parameter_it_should(adapte
     before = {name: p.detach().clone() for name, p in policy.named_parameters_to_train()}
     frozen = policy.fingerprint()
     batch = rollout(policy)
-    result = update(policy, batch, config=PPO.model_copy(update={"batch_size": 12}))
+    result = update(policy, batch, config=config_of(PPO, batch_size=12))
     assert (result.steps, result.skipped) == (1, 0)
     unchanged = [name for name, p in policy.named_parameters_to_train() if torch.equal(p, before[name])]
     assert unchanged == []
@@ -106,7 +113,7 @@ def test_the_reference_of_full_fine_tuning_does_not_move(dtype):
     before = policy.reference_logprobs(batch)
     weights = copy.deepcopy(policy.lm.state_dict())
     for _ in range(3):
-        update(policy, batch, config=PPO.model_copy(update={"learning_rate": 1e-3}))
+        update(policy, batch, config=config_of(PPO, learning_rate=1e-3))
     assert not any(torch.equal(value, weights[name]) for name, value in policy.lm.state_dict().items())
     assert torch.equal(policy.reference_logprobs(batch), before)
     assert (policy.evaluate(batch).logprobs_BT - before)[batch.mask_BT].abs().max() > 0.1

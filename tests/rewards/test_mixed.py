@@ -13,12 +13,12 @@ import yaml
 
 from surefoot import PPO, InputError, RewardModel, TextTask
 from surefoot.build.language import build_task
-from surefoot.config import PPOConfig, absolute_paths, load_config
+from surefoot.config import ShapingConfig, absolute_paths, load_config
 from surefoot.core.running import RunningStats
 from surefoot.rewards.mixed import MixedReward, assign_rewards
 from surefoot.rewards.shaping import shape_rewards
 from surefoot.types import StopReason
-from tests.fakes import trajectory
+from tests.fakes import config_of, trajectory
 from tests.inputs import model_folder, run_cli, write_project
 from tests.rollout.test_text import played, task
 from tests.test_reward_model import FAST, PAIRS
@@ -48,7 +48,7 @@ def test_the_sum_by_hand_and_what_shaping_adds():
     assign_rewards(mixed, answers)
     assert [t.score for t in answers] == [-0.5 * 4 + 2 * 2, -0.5 * 10 + 2 * 4]
     assert answers[1].reward_parts == {"score": 3.0, "part/long": 10.0, "part/vowels": 4.0, "part/unused": 10.0}
-    shape_rewards(answers, PPOConfig(missing_eos_penalty=1.0, reward_clip=1.5), RunningStats())
+    shape_rewards(answers, ShapingConfig(missing_eos_penalty=1.0, clip=1.5), RunningStats())
     assert answers[1].record()["reward"] == {
         "score": 3.0,
         "part/long": 10.0,
@@ -101,13 +101,13 @@ def test_what_is_no_reward_in_python_is_one_line(parts, said):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"samples_per_prompt": 4, "advantage": "grpo"}, {"samples_per_prompt": 4, "advantage": "remax"}]
+    "settings", [{}, {"group": {"size": 4}, "advantage": "grpo"}, {"group": {"size": 4}, "advantage": "remax"}]
 )
 def test_a_batch_is_that_of_the_one_function_that_is_the_sum(settings):
     def both(prompts, completions, **columns):
         return [-0.5 * a + 2 * b for a, b in zip(long(prompts, completions), vowels(prompts, completions), strict=True)]
 
-    ppo = PPOConfig(micro_batch_tokens=60, **settings)
+    ppo = config_of(micro_batch_tokens=60, **settings)
     mixed = played(env=task(reward={"long": (long, -0.5), "vowels": (vowels, 2)}), ppo=ppo)
     whole = played(env=task(reward=both), ppo=ppo)
     assert bool((mixed.rewards_BT == whole.rewards_BT).all())
@@ -122,8 +122,8 @@ def test_a_batch_is_that_of_the_one_function_that_is_the_sum(settings):
 
 def test_a_file_names_parts_which_are_logged_evaluated_and_resumed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ppo = {"total_episodes": 16, "reward_scale": "running_std"}
-    project = write_project(tmp_path / "project", reward=TWO, task={"reward": PARTS}, ppo=ppo)
+    sections = {"rollout": {"total_episodes": 16}, "shaping": {"scale": "running_std"}}
+    project = write_project(tmp_path / "project", reward=TWO, task={"reward": PARTS}, **sections)
     flags = ("--run.folder", "runs", "--device", "cpu")
     assert (done := run_cli("ppo", project, *flags, "--run.name", "whole")).code == 0, done.err
     logged = rows(Path("runs/whole"))

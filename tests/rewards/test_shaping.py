@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from surefoot.config import PPOConfig
+from surefoot.config import ShapingConfig
 from surefoot.core.running import RunningStats
 from surefoot.rewards.shaping import shape_rewards
 from surefoot.types import StopReason, Trajectory
@@ -18,7 +18,7 @@ def rows(*scores: float, stop_reason: StopReason = StopReason.END_TOKEN) -> list
 
 
 def totals(trajectories: list[Trajectory], *, stats: RunningStats | None = None, **settings: Any) -> list[float]:
-    shape_rewards(trajectories, PPOConfig(**settings), stats or RunningStats())
+    shape_rewards(trajectories, ShapingConfig(**settings), stats or RunningStats())
     return [t.reward_parts["total"] for t in trajectories]
 
 
@@ -28,56 +28,53 @@ def test_score_is_the_reward_unless_told_otherwise() -> None:
     assert cut_off[0].reward_parts == {"score": 0.62, "total": 0.62}
 
 
-def test_missing_end_is_subtracted_from_the_score_or_replaces_it() -> None:
-    for mode, expected in (("subtract", [-0.5, -4.0]), ("replace", [-1.0, -1.0])):
-        cut_off = rows(0.5, -3.0, stop_reason=StopReason.LENGTH)
-        assert totals(cut_off, missing_eos_penalty=1.0, missing_eos_mode=mode) == expected
-        assert [t.score for t in cut_off] == [0.5, -3.0]  # what the function said is kept
-        assert [t.reward_parts["score"] for t in cut_off] == [0.5, -3.0]
-        assert [t.reward_parts["missing_eos_penalty"] for t in cut_off] == [-1.0, -1.0]
+def test_missing_end_is_subtracted_from_the_score() -> None:
+    cut_off = rows(0.5, -3.0, stop_reason=StopReason.LENGTH)
+    assert totals(cut_off, missing_eos_penalty=1.0) == [-0.5, -4.0]
+    assert [t.score for t in cut_off] == [0.5, -3.0]  # what the function said is kept
+    assert [t.reward_parts["score"] for t in cut_off] == [0.5, -3.0]
+    assert [t.reward_parts["missing_eos_penalty"] for t in cut_off] == [-1.0, -1.0]
 
 
 @pytest.mark.parametrize("stop_reason", [StopReason.END_TOKEN, StopReason.STOP_STRING])
-@pytest.mark.parametrize("mode", ["subtract", "replace"])
-def test_answer_that_stopped_by_itself_pays_no_penalty(stop_reason: StopReason, mode: str) -> None:
+def test_answer_that_stopped_by_itself_pays_no_penalty(stop_reason: StopReason) -> None:
     ended = rows(0.5, stop_reason=stop_reason)
-    assert totals(ended, missing_eos_penalty=1.0, missing_eos_mode=mode) == [0.5]
+    assert totals(ended, missing_eos_penalty=1.0) == [0.5]
     assert "missing_eos_penalty" not in ended[0].reward_parts
 
 
-def test_penalty_of_zero_is_no_missing_penalty() -> None:
-    assert totals(rows(0.5, stop_reason=StopReason.LENGTH), missing_eos_penalty=0.0, missing_eos_mode="replace") == [0.0]
+def test_penalty_of_zero_charges_nothing() -> None:
     assert totals(rows(0.5, stop_reason=StopReason.LENGTH), missing_eos_penalty=0.0) == [0.5]
 
 
 def test_scaling_divides_by_the_running_spread_and_keeps_the_mean_where_it_is() -> None:
     batch = rows(1.0, 3.0, 5.0)
-    stats = shape_rewards(batch, PPOConfig(reward_scale="running_std"), RunningStats())
+    stats = shape_rewards(batch, ShapingConfig(scale="running_std"), RunningStats())
     spread = (8 / 3) ** 0.5
     assert [t.reward_parts["total"] for t in batch] == pytest.approx([1 / spread, 3 / spread, 5 / spread])
     assert (stats.count, stats.mean) == (3, 3.0)
     later = rows(3.0, 3.0, 3.0)
-    stats = shape_rewards(later, PPOConfig(reward_scale="running_std"), stats)
+    stats = shape_rewards(later, ShapingConfig(scale="running_std"), stats)
     assert stats.count == 6
     assert later[0].reward_parts["total"] == pytest.approx(3.0 / (8 / 6) ** 0.5)
 
 
 @pytest.mark.parametrize("scores", [[0.1], [0.1, 0.1, 0.1], [0.0, 0.0], [-0.7] * 10])
 def test_scaling_equal_scores_leaves_them_alone(scores: list[float]) -> None:
-    assert totals(rows(*scores), reward_scale="running_std") == scores
+    assert totals(rows(*scores), scale="running_std") == scores
 
 
 def test_stats_stay_untouched_without_scaling() -> None:
     stats = RunningStats().updated([1.0, 2.0])
-    assert shape_rewards(rows(5.0, 9.0), PPOConfig(), stats) == stats
+    assert shape_rewards(rows(5.0, 9.0), ShapingConfig(), stats) == stats
 
 
 def test_clipping_bounds_both_sides() -> None:
-    assert totals(rows(-7.0, -0.5, 0.5, 7.0), reward_clip=1.0) == [-1.0, -0.5, 0.5, 1.0]
+    assert totals(rows(-7.0, -0.5, 0.5, 7.0), clip=1.0) == [-1.0, -0.5, 0.5, 1.0]
 
 
 def test_penalty_comes_before_scaling_and_scaling_before_clipping() -> None:
     batch = [*rows(2.0), *rows(4.0, stop_reason=StopReason.LENGTH)]
     # 2 and 4 - 8 = -4: mean -1, spread 3; then 2/3 and -4/3, the latter clipped.
-    settings = {"missing_eos_penalty": 8.0, "reward_scale": "running_std", "reward_clip": 1.0}
+    settings = {"missing_eos_penalty": 8.0, "scale": "running_std", "clip": 1.0}
     assert totals(batch, **settings) == pytest.approx([2 / 3, -1.0])

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from surefoot.config import GenerationConfig, PPOConfig
+from surefoot.config import GenerationConfig
 from surefoot.envs.text import TextTask
 from surefoot.errors import InputError
 from surefoot.generation.engine import TokenEngine, generate
 from surefoot.rollout.text import collect
 from surefoot.types import Batch, Request, SamplingParams
+from tests.fakes import config_of
 from tests.tiny import tiny_policy
 
 PROMPTS = ["the", "a band", "1, 2", "who?", "thin ice"]
@@ -24,14 +25,16 @@ def letters(prompts: list[str], completions: list[str]) -> list[float]:
 
 
 def played(*, episodes: int = 12, first_episode: int = 0, **settings: Any) -> Batch:
-    ppo = PPOConfig(**settings)
+    ppo = config_of(**settings)
     task = TextTask(PROMPTS, letters, held_out=0.0)
     policy = tiny_policy(moved=True)
-    return collect(policy, task, episodes=episodes, first_episode=first_episode, generation=GENERATION, ppo=ppo)
+    return collect(
+        policy, task, episodes=episodes, first_episode=first_episode, config=ppo.model_copy(update={"generation": GENERATION})
+    )
 
 
 def test_each_prompt_is_answered_so_many_times_in_a_row_with_randomness_of_its_own() -> None:
-    batch = played(samples_per_prompt=4)
+    batch = played(group={"size": 4})
     prompts = [t.prompt for t in batch.trajectories]
     assert prompts == [prompt for prompt in dict.fromkeys(prompts) for _ in range(4)]
     assert batch.groups_B.tolist() == [0] * 4 + [1] * 4 + [2] * 4
@@ -39,8 +42,8 @@ def test_each_prompt_is_answered_so_many_times_in_a_row_with_randomness_of_its_o
 
 
 def test_the_next_update_goes_on_with_the_next_prompts() -> None:
-    whole = played(episodes=12, samples_per_prompt=2)
-    later = played(episodes=4, first_episode=8, samples_per_prompt=2)
+    whole = played(episodes=12, group={"size": 2})
+    later = played(episodes=4, first_episode=8, group={"size": 2})
     assert [(t.prompt, t.completion.tokens) for t in later.trajectories] == [
         (t.prompt, t.completion.tokens) for t in whole.trajectories[8:]
     ]
@@ -53,14 +56,14 @@ def test_alone_each_answer_is_a_group() -> None:
 
 @pytest.mark.parametrize(("episodes", "first"), [(10, 0), (12, 6)])
 def test_groups_are_never_cut(episodes: int, first: int) -> None:
-    with pytest.raises(InputError, match="no whole groups of samples_per_prompt"):
-        played(episodes=episodes, first_episode=first, samples_per_prompt=4)
+    with pytest.raises(InputError, match="no whole groups of group.size"):
+        played(episodes=episodes, first_episode=first, group={"size": 4})
 
 
 @pytest.mark.parametrize("clip", [None, 30.0])
 def test_the_greedy_answers_reward_stands_beside_its_group_and_its_tokens_do_not(clip: float | None) -> None:
-    batch = played(samples_per_prompt=4, advantage="remax", reward_clip=clip)
-    plain = played(samples_per_prompt=4, reward_clip=clip)
+    batch = played(group={"size": 4}, advantage="remax", shaping={"clip": clip})
+    plain = played(group={"size": 4}, shaping={"clip": clip})
     assert [t.completion for t in batch.trajectories] == [t.completion for t in plain.trajectories]
     assert torch.equal(batch.rewards_BT, plain.rewards_BT) and plain.baselines_B is None
     policy = tiny_policy(moved=True)

@@ -73,7 +73,7 @@ def met(league: OpponentPool, env: GameVectorEnv) -> Counter[int]:
 
 
 def test_games_are_shared_out_as_asked() -> None:
-    league, env = league_of(1_000, newest=0.5, random=0.2, add_every=1, pool_size=3)
+    league, env = league_of(1_000, latest=0.5, random=0.2, snapshot_every=1, pool_size=3)
     for version in range(3):
         league.begin(version)
     shares = {opponent: count / 1_000 for opponent, count in met(league, env).items()}
@@ -85,7 +85,7 @@ def test_games_are_shared_out_as_asked() -> None:
 
 @pytest.mark.parametrize(("shares", "opponent"), [((1.0, 0.0), 7), ((0.0, 1.0), RANDOM), ((0.0, 0.0), 0)])
 def test_a_share_of_one_is_all_games(shares: tuple[float, float], opponent: int) -> None:
-    league, env = league_of(50, newest=shares[0], random=shares[1], add_every=10)
+    league, env = league_of(50, latest=shares[0], random=shares[1], snapshot_every=10)
     league.begin(0)
     league.begin(7)
     assert met(league, env) == {opponent: 50}
@@ -101,19 +101,19 @@ def test_a_self_that_blunders_always_plays_like_the_random_player() -> None:
         env.step(any_legal(views))
         return league._moves
 
-    assert moves(newest=1.0, random=0.0, blunders=1.0) == moves(newest=0.0, random=1.0)
-    assert moves(newest=1.0, random=0.0, blunders=1.0) != moves(newest=1.0, random=0.0)
+    assert moves(latest=1.0, random=0.0, random_move_prob=1.0) == moves(latest=0.0, random=1.0)
+    assert moves(latest=1.0, random=0.0, random_move_prob=1.0) != moves(latest=1.0, random=0.0)
 
 
 def test_without_past_selves_the_newest_takes_their_share() -> None:
-    league, env = league_of(50, newest=0.0, random=0.0, add_every=10)
+    league, env = league_of(50, latest=0.0, random=0.0, snapshot_every=10)
     league.begin(7)  # a run whose pool is still empty
     assert met(league, env) == {7: 50}
 
 
 def test_whom_a_game_meets_and_what_is_played_follow_from_its_seed_alone() -> None:
     def played(games: int) -> tuple[int, list[int]]:
-        league, env = league_of(games, newest=0.3, random=0.3, add_every=1)
+        league, env = league_of(games, latest=0.3, random=0.3, snapshot_every=1)
         league.begin(0)
         changed(league)
         league.begin(1)
@@ -126,7 +126,7 @@ def test_whom_a_game_meets_and_what_is_played_follow_from_its_seed_alone() -> No
 
 
 def test_a_self_stays_as_it_was_while_the_learner_learns() -> None:
-    league, _ = league_of(2, add_every=1)
+    league, _ = league_of(2, snapshot_every=1)
     league.begin(0)
     before = {name: value.clone() for name, value in league.tensors().items()}
     changed(league)
@@ -137,7 +137,7 @@ def test_a_self_stays_as_it_was_while_the_learner_learns() -> None:
 
 
 def test_a_game_keeps_its_opponent_when_a_newer_self_comes() -> None:
-    league, env = league_of(20, newest=1.0, random=0.0, add_every=100)
+    league, env = league_of(20, latest=1.0, random=0.0, snapshot_every=100)
     league.begin(1)
     views, _ = env.reset(seed=0)
     views, *_ = env.step(any_legal(views))
@@ -168,7 +168,7 @@ def test_elo_is_zero_sum_and_equals_stay() -> None:
 
 
 def test_ratings_move_by_rated_games_and_the_random_player_is_the_anchor() -> None:
-    league, _ = league_of(2, add_every=1)
+    league, _ = league_of(2, snapshot_every=1)
     league.begin(0)
     league.begin(1)
     metrics = league.count([finished(1, 0), finished(-1, 0), finished(0, 0), finished(1, 1), finished(1, 99)])
@@ -192,7 +192,7 @@ def test_elo_finds_how_much_better_a_player_is() -> None:
 
 
 def test_against_itself_what_one_seat_wins_the_other_loses() -> None:
-    league, env = league_of(400, newest=1.0, random=0.0)
+    league, env = league_of(400, latest=1.0, random=0.0)
     league.begin(0)
     views, _ = env.reset(seed=0)
     outcomes = np.full(400, 9)
@@ -215,7 +215,7 @@ def test_against_itself_what_one_seat_wins_the_other_loses() -> None:
 
 @pytest.mark.parametrize("steps", [0, 1, 3, 8])
 def test_games_under_way_are_found_again_with_their_opponents(steps: int) -> None:
-    league, env = league_of(12, newest=0.4, random=0.2, blunders=0.3, add_every=1)
+    league, env = league_of(12, latest=0.4, random=0.2, random_move_prob=0.3, snapshot_every=1)
     games = Vector(env, seed=4)
     league.begin(0)
     views = games.reset()
@@ -225,7 +225,7 @@ def test_games_under_way_are_found_again_with_their_opponents(steps: int) -> Non
         views = games.step(any_legal(views)).observations
     state, tensors, vector = league.state(), league.tensors(), games.state()
 
-    other, fresh = league_of(12, newest=0.4, random=0.2, blunders=0.3, add_every=1)
+    other, fresh = league_of(12, latest=0.4, random=0.2, random_move_prob=0.3, snapshot_every=1)
     again = Vector(fresh, seed=4)
     other.restore(state, tensors)
     found = again.restore(vector)
@@ -238,7 +238,10 @@ def test_games_under_way_are_found_again_with_their_opponents(steps: int) -> Non
 
 
 def test_a_run_of_self_play_that_was_ended_goes_on_bit_for_bit() -> None:
-    settings = {**SMALL, "self_play": {"newest": 0.4, "random": 0.2, "blunders": 0.1, "add_every": 1, "pool_size": 2}}
+    settings = {
+        **SMALL,
+        "self_play": {"latest": 0.4, "random": 0.2, "random_move_prob": 0.1, "snapshot_every": 1, "pool_size": 2},
+    }
     whole = PPO("MlpPolicy", "classic/tictactoe-v3", run_name="whole", **settings).learn(7 * BATCH)
     left = iter(range(3 * 16 + 7))  # in the rollout after update 3
     ended = PPO("MlpPolicy", "classic/tictactoe-v3", run_name="ended", **settings)
@@ -258,7 +261,7 @@ def test_a_run_of_self_play_that_was_ended_goes_on_bit_for_bit() -> None:
     [
         ("MlpLstmPolicy", "classic/tictactoe-v3", {}, "without an LSTM"),
         ("MlpPolicy", "classic/tictactoe-v3", {"vectorization": "async"}, "stepped in one process"),
-        ("MlpPolicy", "classic/tictactoe-v3", {"self_play": {"newest": 0.7, "random": 0.7}}, "add up to over 1"),
+        ("MlpPolicy", "classic/tictactoe-v3", {"self_play": {"latest": 0.7, "random": 0.7}}, "add up to over 1"),
         ("MlpPolicy", "classic/tictactoes-v3", {}, "tictactoes"),
     ],
 )
@@ -274,7 +277,7 @@ def test_tictactoe_is_learnt_against_a_random_player() -> None:
         "classic/tictactoe-v3",
         **{**SMALL, "n_envs": 64, "n_steps": 32, "batch_size": 256, "n_epochs": 4, "learning_rate": 2e-3},
         ent_coef=0.01,
-        self_play={"newest": 0.0, "random": 1.0},
+        self_play={"latest": 0.0, "random": 1.0},
     )
     model.learn(32_000)
     env = GameVectorEnv(TICTACTOE, 500)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from surefoot.config import GenerationConfig, PPOConfig, make_config
+from surefoot.config import GenerationConfig, make_config
 from surefoot.core.kl import kl_penalised_rewards
 from surefoot.core.losses import LossSettings, ppo_loss
 from surefoot.data.render import encode_prompt
@@ -17,11 +17,12 @@ from surefoot.errors import InputError
 from surefoot.rollout.logprobs import fill_logprobs, sequence_kl
 from surefoot.rollout.text import TextRollout, collect, completion_text, distinct_2, text_engine
 from surefoot.types import Batch, Completion, StopReason
+from tests.fakes import config_of
 from tests.tiny import ASSISTANT, CONTEXT, END, SPECIAL, USER, plain_scores, tiny_lm, tiny_policy, tiny_tokenizer
 
 PROMPTS = ["the", "a band in the sun.", "1, 2, 3", "who?", "an inner thing and another", "no", "other", "thin ice"]
 GENERATION = GenerationConfig(max_new_tokens=9, slots=3)
-PPO = PPOConfig(micro_batch_tokens=60, kl_coef=0.3)
+PPO = config_of(micro_batch_tokens=60, kl={"coef": 0.3})
 
 
 def letters(prompts, completions, **columns):
@@ -35,13 +36,18 @@ def task(prompts: Any = PROMPTS, reward=letters, **settings: Any) -> TextTask:
 def played(policy=None, env=None, *, episodes=16, first_episode=0, seed=0, generation=GENERATION, ppo=PPO) -> Batch:
     policy = policy or tiny_policy(moved=True)
     return collect(
-        policy, env or task(), episodes=episodes, first_episode=first_episode, seed=seed, generation=generation, ppo=ppo
+        policy,
+        env or task(),
+        episodes=episodes,
+        first_episode=first_episode,
+        seed=seed,
+        config=ppo.model_copy(update={"generation": generation}),
     )
 
 
 def text_rollout(policy, env, *, seed=0) -> TextRollout:
     engine = text_engine(policy, GENERATION)
-    return TextRollout(policy, env, engine=engine, generation=GENERATION, ppo=PPO, seed=seed)
+    return TextRollout(policy, env, engine=engine, config=PPO.model_copy(update={"generation": GENERATION}), seed=seed)
 
 
 def end_often(lm=None, bias: float = 3.0):
@@ -255,7 +261,7 @@ def test_episodes_do_not_depend_on_how_they_are_grouped_or_on_the_speed_settings
     whole = played(episodes=12)
     halves = [played(episodes=6, first_episode=first) for first in (0, 6)]
     wide = played(episodes=12, generation=GENERATION.model_copy(update={"slots": 64}))
-    narrow = played(episodes=12, ppo=PPO.model_copy(update={"micro_batch_tokens": 1}))
+    narrow = played(episodes=12, ppo=config_of(PPO, micro_batch_tokens=1))
     expected = [(t.prompt, t.completion.tokens) for t in whole.trajectories]
     assert [(t.prompt, t.completion.tokens) for half in halves for t in half.trajectories] == expected
     for again in (wide, narrow):
@@ -324,7 +330,7 @@ def test_the_penalty_for_a_missing_end_is_for_cut_off_answers_alone_with_custom_
     # A visible end token besides the model's own must count as an end.
     question = tiny_tokenizer().convert_tokens_to_ids("?")
     generation = GENERATION.model_copy(update={"stop_token_ids": [question, 20, 30, 40]})
-    ppo = PPO.model_copy(update={"missing_eos_penalty": 100.0})
+    ppo = config_of(PPO, shaping={"missing_eos_penalty": 100.0})
     batch = played(tiny_policy(lm=end_often(bias=1.0)), episodes=40, generation=generation, ppo=ppo)
     last = {t.completion.tokens[-1] for t in batch.trajectories if t.completion.stop_reason is StopReason.END_TOKEN}
     assert END in last and last & {question, 20, 30, 40}

@@ -38,19 +38,16 @@ CONFIG: dict[str, Any] = {
     "task": {"prompts": "prompts.jsonl", "reward": "reward.py:reward", "metric": "reward.py:metric", "held_out": 0.3},
     "generation": {"max_new_tokens": 5, "slots": 4},
     "ppo": {
-        "total_episodes": UPDATES * EPISODES,
-        "episodes_per_update": EPISODES,
         "batch_size": 3,
         "n_epochs": 2,
         "learning_rate": 0.01,
         "lr_schedule": "linear",
         "lr_warmup": 0.3,
-        "kl_coef": 0.1,
-        "kl_target": 0.05,
-        "kl_horizon": 50.0,
-        "reward_scale": "running_std",
         "micro_batch_tokens": 40,
     },
+    "rollout": {"total_episodes": UPDATES * EPISODES, "episodes_per_update": EPISODES},
+    "kl": {"coef": 0.1, "target": 0.05, "horizon": 50.0},
+    "shaping": {"scale": "running_std"},
     "evaluate": {"every": 1, "episodes": 3},
 }
 
@@ -65,7 +62,8 @@ def write_base(folder: Path, *, family: str = "llama", seed: int = 0) -> None:
 def write_project(folder: Path, base: Path, *, name: str = "run", **sections: dict[str, Any]) -> Path:
     """Config, prompts and reward function in `folder`, over the model in `base`; the run's folder to be."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {key: {**value, **sections.get(key, {})} if isinstance(value, dict) else value for key, value in CONFIG.items()}
+    own = {key: {**value, **sections.get(key, {})} if isinstance(value, dict) else value for key, value in CONFIG.items()}
+    config = {**sections, **own}
     config["run"] = {**config["run"], "name": name}
     config["policy"] = {**config["policy"], "model": str(base)}
     (folder / "ppo.yaml").write_text(yaml.safe_dump(config))
@@ -90,7 +88,7 @@ def write_rows(path: Path, rows: Iterable[Any]) -> None:
 
 def python_ppo(base: Path, folder: Path, reward: Any = None, *, name: str = "run", **sections: dict[str, Any]) -> PPO:
     """The same run made in Python, where the task is no part of the config; nothing random in its reward by default."""
-    config = {key: {**CONFIG[key], **sections.get(key, {})} for key in ("run", "policy", "generation", "ppo", "evaluate")}
+    config = {key: {**CONFIG[key], **sections.get(key, {})} for key in CONFIG if key not in ("seed", "device", "task")}
     config["run"] = {**config["run"], "name": name, "folder": str(folder / "runs")}
     config["policy"] = {**config["policy"], "model": str(base)}
     data = {"seed": CONFIG["seed"], "device": "cpu", **config}

@@ -350,8 +350,9 @@ def test_a_signal_to_a_run_and_its_workers_is_one_line_and_a_checkpoint(number: 
     """As a terminal sends Ctrl-C: to every process of the group."""
     command = [Path(sys.executable).with_name("surefoot"), "ppo", "run.yaml", "--run.name", "stopped"]
     Path("run.yaml").write_text(
-        "{env: {id: CartPole-v1, n_envs: 2, vectorization: async}, evaluate: {episodes: 0}, "
-        f"ppo: {{n_steps: {N_STEPS}, batch_size: {N_STEPS}, total_timesteps: 10_000_000}}}}"
+        "{env: {id: CartPole-v1, n_envs: 2, vectorization: async, "
+        f"n_steps: {N_STEPS}, total_timesteps: 10_000_000}}, evaluate: {{episodes: 0}}, "
+        f"ppo: {{batch_size: {N_STEPS}}}}}"
     )
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True, text=True)
     log, deadline = Path("runs/stopped/metrics.jsonl"), time.monotonic() + 60
@@ -428,8 +429,9 @@ def test_an_environment_that_fails_in_the_middle_of_a_run_leaves_a_checkpoint(ve
 def test_a_run_that_is_killed_at_some_moment_goes_on_bit_for_bit(tmp_path: Path) -> None:
     """SIGKILL from outside, at whatever the run is doing."""
     Path("run.yaml").write_text(
-        "{env: {id: CartPole-v1, n_envs: 3, vectorization: async}, run: {checkpoint_every: 2}, evaluate: {episodes: 0}, "
-        f"ppo: {{n_steps: {N_STEPS}, batch_size: {N_STEPS}, n_epochs: 2, total_timesteps: {60 * BATCH}}}, seed: 5}}"
+        "{env: {id: CartPole-v1, n_envs: 3, vectorization: async, "
+        f"n_steps: {N_STEPS}, total_timesteps: {60 * BATCH}}}, run: {{checkpoint_every: 2}}, evaluate: {{episodes: 0}}, "
+        f"ppo: {{batch_size: {N_STEPS}, n_epochs: 2}}, seed: 5}}"
     )
     command = [Path(sys.executable).with_name("surefoot"), "ppo", "run.yaml", "--run.name", "killed"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -486,7 +488,7 @@ def test_a_schedule_of_the_entropy_bonus_reaches_the_loss(monkeypatch: pytest.Mo
     seen, update = [], loop.update
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        seen.append(kwargs["config"].ent_coef)
+        seen.append(kwargs["config"].ppo.ent_coef)
         return update(*args, **kwargs)
 
     monkeypatch.setattr(loop, "update", watched)
@@ -497,7 +499,7 @@ def test_a_schedule_of_the_entropy_bonus_reaches_the_loss(monkeypatch: pytest.Mo
 def test_a_clip_range_may_be_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
     seen, update = [], loop.update
     monkeypatch.setattr(
-        loop, "update", lambda *a, config, **k: (seen.append(config.clip_range), update(*a, config=config, **k))[1]
+        loop, "update", lambda *a, config, **k: (seen.append(config.ppo.clip_range), update(*a, config=config, **k))[1]
     )
     small(clip_range=lambda left: 0.4 * left).learn(2 * BATCH)
     assert seen == pytest.approx([0.4, 0.2])
@@ -594,7 +596,7 @@ def test_stable_baselines3s_keywords_mean_what_they_mean_there(tmp_path: Path) -
         _init_setup_model=True,
     )
     ppo = model.config.ppo
-    assert (ppo.learning_rate, ppo.n_steps, ppo.batch_size, ppo.n_epochs) == (1e-3, 32, 16, 3)
+    assert (ppo.learning_rate, model.config.env.n_steps, ppo.batch_size, ppo.n_epochs) == (1e-3, 32, 16, 3)
     assert (ppo.gamma, ppo.gae_lambda, ppo.clip_range, ppo.clip_range_vf) == (0.9, 0.8, 0.3, None)
     assert (ppo.normalize_advantage, ppo.ent_coef, ppo.vf_coef, ppo.max_grad_norm) == (False, 0.01, 0.7, 0.9)
     assert ppo.value_loss == "squared" and ppo.target_kl is None and model.config.run.folder == str(tmp_path / "board")
@@ -621,8 +623,8 @@ def test_stable_baselines3s_keywords_mean_what_they_mean_there(tmp_path: Path) -
         ({"clip_range_vf": lambda left: left}, "clip_range_vf: a number is expected"),
         ({"stats_window_size": 7}, "stats_window_size: "),
         ({"learning_rat": 1.0}, "unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
-        ({"total_episodes": 7}, "PPO(...): ppo.total_episodes is for text tasks"),
-        ({"kl_coef": 0.1}, "PPO(...): ppo.kl_coef needs a reference model"),
+        ({"total_episodes": 7}, "PPO(...): rollout: a run with env has no such section"),
+        ({"kl": {"coef": 0.1}}, "PPO(...): kl: a run with env has no such section"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -10,19 +10,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from surefoot.config import PPOConfig
+from surefoot.config import Config
 from surefoot.rollout.batch import has_reward_variance, text_batch
 from surefoot.train.metrics import batch_metrics, update_metrics
 from surefoot.train.update import TokenBudget, accumulate_gradient, advantages, make_optimizer, update
 from surefoot.types import Batch
+from tests import fakes
 from tests.fakes import CPU, VOCABULARY, BigramPolicy, padded, played_batch, trajectory
 
 RAGGED = (3, 1, 4, 2, 2, 5, 3, 1)
 CRITIC_FREE = ("grpo", "dr_grpo", "rloo", "reinforce_pp", "remax")
 
 
-def config_of(**settings: Any) -> PPOConfig:
-    return PPOConfig(**{"batch_size": 8, "episodes_per_update": 8, "samples_per_prompt": 4, "n_epochs": 2, **settings})
+GROUPS_OF_4 = fakes.config_of(batch_size=8, episodes_per_update=8, group={"size": 4}, n_epochs=2)
+
+
+def config_of(**settings: Any) -> Config:
+    return fakes.config_of(GROUPS_OF_4, **settings)
 
 
 def grouped_batch(policy: BigramPolicy, *, drift: float = 0.0) -> Batch:
@@ -57,7 +61,7 @@ def test_every_token_of_an_answer_has_the_answers_advantage() -> None:
 def test_the_kl_penalty_is_part_of_the_reward_that_is_compared() -> None:
     batch = scored([1.0, 1.0], [2, 1])
     batch.reference_logprobs_BT = torch.tensor([[9.0, -1.0, -2.0], [9.0, -1.0, 9.0]])  # KL 3 and 1, and padding
-    advantages(batch, config_of(advantage="dr_grpo", kl_coef=0.1))
+    advantages(batch, config_of(advantage="dr_grpo", kl={"coef": 0.1}))
     assert batch.advantages_BT.flatten().tolist() == pytest.approx([0, -0.1, -0.1, 0, 0.1, 0])
 
 
@@ -72,7 +76,7 @@ def test_reinforce_pp_is_the_penalised_reward_to_go_whitened_over_the_batch() ->
     """Scores 3 and 0 at the ends, KL 1 a token, β 1: to go are 3 - 2 and 3 - 1, and 0 - 1. Mean 2/3, variance 14/9."""
     batch = scored([3.0, 0.0], [2, 1])
     batch.reference_logprobs_BT = torch.full((2, 3), -1.0)
-    advantages(batch, config_of(advantage="reinforce_pp", kl_coef=1.0))
+    advantages(batch, config_of(advantage="reinforce_pp", kl={"coef": 1.0}))
     expected = [(to_go - 2 / 3) / math.sqrt(14 / 9) for to_go in (1.0, 2.0, -1.0)]
     assert batch.advantages_BT[batch.mask_BT].tolist() == pytest.approx(expected, abs=1e-6)
     assert batch.advantages_BT[~batch.mask_BT].eq(0).all()
@@ -110,9 +114,9 @@ def test_without_a_critic_nothing_is_logged_about_one() -> None:
     batch = advantages(grouped_batch(policy), config)
     logged = batch_metrics(batch) | update_metrics(update(policy, batch, config=config), learning_rate=0.1, skipped=0)
     assert not [name for name in logged if name.startswith("critic/")]
-    with_critic = advantages(grouped_batch(policy), PPOConfig())
+    with_critic = advantages(grouped_batch(policy), config_of())
     logged = batch_metrics(with_critic) | update_metrics(
-        update(policy, with_critic, config=PPOConfig()), learning_rate=0.1, skipped=0
+        update(policy, with_critic, config=config_of()), learning_rate=0.1, skipped=0
     )
     assert {"critic/value_mean", "critic/value_loss"} <= logged.keys()
 
@@ -129,13 +133,13 @@ def test_group_advantages_reach_the_loss_as_they_are() -> None:
 
 # --- aggregation, clips, KL in the loss, sampler weights: the gradient of a minibatch ---
 
-EVERYTHING = {"clip_range_high": 0.3, "dual_clip": 1.3, "kl_in": "loss", "kl_coef": 0.2, "sampler_ratio_cap": 1.1}
+EVERYTHING = {"clip_range_high": 0.3, "dual_clip": 1.3, "kl": {"placement": "loss", "coef": 0.2}, "tis_cap": 1.1}
 AGGREGATIONS = ("token", "sequence", "constant")
 ROWS = torch.tensor([0, 2, 3, 5, 6, 7])  # a minibatch of six of the eight
 
 
 def gradient_of(
-    config: PPOConfig, *, tokens: int = 1_000, columns: int = 0, poison: float = 0.0, rows: Tensor = ROWS
+    config: Config, *, tokens: int = 1_000, columns: int = 0, poison: float = 0.0, rows: Tensor = ROWS
 ) -> list[Tensor]:
     """Gradients of the rows' loss by logits and values, with a reference, and a sampler that is a little off."""
     policy = BigramPolicy(reference=reference_table(), off_mask=poison)
@@ -249,7 +253,7 @@ def test_one_long_answer_outweighs_a_short_one_by_its_tokens_only_where_asked_fo
 
 
 def test_a_sampler_that_is_the_trainer_needs_no_weights() -> None:
-    capped, plain = (config_of(advantage="rloo", sampler_ratio_cap=cap, n_epochs=1) for cap in (2.0, None))
+    capped, plain = (config_of(advantage="rloo", tis_cap=cap, n_epochs=1) for cap in (2.0, None))
     weights = []
     for config, has_sampler in ((capped, False), (plain, False), (plain, True)):
         policy = BigramPolicy()
@@ -262,9 +266,9 @@ def test_a_sampler_that_is_the_trainer_needs_no_weights() -> None:
 
 def test_with_the_kl_in_the_loss_the_reward_is_not_penalised() -> None:
     batch = sampled_batch(BigramPolicy(reference=reference_table()))
-    in_loss = advantages(batch, config_of(kl_in="loss", kl_coef=0.5)).advantages_BT
-    assert torch.equal(in_loss, advantages(batch, config_of(kl_coef=0.0)).advantages_BT)
-    assert not torch.equal(in_loss, advantages(batch, config_of(kl_coef=0.5)).advantages_BT)
+    in_loss = advantages(batch, config_of(kl={"placement": "loss", "coef": 0.5})).advantages_BT
+    assert torch.equal(in_loss, advantages(batch, config_of(kl={"coef": 0.0})).advantages_BT)
+    assert not torch.equal(in_loss, advantages(batch, config_of(kl={"coef": 0.5})).advantages_BT)
 
 
 # --- groups ---
@@ -286,7 +290,7 @@ def test_groups_without_signal_are_left_out() -> None:
         policy = BigramPolicy()
         batch = grouped_batch(policy)
         batch.rewards_BT[4:] = torch.where(batch.ends_BT[4:], 0.7, 0.0)
-        config = config_of(advantage="grpo", skip_equal_groups=skip)
+        config = config_of(advantage="grpo", group={"skip_zero_variance": skip})
         batch = advantages(batch, config)
         assert batch.advantages_BT[4:].eq(0).all()
         result = update(policy, batch if skip else batch.rows(torch.arange(4)), config=config)
@@ -296,7 +300,7 @@ def test_groups_without_signal_are_left_out() -> None:
 
 
 def test_an_update_whose_groups_are_all_without_signal_does_nothing() -> None:
-    policy, config = BigramPolicy(), config_of(advantage="rloo", skip_equal_groups=True)
+    policy, config = BigramPolicy(), config_of(advantage="rloo", group={"skip_zero_variance": True})
     before, batch = policy.weights(), grouped_batch(policy)
     batch.rewards_BT = torch.where(batch.ends_BT, 1.0, 0.0)
     result = update(policy, advantages(batch, config), config=config)
@@ -310,7 +314,7 @@ def test_an_update_whose_groups_are_all_without_signal_does_nothing() -> None:
 
 
 def test_while_the_critic_warms_up_the_policy_stays_and_its_optimiser_knows_nothing() -> None:
-    policy, config = BigramPolicy(), config_of(critic_warmup_updates=2, ent_coef=0.1, samples_per_prompt=1)
+    policy, config = BigramPolicy(), config_of(critic={"warmup_updates": 2}, ent_coef=0.1, group={"size": 1})
     optimizer = make_optimizer(policy, config)
     for version in range(3):
         logits, values = policy.weights()
@@ -325,20 +329,12 @@ def test_the_critic_may_look_further_ahead_than_the_policy() -> None:
     """λ 1 for the returns, λ 0 for the advantages, and the other way round; γ 1, values 0.5, reward 1 at the end."""
     batch = scored([1.0], [3])
     batch.values_BT = torch.full_like(batch.values_BT, 0.5)
-    advantages(batch, config_of(gae_lambda=0.0, gae_lambda_critic=1.0))
+    advantages(batch, config_of(gae_lambda=0.0, critic={"gae_lambda": 1.0}))
     assert batch.advantages_BT.tolist() == [[0, 0, 0, 0.5]] and batch.returns_BT.tolist() == [[0, 1, 1, 1]]
-    advantages(batch, config_of(gae_lambda=1.0, gae_lambda_critic=0.0))
+    advantages(batch, config_of(gae_lambda=1.0, critic={"gae_lambda": 0.0}))
     assert batch.advantages_BT.tolist() == [[0, 0.5, 0.5, 0.5]] and batch.returns_BT.tolist() == [[0, 0.5, 0.5, 1]]
     advantages(batch, config_of(gae_lambda=0.0))
     assert batch.returns_BT.tolist() == [[0, 0.5, 0.5, 1]]
-
-
-def test_lambda_grows_with_the_answers_length() -> None:
-    """α 0.5: λ is 1 - 1/(0.5 · 4) = 0.5 for four tokens, and 0 for one or two."""
-    batch = scored([1.0, 1.0], [4, 2])
-    advantages(batch, config_of(gae_lambda_length_alpha=0.5, gae_lambda_critic=1.0))
-    assert batch.advantages_BT.tolist() == [[0, 0.125, 0.25, 0.5, 1], [0, 0, 1, 0, 0]]
-    assert batch.returns_BT[batch.mask_BT].eq(1).all()
 
 
 # --- groups, counted ---

@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from surefoot.config import PPOConfig, SFTConfig
+from surefoot.config import Config, SFTConfig
 from surefoot.core.losses import LossStats, nll_loss
 from surefoot.data.batches import demonstration_batch, micro_batches
 from surefoot.policies.lm.policy import CausalLMPolicy
 from surefoot.train.metrics import nll_metrics
 from surefoot.train.update import TokenBudget, accumulate_gradient, advantages, make_optimizer, update
 from surefoot.types import Batch
+from tests.fakes import config_of
 from tests.tiny import random_tokens, tiny_policy
 
-CONFIG = SFTConfig(batch_size=6).as_update()
+CONFIG = Config(sft=SFTConfig(batch_size=6)).algorithm
 # (all tokens, how many are asked): some trained whole but for the first token, some at their end alone.
 LENGTHS = ((9, 1), (4, 3), (14, 5), (2, 1), (14, 13), (7, 2))
 ROWS = torch.arange(len(LENGTHS))
@@ -139,7 +140,7 @@ def test_the_sections_settings_are_those_of_the_update():
     config = SFTConfig(
         batch_size=5, learning_rate=1e-3, lr_schedule="linear", lr_warmup=0.2, max_grad_norm=0.3, max_bad_steps=2
     )
-    expected = PPOConfig(
+    expected = config_of(
         batch_size=5,
         learning_rate=1e-3,
         lr_schedule="linear",
@@ -149,6 +150,5 @@ def test_the_sections_settings_are_those_of_the_update():
         adam_epsilon=1e-8,
         micro_batch_tokens=2048,
         n_epochs=1,
-        kl_coef=0.0,
-    )
+    ).ppo
     assert config.as_update() == expected

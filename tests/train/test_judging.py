@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from surefoot.config import RewardModelConfig
+from surefoot.config import Config, RewardModelConfig
 from surefoot.core.losses import LossStats
 from surefoot.core.preference import preference_loss, rating_loss
 from surefoot.data.batches import micro_batches, preference_batch
@@ -20,7 +20,7 @@ from surefoot.train.update import TokenBudget, accumulate_gradient, advantages, 
 from surefoot.types import Batch
 from tests.tiny import FAMILIES, random_tokens, tiny_policy
 
-CONFIG = RewardModelConfig(batch_size=5).as_update()
+CONFIG = Config(reward_model=RewardModelConfig(batch_size=5)).algorithm
 LENGTHS = ((9, 4), (3, 14), (2, 2), (7, 12), (1, 5))
 CPU = torch.device("cpu")
 CENTRED = functools.partial(preference_loss, center=0.1)

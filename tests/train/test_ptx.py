@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from surefoot import PPO, TextTask
-from surefoot.config import PPOConfig, PTXConfig
+from surefoot.config import Config, PTXConfig
 from surefoot.core.losses import LossStats
 from surefoot.data.batches import demonstration_batch, micro_batches
 from surefoot.policies.lm.policy import CausalLMPolicy
 from surefoot.train import checkpoint, loop
 from surefoot.train.update import TokenBudget, accumulate_gradient, advantages, make_optimizer, update
 from surefoot.types import Batch
-from tests.fakes import CPU, padded
+from tests.fakes import CPU, config_of, padded
 from tests.inputs import model_folder, refusal, run_cli
 from tests.inputs import write_project as write_inputs
 from tests.tiny import random_tokens, tiny_policy, written_batch
@@ -37,8 +37,8 @@ STEP = "surefoot.train.update:take_step"
 PAIRS = [{"prompt": f"{word} {number}", "completion": f" {word}"} for word in ("the", "an", "in") for number in range(8)]
 
 
-def settings(ptx: PTXConfig | None = None, **changes: Any) -> PPOConfig:
-    return PPOConfig(**{"batch_size": 4, "episodes_per_update": 4, "n_epochs": 1, "kl_coef": 0.0, "ptx": ptx} | changes)
+def settings(ptx: PTXConfig | None = None, **changes: Any) -> Config:
+    return config_of(**{"batch_size": 4, "episodes_per_update": 4, "n_epochs": 1, "kl": {"coef": 0.0}, "ptx": ptx} | changes)
 
 
 def demonstrations() -> Batch:
@@ -46,7 +46,7 @@ def demonstrations() -> Batch:
     return demonstration_batch(lessons, device=CPU)
 
 
-def answers(policy: CausalLMPolicy, config: PPOConfig) -> Batch:
+def answers(policy: CausalLMPolicy, config: Config) -> Batch:
     """Two answers to each of two prompts, rewarded at random, a little away from what the policy would write now."""
     batch = written_batch([(random_tokens(p, seed=b), random_tokens(a, seed=10 + b)) for b, (p, a) in enumerate(ANSWERS)])
     generator = torch.Generator().manual_seed(1)
@@ -66,7 +66,7 @@ def mixed(batch: Batch, examples: Batch | None = None) -> Batch:
 
 
 def gradient(
-    policy: CausalLMPolicy, batch: Batch, config: PPOConfig, budget: TokenBudget | None = None
+    policy: CausalLMPolicy, batch: Batch, config: Config, budget: TokenBudget | None = None
 ) -> tuple[dict[str, Tensor], LossStats]:
     optimizer = make_optimizer(policy, config)
     rows = torch.arange(len(batch))
@@ -89,7 +89,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("adapter", [True, False], ids=["adapter", "full"])
 @pytest.mark.parametrize("kind", ["gae", "grpo", "dr_grpo", "rloo", "reinforce_pp", "remax"])
 def test_the_gradient_is_the_sum_of_both(kind: str, adapter: bool) -> None:
-    config = settings(advantage=kind, samples_per_prompt=2, ent_coef=0.01, loss_aggregation="sequence")
+    config = settings(advantage=kind, group={"size": 2}, ent_coef=0.01, loss_aggregation="sequence")
     policy = tiny_policy(adapter=adapter, moved=True)
     batch, examples = answers(policy, config), demonstrations()
     alone, stats_alone = gradient(policy, batch, config)
@@ -102,16 +102,12 @@ def test_the_gradient_is_the_sum_of_both(kind: str, adapter: bool) -> None:
     assert float(sum(value.norm() ** 2 for value in taught.values())) > 0.1 and "value_head.weight" not in taught
     expected = {name: alone.get(name, 0.0) + COEF * taught.get(name, 0.0) for name in alone.keys() | taught.keys()}
 
-    found, stats = gradient(policy, mixed(batch), settings(PTXConfig(coef=COEF), **_changes(config)))
+    found, stats = gradient(policy, mixed(batch), config.model_copy(update={"ptx": PTXConfig(coef=COEF)}))
     assert_close(found, expected)
     # PPO's own statistics are PPO's alone.
     assert torch.equal(stats.sums, stats_alone.sums) and stats_alone.imitation is None and stats.imitation is not None
     assert int(stats.imitation.steps) == int(examples.mask_BT.sum()) == sum(n - asked for n, asked in DEMONSTRATIONS)
     assert float(stats.imitation.policy_loss / stats.imitation.steps) == pytest.approx(float(loss.detach()), rel=1e-5)
-
-
-def _changes(config: PPOConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in config.model_fields_set - {"ptx"}}
 
 
 def test_the_sum_is_clipped_once_and_taken_in_one_step() -> None:
@@ -206,7 +202,7 @@ def test_a_loss_of_demonstrations_that_is_not_finite_costs_the_step() -> None:
 
 
 def test_while_the_critic_alone_learns_nothing_is_imitated() -> None:
-    config = settings(PTXConfig(coef=COEF), critic_warmup_updates=2, vf_coef=1.0)
+    config = settings(PTXConfig(coef=COEF), critic={"warmup_updates": 2}, vf_coef=1.0)
     policy = tiny_policy(moved=True, stop_gradient=True)
     batch = mixed(answers(policy, config))
     for version, imitates in ((1, False), (2, True)):
@@ -304,9 +300,9 @@ def test_rows_given_in_python_are_given_again_and_must_be_the_same() -> None:
     whole = weights(ppo(run_name="whole", ptx_data=PAIRS, ptx={"batch_size": 3}).learn())
     ppo(run_name="half", ptx_data=PAIRS, ptx={"batch_size": 3}).learn(16)
     found = refusal(lambda: PPO.load("runs/half", task, verbose=0))
-    assert found.startswith("ppo.ptx.data is missing") and "ptx_data" in found
+    assert found.startswith("ptx.data is missing") and "ptx_data" in found
     found = refusal(lambda: PPO.load("runs/half", task, verbose=0, ptx_data=PAIRS[::-1]))
-    assert found.startswith("ppo.ptx.data: these are not the examples that the run was begun with")
+    assert found.startswith("ptx.data: these are not the examples that the run was begun with")
     resumed = PPO.load("runs/half", task, verbose=0, ptx_data=PAIRS).learn(16)
     # The seeds and the counter go on; only what follows from the run's length (no schedule here) could differ.
     assert all(torch.equal(value, weights(resumed)[name]) for name, value in whole.items())
@@ -317,24 +313,21 @@ def test_rows_given_in_python_are_given_again_and_must_be_the_same() -> None:
 @pytest.mark.usefixtures("in_own_folder")
 def test_what_is_cut_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     found = refusal(lambda: ppo(ptx_data=[{"text": "the film " * 60}], ptx={"held_out": 0.0}).learn())
-    assert "let ppo.ptx.max_tokens cut it" in found
+    assert "let ptx.max_tokens cut it" in found
     ppo(ptx_data=[{"text": "the film " * 60}], ptx={"held_out": 0.0, "max_tokens": 8}, verbose=1, total_episodes=8).learn()
-    assert "1 of 1 examples are cut to ppo.ptx.max_tokens (8)" in capsys.readouterr().out
+    assert "1 of 1 examples are cut to ptx.max_tokens (8)" in capsys.readouterr().out
 
 
 MIXED = {
     "ptx": {"data": "labelled.jsonl", "coef": 0.4, "schedule": "linear", "batch_size": 5},
-    "advantage": "dr_grpo",
-    "samples_per_prompt": 2,
-    "skip_equal_groups": True,
-    "batch_size": 2,
-    "target_kl": 0.2,
-    "kl_target": None,
+    "ppo": {"advantage": "dr_grpo", "batch_size": 2, "target_kl": 0.2},
+    "group": {"size": 2, "skip_zero_variance": True},
+    "kl": {"target": None},
 }
 
 
 def mixed_project(folder: Path, base: Path) -> Path:
-    run = write_project(folder, base, ppo=MIXED)
+    run = write_project(folder, base, **MIXED)
     (folder / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
     return run
 
@@ -347,7 +340,7 @@ def test_a_killed_and_resumed_mixed_run_is_the_run_that_was_not(tmp_path: Path, 
     steps = [line["ptx/coef"] for line in log if "ptx/coef" in line]
     assert len(set(steps)) == 6 and 1.0 in [line.get("ppo/stopped_early") for line in log]
     handed_out = expected["state"]["rollout"]["ptx"]["handed_out"]
-    full = 6 * 2 * CONFIG["ppo"]["episodes_per_update"] // MIXED["batch_size"] * MIXED["ptx"]["batch_size"]
+    full = 6 * 2 * CONFIG["rollout"]["episodes_per_update"] // MIXED["ppo"]["batch_size"] * MIXED["ptx"]["batch_size"]
     assert 0 < handed_out < full  # stopped updates ask for fewer
     for nth in (2, 7, 12):  # between the steps of an update
         folder = tmp_path / str(nth)
@@ -366,13 +359,13 @@ def test_a_killed_and_resumed_mixed_run_is_the_run_that_was_not(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("content", "flags", "said"),
     [
-        (None, ["--ppo.ptx.coef", "0.5"], "ppo.ptx.data is missing: name a JSONL file"),
-        (None, ["--ppo.ptx.data", "labelled.jsonl"], "labelled.jsonl"),
+        (None, ["--ptx.coef", "0.5"], "ptx.data is missing: name a JSONL file"),
+        (None, ["--ptx.data", "labelled.jsonl"], "labelled.jsonl"),
         ("", [], "labelled.jsonl: no examples there; one is needed at least"),
-        ('{"text": "a"}\n', ["--ppo.ptx.held-out", "0.9999999"], "all 1 were held out"),
+        ('{"text": "a"}\n', ["--ptx.held-out", "0.9999999"], "all 1 were held out"),
         ('{"prompt": "a"}\n', [], "labelled.jsonl, line 1: has prompt; one of text"),
-        ('{"text": "a"}\n', ["--ppo.ptx.coef", "-1"], "--ppo.ptx.coef: should be greater than or equal to 0"),
-        ('{"text": "a"}\n', ["--ppo.ptx.coeff", "1"], "did you mean '--ppo.ptx.coef'?"),
+        ('{"text": "a"}\n', ["--ptx.coef", "-1"], "--ptx.coef: should be greater than or equal to 0"),
+        ('{"text": "a"}\n', ["--ptx.coeff", "1"], "did you mean '--ptx.coef'?"),
     ],
 )
 def test_a_mixed_loss_without_demonstrations_is_refused_before_a_model_is_loaded(
@@ -384,7 +377,7 @@ def test_a_mixed_loss_without_demonstrations_is_refused_before_a_model_is_loaded
     write_inputs(tmp_path)
     if content is not None:
         Path("labelled.jsonl").write_text(content)
-        flags = ["--ppo.ptx.data", "labelled.jsonl", *flags]
+        flags = ["--ptx.data", "labelled.jsonl", *flags]
     monkeypatch.setattr("surefoot.build.language.load_policy", load)
     assert said in run_cli("ppo", "config.yaml", *flags).complaint
     assert not Path("runs").exists()
@@ -393,19 +386,19 @@ def test_a_mixed_loss_without_demonstrations_is_refused_before_a_model_is_loaded
 @pytest.mark.usefixtures("in_own_folder")
 def test_environments_have_no_demonstrations() -> None:
     found = refusal(lambda: PPO("MlpPolicy", "CartPole-v1", ptx_data=PAIRS, verbose=0))
-    assert "ppo.ptx is for text tasks" in found
+    assert "ptx: a run with env has no such section" in found
 
 
 @pytest.mark.usefixtures("in_own_folder")
 def test_a_row_of_python_that_is_none_is_named() -> None:
-    assert refusal(lambda: ppo(ptx_data=[*PAIRS, {"text": "a"}])).startswith("ppo.ptx.data, row 25: has text, but")
-    assert refusal(lambda: ppo(ptx_data=[])).startswith("ppo.ptx.data: no examples there")
-    assert refusal(lambda: ppo(ptx={"coef": 0.5})).startswith("ppo.ptx.data is missing")
+    assert refusal(lambda: ppo(ptx_data=[*PAIRS, {"text": "a"}])).startswith("ptx.data, row 25: has text, but")
+    assert refusal(lambda: ppo(ptx_data=[])).startswith("ptx.data: no examples there")
+    assert refusal(lambda: ppo(ptx={"coef": 0.5})).startswith("ptx.data is missing")
 
 
 @pytest.mark.usefixtures("in_own_folder")
 def test_a_relative_file_is_relative_to_the_configuration(tmp_path: Path) -> None:
-    file = write_inputs(tmp_path / "project", ppo={"ptx": {"data": "labelled.jsonl"}})
+    file = write_inputs(tmp_path / "project", ptx={"data": "labelled.jsonl"})
     (tmp_path / "project" / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
     ended = run_cli("ppo", file, "--run.name", "r")
     assert ended.code == 0, ended.err

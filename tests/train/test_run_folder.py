@@ -25,7 +25,8 @@ from tests.train.warm import Strike, Warm
 BATCH = written_batch([((5, 9, 30), (8, 44, 2)), ((7,), (12, 13, 14, 15))])
 # Two updates, the weights untouched by anything that knows how long the run is.
 SHORT: dict[str, dict[str, Any]] = {
-    "ppo": {"total_episodes": 12, "lr_schedule": "constant", "lr_warmup": 0.0},
+    "ppo": {"lr_schedule": "constant", "lr_warmup": 0.0},
+    "rollout": {"total_episodes": 12},
     "evaluate": {"every": 1},
 }
 
@@ -384,4 +385,4 @@ def test_generation_takes_the_best_checkpoint_and_survives_a_wild_pointer(finish
 def test_a_run_says_what_it_was_run_with(finished: Path) -> None:
     environment = json.loads((finished / "environment.json").read_text())
     assert torch.__version__.startswith(environment["packages"]["torch"].split("+")[0])
-    assert yaml.safe_load((finished / "config.yaml").read_text())["ppo"]["kl_target"] == 0.05
+    assert yaml.safe_load((finished / "config.yaml").read_text())["kl"]["target"] == 0.05

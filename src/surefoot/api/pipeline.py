@@ -76,7 +76,7 @@ class Stage:
 
 
 def load_pipeline(path: Path | str, overrides: Mapping[str, str] | None = None) -> list[Stage]:
-    """Read and check a whole pipeline. `overrides` are dotted keys of the file, `stages.ppo.ppo.kl_coef`.
+    """Read and check a whole pipeline. `overrides` are dotted keys of the file, `stages.ppo.kl.coef`.
 
     Relative paths in the file are relative to the file; those in overrides to the working directory. Raises InputError with
     one line for a stage that no run could be made of, models, functions or data that are not there or of no use, and a
@@ -156,9 +156,9 @@ def _stage(
                 f"{where}: pseudo_labels answers the prompts of a task; give it a task section alone"
             )
     config = make_config(data, where=where)
-    if labels is not None and labels.episodes % (group := config.ppo.samples_per_prompt):
+    if labels is not None and labels.episodes % (group := config.group.size):
         raise InputError(
-            f"{where}: ppo.samples_per_prompt ({group}) does not divide pseudo_labels.episodes ({labels.episodes})"
+            f"{where}: group.size ({group}) does not divide pseudo_labels.episodes ({labels.episodes})"
         )
     return Stage(name, config, labels)
 
@@ -171,7 +171,7 @@ def _check_inputs(stage: Stage, made: Mapping[str, Stage]) -> None:
         check_model_folder(config.policy.model)
     if critic is not None and critic not in {*made, *assets.ASSETS}:
         check_model_folder(model_of_run(critic), key="policy.critic.model")
-    for section in (config.sft, config.ppo.ptx):
+    for section in (config.sft, config.ptx):
         if section is not None and section.data not in made:
             build_demonstrations(section)
     if config.reward_model is not None and config.reward_model.data not in made:
@@ -296,7 +296,7 @@ def _write_pseudo_labels(stage: Stage, labels: PseudoLabelsConfig) -> None:
     policy = build_policy(config)
     policy.drop_reference()
     rollout: Any = build_rollout(config, policy, task)
-    numbers, group = range(labels.episodes), config.ppo.samples_per_prompt
+    numbers, group = range(labels.episodes), config.group.size
     prompts = [task.training_example(number // group, config.seed) for number in numbers]
     seeds = [derived_seed(config.seed, "sampling", number) for number in numbers]
     answers = rollout.play(prompts, seeds, None)

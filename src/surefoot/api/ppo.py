@@ -25,6 +25,7 @@ from surefoot.config import (
     load_config,
     make_config,
     nested,
+    sections_for,
     with_sampling,
 )
 from surefoot.core.seeds import derived_seed
@@ -72,13 +73,15 @@ class PPO:
         ptx_data: Any = None,
         **settings: Any,
     ):
-        data = config.model_dump() if config is not None else {}
         is_module = isinstance(policy, nn.Module) and not isinstance(env, TextTask)
-        is_control = data.get("env") is not None or str(policy) in NETWORKS or is_module
+        has_env = config is not None and config.env is not None
+        is_control = has_env or str(policy) in NETWORKS or is_module
+        of_text = "task" if config is None else config.supervised or "task"
+        data = sections_for(config, "env" if is_control else of_text)
         settings, self._schedules = (
             sb3.translated(settings, verbose=verbose) if is_control else (settings, {})
         )
-        merge(data, nested(settings))
+        merge(data, ours := nested(settings))
         if is_control:
             if env is None and config is None:
                 raise InputError(
@@ -99,6 +102,11 @@ class PPO:
                 f"env: expected a TextTask(prompts, reward), got {env!r:.60}; for Gymnasium the policy is one of "
                 f"{', '.join(NETWORKS)}, not {policy!r:.60}"
             )
+        if not is_control and "env" in ours:
+            name = next(iter(ours["env"]))
+            raise InputError(
+                f"{name}: needs an environment (Gymnasium); a text task counts episodes, leave it out"
+            )
         self.config = make_config(data, where="PPO(...)")
         if self.config.supervised and env is not None:
             raise InputError(
@@ -107,7 +115,7 @@ class PPO:
         self.verbose = verbose
         if run is None and (env is not None or is_control):
             preflight(self.config)
-        ptx = self.config.ppo.ptx
+        ptx = self.config.ptx
         self._demonstrations = (
             build_demonstrations(ptx, ptx_data) if ptx is not None and env is not None else None
         )
@@ -373,7 +381,7 @@ def save_policy(policy: Any, config: Config, folder: Path) -> None:
         with contextlib.nullcontext(folder) if folder.exists() else whole_folder(folder) as place:
             policy.save(place)
             # Without `run` and the supervised sections: what is trained from it is another run.
-            settings = dump_config(absolute_paths(config), exclude={"run", *SUPERVISED})
+            settings = dump_config(absolute_paths(config), exclude={"run", "new_model", *SUPERVISED})
             (place / SETTINGS).write_text(settings, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise InputError(
@@ -435,18 +443,17 @@ def _put_environment(
     elif env is not None:
         data["env"] |= {"id": None, "n_envs": settings.get("n_envs", 1)}
     for value, schedule in sb3.SCHEDULED.items():
-        if value in settings and value not in schedules and data["ppo"].get(schedule) == "function":
+        if value in settings and value not in schedules and data.get("ppo", {}).get(schedule) == "function":
             data["ppo"][schedule] = "constant"
 
 
 def _put_demonstrations(data: dict[str, Any], ptx_data: Any, *, is_begun: bool) -> None:
     """What is given goes before the file that the configuration names; for a run that goes on, its own name for it stays."""
-    ppo = data.setdefault("ppo", {})
-    if is_begun and ppo.get("ptx") is None:
+    if is_begun and data.get("ptx") is None:
         raise InputError(
             "ptx_data: this run was begun without demonstrations; go on without, or begin another"
         )
     if not is_begun:
-        ppo["ptx"] = (ppo.get("ptx") or {}) | {
+        data["ptx"] = (data.get("ptx") or {}) | {
             "data": str(ptx_data) if isinstance(ptx_data, (str, Path)) else None
         }

@@ -13,7 +13,7 @@ from surefoot.api.ppo import check_count, merge, save_policy
 from surefoot.build.language import build_policy, build_preferences, build_reward_policy, load_reward
 from surefoot.build.preflight import SETTINGS, preflight
 from surefoot.build.training import build_training
-from surefoot.config import Config, load_config, make_config, nested
+from surefoot.config import Config, load_config, make_config, nested, sections_for
 from surefoot.data.preferences import PreferenceDataset
 from surefoot.errors import InputError
 from surefoot.policies.lm.policy import CausalLMPolicy
@@ -48,7 +48,7 @@ class RewardModel:
         run: RunFolder | None = None,
         **settings: Any,
     ):
-        settings_of_run: dict[str, Any] = config.model_dump() if config is not None else {}
+        settings_of_run = sections_for(config, "reward_model")
         settings_of_run["reward_model"] = settings_of_run.get("reward_model") or {}
         merge(settings_of_run, nested(settings, "reward_model"))
         if data is not None and run is None:  # what is given goes before what the configuration names

@@ -10,7 +10,7 @@ from surefoot.api.ppo import check_count, generate_text, merge, save_policy
 from surefoot.build.language import build_demonstrations, build_policy
 from surefoot.build.preflight import preflight
 from surefoot.build.training import build_training
-from surefoot.config import Config, make_config, nested
+from surefoot.config import Config, make_config, nested, sections_for
 from surefoot.errors import InputError
 from surefoot.policies.lm.policy import CausalLMPolicy
 from surefoot.rollout.demonstrations import DemonstrationRollout
@@ -43,7 +43,7 @@ class SFT:
         run: RunFolder | None = None,
         **settings: Any,
     ):
-        settings_of_run: dict[str, Any] = config.model_dump() if config is not None else {}
+        settings_of_run = sections_for(config, "sft")
         settings_of_run["sft"] = settings_of_run.get("sft") or {}
         settings_of_run["new_model"] = (
             None  # made before; with it policy.model could be nothing but a folder's path

@@ -103,7 +103,7 @@ def build_demonstrations(
 ) -> Demonstrations:
     """The examples of a run: `data`, or what the section names. Raises InputError for what cannot be learned from."""
     is_sft = isinstance(settings, SFTConfig)
-    key, given = ("sft.data", "data") if is_sft else ("ppo.ptx.data", "ptx_data")
+    key, given = ("sft.data", "data") if is_sft else ("ptx.data", "ptx_data")
     if data is None:
         if settings.data is None:
             raise InputError(

@@ -34,7 +34,7 @@ Environment = TextTask | Vector | Demonstrations | PreferenceDataset
 def build_rollout(
     config: Config, policy: Any, env: Environment, demonstrations: Demonstrations | None = None
 ) -> Rollout:
-    """What collects the batches of a run; `demonstrations` are those of `ppo.ptx`."""
+    """What collects the batches of a run; `demonstrations` are those of `ptx`."""
     if config.supervised or not config.ppo.has_critic:
         check_no_critic(policy)
     else:
@@ -50,8 +50,7 @@ def build_rollout(
             policy,
             env,
             engine=text_engine(policy, config.generation),
-            generation=config.generation,
-            ppo=config.ppo,
+            config=config,
             seed=config.seed,
         )
         return rollout if demonstrations is None else _mixed(config, rollout, demonstrations)
@@ -74,7 +73,7 @@ def build_rollout(
 
 
 def _mixed(config: Config, rollout: TextRollout, demonstrations: Demonstrations) -> MixedRollout:
-    ptx = config.ppo.ptx
+    ptx = config.ptx
     assert ptx is not None
     sft = SFTConfig(
         batch_size=ptx.batch_size, max_tokens=ptx.max_tokens, micro_batch_tokens=config.ppo.micro_batch_tokens
@@ -86,7 +85,7 @@ def _mixed(config: Config, rollout: TextRollout, demonstrations: Demonstrations)
         demonstrations,
         sft=sft,
         seed=seed,
-        key="ppo.ptx",
+        key="ptx",
         temperature=config.generation.temperature,
     )
     return MixedRollout(rollout, demonstrated)
@@ -113,7 +112,7 @@ def build_training(
             policy, config.algorithm, critic_learning_rate=config.policy.critic.learning_rate
         ),
         folder=folder,
-        progress=loop.Progress(kl_coef=config.ppo.kl_coef),
+        progress=loop.Progress(kl_coef=config.kl.coef),
         total=_budget(config, env),
     )
     newest = checkpoint.newest_checkpoint(folder.checkpoints)
@@ -130,7 +129,7 @@ def _budget(config: Config, env: Environment) -> int:
         settings = config.sft or config.reward_model
         assert settings is not None
         return settings.epochs * len(env.train)
-    return config.ppo.total_episodes if isinstance(env, TextTask) else config.ppo.total_timesteps
+    return config.rollout.total_episodes if config.env is None else config.env.total_timesteps
 
 
 def restore_best(policy: Any, folder: RunFolder) -> Path:

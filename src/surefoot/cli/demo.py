@@ -39,7 +39,7 @@ def run_demo(overrides: dict[str, str]) -> None:
     preflight(config)
     model = PPO(config.policy.model, build_task(config), config=config)
     console.print(
-        f"PPO teaches {config.policy.model} to continue movie-review openings cheerfully: {config.ppo.total_episodes} "
+        f"PPO teaches {config.policy.model} to continue movie-review openings cheerfully: {config.rollout.total_episodes} "
         f"episodes, reward: VADER's sentiment of the continuation, on {model.policy.device.type} in "
         f"{str(model.policy.dtype).removeprefix('torch.')}.",
         highlight=False,
@@ -82,7 +82,7 @@ def show_change(run: RunFolder, console: Console, minutes: float) -> None:
     for command in (
         f'{here}surefoot generate {path} "The film"',
         f"{here}tensorboard --logdir {path.parent}",
-        f"{here}surefoot demo --ppo.kl-coef 0.2 --seed 1",
+        f"{here}surefoot demo --kl.coef 0.2 --seed 1",
     ):
         console.print(f"  {command}", highlight=False, soft_wrap=True, markup=False)
 

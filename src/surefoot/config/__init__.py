@@ -13,24 +13,44 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from surefoot.config import strict_yaml
-from surefoot.config.checks import NETWORKS, check_algorithm, check_environment, check_supervised, check_text
-from surefoot.config.messages import as_flag, first_problem, short, suggestion
+from surefoot.config.checks import (
+    KINDS,
+    NETWORKS,
+    check_environment,
+    check_sections,
+    check_supervised,
+    check_text,
+    foreign_sections,
+    kind_of,
+)
+from surefoot.config.messages import as_flag, first_problem, new_place, short, suggestion
 from surefoot.config.sections import (
     AdapterConfig,
     CriticConfig,
     EnvConfig,
     EvaluateConfig,
     GenerationConfig,
+    GroupConfig,
+    KLConfig,
     NetworkConfig,
     PolicyConfig,
     PPOConfig,
     PTXConfig,
+    RolloutConfig,
     RunConfig,
     Section,
     SelfPlayConfig,
+    ShapingConfig,
 )
 from surefoot.config.supervised import NewModelConfig, RewardModelConfig, SFTConfig
 from surefoot.config.task import RewardPart, TaskConfig, check_weights
@@ -45,6 +65,8 @@ __all__ = [
     "EnvConfig",
     "EvaluateConfig",
     "GenerationConfig",
+    "GroupConfig",
+    "KLConfig",
     "NetworkConfig",
     "NewModelConfig",
     "PPOConfig",
@@ -52,10 +74,12 @@ __all__ = [
     "PolicyConfig",
     "RewardModelConfig",
     "RewardPart",
+    "RolloutConfig",
     "RunConfig",
     "SFTConfig",
     "Section",
     "SelfPlayConfig",
+    "ShapingConfig",
     "TaskConfig",
     "absolute_paths",
     "check_weights",
@@ -67,6 +91,7 @@ __all__ = [
     "make_paths_relative_to",
     "nested",
     "read_sections",
+    "sections_for",
     "set_field",
     "setting_keys",
     "with_sampling",
@@ -92,21 +117,25 @@ class Config(Section):
     generation: GenerationConfig = Field(
         default_factory=GenerationConfig, description=GenerationConfig.__doc__
     )
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig, description=RolloutConfig.__doc__)
     ppo: PPOConfig = Field(default_factory=PPOConfig, description=PPOConfig.__doc__)
+    kl: KLConfig = Field(default_factory=KLConfig, description=KLConfig.__doc__)
+    group: GroupConfig = Field(default_factory=GroupConfig, description=GroupConfig.__doc__)
+    shaping: ShapingConfig = Field(default_factory=ShapingConfig, description=ShapingConfig.__doc__)
+    ptx: PTXConfig | None = Field(None, description=PTXConfig.__doc__)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description=EvaluateConfig.__doc__)
 
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_environments(cls, data: Any) -> Any:
-        if (
-            isinstance(data, dict)
-            and any(data.get(name) is not None for name in SUPERVISED)
-            and data.get("env") is None
-        ):
-            return data | {name: _over(values, data.get(name)) for name, values in SFT_DEFAULTS.items()}
-        if not isinstance(data, dict) or data.get("env") is None:
+        if not isinstance(data, dict):
             return data
-        given = {section: data.get(section) or {} for section in ("env", *ENV_DEFAULTS)}
+        check_sections([name for name in cls.model_fields if data.get(name) is not None])
+        if any(data.get(name) is not None for name in SUPERVISED):
+            return data | {name: _over(values, data.get(name)) for name, values in SFT_DEFAULTS.items()}
+        if data.get("env") is None:
+            return data
+        given = {section: data.get(section) or {} for section in ENV_DEFAULTS}
         if not all(isinstance(part, dict) for part in given.values()):
             return data  # which is refused elsewhere
         return data | {
@@ -115,14 +144,18 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        check_algorithm(self.ppo)
         if self.supervised is not None:
             check_supervised(self, self.supervised)
-        if self.env is None:
+        elif self.env is None:
             check_text(self)
         else:
             check_environment(self)
         return self
+
+    @model_serializer(mode="wrap")
+    def _own_sections(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        foreign = foreign_sections(kind_of([name for name in KINDS if getattr(self, name) is not None]))
+        return {name: value for name, value in dump(self).items() if name not in foreign}
 
     @property
     def supervised(self) -> Literal["sft", "reward_model"] | None:
@@ -135,16 +168,19 @@ class Config(Section):
         return {None: "PPO", "sft": "SFT", "reward_model": "RewardModel"}[self.supervised]
 
     @property
-    def algorithm(self) -> PPOConfig:
-        """What `train/` reads: the section `ppo`, or what stands for it in a supervised run."""
+    def algorithm(self) -> Config:
+        """What `train/` reads: this, or what stands for it in a supervised run."""
         section = self.sft or self.reward_model
-        return self.ppo if section is None else section.as_update()
+        if section is None:
+            return self
+        return self.model_copy(update={"ppo": section.as_update()})
 
 
 # What control has found to work, and Stable-Baselines3 has as its defaults: used with `env` where nothing else is said.
 ENV_DEFAULTS: dict[str, dict[str, Any]] = {
     "run": {},
     "policy": {"model": "MlpPolicy"},
+    "env": {},
     "ppo": {
         "batch_size": 64,
         "n_epochs": 10,
@@ -152,8 +188,8 @@ ENV_DEFAULTS: dict[str, dict[str, Any]] = {
         "gamma": 0.99,
         "vf_coef": 0.5,
         "value_loss": "squared",
-        "kl_coef": 0.0,
     },
+    "kl": {"coef": 0.0},
     "evaluate": {"every": None, "episodes": 10},
 }
 # The sections of supervised runs.
@@ -164,7 +200,7 @@ SFT_DEFAULTS: dict[str, dict[str, Any]] = {
     "evaluate": {"every": 25, "episodes": 128},
 }
 CHECKPOINT_TIMESTEPS = 25_600  # between two checkpoints
-LSTM_DEFAULTS = {"n_steps": 128, "batch_size": 128}  # with memory: sb3-contrib's
+LSTM_DEFAULTS = {"env": {"n_steps": 128}, "ppo": {"batch_size": 128}}  # with memory: sb3-contrib's
 
 
 def _over(defaults: dict[str, Any], given: Any) -> Any:
@@ -175,11 +211,10 @@ def _defaults_for(given: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, An
     """Sections of defaults that suit the environment and network of the sections `given`."""
     defaults = {section: dict(values) for section, values in ENV_DEFAULTS.items()}
     if "Lstm" in str(given["policy"].get("model")):
-        defaults["ppo"] |= LSTM_DEFAULTS
-    sizes = (
-        given["env"].get("n_envs", 1),
-        (defaults["ppo"] | given["ppo"]).get("n_steps", PPOConfig.model_fields["n_steps"].default),
-    )
+        for section, values in LSTM_DEFAULTS.items():
+            defaults[section] |= values
+    env = {"n_envs": 1, "n_steps": EnvConfig.model_fields["n_steps"].default} | defaults["env"] | given["env"]
+    sizes = (env["n_envs"], env["n_steps"])
     if all(isinstance(size, int) and size > 0 for size in sizes):
         # A checkpoint is worth losing no more than seconds for: small updates need not have one each.
         defaults["run"]["checkpoint_every"] = min(max(CHECKPOINT_TIMESTEPS // math.prod(sizes), 1), 100)
@@ -238,6 +273,19 @@ def absolute_paths(config: Config) -> Config:
     return make_config(data, where="config")
 
 
+def sections_for(config: Config | None, kind: str) -> dict[str, Any]:
+    """What `config` says, as nested data for a run of that `kind`: without the defaults of sections that it does not have."""
+    if config is None:
+        return {}
+    foreign = foreign_sections(kind)
+    defaults = Config()
+    return {
+        name: value
+        for name, value in config.model_dump().items()
+        if name not in foreign or getattr(config, name) != getattr(defaults, name)
+    }
+
+
 def with_sampling(generation: GenerationConfig, changes: Mapping[str, Any]) -> GenerationConfig:
     """`generation` with other settings for writing text. Raises InputError for an unknown name or a wrong value."""
     allowed = ("max_new_tokens", "temperature", "top_k", "top_p")
@@ -250,28 +298,34 @@ def with_sampling(generation: GenerationConfig, changes: Mapping[str, Any]) -> G
         raise InputError(first_problem(error.errors(), where="generate", kinds=_kinds())) from None
 
 
+# Sections given whole, as a dictionary, and prefixes of those whose fields would be named alike.
+WHOLE = ("kl", "group", "shaping", "ptx")
+PREFIXES = {"run": "run_", "evaluate": "evaluate_", "env.id": "env_", "env.kwargs": "env_"}
+
+
 def setting_keys(algorithm: Literal["ppo", "sft", "reward_model"] = "ppo") -> dict[str, str]:
-    """Flat setting name -> dotted key, for keyword arguments: `{"learning_rate": "ppo.learning_rate", "seed": "seed", …}`."""
+    """Flat setting name -> dotted key, for keyword arguments: `{"learning_rate": "ppo.learning_rate", "kl": "kl", …}`."""
     keys: dict[str, str] = {}
-    if algorithm != "ppo":
-        keys = {name: key for name, key in setting_keys().items() if key.split(".")[0] not in ("ppo", "env")}
-        return keys | {
-            name: f"{algorithm}.{name}" for name in _section(algorithm).model_fields if name != "data"
-        }
-    for name, section in ((name, info.annotation) for name, info in Config.model_fields.items()):
-        if isinstance(section, type) and issubclass(section, Section):
-            prefix = f"{name}_" if name in ("run", "evaluate") else ""
-            keys |= {prefix + inner: f"{name}.{inner}" for inner in section.model_fields}
-        elif name not in ("task", "env", "new_model", *SUPERVISED):
+    others = ("task", "new_model", *{"ppo", *SUPERVISED} - {algorithm})
+    foreign = {*foreign_sections(algorithm), "env"} if algorithm != "ppo" else ()
+    for name, info in Config.model_fields.items():
+        if name in (*others, *foreign):
+            continue
+        section = _section(info.annotation)
+        if section is None or name in WHOLE:
             keys[name] = name
-    named_alike = {"id", "kwargs"}
-    return keys | {
-        ("env_" if inner in named_alike else "") + inner: f"env.{inner}" for inner in EnvConfig.model_fields
-    }
+            continue
+        for inner in section.model_fields:
+            key = f"{name}.{inner}"
+            if key != f"{algorithm}.data":
+                keys[PREFIXES.get(name, PREFIXES.get(key, "")) + inner] = key
+    return keys
 
 
-def _section(name: Literal["sft", "reward_model"]) -> type[Section]:
-    return SFTConfig if name == "sft" else RewardModelConfig
+def _section(annotation: Any) -> type[Section] | None:
+    """The model that a field holds, if it is a section."""
+    kinds = (annotation, *get_args(annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
 def nested(
@@ -284,7 +338,9 @@ def nested(
         if name not in keys:
             is_the_tasks = algorithm == "ppo" and name in TaskConfig.model_fields
             hint = (
-                "; it is TextTask's" if is_the_tasks else suggestion(name, keys, "docs/config.md lists them")
+                "; it is TextTask's"
+                if is_the_tasks
+                else new_place(name, keys) or suggestion(name, keys, "docs/config.md lists them")
             )
             raise InputError(f"unknown setting {name!r}{hint}")
         section, _, leaf = keys[name].rpartition(".")
@@ -324,7 +380,7 @@ def make_paths_relative_to(folder: Path, data: dict[str, Any]) -> None:
         ("env", "id"),
         ("sft", "data"),
         ("reward_model", "data"),
-        ("ppo", "ptx", "data"),
+        ("ptx", "data"),
         ("pseudo_labels", "join"),
     ):
         values: Any = data
@@ -368,13 +424,8 @@ def field_table() -> list[tuple[str, str, str, str]]:
     def walk(model: type[BaseModel], prefix: str) -> list[tuple[str, str, str, str]]:
         rows = []
         for name, info in model.model_fields.items():
-            inner = [
-                t
-                for t in (info.annotation, *get_args(info.annotation))
-                if isinstance(t, type) and issubclass(t, Section)
-            ]
-            if inner:
-                rows += walk(inner[0], f"{prefix}{name}.")
+            if (inner := _section(info.annotation)) is not None:
+                rows += walk(inner, f"{prefix}{name}.")
                 continue
             kind = _type_name(info.annotation)
             default = (

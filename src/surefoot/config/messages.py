@@ -58,6 +58,9 @@ def first_problem(
 
 def suggestion(name: str, candidates: Collection[str], otherwise: str) -> str:
     """'; did you mean …?' with the closest candidate: a very like last part first, then a like whole, then a like last part."""
+    key = MOVED.get(_leaf(name).replace("-", "_"), "")
+    if known := next((candidate for candidate in candidates if candidate in (key, as_flag(key))), None):
+        return f"; it is {known!r}"
     candidates = [candidate for candidate in candidates if not name.startswith(f"{candidate}.")]
     section = name.rpartition(".")[0]  # of two sections with such a field, the one that was meant
     by_leaf = {_leaf(c): c for c in sorted(candidates, key=lambda c: c.rpartition(".")[0] == section)}
@@ -69,6 +72,37 @@ def suggestion(name: str, candidates: Collection[str], otherwise: str) -> str:
 
     close = like_leaf(0.75) or difflib.get_close_matches(name, candidates, n=1) or like_leaf(0.6)
     return f"; did you mean {close[0]!r}?" if close else f"; {otherwise}"
+
+
+# Old and others' names of settings -> where they stand.
+MOVED = {
+    "kl_coef": "kl.coef",
+    "kl_in": "kl.placement",
+    "kl_target": "kl.target",
+    "kl_horizon": "kl.horizon",
+    "samples_per_prompt": "group.size",
+    "skip_equal_groups": "group.skip_zero_variance",
+    "missing_eos_penalty": "shaping.missing_eos_penalty",
+    "reward_scale": "shaping.scale",
+    "reward_clip": "shaping.clip",
+    "whiten_rewards": "shaping.whiten",
+    "gae_lambda_critic": "policy.critic.gae_lambda",
+    "critic_warmup_updates": "policy.critic.warmup_updates",
+    "sampler_ratio_cap": "generation.tis_cap",
+    "newest": "env.self_play.latest",
+    "add_every": "env.self_play.snapshot_every",
+    "blunders": "env.self_play.random_move_prob",
+}
+
+
+def new_place(name: str, keys: Mapping[str, str]) -> str:
+    """For an old name of a setting how it is given as a keyword now, for others nothing. `keys`: keyword -> dotted key."""
+    key = MOVED.get(name, "")
+    section, _, leaf = key.rpartition(".")
+    if keyword := next((word for word, known in keys.items() if known == section), None):
+        return f"; it is {keyword}={{{leaf!r}: ...}}"
+    keyword = next((word for word, known in keys.items() if known == key), None)
+    return f"; it is {keyword}" if keyword else ""
 
 
 def as_flag(key: str) -> str:

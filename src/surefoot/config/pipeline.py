@@ -21,7 +21,7 @@ TAKEN_BY: dict[str, tuple[Product, ...]] = {
     "policy.model": ("a language model",),
     "policy.critic.model": ("a language model", "a reward model"),
     **dict.fromkeys(("task.reward", "task.reward.name", "task.metric"), ("a reward model",)),
-    **dict.fromkeys(("task.prompts", "sft.data", "ppo.ptx.data", "pseudo_labels.join"), ("examples",)),
+    **dict.fromkeys(("task.prompts", "sft.data", "ptx.data", "pseudo_labels.join"), ("examples",)),
 }
 
 

@@ -99,18 +99,21 @@ class CriticConfig(Section):
         None,
         description="`separate`: the model it starts as, named as `policy.model` is, with the policy's tokenizer, or a reward model's folder, whose head it starts with too; `null`: a copy of the policy's base.",
     )
-    layers: Positive | None = Field(
-        None, description="`separate`: keep only the first so many layers of that model; `null`: all."
-    )
     learning_rate: float | None = Field(
         None,
         gt=0,
         description="`adapter` and `separate`: the critic's own step size at its highest, moved as `ppo.lr_schedule` says; `null`: `ppo.learning_rate`, which all weights of a model may want smaller.",
     )
+    gae_lambda: Fraction | None = Field(
+        None, description="λ of the returns that the critic learns; `null`: that of the advantages."
+    )
+    warmup_updates: int = Field(
+        0, ge=0, description="First updates, in which the critic learns and the policy stays as it is."
+    )
 
     @model_validator(mode="after")
     def _of_one_kind(self) -> CriticConfig:
-        for name, kind in (("stop_gradient", "shared"), ("model", "separate"), ("layers", "separate")):
+        for name, kind in (("stop_gradient", "shared"), ("model", "separate")):
             if getattr(self, name) and self.kind != kind:
                 raise ValueError(f"{name} is for kind: {kind}, and this is {self.kind}; leave it out")
         if self.learning_rate is not None and self.kind == "shared":
@@ -182,21 +185,21 @@ class SelfPlayConfig(Section):
     """Opponents of a two-player game: past selves, the newest self, and a random player."""
 
     pool_size: Positive = Field(10, description="Past selves kept.")
-    add_every: Positive = Field(10, description="Updates between two past selves.")
-    newest: Fraction = Field(0.5, description="Share of games against the newest self.")
+    snapshot_every: Positive = Field(10, description="Updates between two past selves.")
+    latest: Fraction = Field(0.5, description="Share of games against the newest self.")
     random: Fraction = Field(
         0.1, description="Share of games against a player that moves at random; the rest meet past selves."
     )
-    blunders: Fraction = Field(
+    random_move_prob: Fraction = Field(
         0.0,
         description="Chance that a self moves at random, move by move: it comes to positions that good play avoids.",
     )
 
     @model_validator(mode="after")
     def _shares(self) -> SelfPlayConfig:
-        if self.newest + self.random > 1:
+        if self.latest + self.random > 1:
             raise ValueError(
-                f"newest ({self.newest}) and random ({self.random}) are shares of all games; they add up to over 1"
+                f"latest ({self.latest}) and random ({self.random}) are shares of all games; they add up to over 1"
             )
         return self
 
@@ -207,6 +210,13 @@ class EnvConfig(Section):
     id: str | None = Field(
         None,
         description="Gymnasium id, `file.py:function` or `package.module:function` (the function returns an environment), or a two-player game of PettingZoo such as `classic/tictactoe-v3` (with `self_play`, also a function that returns one); `null`: one that was made in Python.",
+    )
+    total_timesteps: Positive = Field(
+        100_000,
+        description="Steps in the whole run, all copies together; rounded up to whole updates.",
+    )
+    n_steps: Positive = Field(
+        2048, description="Steps of each copy in one update; with an LSTM 128 by default."
     )
     n_envs: Positive = Field(1, description="Copies that are stepped together.")
     vectorization: Literal["sync", "async", "native"] = Field(
@@ -263,6 +273,65 @@ class GenerationConfig(Section):
     slots: Positive = Field(
         64, description="Rows decoded at once; waiting prompts take the place of finished rows."
     )
+    tis_cap: float | None = Field(
+        None,
+        gt=0,
+        description="c: where the sampler's log-probs are not the trainer's (bfloat16), each token's policy loss is weighted by min(π_trainer / π_sampler, c); `null`: by 1.",
+    )
+
+
+class RolloutConfig(Section):
+    """How many episodes of a text task are collected."""
+
+    total_episodes: Positive = Field(
+        2000, description="Episodes in the whole run; rounded up to whole updates."
+    )
+    episodes_per_update: Positive = Field(64, description="Episodes collected for one update.")
+
+
+class GroupConfig(Section):
+    """Several completions of one prompt, compared with each other."""
+
+    size: Positive = Field(
+        1, description="G: completions of each prompt in an update. Divides rollout.episodes_per_update."
+    )
+    skip_zero_variance: bool = Field(
+        False,
+        description="Leave groups whose rewards are all equal out of the update: their advantages are 0.",
+    )
+
+
+class KLConfig(Section):
+    """The penalty for moving away from the reference model."""
+
+    coef: NonNegative = Field(0.05, description="β of the per-token KL penalty against the reference.")
+    placement: Literal["reward", "loss"] = Field(
+        "reward",
+        description="Where β's penalty stands: in the `reward` (k1), or in the `loss` (k2 with the importance ratio).",
+    )
+    target: float | None = Field(
+        None,
+        gt=0,
+        description="Adapt β to hold the mean sequence KL near this many nats, as fast as horizon says; `null` keeps β fixed.",
+    )
+    horizon: float = Field(
+        10_000.0,
+        gt=0,
+        description="Episodes in which the adaptive β moves by at most 20 %; a short run wants fewer, more than a fifth of an update's.",
+    )
+
+
+class ShapingConfig(Section):
+    """From the reward a function gave to the reward the policy gets, in this order."""
+
+    missing_eos_penalty: NonNegative | None = Field(
+        None, description="Charged when a completion was cut off by the length limit; `null`: nothing."
+    )
+    scale: Literal["none", "running_std"] = Field(
+        "none", description="Divide rewards by their running standard deviation."
+    )
+    clip: float | None = Field(None, gt=0, description="Clip rewards to ± this, after scaling.")
+    whiten: bool = Field(False, description="Whiten per-token rewards over the update, keeping their mean.")
 
 
 class PTXConfig(Section):
@@ -285,23 +354,9 @@ class PTXConfig(Section):
 class PPOConfig(Section):
     """The algorithm (Schulman et al. 2017, arXiv:1707.06347; for language models Ziegler et al. 2019, arXiv:1909.08593)."""
 
-    total_episodes: Positive = Field(
-        2000, description="Episodes in the whole run; rounded up to whole updates."
-    )
-    episodes_per_update: Positive = Field(64, description="Episodes collected for one update.")
-    samples_per_prompt: Positive = Field(
-        1, description="G: answers to each prompt in an update, a group. Divides episodes_per_update."
-    )
     advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce_pp", "remax"] = Field(
         "gae",
         description="What an answer is compared with (docs/family.md); all but `gae` do without a critic.",
-    )
-    total_timesteps: Positive = Field(
-        100_000,
-        description="With `env`: steps in the whole run, all copies together; rounded up to whole updates.",
-    )
-    n_steps: Positive = Field(
-        2048, description="With `env`: steps of each copy in one update; with an LSTM 128 by default."
     )
     batch_size: Positive = Field(
         16,
@@ -315,10 +370,6 @@ class PPOConfig(Section):
     )
     lr_warmup: LearningRateWarmup = 0.0
     adam_epsilon: AdamEpsilon = 1e-5
-    adam_style: Literal["torch", "tf1"] = Field(
-        "torch",
-        description="Where epsilon stands: `torch` after bias correction, `tf1` before it as in OpenAI's original runs.",
-    )
     max_grad_norm: MaxGradNorm = 1.0
     clip_range: float = Field(0.2, gt=0, description="ε of the clipped surrogate.")
     clip_schedule: Schedule | Literal["function"] = Field("constant", description="How ε moves over the run.")
@@ -332,10 +383,6 @@ class PPOConfig(Section):
         gt=1,
         description="c: a worse step's loss is at most c |A|, however large its ratio; `null`: no bound.",
     )
-    skip_equal_groups: bool = Field(
-        False,
-        description="Leave groups whose rewards are all equal out of the update: compared with each other they teach nothing.",
-    )
     loss_aggregation: Literal["token", "sequence", "constant"] = Field(
         "token",
         description="What the loss is a mean over: all written tokens of the minibatch; its answers, each the mean of its tokens; or, `constant`, answers × max_new_tokens.",
@@ -345,17 +392,6 @@ class PPOConfig(Section):
     )
     gamma: Fraction = Field(1.0, description="Discount per written token.")
     gae_lambda: Fraction = Field(0.95, description="λ of generalised advantage estimation.")
-    gae_lambda_critic: Fraction | None = Field(
-        None, description="λ of the returns that the critic learns; `null`: that of the advantages."
-    )
-    gae_lambda_length_alpha: float | None = Field(
-        None,
-        gt=0,
-        description="α: λ of the advantages is 1 - 1 / (α · length) for each answer, 0 at least; `null`: gae_lambda.",
-    )
-    critic_warmup_updates: int = Field(
-        0, ge=0, description="First updates, in which the critic learns and the policy stays as it is."
-    )
     normalize_advantage: bool = Field(
         True,
         description="Whiten advantages over each minibatch; with `advantage: gae` alone, the others have a scale of their own.",
@@ -367,45 +403,10 @@ class PPOConfig(Section):
     )
     ent_coef: NonNegative = Field(0.0, description="Weight of the entropy bonus.")
     ent_schedule: Schedule = Field("constant", description="How ent_coef moves over the run.")
-    kl_coef: NonNegative = Field(0.05, description="β of the per-token KL penalty against the reference.")
-    kl_in: Literal["reward", "loss"] = Field(
-        "reward",
-        description="Where β's penalty stands: in the `reward` (k1), or in the `loss` (k2 with the importance ratio).",
-    )
-    kl_target: float | None = Field(
-        None,
-        gt=0,
-        description="Adapt β to hold the mean sequence KL near this many nats, as fast as kl_horizon says; `null` keeps β fixed.",
-    )
-    kl_horizon: float = Field(
-        10_000.0,
-        gt=0,
-        description="Episodes in which the adaptive β moves by at most 20 %; a short run wants fewer, more than a fifth of an update's.",
-    )
     target_kl: float | None = Field(
         None,
         gt=0,
         description="Trust region δ: the update stops before a step once a minibatch's KL(old‖new) passes this, nats per token; `null`: no stop.",
-    )
-    ptx: PTXConfig | None = Field(None, description=PTXConfig.__doc__)
-    missing_eos_penalty: NonNegative | None = Field(
-        None, description="Charged when an answer was cut off by the length limit; `null`: nothing."
-    )
-    missing_eos_mode: Literal["subtract", "replace"] = Field(
-        "subtract",
-        description="`subtract` the penalty from the score, or `replace` the score by its negative.",
-    )
-    reward_scale: Literal["none", "running_std"] = Field(
-        "none", description="Divide scores by their running standard deviation."
-    )
-    reward_clip: float | None = Field(None, gt=0, description="Clip scores to ± this, after scaling.")
-    whiten_rewards: bool = Field(
-        False, description="Whiten per-token rewards over the update, keeping their mean."
-    )
-    sampler_ratio_cap: float | None = Field(
-        None,
-        gt=0,
-        description="c: where the sampler's log-probs are not the trainer's (bfloat16), each token's policy loss is weighted by min(π_trainer / π_sampler, c); `null`: by 1.",
     )
     micro_batch_tokens: MicroBatchTokens = 2048
     max_bad_steps: MaxBadSteps = 5

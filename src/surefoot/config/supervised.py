@@ -126,4 +126,4 @@ class RewardModelConfig(Section):
 
 def _one_step(section: SFTConfig | RewardModelConfig) -> PPOConfig:
     names = PPOConfig.model_fields.keys() & type(section).model_fields.keys()
-    return PPOConfig(**{name: getattr(section, name) for name in names}, n_epochs=1, kl_coef=0.0)
+    return PPOConfig(**{name: getattr(section, name) for name in names}, n_epochs=1)

@@ -47,16 +47,6 @@ def gae(
     return advantages_BT, returns_BT
 
 
-def length_adaptive_lambda(mask_BT: Tensor, alpha: float) -> Tensor:
-    """λ = 1 - 1 / (α l) for an answer of l steps, 0 at least; [B, 1] float32 (Yue et al. 2025, VAPO, arXiv:2504.05118).
-
-    The weights 1, λ, λ², … of the errors to come then sum to about α l: the same share of every answer is looked ahead.
-    Example: with α 0.05, λ is 0 up to 20 steps, 0.8 at 100 and 0.98 at 1,000.
-    """
-    lengths_B1 = mask_BT.sum(1, keepdim=True).clamp(min=1)
-    return (1.0 - 1.0 / (alpha * lengths_B1)).clamp(min=0.0)
-
-
 def group_advantages(scores_B: Tensor, groups_B: Tensor, *, acted_B: Tensor, kind: str) -> Tensor:
     """How much better each answer is than the others to its prompt; [B] float32, 0 where nothing was written.
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from surefoot.config import PPOConfig
+from surefoot.config import ShapingConfig
 from surefoot.core.running import RunningStats
 from surefoot.types import Trajectory
 
 
-def shape_rewards(trajectories: Sequence[Trajectory], config: PPOConfig, stats: RunningStats) -> RunningStats:
+def shape_rewards(
+    trajectories: Sequence[Trajectory], config: ShapingConfig, stats: RunningStats
+) -> RunningStats:
     """Fill up `reward_parts` of every trajectory; `reward_parts["total"]` is what goes on its last written token.
 
-    In this order: the penalty for an answer cut off by the length limit is subtracted, or replaces the score by its
-    negative (as lm-human-preferences does); the result is divided by the running standard deviation of all scores so
+    In this order: the penalty for an answer cut off by the length limit is subtracted; the result is divided by the running standard deviation of all scores so
     far, this batch included; then clipped. Returns the stats with this batch in them.
     """
     for t in trajectories:
@@ -22,14 +23,12 @@ def shape_rewards(trajectories: Sequence[Trajectory], config: PPOConfig, stats: 
         t.reward_parts |= {"score": t.score, "total": t.score}
         if penalty is not None:
             t.reward_parts["missing_eos_penalty"] = -penalty
-            t.reward_parts["total"] = -penalty if config.missing_eos_mode == "replace" else t.score - penalty
-    if config.reward_scale == "running_std":
+            t.reward_parts["total"] = t.score - penalty
+    if config.scale == "running_std":
         stats = stats.updated([t.reward_parts["total"] for t in trajectories])
         for t in trajectories:
             t.reward_parts["total"] /= stats.std
-    if config.reward_clip is not None:
+    if config.clip is not None:
         for t in trajectories:
-            t.reward_parts["total"] = min(
-                max(t.reward_parts["total"], -config.reward_clip), config.reward_clip
-            )
+            t.reward_parts["total"] = min(max(t.reward_parts["total"], -config.clip), config.clip)
     return stats

@@ -61,7 +61,7 @@ class GymRollout:
     @property
     def per_update(self) -> int:
         """Timesteps in one update, all copies together."""
-        return self.ppo.n_steps * int(self.env.num_envs)
+        return self.settings.n_steps * int(self.env.num_envs)
 
     @property
     def can_evaluate(self) -> bool:

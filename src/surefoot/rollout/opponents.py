@@ -61,7 +61,7 @@ class OpponentPool:
         self.selves = {number: one for number, one in self.selves.items() if number in met}
         self.selves.setdefault(version, _frozen(self.policy))
         self.newest = version
-        if version % self.settings.add_every == 0 and version not in self.pool:
+        if version % self.settings.snapshot_every == 0 and version not in self.pool:
             self.pool = thinned([*self.pool, version], self.settings.pool_size)
             self.ratings = {RANDOM: 0.0} | {
                 number: self.ratings.get(number, self.elo) for number in self.pool
@@ -75,7 +75,7 @@ class OpponentPool:
         masks = observations["action_mask"].astype(bool)
         # Random play and sampling take the same draws: the largest of Gumbel noise is uniform, of logits + noise softmax.
         noise = np.stack([self._rngs[i].gumbel(size=masks.shape[1]) for i in indices]).astype(np.float32)
-        blundering = np.array([self._rngs[i].random() for i in indices]) < self.settings.blunders
+        blundering = np.array([self._rngs[i].random() for i in indices]) < self.settings.random_move_prob
         if self._replayed is not None:
             return self._again(masks, indices)
         actions = np.where(masks, noise, -np.inf).argmax(1)
@@ -153,7 +153,7 @@ class OpponentPool:
 
     def _opponent(self, drawn: float) -> int:
         """Whom a game meets, by one number drawn uniformly from [0, 1)."""
-        newest, random = self.settings.newest, self.settings.random
+        newest, random = self.settings.latest, self.settings.random
         if drawn < random:
             return RANDOM
         if drawn < random + newest or not self.pool:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from surefoot.config import GenerationConfig, PPOConfig
+from surefoot.config import Config, GenerationConfig
 from surefoot.core.running import RunningStats
 from surefoot.core.seeds import derived_seed
 from surefoot.data.render import check_length, encode_prompt
@@ -55,16 +55,16 @@ class TextRollout:
         task: TextTask,
         *,
         engine: Engine,
-        generation: GenerationConfig,
-        ppo: PPOConfig,
+        config: Config,
         seed: int,
     ):
+        generation = config.generation
         if generation.top_k is not None or generation.top_p is not None:
             raise InputError(
                 "generation.top_k and top_p contradict training: log-probs are over the full vocabulary"
             )
         self.policy, self.task, self.engine, self.seed = policy, task, engine, seed
-        self.generation, self.ppo = generation, ppo
+        self.config, self.generation, self.ppo = config, generation, config.ppo
         self.reward_stats = RunningStats()
         self.params = SamplingParams(
             max_new_tokens=generation.max_new_tokens, temperature=generation.temperature
@@ -78,16 +78,16 @@ class TextRollout:
     @property
     def per_update(self) -> int:
         """Episodes in one update."""
-        return self.ppo.episodes_per_update
+        return self.config.rollout.episodes_per_update
 
     def collect(
         self, *, first: int, count: int, version: int = 0, poll: Callable[[], None] | None = None
     ) -> Batch:
         """Play `count` episodes, the first of them number `first` of the run; a scored, shaped batch."""
-        numbers, group = range(first, first + count), self.ppo.samples_per_prompt
+        numbers, group = range(first, first + count), self.config.group.size
         if first % group or count % group:
             raise InputError(
-                f"episodes {first} to {first + count} are no whole groups of samples_per_prompt ({group})"
+                f"episodes {first} to {first + count} are no whole groups of group.size ({group})"
             )
         examples = [self.task.training_example(number // group, self.seed) for number in numbers]
         seeds = [derived_seed(self.seed, "sampling", number) for number in numbers]
@@ -101,7 +101,7 @@ class TextRollout:
             )
         played = time.perf_counter()
         assign_rewards(self.task.reward, trajectories + greedy)
-        self.reward_stats = shape_rewards(trajectories + greedy, self.ppo, self.reward_stats)
+        self.reward_stats = shape_rewards(trajectories + greedy, self.config.shaping, self.reward_stats)
         batch = text_batch(trajectories, device=self.policy.device)
         totals_B = _totals(trajectories, self.policy.device)
         # On the last written token, the action that ended the episode.
@@ -267,17 +267,16 @@ def collect(
     seed: int = 0,
     version: int = 0,
     engine: Engine | None = None,
-    generation: GenerationConfig | None = None,
-    ppo: PPOConfig | None = None,
+    config: Config | None = None,
 ) -> Batch:
     """Let `policy` play `episodes` episodes of `env`: a `Batch` with rewards and the reference's log-probs.
 
     `version` is the number of updates the policy has seen. Each call stands alone: keep a `TextRollout` instead where
-    `reward_scale` should remember earlier scores.
+    `shaping.scale` should remember earlier scores.
     """
-    generation, ppo = generation or GenerationConfig(), ppo or PPOConfig()
-    engine = engine or text_engine(policy, generation)
-    rollout = TextRollout(policy, env, engine=engine, generation=generation, ppo=ppo, seed=seed)
+    config = config or Config()
+    engine = engine or text_engine(policy, config.generation)
+    rollout = TextRollout(policy, env, engine=engine, config=config, seed=seed)
     return rollout.collect(first=first_episode, count=episodes, version=version)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from threadpoolctl import threadpool_limits
 
-from surefoot.config import Config, PPOConfig, PTXConfig
+from surefoot.config import Config, PPOConfig
 from surefoot.core.kl import adapted_kl_coef
 from surefoot.core.schedules import schedule
 from surefoot.core.seeds import derived_seed
@@ -84,7 +84,7 @@ class Training:
     @property
     def ppo(self) -> PPOConfig:
         """The algorithm's settings."""
-        return self.config.algorithm
+        return self.config.algorithm.ppo
 
     @property
     def total_updates(self) -> int:
@@ -174,34 +174,34 @@ def scheduled(t: Training, name: str, kind: str) -> float:
     return float(getattr(t.ppo, name)) * schedule(kind, t.progress.updates, t.total_updates, warmup=warmup)
 
 
-def _ptx_now(t: Training) -> PTXConfig | None:
-    """The demonstrations' settings, their weight as the next update has it."""
-    if (ptx := t.ppo.ptx) is None:
-        return None
-    return ptx.model_copy(
-        update={"coef": ptx.coef * schedule(ptx.schedule, t.progress.updates, t.total_updates)}
-    )
+def config_now(t: Training) -> Config:
+    """The configuration with the coefficients as the next update has them."""
+    config, ppo, ptx = t.config.algorithm, t.ppo, t.config.ptx
+    now = {
+        "clip_range": scheduled(t, "clip_range", ppo.clip_schedule),
+        "ent_coef": scheduled(t, "ent_coef", ppo.ent_schedule),
+    }
+    if ptx is not None:
+        coef = ptx.coef * schedule(ptx.schedule, t.progress.updates, t.total_updates)
+        ptx = ptx.model_copy(update={"coef": coef})
+    kl = config.kl.model_copy(update={"coef": t.progress.kl_coef})
+    return config.model_copy(update={"ppo": ppo.model_copy(update=now), "kl": kl, "ptx": ptx})
 
 
 def improve(t: Training, batch: Batch, *, budget: TokenBudget, check_itself: bool) -> dict[str, float]:
     """Advantages and one update; moves `progress` on and returns the update's metrics."""
     t.tell_phase("update")
-    p, ppo, started = t.progress, t.ppo, time.perf_counter()
-    learning_rate = scheduled(t, "learning_rate", ppo.lr_schedule)
-    now = {
-        "clip_range": scheduled(t, "clip_range", ppo.clip_schedule),
-        "ent_coef": scheduled(t, "ent_coef", ppo.ent_schedule),
-    }
-    ppo = ppo.model_copy(update={**now, "kl_coef": p.kl_coef, "ptx": _ptx_now(t)})
-    advantages(batch, ppo)
+    p, started = t.progress, time.perf_counter()
+    learning_rate, config = scheduled(t, "learning_rate", t.ppo.lr_schedule), config_now(t)
+    advantages(batch, config)
     metrics = batch_metrics(batch) | ({"kl/coef": p.kl_coef} if batch.objective == "policy" else {})
-    metrics |= {} if ppo.ptx is None else {"ptx/coef": ptx_coef(batch, ppo)}
+    metrics |= {} if config.ptx is None else {"ptx/coef": ptx_coef(batch, config)}
     gate = functools.partial(check_first_minibatch, exact=t.policy.exact_logprobs)
     result = update(
         t.policy,
         batch,
         optimizer=t.optimizer,
-        config=ppo,
+        config=config,
         learning_rate=learning_rate,
         generator=torch.Generator().manual_seed(derived_seed(t.config.seed, "minibatches", p.updates)),
         budget=budget,
@@ -215,13 +215,13 @@ def improve(t: Training, batch: Batch, *, budget: TokenBudget, check_itself: boo
     p.bad_steps += result.skipped
     p.bad_steps_in_a_row = result.skipped_in_a_row + (0 if result.steps else p.bad_steps_in_a_row)
     if (
-        ppo.kl_target is not None and batch.version >= ppo.critic_warmup_updates
+        config.kl.target is not None and batch.version >= config.policy.critic.warmup_updates
     ):  # before, the policy stands still
         p.kl_coef = adapted_kl_coef(
             p.kl_coef,
             metrics["kl/reference"],
-            target=ppo.kl_target,
-            horizon=ppo.kl_horizon,
+            target=config.kl.target,
+            horizon=config.kl.horizon,
             episodes=len(batch),
         )
     measured = measures_of(batch)
@@ -381,7 +381,7 @@ def _interrupted(t: Training) -> Interrupted:
     # What was made in Python is not in the configuration.
     env, supervised = t.config.env, t.config.sft or t.config.reward_model
     named = env.id if env is not None else supervised.data if supervised is not None else t.config.task
-    ptx_rows = ", ptx_data=rows" if (ptx := t.config.ppo.ptx) is not None and ptx.data is None else ""
+    ptx_rows = ", ptx_data=rows" if (ptx := t.config.ptx) is not None and ptx.data is None else ""
     is_in_config = named is not None and not ptx_rows
     again = f"{t.config.opener}.load({path!r}, {'data' if supervised else 'task' if env is None else 'env'}{ptx_rows})"
     how = f"surefoot resume {shlex.quote(path)}" if is_in_config else f"{again}.learn()"

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surefoot.config import PPOConfig
-from surefoot.core.advantages import gae, group_advantages, length_adaptive_lambda
+from surefoot.config import Config, PPOConfig
+from surefoot.core.advantages import gae, group_advantages
 from surefoot.core.kl import kl_penalised_rewards
 from surefoot.core.losses import LossSettings, LossStats, nll_loss, ppo_loss, truncated_ratio
 from surefoot.core.masked import library_of, whiten
@@ -28,21 +28,23 @@ CRITIC_NAMES = ("critic.", "value_head.")
 
 
 def make_optimizer(
-    policy: Policy, config: PPOConfig, *, critic_learning_rate: float | None = None
+    policy: Policy, config: Config, *, critic_learning_rate: float | None = None
 ) -> torch.optim.Adam:
     """Adam over everything the policy trains; a critic of its own may have a step size of its own."""
     groups: dict[bool, list[torch.nn.Parameter]] = {False: [], True: []}
     for name, parameter in policy.named_parameters_to_train():
         groups[critic_learning_rate is not None and name.startswith(CRITIC_NAMES)].append(parameter)
-    optimizer = torch.optim.Adam(groups[False], lr=config.learning_rate, eps=config.adam_epsilon, fused=True)
+    optimizer = torch.optim.Adam(
+        groups[False], lr=config.ppo.learning_rate, eps=config.ppo.adam_epsilon, fused=True
+    )
     if critic_learning_rate is not None:
         optimizer.add_param_group(
-            {"params": groups[True], "scale": critic_learning_rate / config.learning_rate}
+            {"params": groups[True], "scale": critic_learning_rate / config.ppo.learning_rate}
         )
     return optimizer
 
 
-def advantages(batch: Batch, config: PPOConfig | None = None, *, kl_coef: float | None = None) -> Batch:
+def advantages(batch: Batch, config: Config | None = None) -> Batch:
     """Fill `advantages_BT` and `returns_BT`: KL penalty into the rewards, whitening on request, then GAE.
 
     Without a critic (docs/family.md) there are no returns, and what an answer is compared with stands in the batch. A batch of
@@ -50,16 +52,16 @@ def advantages(batch: Batch, config: PPOConfig | None = None, *, kl_coef: float 
     """
     if batch.objective != "policy":
         return batch
-    config = config or PPOConfig()
+    config = config or Config()
     rewards_BT = batch.rewards_BT
-    if batch.reference_logprobs_BT is not None and config.kl_in == "reward":
-        coef = config.kl_coef if kl_coef is None else kl_coef
+    if batch.reference_logprobs_BT is not None and config.kl.placement == "reward":
+        coef = config.kl.coef
         rewards_BT = kl_penalised_rewards(
             rewards_BT, batch.logprobs_BT, batch.reference_logprobs_BT, batch.mask_BT, coef=coef
         )
-    if config.whiten_rewards:
+    if config.shaping.whiten:
         rewards_BT = whiten(rewards_BT, batch.mask_BT, shift_mean=False)
-    if not config.has_critic:
+    if not config.ppo.has_critic:
         batch.advantages_BT, batch.returns_BT = _advantages_without_critic(batch, rewards_BT, config), None
         return batch
     estimate = functools.partial(
@@ -69,35 +71,32 @@ def advantages(batch: Batch, config: PPOConfig | None = None, *, kl_coef: float 
         mask_BT=batch.mask_BT,
         ends_BT=batch.ends_BT,
         bootstrap_BT=batch.bootstrap_BT,
-        gamma=config.gamma,
+        gamma=config.ppo.gamma,
     )
-    lam: float | Tensor = config.gae_lambda
-    if config.gae_lambda_length_alpha is not None:
-        lam = length_adaptive_lambda(batch.mask_BT, config.gae_lambda_length_alpha)
-    batch.advantages_BT, batch.returns_BT = estimate(lam=lam)
-    if config.gae_lambda_critic is not None:
-        _, batch.returns_BT = estimate(lam=config.gae_lambda_critic)
+    batch.advantages_BT, batch.returns_BT = estimate(lam=config.ppo.gae_lambda)
+    if config.policy.critic.gae_lambda is not None:
+        _, batch.returns_BT = estimate(lam=config.policy.critic.gae_lambda)
     return batch
 
 
-def _advantages_without_critic(batch: Batch, rewards_BT: Tensor, config: PPOConfig) -> Tensor:
+def _advantages_without_critic(batch: Batch, rewards_BT: Tensor, config: Config) -> Tensor:
     """[B, T], 0 off the mask: reward-to-go, whitened over the batch, or an answer's whole reward against a baseline."""
     mask_BT = batch.mask_BT
-    if config.advantage == "reinforce_pp":
+    if config.ppo.advantage == "reinforce_pp":
         # GAE with λ = 1 and values of 0 is the discounted sum of the rewards to come.
         zeros_BT = torch.zeros_like(rewards_BT)
         ends = {"mask_BT": mask_BT, "ends_BT": batch.ends_BT, "bootstrap_BT": zeros_BT}
-        to_go_BT, _ = gae(rewards_BT, zeros_BT, **ends, gamma=config.gamma, lam=1.0)
+        to_go_BT, _ = gae(rewards_BT, zeros_BT, **ends, gamma=config.ppo.gamma, lam=1.0)
         whitened_BT: Tensor = whiten(to_go_BT, mask_BT)
         return whitened_BT
     scores_B = torch.where(mask_BT, rewards_BT, 0.0).sum(1)
-    if config.advantage == "remax":
+    if config.ppo.advantage == "remax":
         assert batch.baselines_B is not None, "collect the batch with advantage: remax"
         advantages_B = scores_B - batch.baselines_B
     else:
         assert batch.groups_B is not None, "a batch without groups_B has no answers to compare"
         advantages_B = group_advantages(
-            scores_B, batch.groups_B, acted_B=mask_BT.any(1), kind=config.advantage
+            scores_B, batch.groups_B, acted_B=mask_BT.any(1), kind=config.ppo.advantage
         )
     return torch.where(mask_BT, advantages_B[:, None], 0.0)
 
@@ -142,7 +141,7 @@ def update(
     batch: Batch,
     *,
     optimizer: torch.optim.Adam | None = None,
-    config: PPOConfig | None = None,
+    config: Config | None = None,
     learning_rate: float | None = None,
     generator: torch.Generator | None = None,
     budget: TokenBudget | None = None,
@@ -152,35 +151,36 @@ def update(
 
     Stops before the first step whose minibatch shows KL(old‖new) > `target_kl`. A step whose loss or gradient is not
     finite is skipped and counted; weights and optimiser state stay as they were. `generator` shuffles the minibatches.
-    With `skip_equal_groups` nothing is done where no group is left.
+    With `group.skip_zero_variance` nothing is done where no group is left.
     `before_first_step` sees the first minibatch's statistics while old and new policy are still one, and may raise.
     A batch of another `objective` has no advantages: its steps are those of the negative log-likelihood of what was
     demonstrated, or of a reward model's loss. With `ptx` the batch's own `demonstrations` are imitated besides: to each
     minibatch's loss comes `coef` times their mean negative log-likelihood, and the sum is one step.
     """
-    config = config or PPOConfig()
+    config = config or Config()
     optimizer = optimizer or make_optimizer(policy, config)
     generator = generator or torch.Generator().manual_seed(0)
-    budget = budget or TokenBudget(config.micro_batch_tokens)
-    result = UpdateResult(has_critic=config.has_critic)
+    budget = budget or TokenBudget(config.ppo.micro_batch_tokens)
+    result = UpdateResult(has_critic=config.ppo.has_critic)
     if not policy.reads_whole_rows:
         batch = batch.steps()
-    if config.skip_equal_groups and not bool((signal_B := has_reward_variance(batch)).all()):
+    if config.group.skip_zero_variance and not bool((signal_B := has_reward_variance(batch)).all()):
         batch = batch.rows(signal_B.nonzero().flatten())
     if not len(batch):  # no group is left, or a single step that only reset
         return result
-    rows_per_minibatch = max(1, config.batch_size // batch.row_size)
+    rows_per_minibatch = max(1, config.ppo.batch_size // batch.row_size)
     for group in optimizer.param_groups:
-        group["lr"] = (config.learning_rate if learning_rate is None else learning_rate) * group.get(
+        group["lr"] = (config.ppo.learning_rate if learning_rate is None else learning_rate) * group.get(
             "scale", 1.0
         )
     by_autograd: AbstractContextManager[Any] = nullcontext((None, optimizer))
-    is_whitened = config.normalize_advantage and config.has_critic and batch.objective == "policy"
+    is_whitened = config.ppo.normalize_advantage and config.ppo.has_critic and batch.objective == "policy"
     if is_whitened and rows_per_minibatch >= len(batch) > 1:
         # All in one minibatch: its mean and spread are the same in every epoch.
         assert batch.advantages_BT is not None
         batch = replace(batch, advantages_BT=whiten(batch.advantages_BT, batch.mask_BT))
-        config = config.model_copy(update={"normalize_advantage": False})
+        whitened = config.ppo.model_copy(update={"normalize_advantage": False})
+        config = config.model_copy(update={"ppo": whitened})
     with policy.closed_form(optimizer) or by_autograd as (accumulate, optimizer):
         gradient = functools.partial(
             accumulate_gradient,
@@ -190,17 +190,20 @@ def update(
             budget=budget,
             accumulate=accumulate,
         )
-        for _ in range(config.n_epochs):
+        for _ in range(config.ppo.n_epochs):
             for piece, rows in minibatches(batch, rows_per_minibatch, generator):
                 stats = gradient(piece, rows, step=result.steps + result.skipped)
                 if before_first_step is not None:
                     before_first_step(stats)
                     before_first_step = None
                 result.add(stats)
-                if config.target_kl is not None and float(stats.approx_kl / stats.steps) > config.target_kl:
+                if (
+                    config.ppo.target_kl is not None
+                    and float(stats.approx_kl / stats.steps) > config.ppo.target_kl
+                ):
                     result.stopped_early = True
                     return _finish(result)
-                take_step(optimizer, stats, config, result)
+                take_step(optimizer, stats, config.ppo, result)
     return _finish(result)
 
 
@@ -209,7 +212,7 @@ def accumulate_gradient(
     batch: Batch,
     rows: Tensor,
     *,
-    config: PPOConfig,
+    config: Config,
     optimizer: torch.optim.Adam,
     budget: TokenBudget,
     accumulate: Callable[..., LossStats] | None = None,
@@ -231,7 +234,7 @@ def accumulate_gradient(
             )
             if not (coef := ptx_coef(batch, config)):
                 return stats
-            assert batch.demonstrations is not None, "ppo.ptx needs the batch's demonstrations"
+            assert batch.demonstrations is not None, "ptx needs the batch's demonstrations"
             examples = batch.demonstrations(step)
             everything = torch.arange(len(examples))
             return replace(
@@ -241,9 +244,9 @@ def accumulate_gradient(
             budget.shrink(error, smallest=int(batch.mask_BT.shape[1]))
 
 
-def ptx_coef(batch: Batch, config: PPOConfig) -> float:
+def ptx_coef(batch: Batch, config: Config) -> float:
     """Weight of the demonstrations in the loss of such a batch; 0 also while the critic alone learns."""
-    is_warm = batch.version >= config.critic_warmup_updates
+    is_warm = batch.version >= config.policy.critic.warmup_updates
     return config.ptx.coef if config.ptx is not None and is_warm else 0.0
 
 
@@ -252,7 +255,7 @@ def _accumulate(
     batch: Batch,
     rows: Tensor,
     *,
-    config: PPOConfig,
+    config: Config,
     token_budget: int,
     accumulate: Callable[..., LossStats] | None,
 ) -> LossStats:
@@ -269,7 +272,7 @@ def _accumulate(
         else:
             old = (part.logprobs_BT, part.values_BT)
             loss, stats = ppo_loss(
-                _trained(policy.evaluate(part, entropy_gradient=config.ent_coef > 0), part, config),
+                _trained(policy.evaluate(part, entropy_gradient=config.ppo.ent_coef > 0), part, config),
                 old if part.reference_logprobs_BT is None else (*old, part.reference_logprobs_BT),
                 advantages_BT=advantages_BT[places],
                 # Without a critic its values are their own target: no loss.
@@ -285,18 +288,16 @@ def _accumulate(
     return total
 
 
-def _trained(new: Evaluation, batch: Batch, config: PPOConfig) -> tuple[Tensor, Tensor, Tensor]:
+def _trained(new: Evaluation, batch: Batch, config: Config) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs, values and entropies for the loss; what is not trained has no gradient, so the optimiser passes it by."""
-    if not config.has_critic:
+    if not config.ppo.has_critic:
         return new.logprobs_BT, batch.values_BT, new.entropies_BT
-    if batch.version < config.critic_warmup_updates:
+    if batch.version < config.policy.critic.warmup_updates:
         return new.logprobs_BT.detach(), new.values_BT, new.entropies_BT.detach()
     return new.logprobs_BT, new.values_BT, new.entropies_BT
 
 
-def _minibatch_advantages(
-    batch: Batch, rows: Tensor, config: PPOConfig, *, as_arrays: bool
-) -> tuple[Any, int]:
+def _minibatch_advantages(batch: Batch, rows: Tensor, config: Config, *, as_arrays: bool) -> tuple[Any, int]:
     """Advantages [B, T] as the loss of the minibatch `rows` counts them, and the minibatch's steps."""
     assert batch.advantages_BT is not None, "call advantages(batch) first"
     is_whole = len(rows) == len(batch)  # then the order of the rows does not matter: nothing need be picked
@@ -306,7 +307,7 @@ def _minibatch_advantages(
         advantages_BT, mask_BT = advantages_BT.numpy(), mask_BT.numpy()
     steps = int((mask_BT if is_whole else mask_BT[rows]).sum())
     if (
-        config.normalize_advantage and config.has_critic and steps > 1
+        config.ppo.normalize_advantage and config.ppo.has_critic and steps > 1
     ):  # one advantage alone has no spread to divide by
         # Over the minibatch, before it is split: a micro-batch's own mean and variance would change the gradient.
         if is_whole:
@@ -315,37 +316,37 @@ def _minibatch_advantages(
             whitened_BT = library_of(advantages_BT).zeros_like(advantages_BT)
             whitened_BT[rows] = whiten(advantages_BT[rows], mask_BT[rows])
             advantages_BT = whitened_BT
-    if config.sampler_ratio_cap is not None and batch.behaviour_logprobs_BT is not None:
+    if config.generation.tis_cap is not None and batch.behaviour_logprobs_BT is not None:
         # The clipped loss is proportional to the advantage: a weight of one is a weight of the other.
         weight_BT = truncated_ratio(
-            batch.logprobs_BT, batch.behaviour_logprobs_BT, cap=config.sampler_ratio_cap
+            batch.logprobs_BT, batch.behaviour_logprobs_BT, cap=config.generation.tis_cap
         )
         advantages_BT = advantages_BT * weight_BT
     return advantages_BT, steps
 
 
-def _aggregation(batch: Batch, rows: Tensor, config: PPOConfig, steps: int) -> tuple[Tensor | None, int]:
+def _aggregation(batch: Batch, rows: Tensor, config: Config, steps: int) -> tuple[Tensor | None, int]:
     """What each step counts [B, T] (None: 1) in the loss of the minibatch `rows`, and what their sum is divided by."""
-    if config.loss_aggregation == "token":
+    if config.ppo.loss_aggregation == "token":
         return None, max(steps, 1)
     lengths_B = batch.mask_BT.sum(1)
     answers = max(int((lengths_B[rows] > 0).sum()), 1)
-    if config.loss_aggregation == "sequence":
+    if config.ppo.loss_aggregation == "sequence":
         return batch.mask_BT / lengths_B.clamp(min=1)[:, None], answers
     assert batch.step_limit is not None, "loss_aggregation: constant needs the batch's step_limit"
     return None, answers * batch.step_limit
 
 
-def _loss_settings(batch: Batch, config: PPOConfig) -> LossSettings:
-    is_in_loss = config.kl_in == "loss" and batch.reference_logprobs_BT is not None
+def _loss_settings(batch: Batch, config: Config) -> LossSettings:
+    is_in_loss = config.kl.placement == "loss" and batch.reference_logprobs_BT is not None
     return LossSettings(
-        clip_range=config.clip_range,
-        clip_range_vf=config.clip_range_vf,
-        vf_coef=config.vf_coef * (2.0 if config.value_loss == "squared" else 1.0),  # of ½ (V - R)²
-        ent_coef=config.ent_coef,
-        clip_range_high=config.clip_range_high,
-        dual_clip=config.dual_clip,
-        kl_coef=config.kl_coef if is_in_loss else 0.0,
+        clip_range=config.ppo.clip_range,
+        clip_range_vf=config.ppo.clip_range_vf,
+        vf_coef=config.ppo.vf_coef * (2.0 if config.ppo.value_loss == "squared" else 1.0),  # of ½ (V - R)²
+        ent_coef=config.ppo.ent_coef,
+        clip_range_high=config.ppo.clip_range_high,
+        dual_clip=config.ppo.dual_clip,
+        kl_coef=config.kl.coef if is_in_loss else 0.0,
     )
 
 
@@ -397,21 +398,10 @@ def take_step(optimizer: torch.optim.Adam, stats: LossStats, config: PPOConfig, 
     if norm > config.max_grad_norm:
         for gradient in gradients:
             gradient.mul_(config.max_grad_norm / (norm + 1e-6))
-    if config.adam_style == "tf1":
-        _set_tf1_epsilon(optimizer, config)
     optimizer.step()
     result.grad_norm += norm
     result.steps += 1
     result.skipped_in_a_row = 0
-
-
-def _set_tf1_epsilon(optimizer: torch.optim.Adam, config: PPOConfig) -> None:
-    """TensorFlow 1 adds ε before bias correction (Kingma & Ba 2015, end of §2): torch's ε divided by √(1 - β₂ᵗ)."""
-    for group in optimizer.param_groups:
-        taken = max(
-            (int(optimizer.state[p]["step"]) for p in group["params"] if p in optimizer.state), default=0
-        )
-        group["eps"] = config.adam_epsilon / math.sqrt(1.0 - group["betas"][1] ** (taken + 1))
 
 
 def _finish(result: UpdateResult) -> UpdateResult:

@@ -39,7 +39,7 @@ class Kind:
     notes: tuple[str, ...] = ()
 
 
-PER_UPDATE = "ppo.episodes_per_update"
+PER_UPDATE = "rollout.episodes_per_update"
 _NO_SAMPLING = "log-probs are over the full vocabulary at one temperature"
 
 # What all of TRL's trainers over transformers' TrainingArguments share, and ModelConfig's LoRA.
@@ -71,12 +71,11 @@ _ARGUMENTS = (
     Row("adam_beta1", default=0.9, note="Adam's betas are 0.9 and 0.999"),
     Row("adam_beta2", default=0.999, note="Adam's betas are 0.9 and 0.999"),
     Row("weight_decay", default=0.0, note="no weight decay; the KL penalty holds the policy"),
-    Row("optim", "ppo.adam_style", note="Adam; another optimiser has no counterpart",
-        values=(("adamw_torch", "torch"), ("adamw_torch_fused", "torch"))),
+    Row("optim", default="adamw_torch", note="Adam; another optimiser has no counterpart"),
     Row("per_device_train_batch_size", PER_UPDATE, 8, "sizes, below", computed=True),
     Row("gradient_accumulation_steps", PER_UPDATE, 1, "sizes, below", computed=True),
     Row("num_processes", PER_UPDATE, 1, "accelerate's; one process where it is not given", computed=True),
-    Row("num_train_epochs", "ppo.total_episodes", by_hand=True,
+    Row("num_train_epochs", "rollout.total_episodes", by_hand=True,
         note="a budget is counted in episodes: passes × prompts × answers to each"),
     Row("dataset_name", "task.prompts", by_hand=True, note="a JSONL file of prompts"),
     Row("train_dataset", "task.prompts", by_hand=True, note="a JSONL file of prompts"),
@@ -85,18 +84,18 @@ _ARGUMENTS = (
 )  # fmt: skip
 # 0.12 and later: PPO, and RLOO up to 0.21.
 _ON_POLICY = (
-    Row("total_episodes", "ppo.total_episodes"),
-    Row("max_steps", default=-1, note="the budget is ppo.total_episodes"),
+    Row("total_episodes", "rollout.total_episodes"),
+    Row("max_steps", default=-1, note="the budget is rollout.total_episodes"),
     Row("num_mini_batches", "ppo.batch_size", 1, "sizes, below", computed=True),
     Row("num_ppo_epochs", "ppo.n_epochs", 4),
-    Row("kl_coef", "ppo.kl_coef", 0.05, "k1 in the reward"),
+    Row("kl_coef", "kl.coef", 0.05, "k1 in the reward"),
     Row("cliprange", "ppo.clip_range", 0.2),
     Row("response_length", "generation.max_new_tokens", 53),
     Row("temperature", "generation.temperature", 0.7),
     Row("stop_token", default="eos",
         note="an answer ends at the model's end tokens, always; TRL writes on to response_length without this"),
     Row("stop_token_id", "generation.stop_token_ids", computed=True),
-    Row("missing_eos_penalty", "ppo.missing_eos_penalty", note="subtracted from the score, in both"),
+    Row("missing_eos_penalty", "shaping.missing_eos_penalty", note="subtracted from the score, in both"),
     Row("sft_model_path", "policy.model"),
     Row("model_name_or_path", note="TRL's script takes the tokenizer there; what is trained is sft_model_path"),
     Row("reward_model_path", "task.reward", by_hand=True,
@@ -107,7 +106,7 @@ _GROUPS = (
     Row("model_name_or_path", "policy.model"),
     Row(
         "max_steps",
-        "ppo.total_episodes",
+        "rollout.total_episodes",
         -1,
         "optimiser steps × their answers / num_iterations",
         computed=True,
@@ -122,7 +121,11 @@ _GROUPS = (
     Row("learning_rate", "ppo.learning_rate", 1e-6),
     Row("max_grad_norm", "ppo.max_grad_norm", 1.0),
     Row("max_prompt_length", note="TRL keeps a prompt's last tokens, task.prompt_tokens the first"),
-    Row("mask_truncated_completions", default=False, note="ppo.missing_eos_penalty charges for them instead"),
+    Row(
+        "mask_truncated_completions",
+        default=False,
+        note="shaping.missing_eos_penalty charges for them instead",
+    ),
     Row(
         "reward_weights",
         "task.reward",
@@ -142,7 +145,7 @@ OLD = Kind(
     "PPOConfig of TRL 0.11 and earlier", ("PPOConfig",), "ppo",
     (
         Row("model_name", "policy.model", note="in TRL a name for the log: see that it is what from_pretrained loads"),
-        Row("steps", "ppo.total_episodes"),
+        Row("steps", "rollout.total_episodes"),
         Row("batch_size", PER_UPDATE, 128, "sizes, below", computed=True),
         Row("mini_batch_size", "ppo.batch_size", 128, "sizes, below", computed=True),
         Row("forward_batch_size", "ppo.batch_size", None, "overrides mini_batch_size", computed=True),
@@ -150,11 +153,11 @@ OLD = Kind(
         Row("num_processes", PER_UPDATE, 1, "accelerate's; one process where it is not given", computed=True),
         Row("ppo_epochs", "ppo.n_epochs", 4),
         Row("learning_rate", "ppo.learning_rate", 1.41e-5, "Adam, constant"),
-        Row("init_kl_coef", "ppo.kl_coef", 0.2),
-        Row("adap_kl_ctrl", "ppo.kl_target", True, "False: neither kl_target nor kl_horizon", computed=True),
-        Row("target", "ppo.kl_target", 6.0, "the same controller"),
-        Row("horizon", "ppo.kl_horizon", 10_000.0),
-        Row("kl_penalty", "ppo.kl_in", "kl", "k1; the others have no counterpart", (("kl", "reward"),)),
+        Row("init_kl_coef", "kl.coef", 0.2),
+        Row("adap_kl_ctrl", "kl.target", True, "False: neither kl.target nor kl.horizon", computed=True),
+        Row("target", "kl.target", 6.0, "the same controller"),
+        Row("horizon", "kl.horizon", 10_000.0),
+        Row("kl_penalty", "kl.placement", "kl", "k1; the others have no counterpart", (("kl", "reward"),)),
         Row("gamma", "ppo.gamma", 1.0),
         Row("lam", "ppo.gae_lambda", 0.95),
         Row("cliprange", "ppo.clip_range", 0.2),
@@ -163,10 +166,10 @@ OLD = Kind(
         Row("max_grad_norm", "ppo.max_grad_norm", note="without it TRL clips nothing: `1e9` is written"),
         Row("early_stopping", "ppo.target_kl", False, "True: target_kl × 1.5, where TRL stops", computed=True),
         Row("target_kl", "ppo.target_kl", 1.0, "nothing without early_stopping; here the k3 estimate", computed=True),
-        Row("use_score_scaling", "ppo.reward_scale", values=((True, "running_std"), (False, "none"))),
+        Row("use_score_scaling", "shaping.scale", values=((True, "running_std"), (False, "none"))),
         Row("use_score_norm", default=False, note="the running mean is not subtracted; the critic learns it"),
-        Row("score_clip", "ppo.reward_clip"),
-        Row("whiten_rewards", "ppo.whiten_rewards", False),
+        Row("score_clip", "shaping.clip"),
+        Row("whiten_rewards", "shaping.whiten", False),
         Row("ratio_threshold", note="minibatches of high ratio are not skipped; ppo.dual_clip bounds their loss"),
         Row("seed", "seed", 0),
         Row("max_new_tokens", "generation.max_new_tokens", note="from a literal `generation_kwargs`"),
@@ -183,12 +186,12 @@ PPO = Kind(
     "PPOConfig of TRL 0.12 and later", ("PPOConfig", "PPOv2Config"), "ppo",
     (
         Row("learning_rate", "ppo.learning_rate", 3e-6, "5e-5 in TRL 0.24"),
-        Row("kl_estimator", "ppo.kl_in", "k1", "k3 in the reward has no counterpart", (("k1", "reward"),)),
+        Row("kl_estimator", "kl.placement", "k1", "k3 in the reward has no counterpart", (("k1", "reward"),)),
         Row("gamma", "ppo.gamma", 1.0),
         Row("lam", "ppo.gae_lambda", 0.95),
         Row("cliprange_value", "ppo.clip_range_vf", 0.2),
         Row("vf_coef", "ppo.vf_coef", 0.1, "of ½ (V - R)², in both"),
-        Row("whiten_rewards", "ppo.whiten_rewards", False),
+        Row("whiten_rewards", "shaping.whiten", False),
         Row("max_grad_norm", default=1.0, note="TRL's PPO loop clips nothing, whatever this is: `1e9` is written"),
         *_ON_POLICY,
     ),
@@ -198,8 +201,8 @@ PPO = Kind(
 GRPO = Kind(
     "GRPOConfig", ("GRPOConfig",), "grpo",
     (
-        Row("num_generations", "ppo.samples_per_prompt", 8),
-        Row("beta", "ppo.kl_coef", 0.0, "0.04 up to TRL 0.18. In the loss: TRL's k3, here k2 with the ratio (family.md)"),
+        Row("num_generations", "group.size", 8),
+        Row("beta", "kl.coef", 0.0, "0.04 up to TRL 0.18. In the loss: TRL's k3, here k2 with the ratio (family.md)"),
         Row("scale_rewards", "ppo.advantage", "group", "by the batch's deviation has no counterpart",
             (("group", "grpo"), (True, "grpo"), ("none", "dr_grpo"), (False, "dr_grpo"))),
         Row("loss_type", "ppo.loss_aggregation", "dapo", "bnpo in TRL 0.19; the others are other losses",
@@ -211,22 +214,22 @@ GRPO = Kind(
         Row("importance_sampling_level", default="token", note="ratios are each token's"),
         Row("multi_objective_aggregation", default="sum_then_normalize", note="advantages are of the rewards' weighted sum"),
         Row("top_entropy_quantile", default=1.0, note="every written token is trained on"),
-        Row("off_policy_mask_threshold", note="ppo.sampler_ratio_cap is the one correction"),
+        Row("off_policy_mask_threshold", note="generation.tis_cap is the one correction"),
         *_GROUPS,
     ),
-    {"ppo.advantage": "grpo", "ppo.kl_in": "loss"},
+    {"ppo.advantage": "grpo", "kl.placement": "loss"},
 )  # fmt: skip
-_RLOO_ALWAYS = {"ppo.advantage": "rloo", "ppo.loss_aggregation": "constant", "ppo.kl_in": "reward"}
+_RLOO_ALWAYS = {"ppo.advantage": "rloo", "ppo.loss_aggregation": "constant", "kl.placement": "reward"}
 _RLOO_RATIO = (
     "the ratio: TRL clips one for the whole answer; here each token has its own. Equal at the first step of an update",
 )
 RLOO = Kind(
     "RLOOConfig of TRL 0.22 and later", ("RLOOConfig",), "rloo",
     (
-        Row("num_generations", "ppo.samples_per_prompt", 2),
-        Row("beta", "ppo.kl_coef", 0.05, "k1 in the reward, in both"),
+        Row("num_generations", "group.size", 2),
+        Row("beta", "kl.coef", 0.05, "k1 in the reward, in both"),
         Row("normalize_advantages", default=False, note="RLOO's advantages keep their scale"),
-        Row("reward_clip_range", "ppo.reward_clip", computed=True, note="`[-c, c]`; another range has no counterpart"),
+        Row("reward_clip_range", "shaping.clip", computed=True, note="`[-c, c]`; another range has no counterpart"),
         *_GROUPS,
     ),
     _RLOO_ALWAYS, _RLOO_RATIO,
@@ -234,9 +237,9 @@ RLOO = Kind(
 OLD_RLOO = Kind(
     "RLOOConfig of TRL 0.21 and earlier", ("RLOOConfig",), "rloo",
     (
-        Row("rloo_k", "ppo.samples_per_prompt", 2),
+        Row("rloo_k", "group.size", 2),
         Row("learning_rate", "ppo.learning_rate", 5e-5),
-        Row("normalize_reward", default=False, note="ppo.reward_scale divides by a running deviation, not the batch's"),
+        Row("normalize_reward", default=False, note="shaping.scale divides by a running deviation, not the batch's"),
         Row("normalize_advantage", default=False, note="RLOO's advantages keep their scale"),
         Row("token_level_kl", default=False, note="the KL is summed over the answer"),
         Row("max_grad_norm", default=1.0, note="TRL's loop clips nothing, whatever this is: `1e9` is written"),

@@ -19,7 +19,7 @@ NEEDED = {
     "task.prompts": "a JSONL file with a column prompt",
     "task.reward": "the reward function, as file.py:function; the signature is TRL's",
     "policy.model": "the model, as the name or folder that from_pretrained was given",
-    "ppo.total_episodes": "the budget in episodes: passes over the prompts × prompts × answers to each",
+    "rollout.total_episodes": "the budget in episodes: passes over the prompts × prompts × answers to each",
     "generation.max_new_tokens": "the longest answer, which TRL's scripts give to generate",
 }
 # What a trainer takes besides its configuration.
@@ -28,7 +28,7 @@ OUTSIDE = {
     "optimizers": "Adam, with ppo's settings",
     "ref_model": "the reference is the policy as the run begins",
     "mixed_precision": "policy.dtype says it",
-    "vllm_importance_sampling_cap": "ppo.sampler_ratio_cap is the like, for each token",
+    "vllm_importance_sampling_cap": "generation.tis_cap is the like, for each token",
     "LoraConfig.use_rslora": "LoRA's scale is alpha / rank; with it alpha / √rank: set policy.adapter.alpha to that end",
     "generation_kwargs.do_sample": "answers are always drawn at generation.temperature",
 }
@@ -124,7 +124,7 @@ def translate(found: Found) -> Imported:
 def _put_row(done: Imported, row: Row, given: dict[str, Any]) -> None:
     """A row that stands for itself: given, or by TRL's default."""
     is_adaptive = given.get("adap_kl_ctrl", True) and given.get("init_kl_coef") != 0
-    if row.ours in ("ppo.kl_target", "ppo.kl_horizon") and not is_adaptive:
+    if row.ours in ("kl.target", "kl.horizon") and not is_adaptive:
         return
     is_given = row.theirs in given
     value = given.get(row.theirs, row.default)
@@ -190,7 +190,7 @@ def _put_max_steps(done: Imported, found: Found, step: int) -> None:
     steps, again = found.values.get("max_steps", -1), found.values.get("num_iterations", 1)
     if isinstance(steps, int) and isinstance(again, int) and steps > 0 and again > 0:
         done.put(
-            "ppo.total_episodes",
+            "rollout.total_episodes",
             steps * step // again,
             f"max_steps {steps} × {step} answers / num_iterations {again}",
         )
@@ -228,7 +228,7 @@ def _put_rest(done: Imported, found: Found) -> None:
     """What comes from a setting in a way of its own."""
     given, names = found.values, {row.theirs for row in found.kind.rows}
     if given.get("adap_kl_ctrl") is False:
-        done.mapped.append("adap_kl_ctrl false -> no ppo.kl_target: ppo.kl_coef stays as it is")
+        done.mapped.append("adap_kl_ctrl false -> no kl.target: kl.coef stays as it is")
     if given.get("early_stopping") and "early_stopping" in names:
         stop = 1.5 * _number(found, "target_kl", given.get("target_kl", 1.0))
         done.put("ppo.target_kl", stop, "early_stopping, 1.5 × target_kl", "TRL stops there")
@@ -252,9 +252,9 @@ def _put_rest(done: Imported, found: Found) -> None:
             and len(ends) == 2
             and -_number(found, name, ends[0]) == _number(found, name, ends[1])
         ):
-            done.put("ppo.reward_clip", ends[1], f"{name} {ends}")
+            done.put("shaping.clip", ends[1], f"{name} {ends}")
         else:
-            done.no_counterpart.append(f"{name} {ends}: ppo.reward_clip is ± one number")
+            done.no_counterpart.append(f"{name} {ends}: shaping.clip is ± one number")
     warmup = given.get("warmup_steps", 0) if "warmup_steps" in names else 0
     if isinstance(warmup, (int, float)) and 0 < warmup < 1:
         done.put("ppo.lr_warmup", warmup, f"warmup_steps {warmup}", "a share of the run")
@@ -290,7 +290,9 @@ def _list_others(done: Imported, found: Found) -> None:
 
 def _list_unused(done: Imported, found: Found) -> None:
     """What the table knows, and the other settings left without a use: nothing that was given goes unsaid."""
-    said = set(re.findall(r"\w+", " ".join(done.mapped + done.by_hand + done.no_counterpart + done.aside)))
+    said = set(
+        re.findall(r"(?<![\w.])\w+", " ".join(done.mapped + done.by_hand + done.no_counterpart + done.aside))
+    )
     for row in found.kind.rows:
         if row.theirs not in found.values or row.theirs in said:
             continue

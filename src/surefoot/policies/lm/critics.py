@@ -65,7 +65,7 @@ def adapter_critic(adapter: Any, *, seed: int) -> Critic:
 
 
 def separate_critic(lm: Any, tokenizer: Any, config: CriticConfig, *, dtype: torch.dtype) -> Critic:
-    """A copy of `lm`, or the model that `config` names, cut to its first `layers`; all of it is trained, in float32.
+    """A copy of `lm`, or the model that `config` names; all of it is trained, in float32.
 
     A reward model's folder gives the head too: (score - shift) / scale, its calibrated reward, is where the values start
     (Stiennon et al. 2020, arXiv:2009.01325, start their separate value function from the reward model). Raises InputError
@@ -74,10 +74,6 @@ def separate_critic(lm: Any, tokenizer: Any, config: CriticConfig, *, dtype: tor
     head, source = None, lm
     if config.model is not None:
         if (reward := Path(config.model) / REWARD).is_file():
-            if config.layers is not None:
-                raise InputError(
-                    "policy.critic.layers would cut the reward model off from its head; leave it out"
-                )
             head = _calibrated_head(reward)
         source, other = load_pretrained(config.model, dtype=torch.float32, key="policy.critic.model")
         _check_vocabulary(config.model, tokenizer, other, source, lm)
@@ -93,8 +89,6 @@ def separate_critic(lm: Any, tokenizer: Any, config: CriticConfig, *, dtype: tor
         )
     body = copy.deepcopy(source.base_model) if source is lm else source.base_model
     body = body.float().eval().requires_grad_(True)
-    if config.layers is not None:
-        _cut(body, config.layers)
     return Critic(body, width=width, context_length=context_length(source), head=head)
 
 
@@ -105,29 +99,6 @@ def context_length(lm: Any) -> int:
 
 def _width(lm: Any) -> int:
     return int(lm.get_output_embeddings().weight.shape[1])
-
-
-def _cut(body: nn.Module, layers: int) -> None:
-    """Keep the first `layers` blocks, in place; what stands after them, such as the final norm, stays."""
-    config: Any = getattr(body, "config", None)  # an LSTM's layers are one module, without a configuration
-    total = 0 if config is None else int(config.num_hidden_layers)
-    if config is not None and layers > total:
-        raise InputError(
-            f"policy.critic.layers: {layers} of {total}, which is all that {type(body).__name__} has"
-        )
-    stacks = [
-        (parent, name, child)
-        for parent in body.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, nn.ModuleList) and len(child) == total > 0
-    ]
-    if len(stacks) != 1:
-        raise InputError(
-            f"policy.critic.layers: {type(body).__name__} is no single stack of layers that can be cut; leave it out"
-        )
-    (parent, name, stack), *_ = stacks
-    setattr(parent, name, stack[:layers])
-    config.num_hidden_layers = layers
 
 
 def _calibrated_head(file: Path) -> dict[str, Tensor]:
