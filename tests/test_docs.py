@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import re
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -68,16 +70,49 @@ def test_the_algorithm_table_points_at_code_and_tests_that_exist() -> None:
             assert not name or name in functions, f"{detail}: no test {name} in {file}"
 
 
+def headings(page: Path) -> set[str]:
+    """The anchors of a page, as GitHub makes them of its headings."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    lines = (line.lower().replace(" ", "-") for line in re.findall(r"^#+ (.*)$", text, flags=re.M))
+    return {re.sub(r"[^\w-]", "", line) for line in lines}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
         if not target.startswith(("http://", "https://")):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+            there = page.parent / target if target else page
+            assert there.exists(), f"{page.name} links to {target}"
+            assert not anchor or anchor in headings(there), f"{page.name} links to {target}#{anchor}"
+
+
+def test_both_readmes_link_to_the_same_pages_and_run_the_same_code() -> None:
+    def skeleton(page: str) -> tuple[list[str], list[str]]:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        blocks = re.findall(r"```\w+\n(.*?)```", text, flags=re.S)
+        lines = [line.split("#")[0].rstrip() for block in blocks for line in block.splitlines()]
+        return sorted(re.findall(r"\]\((?!README)([^)]*)\)", text)), [line for line in lines if line]
+
+    assert skeleton("README.md") == skeleton("README.zh-CN.md")
+
+
+@functools.cache
+def subcommands() -> set[str]:
+    command = [sys.executable, "-c", "from surefoot.cli.main import main; main(['--help'])"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return set(re.findall(r"^ {2,4}([a-z-]+)(?: |$)", shown, flags=re.M))
+
+
+def unknown_fields(data: object, fields: set[str], prefix: str = "") -> list[str]:
+    """The keys in a piece of YAML that are no field and hold none."""
+    if prefix in fields or not isinstance(data, dict):
+        return [] if any(field == prefix or field.startswith(f"{prefix}.") for field in fields) else [prefix]
+    return [key for name in data for key in unknown_fields(data[name], fields, f"{prefix}.{name}".lstrip("."))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_python_and_commands_in_the_pages_are_real(page: Path) -> None:
-    """Python blocks parse, make verbs exist, and flags name fields."""
+def test_python_settings_and_commands_in_the_pages_are_real(page: Path) -> None:
+    """Python blocks parse, make verbs and subcommands exist, and flags and YAML name fields."""
     from surefoot.config import field_table
 
     text = page.read_text(encoding="utf-8")
@@ -85,9 +120,17 @@ def test_python_and_commands_in_the_pages_are_real(page: Path) -> None:
         ast.parse(block)
     verbs = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
     assert set(re.findall(r"`make ([a-z-]+)", text)) <= verbs
-    keys = {key for key, *_ in field_table()}
-    for flag in re.findall(r"--((?:run|policy|task|generation|ppo|sft|reward_model|evaluate)\.[a-z_.-]+)", text):
-        assert flag.replace("-", "_") in keys, f"--{flag}"
+    assert set(re.findall(r"^surefoot ([a-z][a-z-]*)", text, flags=re.M)) <= subcommands()
+    fields = {key for key, *_ in field_table()}
+    for flag in re.findall(r"--((?!stages|common)[a-z][a-z_-]*\.[a-z][a-z_.-]+)", text):
+        assert flag.replace("-", "_") in fields, f"--{flag}"
+    pieces = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, flags=re.S)]
+    stages = [stage for piece in pieces for stage in [piece.pop("common", {}), *piece.pop("stages", {}).values()]]
+    inline = [yaml.safe_load(code) for code in re.findall(r"`([a-z_]+: \{[^`…]*\})`", text)]
+    sections = {field.partition(".")[0] for field in fields}
+    own = {"folder", "pseudo_labels", "rejection_sampling"}  # a pipeline's
+    for piece in [*pieces, *stages, *({k: v for k, v in piece.items() if k in sections} for piece in inline)]:
+        assert not unknown_fields({key: piece[key] for key in piece if key not in own}, fields)
 
 
 def programs(page: str, *, with_name: str = "") -> list[str]:
@@ -95,11 +138,11 @@ def programs(page: str, *, with_name: str = "") -> list[str]:
     return [block for block in blocks if with_name in block]
 
 
-CONTROL_PROGRAMS = [*programs("from-sb3.md"), *programs("extending.md", with_name="ControlPolicy")]
+RUN = [*programs("from-sb3.md"), *programs("extending.md", with_name="ControlPolicy"), *programs("understand.md")]
 
 
-@pytest.mark.parametrize("program", CONTROL_PROGRAMS, ids=range(len(CONTROL_PROGRAMS)))
-def test_the_programs_of_those_who_come_from_stable_baselines3_run(program: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", RUN, ids=range(len(RUN)))
+def test_programs_that_need_no_download_run(program: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", program]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
     assert ended.returncode == 0, ended.stderr
