@@ -1,11 +1,10 @@
-"""Write docs/config.md, docs/metrics.md and the table in docs/from-trl.md from the code. Run by `make docs`."""
+"""Write docs/config.md and docs/metrics.md from the code. Run by `make docs`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from surefoot.config import Config, field_table
-from surefoot.migrate.trl.settings import KINDS
 from surefoot.train.metrics import METRICS
 
 HERE = Path(__file__).parent
@@ -59,27 +58,6 @@ def metrics_page() -> str:
     return "\n".join([METRICS_INTRO, "| metric | meaning |", "|---|---|", *rows]) + "\n"
 
 
-def from_trl_page() -> str:
-    """docs/from-trl.md as it is, with its table of settings written anew."""
-    page = (HERE / "from-trl.md").read_text(encoding="utf-8")
-    start = "<!-- settings: written by make docs -->\n"
-    before, rest = page.split(start)
-    after = rest[rest.index("\n\n") :]
-    kinds: dict[tuple[str, str, str, str], list[str]] = {}
-    for name, row in ((name, row) for name, kind in KINDS.items() for row in kind.rows):
-        words = ", ".join(f"`{their}`: `{our}`" for their, our in row.values if str(their) != str(our))
-        note = "; ".join(part for part in (words, row.note) if part)
-        ours = f"`{row.ours}`" + (", by hand" if row.by_hand else "") if row.ours else "none"
-        default = f"`{row.default}`" if row.default is not None and row.ours else ""
-        kinds.setdefault((f"`{row.theirs}`", default, ours, note), []).append(name)
-    rows = [
-        f"| {theirs} | {'all' if len(names) == len(KINDS) else ', '.join(names)} | {default} | {ours} | {_cell(note)} |"
-        for (theirs, default, ours, note), names in kinds.items()
-    ]
-    table = ["| TRL | of | its default | here | remarks |", "|---|---|---|---|---|", *rows]
-    return before + start + "\n".join(table) + after
-
-
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
@@ -87,4 +65,3 @@ def _cell(text: str) -> str:
 if __name__ == "__main__":
     (HERE / "config.md").write_text(config_page(), encoding="utf-8")
     (HERE / "metrics.md").write_text(metrics_page(), encoding="utf-8")
-    (HERE / "from-trl.md").write_text(from_trl_page(), encoding="utf-8")

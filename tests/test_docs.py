@@ -23,7 +23,7 @@ def generated() -> dict[str, str]:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return {"config.md": module.config_page(), "metrics.md": module.metrics_page(), "from-trl.md": module.from_trl_page()}
+    return {"config.md": module.config_page(), "metrics.md": module.metrics_page()}
 
 
 def test_generated_pages_are_current() -> None:

@@ -176,8 +176,8 @@ def import_trl(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     """Turn a TRL set-up into a YAML file for ppo, or its value-head checkpoint into a model folder."""
     from pathlib import Path
 
-    source, output = Path(options.source), options.output and Path(options.output)
-    if source.is_dir():
+    output = options.output and Path(options.output)
+    if len(options.source) == 1 and (source := Path(options.source[0])).is_dir():
         if output is None:
             raise InputError(f"import-trl {source}: a folder is written; name a new one with --output")
         from surefoot.migrate.trl.value_head import import_value_head
@@ -190,7 +190,7 @@ def import_trl(options: argparse.Namespace, overrides: dict[str, str]) -> None:
         return
     from surefoot.migrate.trl.translate import import_settings
 
-    imported = import_settings(source)
+    imported = import_settings(options.source)
     if output is None:
         print(imported.yaml(), end="")
     else:
@@ -199,7 +199,7 @@ def import_trl(options: argparse.Namespace, overrides: dict[str, str]) -> None:
                 file.write(imported.yaml())
         except FileExistsError:
             raise InputError(f"--output {output}: exists; name a new file") from None
-    print(imported.report(), file=sys.stderr)
+    print(imported.notes(), file=sys.stderr)
 
 
 def demo(options: argparse.Namespace, overrides: dict[str, str]) -> None:
@@ -326,9 +326,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     )
     verb(fetch, "NAME").add_argument("name", metavar="NAME", help="name of the asset; a wrong one lists them")
     importer = verb(import_trl, "SOURCE [--output FILE]")
-    importer.add_argument(
-        "source", metavar="SOURCE", help=".py or .sh script, .yaml or .json file, or a checkpoint's folder"
-    )
+    what = ".json or .yaml file, a checkpoint's folder, or after -- the whole command that starts TRL"
+    importer.add_argument("source", metavar="SOURCE", nargs="+", help=what)
     importer.add_argument(
         "--output",
         metavar="FILE",

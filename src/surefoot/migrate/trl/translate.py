@@ -1,9 +1,10 @@
-"""TRL's settings as ours, with a report of what became what. Imports no torch."""
+"""TRL's settings, in a file or in the words of a command, as ours. Imports no torch."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,305 +12,291 @@ from typing import Any
 from surefoot.config import make_config, strict_yaml
 from surefoot.config.messages import short
 from surefoot.errors import InputError
-from surefoot.migrate.trl.files import Found, read
-from surefoot.migrate.trl.settings import ASIDE, ASIDE_FAMILIES, NO_CLIP, OLD, PER_UPDATE, Kind, Row
+from surefoot.migrate.trl import settings as table
+from surefoot.migrate.trl.settings import EPISODES, KINDS, NO_CLIP, PER_UPDATE, STEP, TOKENS, Kind
 
 # What a run of ours needs, whether or not TRL's settings say it.
 NEEDED = {
     "task.prompts": "a JSONL file with a column prompt",
     "task.reward": "the reward function, as file.py:function; the signature is TRL's",
     "policy.model": "the model, as the name or folder that from_pretrained was given",
-    "rollout.total_episodes": "the budget in episodes: passes over the prompts × prompts × answers to each",
-    "generation.max_new_tokens": "the longest answer, which TRL's scripts give to generate",
+    EPISODES: "the budget in episodes: passes over the prompts × prompts × completions of each",
+    TOKENS: "the longest completion, which TRL's scripts give to generate",
 }
-# What a trainer takes besides its configuration.
-OUTSIDE = {
-    "callbacks": "none for text tasks; the run folder has metrics, samples and checkpoints",
-    "optimizers": "Adam, with ppo's settings",
-    "ref_model": "the reference is the policy as the run begins",
-    "mixed_precision": "policy.dtype says it",
-    "vllm_importance_sampling_cap": "generation.tis_cap is the like, for each token",
-    "LoraConfig.use_rslora": "LoRA's scale is alpha / rank; with it alpha / √rank: set policy.adapter.alpha to that end",
-    "generation_kwargs.do_sample": "answers are always drawn at generation.temperature",
+_ARGS = "open('trl.json', 'w').write(args.to_json_string())"
+_CONFIG = "json.dump(config.to_dict(), open('trl.json', 'w'), default=str)"
+_PICKLE = "import torch; print(torch.load('training_args.bin', weights_only=False).to_json_string())"
+REFUSED = {
+    ".py": "scripts are not read; TRL says what one comes to: put this line after its configuration, run it "
+    f"and import trl.json: {_ARGS} (up to TRL 0.11: {_CONFIG})",
+    ".sh": "shell scripts are not read; put before TRL's command in one, and run it: surefoot import-trl --",
+    ".bin": "a pickle, which is not read since reading one can run code; where you trust it and TRL is "
+    f'installed: python -c "{_PICKLE}" > trl.json',
 }
+SAME = {".bash": ".sh"} | dict.fromkeys((".pt", ".pth", ".pkl", ".pickle", ".ckpt"), ".bin")
 
 
 @dataclass
 class Imported:
-    """Our settings by dotted key, and the report: what became what, what is left to the user, what is not there."""
+    """TRL's settings, ours by dotted key, what each comes from, and what the user should know."""
 
-    kind: Kind
     where: str
+    kind: Kind
+    given: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
-    mapped: list[str] = field(default_factory=list)
+    sources: dict[str, str] = field(default_factory=dict)
     by_hand: list[str] = field(default_factory=list)
     no_counterpart: list[str] = field(default_factory=list)
-    aside: list[str] = field(default_factory=list)
 
-    def put(self, key: str, value: Any, source: str, note: str = "") -> None:
+    def number(self, name: str) -> Any:
+        """A number of TRL's, given or by default, or None. Raises InputError for anything else."""
+        value = self.given.get(name, self.kind.computed.get(name, self.kind.maps.get(name, ("", None))[1]))
+        if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
+            raise InputError(f"{self.where}: {name} has {short(value)}; a number is needed")
+        return value
+
+    def put(self, key: str, value: Any, source: str) -> None:
         """Set one of our keys."""
-        self.settings[key] = value
-        self.mapped.append(f"{source} -> {key}: {_text(value)}" + (f" ({note})" if note else ""))
+        self.settings[key], self.sources[key] = value, source
 
-    def report(self) -> str:
-        """For the user, several lines."""
-        lines = [f"{self.where}: read as {self.kind.title}"]
-        parts = {"mapped": self.mapped, "set by hand": self.by_hand, "no counterpart": self.no_counterpart}
-        for title, entries in parts.items():
+    def notes(self) -> str:
+        """What is to be set by hand and what has no counterpart, several lines."""
+        lines = [f"From {self.where}, read as {self.kind.title}."]
+        for title, entries in (("Set by hand", self.by_hand), ("No counterpart", self.no_counterpart)):
             lines += [f"{title}:", *(f"  {entry}" for entry in entries)] if entries else []
-        if self.aside:
-            lines.append(f"no part in what is learned: {', '.join(sorted(self.aside))}")
         return "\n".join(lines)
 
     def yaml(self) -> str:
-        """The file for `surefoot ppo`; what is to be set by hand stands at its top as comments."""
-        lines = [
-            f"# From {self.where}: {self.kind.title}. Set by hand:",
-            *(f"#   {entry}" for entry in self.by_hand),
-        ]
-        tree: dict[str, Any] = {name: {} for name in ("seed", "run", "policy", "task", "generation", "ppo")}
-        for key, value in self.settings.items():
-            *sections, leaf = key.split(".")
-            inner = tree
-            for section in sections:
-                inner = inner.setdefault(section, {})
-            inner[leaf] = value
-        for name, section in tree.items():
-            if section == {} and name != "task":
-                continue
-            if name == "task":
-                lines += ["task:", "  # prompts: FILE.jsonl", "  # reward: FILE.py:FUNCTION"]
-            elif isinstance(section, dict):
-                lines += [f"{name}:", *(f"  {leaf}: {_text(value)}" for leaf, value in section.items())]
-            else:
-                lines.append(f"{name}: {_text(section)}")
+        """The file for `surefoot ppo`: the notes, then every setting beside its source."""
+        lines = [f"# {line}" for line in self.notes().splitlines()]
+        lines += ["task:", "  # prompts: FILE.jsonl", "  # reward: FILE.py:FUNCTION"]
+        sections = list(dict.fromkeys(key.rpartition(".")[0] for key in self.settings))
+        for section in sections:
+            lines += [f"{section}:"] if section else []
+            for key, value in self.settings.items():
+                before, _, leaf = key.rpartition(".")
+                if before == section:
+                    lines.append(f"{'  ' * bool(section)}{leaf}: {_text(value)}  # {self.sources[key]}")
         return "\n".join(lines) + "\n"
 
 
-def import_settings(path: Path) -> Imported:
-    """TRL's settings in a script, a command line, a YAML or a JSON file as ours. Raises InputError for what cannot be one."""
-    imported = translate(read(path))
-    data = {
-        name: section for name, section in strict_yaml.parse(imported.yaml()).items() if section is not None
-    }
-    make_config(data, where=f"{path}, in our words")
+def import_settings(source: Sequence[str]) -> Imported:
+    """TRL's settings as ours: the path of a YAML or JSON file, or a command's words. Raises InputError."""
+    imported = _read_command(source) if len(source) > 1 else _read_file(Path(source[0]))
+    translate(imported)
+    data = {name: part for name, part in strict_yaml.parse(imported.yaml()).items() if part is not None}
+    make_config(data, where=f"{imported.where}, in our words")
     return imported
 
 
-def translate(found: Found) -> Imported:
-    """Go through the table of the kind that was found."""
-    done = Imported(found.kind, found.where)
-    for row in found.kind.rows:
-        if row.theirs in found.expressions:
-            done.by_hand.append(
-                f"{row.ours or row.theirs}: TRL's {row.theirs} is {found.expressions[row.theirs]}"
+def _read_file(path: Path) -> Imported:
+    suffix = SAME.get(path.suffix, path.suffix)
+    if suffix in REFUSED:
+        raise InputError(f"{path}: {REFUSED[suffix]}")
+    if suffix not in (".yaml", ".yml", ".json"):
+        raise InputError(
+            f"{path}: expected a .json or .yaml file, a checkpoint's folder, or -- and TRL's command"
+        )
+    return _of_kind(str(path), _values(path), path.name)
+
+
+def _values(path: Path) -> dict[str, Any]:
+    data = strict_yaml.read(path)
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: expected TRL's settings by name, found {short(data)}")
+    return {name: value for name, value in data.items() if value is not None}
+
+
+def _read_command(words: Sequence[str]) -> Imported:
+    """`trl grpo --beta 0.1`, `accelerate launch --num_processes 2 ppo.py --lam 0.9`: as argparse reads it."""
+    at = next((i for i, word in enumerate(words) if re.search(r"\.py$|^(ppo|grpo|rloo)$", word)), None)
+    if at is None:
+        raise InputError(
+            f"no script, and none of ppo, grpo and rloo, in the command {short(' '.join(words))}"
+        )
+    values = {name: value for name, value in _flags(words[:at]).items() if name == "num_processes"}
+    values |= _flags(words[at + 1 :])
+    if file := values.pop("config", None):
+        values = _values(Path(str(file))) | values
+    return _of_kind("the command", values, words[at])
+
+
+def _flags(words: Sequence[str]) -> dict[str, Any]:
+    given: dict[str, list[Any]] = {}
+    name = ""
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            given[name] = [strict_yaml.scalar(value)] if equals else []
+        elif name:
+            given[name].append(strict_yaml.scalar(word))
+    return {name: True if not v else v[0] if len(v) == 1 else v for name, v in given.items()}
+
+
+def _of_kind(where: str, given: dict[str, Any], hint: str) -> Imported:
+    """Of the kind that knows the most of the settings; of several, the first that `hint` names."""
+    known = [len({*kind.maps, *kind.computed, *kind.without} & given.keys()) for kind in KINDS]
+    best = [kind for kind, count in zip(KINDS, known, strict=True) if 0 < count == max(known)]
+    if not best:
+        raise InputError(f"{where}: no setting of TRL's PPO, GRPO or RLOO in it")
+    named = [kind for kind in best if re.search(rf"(?<![a-z]){kind.word}(?![a-z])", hint.lower())]
+    if len(best) > 1 and not named:
+        titles = " and ".join(kind.title for kind in best)
+        raise InputError(f"{where}: fits {titles} alike; put ppo, grpo or rloo into the file's name")
+    return Imported(where, best[0] if len(best) == 1 else named[0], given)
+
+
+def translate(done: Imported) -> None:
+    """Fill in our settings and the notes. Raises InputError for another loss than the token's clipped one."""
+    given = done.given
+    if done.kind is table.GRPO:
+        loss, level = given.get("loss_type", "dapo"), given.get("importance_sampling_level", "token")
+        if not isinstance(loss, str) or loss not in table.VALUES["loss_type"] or level != "token":
+            which = f"loss_type {short(loss)}, importance_sampling_level {short(level)}"
+            raise InputError(
+                f"{done.where}: {which}: not there, and its epsilon bounds another ratio than ours"
             )
-        elif row.by_hand and row.theirs in found.values:
-            done.by_hand.append(
-                f"{row.ours}: TRL's {row.theirs} is {short(found.values[row.theirs])}; {row.note}"
-            )
-        elif not (row.computed or row.by_hand):
-            _put_row(done, row, found.values)
-    for key, value in found.kind.always.items():
-        if key not in done.settings:
-            done.put(key, value, found.kind.title)
-    _put_sizes(done, found)
-    _put_adapter(done, found)
-    _put_rest(done, found)
-    _list_others(done, found)
-    _list_unused(done, found)
-    return done
+    for name, (ours, default) in done.kind.maps.items():
+        if (value := given.get(name, default)) is not None:
+            _put_one(done, name, ours, value)
+    for key, value in done.kind.always.items():
+        done.put(key, value, done.kind.title)
+    _put_sizes(done)
+    _put_adapter(done)
+    if done.kind is table.OLD:
+        _put_old(done)
+    elif done.kind is table.GRPO:
+        _put_grpo(done)
+    elif done.kind.word == "rloo":
+        _put_rloo(done)
+    _list_others(done)
 
 
-def _put_row(done: Imported, row: Row, given: dict[str, Any]) -> None:
-    """A row that stands for itself: given, or by TRL's default."""
-    is_adaptive = given.get("adap_kl_ctrl", True) and given.get("init_kl_coef") != 0
-    if row.ours in ("kl.target", "kl.horizon") and not is_adaptive:
-        return
-    is_given = row.theirs in given
-    value = given.get(row.theirs, row.default)
-    said = f"{row.theirs} {_text(value)}" + ("" if is_given else " by default")
-    if not row.ours:
-        if is_given and value != row.default:
-            done.no_counterpart.append(f"{said}: {row.note}")
-        return
-    if value is None:
-        return
-    if row.values:
-        ours = [our for their, our in row.values if their == value and isinstance(value, type(their))]
-        value = ours[0] if ours else row.values[0][1]
-        if not ours:
-            done.no_counterpart.append(f"{said}; {row.ours}: {value} is written in its place ({row.note})")
-            said = f"in place of {said}"
-    if row.ours == "ppo.max_grad_norm" and value == 0:
-        value = NO_CLIP  # transformers' word for none
-    done.put(row.ours, value, said, "" if row.values else row.note)
+def _put_one(done: Imported, name: str, ours: str, value: Any) -> None:
+    """A setting that stands for itself: given, or by TRL's default."""
+    source = f"{name} {_text(value)}"
+    if name not in done.given:
+        other = table.ELSEWHERE.get((name, value))
+        source += " by TRL's default" + (f", {other}" if other else "")
+    if name in table.VALUES:
+        words = table.VALUES[name]
+        fits = [our for their, our in words.items() if their == value and type(their) is type(value)]
+        value = fits[0] if fits else next(iter(words.values()))
+        if not fits:
+            done.no_counterpart.append(f"{source}: {ours}: {value} is written in its place")
+    done.put(ours, NO_CLIP if name == "max_grad_norm" and value == 0 else value, source)  # 0: none
 
 
-def _put_sizes(done: Imported, found: Found) -> None:
-    """Episodes of an update and of an optimiser step from TRL's per-device numbers, and the budget that is counted in steps."""
-    rows = {
-        row.theirs: row.default
-        for row in found.kind.rows
-        if row.computed and row.ours in ("ppo.batch_size", PER_UPDATE)
-    }
-    if rows.keys() & found.expressions.keys():
-        return  # they are listed
-    n = rows | {name: found.values[name] for name in rows if name in found.values}
-    for name, value in n.items():
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise InputError(f"{found.where}: {name} is {short(value)}; a whole number above 0 is needed")
-    processes, accumulated = n["num_processes"], n["gradient_accumulation_steps"]
-    if found.kind is OLD:
-        per_update = n["batch_size"] * processes
-        step = (n["forward_batch_size"] or n["mini_batch_size"]) * accumulated * processes
-    elif "num_mini_batches" in n:
+def _put_sizes(done: Imported) -> None:
+    """Episodes of an update and of an optimizer step from TRL's numbers per device; budget, warm-up."""
+    number = done.number
+    rows, accumulated = number("per_device_train_batch_size"), number("gradient_accumulation_steps")
+    processes = number("num_processes")
+    if done.kind is table.OLD:
+        per_update = number("batch_size") * processes
+        step = (number("forward_batch_size") or number("mini_batch_size")) * accumulated * processes
+    elif minibatches := number("num_mini_batches"):
         # accelerate steps once in so many micro-batches, whatever TRL's own minibatch is.
-        per_update = n["per_device_train_batch_size"] * accumulated * processes
-        step = min(per_update, per_update * accumulated // n["num_mini_batches"])
+        per_update = rows * accumulated * processes
+        step = min(per_update, per_update * accumulated // minibatches)
     else:
-        per_step = n["per_device_train_batch_size"] * processes
-        step = per_step * accumulated
-        # Answers that are generated between two steps come from the same weights: one update.
-        per_update = max(
-            n["generation_batch_size"] or per_step * (n["steps_per_generation"] or accumulated), step
-        )
-        _put_max_steps(done, found, step)
-    used = ", ".join(f"{name} {value}" for name, value in n.items() if value is not None)
-    done.put(PER_UPDATE, per_update, used)
-    done.put("ppo.batch_size", step, "the same", "the episodes of one optimiser step")
-    if n.get("num_mini_batches", 1) > 1:
-        done.by_hand.append(f"{PER_UPDATE}: up to TRL 0.16 it was num_mini_batches times as large")
-    if "num_processes" not in found.values:
-        done.by_hand.append(
-            f"{PER_UPDATE}, ppo.batch_size: for one process; on W of them both were W times as large"
-        )
+        step = rows * accumulated * processes
+        generated = rows * processes * (number("steps_per_generation") or accumulated)
+        # Completions that are generated between two steps come from the same weights: one update.
+        per_update = max(number("generation_batch_size") or generated, step)
+        if (steps := number("max_steps")) > 0 and (again := number("num_iterations")):
+            done.put(EPISODES, steps * step // again, f"max_steps {steps} × {step} / num_iterations {again}")
+    names = [name for name in done.kind.computed if re.search("batch|accumul|processes|per_generation", name)]
+    source = ", ".join(f"{name} {number(name)}" for name in names if number(name))
+    done.put(PER_UPDATE, per_update, source)
+    done.put(STEP, step, "of the same: the episodes of one optimizer step")
+    if "num_processes" not in done.given:
+        done.by_hand.append(f"{PER_UPDATE}, {STEP}: for one process; on W of them both were W times as large")
+    if 0 < (warmup := number("warmup_steps") or 0) < 1:
+        done.put("ppo.lr_warmup", warmup, f"warmup_steps {warmup}, a share of the run")
+    elif warmup:
+        done.by_hand.append(f"ppo.lr_warmup: warmup_steps is {warmup} steps; write their share of the run")
 
 
-def _put_max_steps(done: Imported, found: Found, step: int) -> None:
-    steps, again = found.values.get("max_steps", -1), found.values.get("num_iterations", 1)
-    if isinstance(steps, int) and isinstance(again, int) and steps > 0 and again > 0:
-        done.put(
-            "rollout.total_episodes",
-            steps * step // again,
-            f"max_steps {steps} × {step} answers / num_iterations {again}",
-        )
-
-
-def _put_adapter(done: Imported, found: Found) -> None:
-    given = found.values
-    if not given.get("use_peft"):
-        if "use_peft" not in found.expressions:
-            done.put("policy.adapter", None, "no use_peft and no LoraConfig", "all weights are trained")
+def _put_adapter(done: Imported) -> None:
+    if not done.given.get("use_peft"):
+        done.put("policy.adapter", None, "no use_peft: all weights are trained")
+        if "use_peft" not in done.given:  # as in TRL's own arguments, where no LoRA stands
+            lora = "{rank: its r, alpha: lora_alpha, targets: target_modules}"
+            done.by_hand.append(f"policy.adapter: where TRL was given a peft_config, write {lora} for null")
         return
-    names = {"lora_r": ("rank", 16), "lora_alpha": ("alpha", 32), "lora_target_modules": ("targets", None)}
-    adapter = {
-        ours: given.get(theirs, default)
-        for theirs, (ours, default) in names.items()
-        if theirs not in found.expressions
-    }
-    if adapter.get("targets", "") is None:
-        del adapter["targets"]
-        done.by_hand.append(
-            "policy.adapter.targets: TRL leaves them to peft, which picks some by the architecture; all-linear here"
-        )
-    elif isinstance(targets := adapter.get("targets"), str) and targets != "all-linear":
-        if re.fullmatch(r"[\w-]+", targets):
-            adapter["targets"] = [targets]
-        else:
-            del adapter["targets"]
-            done.by_hand.append(
-                f"policy.adapter.targets: TRL's lora_target_modules is the pattern {short(targets)}; list the layers it fits"
-            )
+    adapter = {"rank": done.number("lora_r"), "alpha": done.number("lora_alpha")}
+    if targets := done.given.get("lora_target_modules"):
+        adapter["targets"] = targets if isinstance(targets, list) or targets == "all-linear" else [targets]
+    else:
+        done.by_hand.append("policy.adapter.targets: all-linear here; peft picks some by the architecture")
     done.put("policy.adapter", adapter, "use_peft, lora_r, lora_alpha, lora_target_modules")
 
 
-def _put_rest(done: Imported, found: Found) -> None:
-    """What comes from a setting in a way of its own."""
-    given, names = found.values, {row.theirs for row in found.kind.rows}
-    if given.get("adap_kl_ctrl") is False:
-        done.mapped.append("adap_kl_ctrl false -> no kl.target: kl.coef stays as it is")
-    if given.get("early_stopping") and "early_stopping" in names:
-        stop = 1.5 * _number(found, "target_kl", given.get("target_kl", 1.0))
-        done.put("ppo.target_kl", stop, "early_stopping, 1.5 × target_kl", "TRL stops there")
-    if "stop_token_id" in names and "stop_token_id" in given:
+def _put_old(done: Imported) -> None:
+    if done.given.get("adap_kl_ctrl") is False or done.number("init_kl_coef") == 0:
+        del done.settings["kl.target"], done.settings["kl.horizon"]
         done.put(
-            "generation.stop_token_ids",
-            [given["stop_token_id"]],
-            "stop_token_id",
-            "besides the model's own end tokens",
+            "kl.coef", done.number("init_kl_coef"), "init_kl_coef, which stays: adap_kl_ctrl false, or 0"
         )
-    elif "stop_token" in names and not {"stop_token", "stop_token_id"} & (
-        given.keys() | found.expressions.keys()
-    ):
-        done.no_counterpart.append(
-            "stop_token None by default: TRL writes on to response_length; here an end token ends an answer"
-        )
-    name = "reward_clip_range"
-    if name in names and (ends := given.get(name)) is not None:
-        if (
-            isinstance(ends, list)
-            and len(ends) == 2
-            and -_number(found, name, ends[0]) == _number(found, name, ends[1])
-        ):
-            done.put("shaping.clip", ends[1], f"{name} {ends}")
-        else:
-            done.no_counterpart.append(f"{name} {ends}: shaping.clip is ± one number")
-    warmup = given.get("warmup_steps", 0) if "warmup_steps" in names else 0
-    if isinstance(warmup, (int, float)) and 0 < warmup < 1:
-        done.put("ppo.lr_warmup", warmup, f"warmup_steps {warmup}", "a share of the run")
-    elif warmup:
-        done.by_hand.append(
-            f"ppo.lr_warmup: TRL's warmup_steps is {warmup} steps; write the share of the run they are"
-        )
+    if done.given.get("early_stopping"):
+        done.put("ppo.target_kl", 1.5 * done.number("target_kl"), "early_stopping, 1.5 × target_kl")
 
 
-def _number(found: Found, name: str, value: Any) -> float:
-    if not isinstance(value, (int, float)):
-        raise InputError(f"{found.where}: {name} has {short(value)}; a number is needed")
-    return value
+def _put_grpo(done: Imported) -> None:
+    """TRL's bounds min(min(r, δ) A, clip(r, 1 - ε, 1 + ε_high) A), and its entropy's mean over tokens."""
+    high, delta, entropy = (done.number(name) for name in ("epsilon_high", "delta", "entropy_coef"))
+    top = 1 + (done.number("epsilon") if high is None else high)
+    if high is not None:
+        done.put("ppo.clip_range_high", high, f"epsilon_high {high}")
+    if delta is not None:
+        done.put("ppo.dual_clip", max(delta, top), f"delta {delta}, or 1 + epsilon_high where that is more")
+        if delta < top:
+            done.put("ppo.clip_range_high", round(delta - 1, 12), f"delta {delta} - 1, below epsilon_high")
+    if entropy and done.settings["ppo.loss_aggregation"] == "token":
+        done.put("ppo.ent_coef", entropy, f"entropy_coef {entropy}")
+    elif entropy:
+        done.no_counterpart.append(f"entropy_coef {entropy}: of a mean over tokens, whatever loss_type is")
 
 
-def _list_others(done: Imported, found: Found) -> None:
-    """What the table does not know, and what a run needs and TRL's settings do not have."""
-    known = {row.theirs for row in found.kind.rows}
-    said = {name: f" {short(value)}" for name, value in found.values.items()}
-    said |= {name: f", {what}" for name, what in found.expressions.items()}
-    for name in [name for name in said if name not in known]:
-        value = found.values.get(name)
-        if _is_aside(name, found) or value is False or value in ("", [], {}):
-            done.aside.append(name)
-        else:
-            done.no_counterpart.append(f"{name}{said[name]}: {OUTSIDE.get(name, 'not known here')}")
-    done.no_counterpart += found.kind.notes
-    done.by_hand += found.remarks
-    for key, how in NEEDED.items():
-        if key not in done.settings and not any(entry.startswith(key) for entry in done.by_hand):
-            done.by_hand.append(f"{key}: {how}")
+def _put_rloo(done: Imported) -> None:
+    """Our loss is TRL's divided by max_new_tokens, so what is compared with its gradient is, too."""
+    for name in ("max_grad_norm", "adam_epsilon"):
+        if f"ppo.{name}" not in done.settings:
+            value = done.number(name)
+            scaled = value / max(done.number("max_completion_length") or done.number("response_length"), 1)
+            done.put(f"ppo.{name}", scaled or NO_CLIP, f"{name} {value} / {TOKENS}, as the loss here is")
+    match done.given.get("reward_clip_range"):
+        case [int() | float() as low, int() | float() as high] if low == -high:
+            done.put("shaping.clip", high, f"reward_clip_range [{low}, {high}]")
 
 
-def _list_unused(done: Imported, found: Found) -> None:
-    """What the table knows, and the other settings left without a use: nothing that was given goes unsaid."""
-    said = set(
-        re.findall(r"(?<![\w.])\w+", " ".join(done.mapped + done.by_hand + done.no_counterpart + done.aside))
-    )
-    for row in found.kind.rows:
-        if row.theirs not in found.values or row.theirs in said:
+def _list_others(done: Imported) -> None:
+    """What the table does not know, what has no use beside the rest, and what a run still needs."""
+    kind, needed = done.kind, dict(NEEDED)
+    used = [done.sources[key] for key in done.settings]
+    said = set(re.findall(r"\w+", " ".join([*used, *done.by_hand, *done.no_counterpart])))
+    defaults = {name: default for name, (_, default) in kind.maps.items()} | {**kind.computed, **kind.without}
+    for name, value in done.given.items():
+        default = defaults.get(name)
+        if ours := table.BY_HAND.get(name):
+            done.by_hand.append(f"{ours}: {needed.pop(ours, 'too')}; TRL's {name} is {short(value)}")
+        elif value is False or value in ("", [], {}) or value in (default, "adamw_torch_fused"):
             continue
-        said.add(row.theirs)
-        value = found.values[row.theirs]
-        if value is None or value == row.default:
-            done.mapped.append(f"{row.theirs} {_text(value)}: as TRL has it by default")
-        else:
-            note = f"; {row.note}" if row.note else ""
-            done.no_counterpart.append(
-                f"{row.theirs} {short(value)}: not carried over beside the other settings{note}"
-            )
+        elif name in kind.without:
+            done.no_counterpart.append(f"{name} {short(value)} (docs/from-trl.md says why)")
+        elif name in defaults and name not in said:
+            done.no_counterpart.append(f"{name} {short(value)}: without use beside the other settings")
+        elif name not in defaults and not _is_aside(name, done):
+            done.no_counterpart.append(f"{name} {short(value)}: not known here")
+    done.no_counterpart += kind.notes
+    done.by_hand += [f"{key}: {how}" for key, how in needed.items() if key not in done.settings]
 
 
-def _is_aside(name: str, found: Found) -> bool:
-    is_unused = name.startswith("vllm_") and not found.values.get("use_vllm", "use_vllm" in found.expressions)
-    return is_unused or name in ASIDE or name.startswith(ASIDE_FAMILIES)
+def _is_aside(name: str, done: Imported) -> bool:
+    is_unused = name.startswith("vllm_") and not done.given.get("use_vllm")
+    return is_unused or any(re.fullmatch(known.replace("*", r"\w*"), name) for known in table.ASIDE)
 
 
 def _text(value: Any) -> str:
