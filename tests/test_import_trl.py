@@ -116,6 +116,7 @@ def test_the_newer_api(tmp_path):
         "shaping.whiten": False,
     }
     assert "max_grad_norm 0.5 (docs/from-trl.md says why)" in done.no_counterpart
+    assert any(entry.startswith("stop_token none") for entry in of(table.PPO).no_counterpart)
 
 
 @pytest.mark.parametrize(

@@ -291,6 +291,10 @@ def _list_others(done: Imported) -> None:
         elif name not in defaults and not _is_aside(name, done):
             done.no_counterpart.append(f"{name} {short(value)}: not known here")
     done.no_counterpart += kind.notes
+    if "stop_token" in kind.without and not done.given.get("stop_token"):
+        done.no_counterpart.append(
+            f"stop_token none: TRL writes on to {TOKENS}; here an end token ends a completion"
+        )
     done.by_hand += [f"{key}: {how}" for key, how in needed.items() if key not in done.settings]
 
 
