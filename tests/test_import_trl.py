@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,30 +55,14 @@ def picked(done: Imported, *names: str) -> list[Any]:
 def test_the_old_api(tmp_path):
     done = from_file(tmp_path, OLD)
     assert done.kind is table.OLD and done.settings == {
-        "seed": 7,
-        "policy.model": "lvwerra/gpt2-imdb",
-        "policy.adapter": None,
-        "policy.dtype": "float32",
-        "rollout.episodes_per_update": 64,
-        "ppo.batch_size": 16,  # 8 rows, twice
-        "ppo.n_epochs": 3,
-        "ppo.learning_rate": 2e-5,
-        "ppo.clip_range": 0.3,
-        "kl.coef": 0.1,
-        "kl.target": 5,
-        "kl.horizon": 2000,
-        "shaping.clip": 2.5,
+        "seed": 7, "policy.model": "lvwerra/gpt2-imdb", "policy.adapter": None, "policy.dtype": "float32",
+        "rollout.episodes_per_update": 64, "ppo.batch_size": 16, "ppo.n_epochs": 3, "ppo.learning_rate": 2e-5,
+        "ppo.clip_range": 0.3, "kl.coef": 0.1, "kl.target": 5, "kl.horizon": 2000, "shaping.clip": 2.5,
         "shaping.scale": "running_std",
         # TRL's own defaults, which are not ours
-        "ppo.adam_epsilon": 1e-8,
-        "ppo.max_grad_norm": 1e9,
-        "kl.placement": "reward",
-        "ppo.clip_range_vf": 0.2,
-        "ppo.vf_coef": 0.1,
-        "ppo.gamma": 1.0,
-        "ppo.gae_lambda": 0.95,
-        "shaping.whiten": False,
-    }
+        "ppo.adam_epsilon": 1e-8, "ppo.max_grad_norm": 1e9, "kl.placement": "reward", "ppo.clip_range_vf": 0.2,
+        "ppo.vf_coef": 0.1, "ppo.gamma": 1.0, "ppo.gae_lambda": 0.95, "shaping.whiten": False,
+    }  # fmt: skip
     # What it does not hold is said: the sampling, the LoRA, the task.
     for key in ("task.prompts", "task.reward", "policy.adapter", "rollout.total_episodes", "generation.max_new_tokens"):
         assert any(entry.startswith(key) for entry in done.by_hand), key
@@ -90,31 +76,14 @@ def test_the_newer_api(tmp_path):
     }  # fmt: skip
     done = from_file(tmp_path, given, "ppo.json")
     assert done.kind is table.PPO and done.settings == {
-        "seed": 42,
-        "run.folder": "out",
-        "policy.model": "sft",
-        "policy.adapter": {"rank": 32, "alpha": 16, "targets": ["q_proj", "v_proj"]},
-        "policy.dtype": "float32",
-        "generation.max_new_tokens": 53,
-        "generation.temperature": 0.7,
-        "rollout.total_episodes": 10_000,
-        "rollout.episodes_per_update": 16,
-        "ppo.batch_size": 4,
-        "ppo.n_epochs": 4,
-        "ppo.learning_rate": 3e-6,
-        "ppo.lr_schedule": "linear",
-        "ppo.adam_epsilon": 1e-8,
-        "ppo.max_grad_norm": 1e9,
-        "kl.coef": 0.03,
-        "kl.placement": "reward",
-        "shaping.missing_eos_penalty": 1.0,
-        "ppo.clip_range": 0.2,
-        "ppo.clip_range_vf": 0.2,
-        "ppo.vf_coef": 0.1,
-        "ppo.gamma": 1.0,
-        "ppo.gae_lambda": 0.95,
-        "shaping.whiten": False,
-    }
+        "seed": 42, "run.folder": "out", "policy.model": "sft", "policy.dtype": "float32",
+        "policy.adapter": {"rank": 32, "alpha": 16, "targets": ["q_proj", "v_proj"]}, "generation.max_new_tokens": 53,
+        "generation.temperature": 0.7, "rollout.total_episodes": 10_000, "rollout.episodes_per_update": 16,
+        "ppo.batch_size": 4, "ppo.n_epochs": 4, "ppo.learning_rate": 3e-6, "ppo.lr_schedule": "linear",
+        "ppo.adam_epsilon": 1e-8, "ppo.max_grad_norm": 1e9, "kl.coef": 0.03, "kl.placement": "reward",
+        "shaping.missing_eos_penalty": 1.0, "ppo.clip_range": 0.2, "ppo.clip_range_vf": 0.2, "ppo.vf_coef": 0.1,
+        "ppo.gamma": 1.0, "ppo.gae_lambda": 0.95, "shaping.whiten": False,
+    }  # fmt: skip
     assert "max_grad_norm 0.5 (docs/from-trl.md says why)" in done.no_counterpart
     assert any(entry.startswith("stop_token none") for entry in of(table.PPO).no_counterpart)
 
@@ -453,58 +422,31 @@ def test_an_imported_checkpoint_is_trained_on(tmp_path, monkeypatch):
     assert model.policy.value_head.bias.item() != 0.5
 
 
-def drop_head(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    save_file(
-        {n: t for n, t in tensors.items() if not n.startswith("v_head")},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+def rewritten(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable[[Path], object]:
+    file = "model.safetensors"
+    return lambda folder: save_file(change(load_file(folder / file)), folder / file, metadata={"format": "pt"})
 
 
-def widen_head(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    save_file(tensors | {"v_head.summary.weight": torch.zeros(1, 33)}, folder / "model.safetensors", metadata={"format": "pt"})
+def linked(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "elsewhere")
+    (folder / "model.safetensors").symlink_to(folder / "elsewhere")
 
 
-def only_pickle(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "no v_head.summary.weight": rewritten(lambda tensors: {n: t for n, t in tensors.items() if not n.startswith("v_head")}),
+    "surefoot_critic.safetensors": rewritten(lambda tensors: tensors | {"v_head.summary.weight": torch.zeros(1, 33)}),
+    "pytorch_model.bin is a pickle": lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+    "an adapter": lambda folder: (folder / "adapter_config.json").write_text("{}"),
+    "half-written": lambda folder: os.truncate(folder / "model.safetensors", 20_000),
+    "model.safetensors: a link": linked,
+    "notes.txt: a link": lambda folder: (folder / "notes.txt").symlink_to(__file__),
+}
 
 
-def adapter(folder: Path) -> None:
-    (folder / "adapter_config.json").write_text("{}")
-
-
-def half(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def linked_weights(folder: Path) -> None:
-    target = folder / "elsewhere"
-    (folder / "model.safetensors").rename(target)
-    (folder / "model.safetensors").symlink_to(target)
-
-
-def linked_text(folder: Path) -> None:
-    (folder / "notes.txt").symlink_to(Path(__file__))
-
-
-@pytest.mark.parametrize(
-    ("damage", "named"),
-    [
-        (drop_head, "no v_head.summary.weight"),
-        (widen_head, "surefoot_critic.safetensors"),
-        (only_pickle, "pytorch_model.bin is a pickle"),
-        (adapter, "an adapter"),
-        (half, "half-written"),
-        (linked_weights, "model.safetensors: a link"),
-        (linked_text, "notes.txt: a link"),
-    ],
-)
-def test_a_checkpoint_that_cannot_be_taken_is_refused_and_leaves_nothing(tmp_path, damage, named):
+@pytest.mark.parametrize("named", DAMAGES)
+def test_a_checkpoint_that_cannot_be_taken_is_refused_and_leaves_nothing(tmp_path, named):
     value_head_folder(tmp_path / "trl")
-    damage(tmp_path / "trl")
+    DAMAGES[named](tmp_path / "trl")
     complaint = run_cli("import-trl", tmp_path / "trl", "--output", tmp_path / "ours").refused(named)
     assert str(tmp_path / "ours") not in complaint
     assert sorted(path.name for path in tmp_path.iterdir()) == ["trl"]

@@ -33,7 +33,7 @@ MERGED = "model.pretrained_model = model.pretrained_model.merge_and_unload(); mo
 def import_value_head(source: Path, output: Path) -> None:
     """Write `output`, a folder that `PPO.load` opens in float32: the same logits, the same values.
 
-    TRL saves the head as `v_head.summary`, one linear layer [1, D] on the last hidden state, among the model's
+    TRL saves the head as `v_head.summary`, one linear layer [1, D] on the last hidden state, among the
     weights; its dropout is left out. Raises InputError for pickles, adapters, links, folders without the head
     and weights that do not fit.
     """
