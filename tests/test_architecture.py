@@ -266,7 +266,7 @@ def test_the_formula_is_few_calls_from_the_loop() -> None:
             for node in ast.walk(tree):
                 if isinstance(node, ast.FunctionDef):
                     bodies.setdefault(node.name, []).append(node)
-                    words = set(re.findall(r"[a-z]+", ast.unparse(node)))
+                    words = set(re.findall(r"\w+", ast.unparse(node)))
                     formula |= {node.name} if "ratio" in words and words & {"clamp", "clip"} else set()
     reached, hops = {"run"}, 0
     while not reached & formula and hops <= HOPS:
