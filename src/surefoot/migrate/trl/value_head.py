@@ -88,7 +88,7 @@ def _check(source: Path) -> None:
     """Raise InputError for a folder that holds no whole, safe checkpoint, with the way where there is one."""
     if (source / "adapter_config.json").is_file():
         raise InputError(
-            f"{source}: an adapter, with its value head in a pickle; in TRL, merge it ({MERGED}) and save it"
+            f"{source}: an adapter whose value head is a pickle; in TRL, merge it ({MERGED}) and save it"
         )
     weights = [source / name for name in (WEIGHTS, INDEX)]
     if (source / "pytorch_model.bin").is_file() and not any(file.is_file() for file in weights):
