@@ -45,10 +45,10 @@ def main() -> None:
         learning_rate = 1e-3 * (1 - number / arguments.updates)
         result = update(policy, batch, optimizer=optimizer, config=config, learning_rate=learning_rate, generator=shuffle)
 
-        reward = sum(t.score for t in batch.trajectories) / len(batch)
+        reward = sum(t.reward for t in batch.trajectories) / len(batch)
         kl = sum(t.kl for t in batch.trajectories) / len(batch)
         print(f"update {number + 1}  reward {reward:.3f}  kl {kl:.2f}  grad norm {result.grad_norm:.2f}", flush=True)
-    print(f"{batch.trajectories[0].prompt}{batch.trajectories[0].text}")
+    print(f"{batch.trajectories[0].prompt}{batch.trajectories[0].completion_text}")
 
 
 if __name__ == "__main__":

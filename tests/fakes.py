@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from surefoot.config import Config, PTXConfig, nested
 from surefoot.rollout.batch import text_batch
-from surefoot.types import Batch, Completion, Evaluation, StopReason, Trajectory
+from surefoot.types import Batch, Evaluation, StopReason, Trajectory, Turn
 
 
 def config_of(base: Config | None = None, /, **settings: Any) -> Config:
@@ -102,14 +102,14 @@ def trajectory(
     prompt: Any = "How are you?",
     prompt_tokens: Sequence[int] = (1, 2),
     tokens: Sequence[int] = (3,),
-    score: float = 0.0,
+    reward: float = 0.0,
     stop_reason: StopReason = StopReason.END_TOKEN,
     columns: dict[str, Any] | None = None,
 ) -> Trajectory:
     """One episode; log-probs and values are 0."""
     zeros = [0.0] * len(tokens)
-    completion = Completion(list(tokens), zeros, zeros, zeros, stop_reason)
-    return Trajectory(prompt, tuple(prompt_tokens), completion, text, columns=columns or {}, score=score)
+    written = Turn(list(tokens), text, by_policy=True, logprobs=zeros, values=zeros, entropies=zeros)
+    return Trajectory(prompt, [Turn(tuple(prompt_tokens)), written], stop_reason, columns=columns or {}, reward=reward)
 
 
 def played_batch(policy: BigramPolicy, lengths: Sequence[int], *, seed: int = 0, drift: float = 0.0) -> Batch:

@@ -168,7 +168,7 @@ def test_plain_prompts_can_be_sent_as_chat():
         [{"role": "user", "content": "one"}], add_generation_prompt=True, return_dict=True
     )
     assert batch.trajectories[0].prompt_tokens == tuple(chat["input_ids"])
-    assert batch.trajectories[0].prompt == "one" and isinstance(batch.trajectories[0].text, str)
+    assert batch.trajectories[0].prompt == "one" and isinstance(batch.trajectories[0].completion_text, str)
 
 
 def test_nothing_is_shown_when_nothing_is_asked_for(capfd):

@@ -92,12 +92,12 @@ def test_pseudo_labels_are_the_given_rows_and_then_the_best_answers(whole: Path)
     config = load_pipeline(whole / "pipeline.yaml")[3].config
     task = build_task(config)
     batch = collect(build_policy(config), task, episodes=36, seed=5, config=config)
-    written = sorted((t for t in batch.trajectories if isinstance(t, Trajectory)), key=lambda t: -t.score)
-    whole_ones = [t for t in written if t.text.strip() and t.completion.stop_reason is not StopReason.LENGTH]
-    assert {t.text for t in written} > {t.text for t in whole_ones}  # or there was nothing to leave out
+    written = sorted((t for t in batch.trajectories if isinstance(t, Trajectory)), key=lambda t: -t.reward)
+    whole_ones = [t for t in written if t.completion_text.strip() and t.stop_reason is not StopReason.LENGTH]
+    assert {t.completion_text for t in written} > {t.completion_text for t in whole_ones}  # or there was nothing to leave out
     half = round(len(whole_ones) / 2)
     assert 2 <= half < 18 < len(written)
-    best = dict.fromkeys((t.prompt, t.text) for t in whole_ones[:half])  # the same one once
+    best = dict.fromkeys((t.prompt, t.completion_text) for t in whole_ones[:half])  # the same one once
     assert [(row["prompt"], row["completion"]) for row in examples[len(PAIRS) :]] == list(best)
 
 
@@ -215,7 +215,7 @@ BAD = {
     ),
     "a metric that says nothing": (
         changed("tuned", task=task(metric="broken.py:says_nothing")),
-        "stage tuned: the metric function returned 0 scores",
+        "stage tuned: the metric function returned 0 rewards",
     ),
     "no reward model": (changed("tuned", task=task(reward="model")), "stage tuned: task.reward: no reward model in"),
     "no such column": (changed("tuned", task=task(prompt_column="text")), "line 1: no column 'text'; it has prompt"),

@@ -152,7 +152,7 @@ def test_ppo_is_paid_by_a_reward_model(saved):
     ppo = PPO(model_folder(), TextTask(["film 1 is", "a band"], model, held_out=0.0), **settings).learn()
     samples = rows(ppo.run_folder or Path(), "samples.jsonl")
     expected = model.score([one["prompt"] for one in samples], [one["completion"] for one in samples])
-    assert [one["reward"]["score"] for one in samples] == pytest.approx(expected, abs=1e-5)
+    assert [one["reward"]["reward"] for one in samples] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_config_names_a_reward_models_folder_as_reward_or_metric(saved):
@@ -161,7 +161,7 @@ def test_a_config_names_a_reward_models_folder_as_reward_or_metric(saved):
     assert (done := run_cli("ppo", project, "--run.folder", "runs", "--device", "cpu")).code == 0, done.err
     samples = rows(Path("runs/ppo-1"), "samples.jsonl")
     expected = RewardModel.load("reward").score([one["prompt"] for one in samples], [one["completion"] for one in samples])
-    assert [one["reward"]["score"] for one in samples] == pytest.approx(expected, abs=1e-5)
+    assert [one["reward"]["reward"] for one in samples] == pytest.approx(expected, abs=1e-5)
     assert yaml.safe_load(Path("runs/ppo-1/config.yaml").read_text())["task"]["reward"] == str(Path("reward").absolute())
     # Naming a folder that holds something else is one line.
     said = run_cli("ppo", project, "--task.reward", str(model_folder())).complaint
@@ -337,7 +337,7 @@ def test_ppo_with_another_tokenizer_than_the_reward_models(saved, tmp_path):
     assert run_cli("ppo", project, *flags).code == 0
     samples = [json.loads(line) for line in Path("runs/x/samples.jsonl").read_text().splitlines()]
     scores = RewardModel.load(saved).score([s["prompt"] for s in samples], [s["completion"] for s in samples])
-    assert [s["reward"]["score"] for s in samples] == pytest.approx(scores, abs=1e-4)
+    assert [s["reward"]["reward"] for s in samples] == pytest.approx(scores, abs=1e-4)
 
 
 def test_a_reward_model_that_cannot_read_the_prompts_is_refused_in_one_line(saved, tmp_path):

@@ -14,7 +14,7 @@ from surefoot.config import AdapterConfig, CriticConfig, PolicyConfig
 from surefoot.policies.lm.lstm import LstmConfig, LstmForCausalLM
 from surefoot.policies.lm.policy import CausalLMPolicy, wrap_policy
 from surefoot.rollout.batch import text_batch
-from surefoot.types import Batch, Completion, StopReason, Trajectory
+from surefoot.types import Batch, StopReason, Trajectory, Turn
 
 # Weights are drawn wide, so that distributions are far from uniform and every token of the past matters.
 WIDE = 0.5
@@ -139,8 +139,8 @@ def written_batch(rows: Iterable[tuple[Sequence[int], Sequence[int]]]) -> Batch:
     trajectories = []
     for prompt, answer in rows:
         zeros = [0.0] * len(answer)
-        completion = Completion(list(answer), zeros, zeros, zeros, StopReason.END_TOKEN)
-        trajectories.append(Trajectory("", tuple(prompt), completion, ""))
+        written = Turn(list(answer), by_policy=True, logprobs=zeros, values=zeros, entropies=zeros)
+        trajectories.append(Trajectory("", [Turn(tuple(prompt)), written], StopReason.END_TOKEN))
     return text_batch(trajectories, device=torch.device("cpu"))
 
 

@@ -6,7 +6,7 @@ language model: tokens of prompt and answer), V vocabulary, N written tokens, D 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Literal
@@ -80,34 +80,69 @@ class Completion:
 
 
 @dataclass
-class Trajectory:
-    """One episode of a text task, from prompt to score.
+class Turn:
+    """What the policy, or anyone else, added to a conversation. Tokens in, tokens out: nothing is re-tokenized.
 
-    Example: the prompt "The film" answered with " was great", scored 0.62 by the reward function:
-    `Trajectory(prompt="The film", prompt_tokens=(504, 2768), completion=Completion(...), text=" was great", score=0.62)`
+    Example: `Turn((504, 2768), text="The film")`, a prompt; `Turn([314, 2], " was great", by_policy=True, logprobs=[-1.2, -0.3],
+    values=[0.1, 0.4], reward=0.62)`, what the policy wrote after it.
+    """
+
+    tokens: Sequence[int]
+    text: str = ""
+    by_policy: bool = False  # then the columns of a `Completion` are here too; what others wrote has none
+    logprobs: Sequence[float] = ()
+    values: Sequence[float] = ()
+    entropies: Sequence[float] = ()
+    reward: float = 0.0  # paid for it: to the policy's last token up to its end
+    version: int = 0  # of the weights that wrote it
+
+
+@dataclass
+class Trajectory:
+    """One episode of a text task: the turns of a conversation, the prompt first; most have one more, the completion.
+
+    Example: the prompt "The film" continued with " was great", for which the reward function gave 0.62:
+    `Trajectory("The film", [Turn((504, 2768)), Turn([314, 2], " was great", by_policy=True, ...)], StopReason.END_TOKEN,
+    reward=0.62)`.
     """
 
     prompt: Any  # str, or chat messages
-    prompt_tokens: tuple[int, ...]
-    completion: Completion
-    text: str
+    turns: list[Turn]
+    stop_reason: StopReason
     columns: dict[str, Any] = field(default_factory=dict)  # the task's other columns
-    score: float = float("nan")  # what the reward function gave
+    reward: float = float("nan")  # what the reward function gave
     reward_parts: dict[str, float] = field(
         default_factory=dict
-    )  # what it was added up from, and became: see rewards/
-    kl: float = 0.0  # log p - log p_ref summed over the written tokens, nats
+    )  # what made it up, and what became of it: see rewards/
+    kl: float = 0.0  # log p - log p_ref summed over the policy's tokens, nats
+
+    @property
+    def prompt_tokens(self) -> tuple[int, ...]:
+        """What stood before anyone's answer."""
+        return tuple(self.turns[0].tokens)
+
+    @property
+    def completion_tokens(self) -> list[int]:
+        """All that the policy wrote."""
+        return [token for turn in self.turns if turn.by_policy for token in turn.tokens]
+
+    @property
+    def completion_text(self) -> str:
+        """All that the policy wrote, as text."""
+        return "".join(turn.text for turn in self.turns if turn.by_policy)
 
     def record(self) -> dict[str, Any]:
-        """Its line in samples.jsonl."""
+        """Its line in samples.jsonl; the turns are in it where there are more than prompt and completion."""
+        names = ("text", "by_policy", "reward")
+        turns = [{name: getattr(turn, name) for name in names} for turn in self.turns]
         return {
             "prompt": self.prompt,
-            "completion": self.text,
-            "tokens": len(self.completion.tokens),
-            "stop_reason": self.completion.stop_reason.value,
-            "reward": self.reward_parts or {"score": self.score},
+            "completion": self.completion_text,
+            "tokens": len(self.completion_tokens),
+            "stop_reason": self.stop_reason.value,
+            "reward": self.reward_parts or {"reward": self.reward},
             "kl": self.kl,
-        }
+        } | ({"turns": turns} if len(turns) > 2 else {})
 
 
 @dataclass(frozen=True)

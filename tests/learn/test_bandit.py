@@ -132,7 +132,7 @@ def test_the_closed_form_optimum_is_reached(case: str) -> None:
     # reward by 0.004 and the true KL by 0.010 at most, a ninth of the intervals, and the seeds are fixed.
     fresh = play(policy, table_reward, ppo, seed=1, episodes=2_400, first_episode=0, temperature=temperature)
     for measured, expected in (
-        ([t.score for t in fresh.trajectories], float((best_CV.exp() * REWARDS_CV).sum(-1).mean())),
+        ([t.reward for t in fresh.trajectories], float((best_CV.exp() * REWARDS_CV).sum(-1).mean())),
         ([t.kl for t in fresh.trajectories], kl(best_CV, reference_CV)),
     ):
         samples = torch.tensor(measured, dtype=torch.float64)

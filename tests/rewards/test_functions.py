@@ -116,7 +116,7 @@ def test_bad_score_is_quoted_short() -> None:
 
 @pytest.mark.parametrize("scores", [[], [0.1], [0.1, 0.2], [0.1] * 4, np.zeros(2), torch.zeros(4)])
 def test_wrong_count_is_an_error_and_not_filled_up(scores: Any) -> None:
-    with pytest.raises(InputError, match=rf"returned {len(scores)} scores for 3 completions"):
+    with pytest.raises(InputError, match=rf"returned {len(scores)} rewards for 3 completions"):
         compute_rewards(returning(scores), ANSWERS)
 
 
@@ -169,7 +169,7 @@ def test_interrupt_inside_a_reward_function_is_not_swallowed() -> None:
 
 
 def test_message_names_the_function_meant() -> None:
-    with pytest.raises(InputError, match="the metric function returned 1 scores"):
+    with pytest.raises(InputError, match="the metric function returned 1 rewards"):
         compute_rewards(returning([0.0]), ANSWERS, name="metric")
 
 

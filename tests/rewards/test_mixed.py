@@ -46,19 +46,19 @@ def test_the_sum_by_hand_and_what_shaping_adds():
     answers = [trajectory(text, stop_reason=StopReason.LENGTH) for text in ("fine", "you and me")]
     mixed = MixedReward({"long": (long, -0.5), "vowels": (vowels, 2), "unused": (long, 0)})
     assign_rewards(mixed, answers)
-    assert [t.score for t in answers] == [-0.5 * 4 + 2 * 2, -0.5 * 10 + 2 * 4]
-    assert answers[1].reward_parts == {"score": 3.0, "part/long": 10.0, "part/vowels": 4.0, "part/unused": 10.0}
+    assert [t.reward for t in answers] == [-0.5 * 4 + 2 * 2, -0.5 * 10 + 2 * 4]
+    assert answers[1].reward_parts == {"reward": 3.0, "part/long": 10.0, "part/vowels": 4.0, "part/unused": 10.0}
     shape_rewards(answers, ShapingConfig(missing_eos_penalty=1.0, clip=1.5), RunningStats())
     assert answers[1].record()["reward"] == {
-        "score": 3.0,
+        "reward": 3.0,
         "part/long": 10.0,
         "part/vowels": 4.0,
         "part/unused": 10.0,
-        "total": 1.5,
+        "shaped": 1.5,
         "missing_eos_penalty": -1.0,
     }
     assign_rewards(long, answers)
-    assert [t.reward_parts for t in answers] == [{"score": 4.0}, {"score": 10.0}]
+    assert [t.reward_parts for t in answers] == [{"reward": 4.0}, {"reward": 10.0}]
 
 
 def test_each_part_gets_what_a_function_gets_and_is_checked_as_one():
@@ -72,7 +72,7 @@ def test_each_part_gets_what_a_function_gets_and_is_checked_as_one():
     assert seen[0] == seen[1] and seen[0]["answer"] == [4] and seen[0]["completions"] == ["x"]
     for bad, said in (
         (lambda **given: [math.nan], "the reward b function returned nan for sample 0"),
-        (lambda **given: [1.0, 2.0], "the reward b function returned 2 scores for 1 completions"),
+        (lambda **given: [1.0, 2.0], "the reward b function returned 2 rewards for 1 completions"),
         (lambda **given: 1 / 0, "the reward b function raised ZeroDivisionError"),
     ):
         with pytest.raises(InputError, match=said):
@@ -113,7 +113,7 @@ def test_a_batch_is_that_of_the_one_function_that_is_the_sum(settings):
     assert bool((mixed.rewards_BT == whole.rewards_BT).all())
     if mixed.baselines_B is not None and whole.baselines_B is not None:
         assert bool((mixed.baselines_B == whole.baselines_B).all())
-    lengths = [len(t.text) for t in mixed.trajectories]  # type: ignore[union-attr]
+    lengths = [len(t.completion_text) for t in mixed.trajectories]  # type: ignore[union-attr]
     assert mixed.metrics["reward/part/long"] == pytest.approx(sum(lengths) / len(lengths))
     assert mixed.metrics.keys() - whole.metrics.keys() == {"reward/part/long", "reward/part/vowels"}
     parts = -0.5 * mixed.metrics["reward/part/long"] + 2 * mixed.metrics["reward/part/vowels"]
@@ -209,9 +209,9 @@ def test_a_reward_model_is_a_part_of_a_mixed_reward(tmp_path, monkeypatch):
     scores = loaded.score(*texts)
     assert [one["reward"]["part/judge"] for one in samples] == pytest.approx(scores, abs=1e-4)
     total = [0.5 * value + 0.1 * len(text) for value, text in zip(scores, texts[1], strict=True)]
-    assert [one["reward"]["score"] for one in samples] == pytest.approx(total, abs=1e-4)
+    assert [one["reward"]["reward"] for one in samples] == pytest.approx(total, abs=1e-4)
     # The same from Python.
     env = TextTask(["film 1 is"], {"judge": (loaded, 0.5), "long": (long, 0.1)}, held_out=0.0)
     answer = trajectory(texts[1][0], prompt=texts[0][0])
     assign_rewards(env.reward, [answer])
-    assert answer.score == pytest.approx(total[0], abs=1e-4)
+    assert answer.reward == pytest.approx(total[0], abs=1e-4)

@@ -14,25 +14,24 @@ from tests.fakes import trajectory
 
 
 def rows(*scores: float, stop_reason: StopReason = StopReason.END_TOKEN) -> list[Trajectory]:
-    return [trajectory(score=score, stop_reason=stop_reason) for score in scores]
+    return [trajectory(reward=score, stop_reason=stop_reason) for score in scores]
 
 
 def totals(trajectories: list[Trajectory], *, stats: RunningStats | None = None, **settings: Any) -> list[float]:
     shape_rewards(trajectories, ShapingConfig(**settings), stats or RunningStats())
-    return [t.reward_parts["total"] for t in trajectories]
+    return [t.reward_parts["shaped"] for t in trajectories]
 
 
 def test_score_is_the_reward_unless_told_otherwise() -> None:
     cut_off = rows(0.62, -3.0, stop_reason=StopReason.LENGTH)
     assert totals(cut_off) == [0.62, -3.0]
-    assert cut_off[0].reward_parts == {"score": 0.62, "total": 0.62}
+    assert cut_off[0].reward_parts == {"shaped": 0.62}
 
 
 def test_missing_end_is_subtracted_from_the_score() -> None:
     cut_off = rows(0.5, -3.0, stop_reason=StopReason.LENGTH)
     assert totals(cut_off, missing_eos_penalty=1.0) == [-0.5, -4.0]
-    assert [t.score for t in cut_off] == [0.5, -3.0]  # what the function said is kept
-    assert [t.reward_parts["score"] for t in cut_off] == [0.5, -3.0]
+    assert [t.reward for t in cut_off] == [0.5, -3.0]  # what the function said is kept
     assert [t.reward_parts["missing_eos_penalty"] for t in cut_off] == [-1.0, -1.0]
 
 
@@ -51,12 +50,12 @@ def test_scaling_divides_by_the_running_spread_and_keeps_the_mean_where_it_is() 
     batch = rows(1.0, 3.0, 5.0)
     stats = shape_rewards(batch, ShapingConfig(scale="running_std"), RunningStats())
     spread = (8 / 3) ** 0.5
-    assert [t.reward_parts["total"] for t in batch] == pytest.approx([1 / spread, 3 / spread, 5 / spread])
+    assert [t.reward_parts["shaped"] for t in batch] == pytest.approx([1 / spread, 3 / spread, 5 / spread])
     assert (stats.count, stats.mean) == (3, 3.0)
     later = rows(3.0, 3.0, 3.0)
     stats = shape_rewards(later, ShapingConfig(scale="running_std"), stats)
     assert stats.count == 6
-    assert later[0].reward_parts["total"] == pytest.approx(3.0 / (8 / 6) ** 0.5)
+    assert later[0].reward_parts["shaped"] == pytest.approx(3.0 / (8 / 6) ** 0.5)
 
 
 @pytest.mark.parametrize("scores", [[0.1], [0.1, 0.1, 0.1], [0.0, 0.0], [-0.7] * 10])

@@ -3,29 +3,106 @@
 from __future__ import annotations
 
 import itertools
+import random
+from collections.abc import Sequence
 
 import pytest
 import torch
 
+from surefoot.core.advantages import gae
 from surefoot.data.batches import micro_batches, minibatches
 from surefoot.rollout.batch import text_batch
-from surefoot.types import Completion, StopReason, Trajectory
+from surefoot.types import Batch, StopReason, Trajectory, Turn
 from tests.tiny import random_tokens, written_batch
+
+CPU = torch.device("cpu")
+
+
+def prompt(*tokens: int) -> Turn:
+    return Turn(tokens, "said")
+
+
+def written(tokens: Sequence[int], values: Sequence[float], reward: float = 0.0, version: int = 0) -> Turn:
+    """What the policy wrote, each log-prob a tenth of its token."""
+    logprobs, entropies = [-token / 10 for token in tokens], [0.5] * len(tokens)
+    return Turn(tokens, "wrote", True, logprobs, values, entropies, reward, version)
+
+
+def batch_of(*conversations: list[Turn]) -> Batch:
+    return text_batch([Trajectory("", turns, StopReason.END_TOKEN) for turns in conversations], device=CPU)
 
 
 def test_the_batch_of_the_worked_example():
-    one = Completion([21, 2], [-1.2, -0.3], [0.1, 0.4], [1.0, 0.5], StopReason.END_TOKEN, version=6)
-    two = Completion([2], [-0.7], [0.2], [0.6], StopReason.END_TOKEN, version=5)
-    trajectories = [Trajectory("", (11, 12), one, ""), Trajectory("", (13, 14), two, "")]
-    batch = text_batch(trajectories, device=torch.device("cpu"))
+    batch = batch_of(
+        [prompt(11, 12), written([21, 2], [0.1, 0.4], 0.6, version=6)],
+        [prompt(13, 14), written([2], [0.2], 0.1, version=5)],
+    )
     assert batch.observations["tokens"].tolist() == [[11, 12, 21, 2], [13, 14, 2, 0]]
     assert batch.observations["lengths"].tolist() == [4, 3]
     assert batch.mask_BT.tolist() == [[False, False, True, True], [False, False, True, False]]
     assert batch.ends_BT.tolist() == [[False, False, False, True], [False, False, True, False]]
-    assert torch.equal(batch.logprobs_BT, torch.tensor([[0, 0, -1.2, -0.3], [0, 0, -0.7, 0]]))
+    assert torch.equal(batch.logprobs_BT, torch.tensor([[0, 0, -2.1, -0.2], [0, 0, -0.2, 0]]))
     assert torch.equal(batch.values_BT, torch.tensor([[0, 0, 0.1, 0.4], [0, 0, 0.2, 0]]))
-    assert batch.rewards_BT.tolist() == batch.bootstrap_BT.tolist() == [[0.0] * 4] * 2
-    assert batch.version == 5
+    assert torch.equal(batch.rewards_BT, torch.tensor([[0, 0, 0, 0.6], [0, 0, 0.1, 0]]))
+    assert (batch.bootstrap_BT == 0).all() and batch.version == 5
+
+
+# Two tokens, what a tool says in six, two tokens; V is 1 less the values of λ = 1.
+TOY = [prompt(1, 2, 3), written([11, 12], [0.2, 0.3]), prompt(*[9] * 6), written([13, 2], [0.5, 0.6], reward=1.0)]
+
+
+def advantages(batch: Batch, lam: float) -> list[list[float]]:
+    """γ = 1; of the policy's tokens."""
+    columns = {name: getattr(batch, name) for name in ("mask_BT", "ends_BT", "bootstrap_BT")}
+    advantages_BT = gae(batch.rewards_BT, batch.values_BT, **columns, gamma=1.0, lam=lam)[0]
+    return [row[mask].tolist() for row, mask in zip(advantages_BT, batch.mask_BT, strict=True)]
+
+
+def test_what_others_said_is_masked_and_each_turn_is_paid_where_it_ends():
+    late = [
+        prompt(1),
+        written([11], [0.1], 0.25),
+        Turn([9, 9], reward=0.5),
+        written([12, 2], [0.2, 0.3]),
+        Turn([8], reward=-1.0),
+    ]
+    batch = batch_of(TOY, late)
+    assert batch.observations["lengths"].tolist() == [13, 6]  # nothing after the policy's last token is kept
+    assert batch.observations["tokens"][0].tolist() == [1, 2, 3, 11, 12, 9, 9, 9, 9, 9, 9, 13, 2]
+    assert batch.mask_BT.nonzero().tolist() == [[0, 3], [0, 4], [0, 11], [0, 12], [1, 1], [1, 4], [1, 5]]
+    assert batch.ends_BT.nonzero().tolist() == [[0, 12], [1, 5]]
+    # What the others' turns paid goes on the policy's last token before it.
+    assert {tuple(at): float(batch.rewards_BT[tuple(at)]) for at in batch.rewards_BT.nonzero().tolist()} == {
+        (0, 12): 1.0,
+        (1, 1): 0.75,
+        (1, 5): -1.0,
+    }
+    assert (batch.logprobs_BT[~batch.mask_BT] == 0).all() and (batch.values_BT[~batch.mask_BT] == 0).all()
+
+
+@pytest.mark.parametrize(("lam", "expected"), [(1.0, [0.8, 0.7, 0.5, 0.4]), (0.95, [0.7232, 0.656, 0.48, 0.4])])
+def test_advantages_cross_what_others_said_in_one_step(lam, expected):
+    padding = [prompt(1), written([2] * 16, [0.0] * 16)]
+    assert advantages(batch_of(TOY, padding), lam)[0] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_others_say_anywhere_between_changes_no_bit_of_the_advantages(seed):
+    choose = random.Random(seed)
+    values, rewards = ([choose.gauss(0, 1) for _ in range(9)] for _ in range(2))
+    turns = [written([token], [value], reward) for token, (value, reward) in enumerate(zip(values, rewards, strict=True))]
+    alone, between = [prompt(1), *turns], [prompt(1)]
+    for turn in turns:
+        between += [turn, *(prompt(*[9] * choose.randint(1, 5)) for _ in range(choose.randint(0, 2)))]
+    assert advantages(batch_of(between), 0.9) == advantages(batch_of(alone), 0.9)
+
+
+def test_the_line_of_samples_has_the_turns_where_there_are_more_than_two():
+    record = Trajectory("said", TOY, StopReason.LENGTH, reward=1.0, kl=0.1).record()
+    assert record["completion"] == "wrotewrote" and record["tokens"] == 4 and record["reward"] == {"reward": 1.0}
+    assert [turn["by_policy"] for turn in record["turns"]] == [False, True, False, True]
+    assert record["turns"][3] == {"text": "wrote", "by_policy": True, "reward": 1.0}
+    assert "turns" not in Trajectory("said", TOY[:2], StopReason.LENGTH).record()
 
 
 def test_a_token_equal_to_the_filler_is_masked_by_length_and_not_by_value():

@@ -38,14 +38,14 @@ def test_each_prompt_is_answered_so_many_times_in_a_row_with_randomness_of_its_o
     prompts = [t.prompt for t in batch.trajectories]
     assert prompts == [prompt for prompt in dict.fromkeys(prompts) for _ in range(4)]
     assert batch.groups_B.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert len({tuple(t.completion.tokens) for t in batch.trajectories}) > 6
+    assert len({tuple(t.completion_tokens) for t in batch.trajectories}) > 6
 
 
 def test_the_next_update_goes_on_with_the_next_prompts() -> None:
     whole = played(episodes=12, group={"size": 2})
     later = played(episodes=4, first_episode=8, group={"size": 2})
-    assert [(t.prompt, t.completion.tokens) for t in later.trajectories] == [
-        (t.prompt, t.completion.tokens) for t in whole.trajectories[8:]
+    assert [(t.prompt, t.completion_tokens) for t in later.trajectories] == [
+        (t.prompt, t.completion_tokens) for t in whole.trajectories[8:]
     ]
     assert later.groups_B.tolist() == whole.groups_B.tolist()[8:] == [4, 4, 5, 5]
 
@@ -64,7 +64,7 @@ def test_groups_are_never_cut(episodes: int, first: int) -> None:
 def test_the_greedy_answers_reward_stands_beside_its_group_and_its_tokens_do_not(clip: float | None) -> None:
     batch = played(group={"size": 4}, advantage="remax", shaping={"clip": clip})
     plain = played(group={"size": 4}, shaping={"clip": clip})
-    assert [t.completion for t in batch.trajectories] == [t.completion for t in plain.trajectories]
+    assert [t.completion_tokens for t in batch.trajectories] == [t.completion_tokens for t in plain.trajectories]
     assert torch.equal(batch.rewards_BT, plain.rewards_BT) and plain.baselines_B is None
     policy = tiny_policy(moved=True)
     params = SamplingParams(max_new_tokens=6, temperature=0.0)

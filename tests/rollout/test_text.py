@@ -138,9 +138,9 @@ def test_the_reward_function_sees_prompts_texts_and_columns_in_order():
     rows = [{"prompt": prompt, "answer": i} for i, prompt in enumerate(PROMPTS)]
     batch = played(env=task(rows, reward))
     assert seen["prompts"] == [t.prompt for t in batch.trajectories]
-    assert seen["completions"] == [t.text for t in batch.trajectories]
+    assert seen["completions"] == [t.completion_text for t in batch.trajectories]
     assert seen["answer"] == [PROMPTS.index(t.prompt) for t in batch.trajectories]
-    assert [t.score for t in batch.trajectories] == list(range(16))
+    assert [t.reward for t in batch.trajectories] == list(range(16))
 
 
 def test_chat_prompts_reach_the_reward_function_as_messages():
@@ -153,7 +153,7 @@ def test_chat_prompts_reach_the_reward_function_as_messages():
     messages = [{"role": "user", "content": "who?"}]
     policy = tiny_policy(tokenizer=tiny_tokenizer(chat=True))
     batch = played(policy, task([messages], reward), episodes=2)
-    assert seen == [(messages, [{"role": "assistant", "content": t.text}]) for t in batch.trajectories]
+    assert seen == [(messages, [{"role": "assistant", "content": t.completion_text}]) for t in batch.trajectories]
 
 
 def test_trained_tokens_are_the_sampled_ones_though_their_text_encodes_to_others():
@@ -162,9 +162,9 @@ def test_trained_tokens_are_the_sampled_ones_though_their_text_encodes_to_others
     tokenizer = policy.tokenizer
     encoded_otherwise = 0
     for row, t in enumerate(batch.trajectories):
-        assert batch.actions_BT[row][batch.mask_BT[row]].tolist() == t.completion.tokens
+        assert batch.actions_BT[row][batch.mask_BT[row]].tolist() == t.completion_tokens
         assert batch.observations["tokens"][row][: len(t.prompt_tokens)].tolist() == list(t.prompt_tokens)
-        encoded_otherwise += tokenizer(t.text)["input_ids"] != [i for i in t.completion.tokens if i >= len(SPECIAL)]
+        encoded_otherwise += tokenizer(t.completion_text)["input_ids"] != [i for i in t.completion_tokens if i >= len(SPECIAL)]
     assert encoded_otherwise > 3  # the trap is there
 
 
@@ -172,7 +172,7 @@ def test_log_probs_and_values_in_the_batch_are_the_models_own_for_those_tokens()
     policy = tiny_policy("gpt2", moved=True)
     batch = played(policy)
     for row, t in enumerate(batch.trajectories):
-        plain = plain_scores(policy, t.prompt_tokens, t.completion.tokens)
+        plain = plain_scores(policy, t.prompt_tokens, t.completion_tokens)
         assert torch.allclose(batch.logprobs_BT[row][batch.mask_BT[row]], plain["logprobs"], atol=1e-4)
         assert torch.allclose(batch.values_BT[row][batch.mask_BT[row]], plain["values"], atol=1e-4)
 
@@ -183,9 +183,9 @@ def test_the_reward_lands_on_the_last_written_token_whatever_the_length():
     assert {1, 9} <= set(lengths.tolist())  # answers of one token, and cut off ones
     assert torch.equal(batch.ends_BT.sum(1), torch.ones(40, dtype=torch.long))
     for row, t in enumerate(batch.trajectories):
-        last = len(t.prompt_tokens) + len(t.completion.tokens) - 1
+        last = len(t.prompt_tokens) + len(t.completion_tokens) - 1
         expected = torch.zeros(batch.mask_BT.shape[1])
-        expected[last] = len(t.prompt) + 10 * len(t.text)
+        expected[last] = len(t.prompt) + 10 * len(t.completion_text)
         assert torch.equal(batch.rewards_BT[row], expected)
         assert batch.mask_BT[row].nonzero().max() == last
 
@@ -196,7 +196,7 @@ def test_a_rows_rewards_sum_to_its_score_less_beta_times_its_kl():
     rewards = kl_penalised_rewards(batch.rewards_BT, batch.logprobs_BT, batch.reference_logprobs_BT, batch.mask_BT, coef=0.3)
     kl = sequence_kl(batch)
     assert kl.abs().min() > 0
-    assert torch.allclose(rewards.sum(1), torch.tensor([t.score for t in batch.trajectories]) - 0.3 * kl, atol=1e-3)
+    assert torch.allclose(rewards.sum(1), torch.tensor([t.reward for t in batch.trajectories]) - 0.3 * kl, atol=1e-3)
     assert [t.kl for t in batch.trajectories] == pytest.approx(kl.tolist())
 
 
@@ -206,7 +206,7 @@ def test_an_end_token_that_is_also_the_pad_token_is_trained_like_any_other(pad_i
     assert (tokenizer.pad_token_id == tokenizer.eos_token_id) == pad_is_eos
     policy = tiny_policy(lm=end_often(), tokenizer=tokenizer, moved=True)
     batch = played(policy, task(chat=True), episodes=24)  # the prompts hold end tokens too
-    ended = [row for row, t in enumerate(batch.trajectories) if t.completion.stop_reason is StopReason.END_TOKEN]
+    ended = [row for row, t in enumerate(batch.trajectories) if t.stop_reason is StopReason.END_TOKEN]
     assert 0 < len(ended) < 24
     at_end = torch.zeros_like(batch.mask_BT)
     for row in ended:
@@ -215,7 +215,7 @@ def test_an_end_token_that_is_also_the_pad_token_is_trained_like_any_other(pad_i
     assert batch.mask_BT[at_end].all()
     assert (batch.logprobs_BT[at_end] < 0).all() and (batch.values_BT[at_end] != 0).all()
     assert ((batch.logprobs_BT - batch.reference_logprobs_BT)[at_end] != 0).all()
-    assert int(batch.mask_BT.sum()) == sum(len(t.completion.tokens) for t in batch.trajectories)
+    assert int(batch.mask_BT.sum()) == sum(len(t.completion_tokens) for t in batch.trajectories)
     # An advantage on the end tokens alone gives the policy a gradient, and a step along it makes the end likelier.
     view = policy.evaluate(batch)
     loss, stats = ppo_loss(
@@ -254,7 +254,7 @@ def assert_same(one: Batch, other: Batch) -> None:
 def test_the_same_seed_gives_the_same_batch_and_another_seed_another():
     one, same, other = (played(seed=seed) for seed in (4, 4, 5))
     assert_same(one, same)
-    assert [t.completion.tokens for t in one.trajectories] != [t.completion.tokens for t in other.trajectories]
+    assert [t.completion_tokens for t in one.trajectories] != [t.completion_tokens for t in other.trajectories]
 
 
 def test_episodes_do_not_depend_on_how_they_are_grouped_or_on_the_speed_settings():
@@ -262,17 +262,17 @@ def test_episodes_do_not_depend_on_how_they_are_grouped_or_on_the_speed_settings
     halves = [played(episodes=6, first_episode=first) for first in (0, 6)]
     wide = played(episodes=12, generation=GENERATION.model_copy(update={"slots": 64}))
     narrow = played(episodes=12, ppo=config_of(PPO, micro_batch_tokens=1))
-    expected = [(t.prompt, t.completion.tokens) for t in whole.trajectories]
-    assert [(t.prompt, t.completion.tokens) for half in halves for t in half.trajectories] == expected
+    expected = [(t.prompt, t.completion_tokens) for t in whole.trajectories]
+    assert [(t.prompt, t.completion_tokens) for half in halves for t in half.trajectories] == expected
     for again in (wide, narrow):
-        assert [(t.prompt, t.completion.tokens) for t in again.trajectories] == expected
+        assert [(t.prompt, t.completion_tokens) for t in again.trajectories] == expected
         assert torch.allclose(again.logprobs_BT, whole.logprobs_BT, atol=1e-4)
         assert torch.allclose(again.reference_logprobs_BT, whole.reference_logprobs_BT, atol=1e-4)
 
 
 def test_one_prompt_played_twice_is_answered_with_other_randomness():
     batch = played(env=task(["no"]), episodes=8)
-    assert len({tuple(t.completion.tokens) for t in batch.trajectories}) > 4
+    assert len({tuple(t.completion_tokens) for t in batch.trajectories}) > 4
 
 
 def test_every_pass_over_the_prompts_is_a_permutation_of_its_own():
@@ -310,13 +310,13 @@ def test_a_stop_string_ends_the_answer_and_stays_part_of_it():
     free = played(episodes=40)
     stop = "e"
     batch = played(episodes=40, generation=GENERATION.model_copy(update={"stop": [stop, "never written"]}))
-    stopped = [t for t in batch.trajectories if t.completion.stop_reason is StopReason.STOP_STRING]
+    stopped = [t for t in batch.trajectories if t.stop_reason is StopReason.STOP_STRING]
     assert 0 < len(stopped) < 40
     for t, unstopped in zip(batch.trajectories, free.trajectories, strict=True):
-        length = len(t.completion.tokens)
-        assert t.completion.tokens == unstopped.completion.tokens[:length]
-        assert (stop in t.text) == (t.completion.stop_reason is StopReason.STOP_STRING)
-        assert stop not in tiny_policy().decode(t.completion.tokens[:-1])
+        length = len(t.completion_tokens)
+        assert t.completion_tokens == unstopped.completion_tokens[:length]
+        assert (stop in t.completion_text) == (t.stop_reason is StopReason.STOP_STRING)
+        assert stop not in tiny_policy().decode(t.completion_tokens[:-1])
 
 
 def test_a_stop_string_is_looked_for_in_the_text_as_it_will_be_shown():
@@ -332,12 +332,12 @@ def test_the_penalty_for_a_missing_end_is_for_cut_off_answers_alone_with_custom_
     generation = GENERATION.model_copy(update={"stop_token_ids": [question, 20, 30, 40]})
     ppo = config_of(PPO, shaping={"missing_eos_penalty": 100.0})
     batch = played(tiny_policy(lm=end_often(bias=1.0)), episodes=40, generation=generation, ppo=ppo)
-    last = {t.completion.tokens[-1] for t in batch.trajectories if t.completion.stop_reason is StopReason.END_TOKEN}
+    last = {t.completion_tokens[-1] for t in batch.trajectories if t.stop_reason is StopReason.END_TOKEN}
     assert END in last and last & {question, 20, 30, 40}
     assert last <= {END, question, 20, 30, 40}
     for row, t in enumerate(batch.trajectories):
-        was_cut = t.completion.stop_reason is StopReason.LENGTH
-        assert batch.rewards_BT[row].sum().item() == pytest.approx(t.score - 100 * was_cut)
+        was_cut = t.stop_reason is StopReason.LENGTH
+        assert batch.rewards_BT[row].sum().item() == pytest.approx(t.reward - 100 * was_cut)
 
 
 def test_evaluation_reports_the_means_of_its_answers_and_repeats_itself():
@@ -346,18 +346,20 @@ def test_evaluation_reports_the_means_of_its_answers_and_repeats_itself():
     assert rollout.can_evaluate
     metrics, trajectories = rollout.evaluate(6)
     assert [t.prompt for t in trajectories] == PROMPTS[:6]
-    lengths = [len(t.completion.tokens) for t in trajectories]
-    plain = [plain_scores(rollout.policy, t.prompt_tokens, t.completion.tokens)["logprobs"] for t in trajectories]
+    lengths = [len(t.completion_tokens) for t in trajectories]
+    plain = [plain_scores(rollout.policy, t.prompt_tokens, t.completion_tokens)["logprobs"] for t in trajectories]
     with rollout.policy.adapter.disable_adapter():
-        base = [plain_scores(rollout.policy, t.prompt_tokens, t.completion.tokens)["logprobs"] for t in trajectories]
+        base = [plain_scores(rollout.policy, t.prompt_tokens, t.completion_tokens)["logprobs"] for t in trajectories]
     kl = sum(float((p - b).sum()) for p, b in zip(plain, base, strict=True)) / 6
     assert metrics == {
-        "eval/reward": pytest.approx(sum(letters([t.prompt for t in trajectories], [t.text for t in trajectories])) / 6),
+        "eval/reward": pytest.approx(
+            sum(letters([t.prompt for t in trajectories], [t.completion_text for t in trajectories])) / 6
+        ),
         "eval/metric": 2.0,
         "eval/kl": pytest.approx(kl, abs=1e-3),
-        "eval/distinct_2": distinct_2([t.completion.tokens for t in trajectories]),
+        "eval/distinct_2": distinct_2([t.completion_tokens for t in trajectories]),
         "eval/length": sum(lengths) / 6,
-        "eval/end_rate": sum(t.completion.tokens[-1] == END for t in trajectories) / 6,
+        "eval/end_rate": sum(t.completion_tokens[-1] == END for t in trajectories) / 6,
     }
     rollout.collect(first=0, count=4)
     assert rollout.evaluate(6)[0] == metrics

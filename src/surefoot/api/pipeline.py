@@ -301,7 +301,7 @@ def _write_pseudo_labels(stage: Stage, labels: PseudoLabelsConfig) -> None:
     seeds = [derived_seed(config.seed, "sampling", number) for number in numbers]
     answers = rollout.play(prompts, seeds, None)
     usable = [
-        answer for answer in answers if answer.text.strip() and answer.completion.stop_reason.ended_by_itself
+        answer for answer in answers if answer.completion_text.strip() and answer.stop_reason.ended_by_itself
     ]
     if not usable:
         raise InputError(
@@ -309,11 +309,11 @@ def _write_pseudo_labels(stage: Stage, labels: PseudoLabelsConfig) -> None:
             "generation.max_new_tokens, or end them with generation.stop"
         )
     assign_rewards(task.reward, usable)
-    best = sorted(usable, key=lambda answer: -answer.score)[: max(1, round(labels.keep * len(usable)))]
+    best = sorted(usable, key=lambda answer: -answer.reward)[: max(1, round(labels.keep * len(usable)))]
     join = None if labels.join is None else assets.resolve(labels.join, key="pseudo_labels.join")
     given = b"" if join is None else Path(join).read_bytes().rstrip() + b"\n"
     rows = dict.fromkeys(
-        json.dumps(_example(a.prompt, a.text, chat=task.chat), ensure_ascii=False) for a in best
+        json.dumps(_example(a.prompt, a.completion_text, chat=task.chat), ensure_ascii=False) for a in best
     )
     settings = f"{dump_config(config)}pseudo_labels: {json.dumps(labels.model_dump(), ensure_ascii=False)}\n"
     stage.folder.mkdir(parents=True, exist_ok=True)
@@ -321,7 +321,7 @@ def _write_pseudo_labels(stage: Stage, labels: PseudoLabelsConfig) -> None:
     write_durably(stage.product, given + "".join(row + "\n" for row in rows).encode())
     print(
         f"of {labels.episodes} answers {len(usable)} say something and ended; the best {len(best)} of these, "
-        f"{len(rows)} different ones, rewards from {best[-1].score:.3f} up: {stage.product}"
+        f"{len(rows)} different ones, rewards from {best[-1].reward:.3f} up: {stage.product}"
     )
 
 

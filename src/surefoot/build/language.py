@@ -23,7 +23,7 @@ from surefoot.rewards.functions import RewardFunction, compute_rewards, is_funct
 from surefoot.rewards.mixed import MixedReward, assign_rewards
 from surefoot.rollout.preferences import RewardScorer
 from surefoot.train import checkpoint
-from surefoot.types import Completion, StopReason, Trajectory
+from surefoot.types import StopReason, Trajectory, Turn
 
 
 def build_policy(config: Config, *, say: Callable[[str], None] = assets.tell) -> CausalLMPolicy:
@@ -189,18 +189,14 @@ def _reward_folder(folder: str | Path, key: str) -> Path:
 
 
 def probe_functions(task: TextTask) -> None:
-    """Call reward and metric on two made-up answers: a broken one should fail now, not after a rollout.
+    """Call reward and metric on two made-up completions: a broken one should fail now, not after a rollout.
 
-    Raises InputError as `rewards.functions.score` does.
+    Raises InputError as `compute_rewards` does.
     """
     examples = (task.train * 2)[:2]
     trajectories = [
         Trajectory(
-            prompt=example.prompt,
-            prompt_tokens=(0,),
-            completion=Completion([0], [0.0], [0.0], [0.0], StopReason.LENGTH),
-            text=text,
-            columns=example.columns,
+            example.prompt, [Turn((), text, by_policy=True)], StopReason.LENGTH, columns=example.columns
         )
         for example, text in zip(examples, ("A short answer.", ""), strict=True)
     ]

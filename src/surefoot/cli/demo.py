@@ -108,7 +108,7 @@ def _answers(run: RunFolder, before: int, after: int) -> Table:
     for base, tuned in list(pairs)[:5]:
         table.add_row(
             _plain(base["prompt"]),
-            *(f"{_plain(s['completion'])} [{s['reward']['score']:+.2f}]" for s in (base, tuned)),
+            *(f"{_plain(s['completion'])} [{s['reward']['reward']:+.2f}]" for s in (base, tuned)),
         )
     return table
 

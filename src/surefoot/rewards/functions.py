@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from surefoot.config.messages import short
 from surefoot.errors import InputError
 from surefoot.types import Trajectory
 
@@ -82,7 +83,9 @@ def compute_rewards(
     """
     prompts = [t.prompt for t in trajectories]
     completions = [
-        t.text if isinstance(t.prompt, str) else [{"role": "assistant", "content": t.text}]
+        t.completion_text
+        if isinstance(t.prompt, str)
+        else [{"role": "assistant", "content": t.completion_text}]
         for t in trajectories
     ]
     columns: dict[str, list[Any]] = {
@@ -91,7 +94,7 @@ def compute_rewards(
     }
     folder = os.getcwd()
     try:
-        scores = function(prompts=prompts, completions=completions, **columns)
+        rewards = function(prompts=prompts, completions=completions, **columns)
     except InputError:  # a reward model's, which says in one line what is wrong
         raise
     except (Exception, SystemExit) as error:
@@ -102,18 +105,20 @@ def compute_rewards(
         raise InputError(f"the {name} function raised {type(error).__name__}: {error}{where}") from error
     finally:
         os.chdir(folder)  # relative paths of the run must go on meaning the same
-    # Of a dict the keys would be taken for scores, and a set has no order; an array of no dimension has no length.
+    # Of a dict the keys would be taken for rewards, and a set has no order; an array of no dimension has no length.
     if (
-        isinstance(scores, (str, bytes, Mapping, Set))
-        or not hasattr(scores, "__len__")
-        or getattr(scores, "shape", None) == ()
+        isinstance(rewards, (str, bytes, Mapping, Set))
+        or not hasattr(rewards, "__len__")
+        or getattr(rewards, "shape", None) == ()
     ):
         raise InputError(
-            f"the {name} function returned {_short(scores)}; a list of {len(prompts)} floats is needed"
+            f"the {name} function returned {short(rewards)}; a list of {len(prompts)} floats is needed"
         )
-    if len(scores) != len(prompts):
-        raise InputError(f"the {name} function returned {len(scores)} scores for {len(prompts)} completions")
-    return [_checked(value, i, trajectories[i], name) for i, value in enumerate(scores)]
+    if len(rewards) != len(prompts):
+        raise InputError(
+            f"the {name} function returned {len(rewards)} rewards for {len(prompts)} completions"
+        )
+    return [_checked(value, i, trajectories[i], name) for i, value in enumerate(rewards)]
 
 
 def _checked(value: Any, index: int, trajectory: Trajectory, name: str) -> float:
@@ -124,8 +129,8 @@ def _checked(value: Any, index: int, trajectory: Trajectory, name: str) -> float
     except (OverflowError, RuntimeError, ValueError):  # an int beyond all floats; an array of several numbers
         pass
     raise InputError(
-        f"the {name} function returned {_short(value)} for sample {index} (prompt {_short(trajectory.prompt)}, completion "
-        f"{_short(trajectory.text)}); a finite float is needed"
+        f"the {name} function returned {short(value)} for sample {index} (prompt {short(trajectory.prompt)}, completion "
+        f"{short(trajectory.completion_text)}); a finite float is needed"
     )
 
 
@@ -137,8 +142,3 @@ def _where_raised(error: BaseException) -> str:
     if frame is None or frame.tb_frame.f_code.co_filename == __file__:  # it could not be called at all
         return ""
     return f" ({frame.tb_frame.f_code.co_filename}, line {frame.tb_lineno})"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

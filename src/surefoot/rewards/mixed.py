@@ -40,9 +40,9 @@ class MixedReward:
 
 
 def assign_rewards(reward: RewardFunction | MixedReward, trajectories: Sequence[Trajectory]) -> None:
-    """Fill `score` and `reward_parts` of every trajectory: `score`, and of a mixed reward what each part gave, unweighted.
+    """Fill `reward` and `reward_parts` of every trajectory: `reward`, and of a mixed one what each part gave, unweighted.
 
-    Raises InputError as `score` does, naming the part, and for a sum that is not finite.
+    Raises InputError as `compute_rewards` does, naming the part, and for a sum that is not finite.
     """
     mixed = reward.parts if isinstance(reward, MixedReward) else {}
     given = {
@@ -60,5 +60,5 @@ def assign_rewards(reward: RewardFunction | MixedReward, trajectories: Sequence[
             raise InputError(
                 f"the parts of the reward add up to {total} for sample {i}; make their weights smaller"
             )
-        t.score = total
-        t.reward_parts = {"score": total} | {PART + label: values[i] for label, values in given.items()}
+        t.reward = total
+        t.reward_parts = {"reward": total} | {PART + label: values[i] for label, values in given.items()}

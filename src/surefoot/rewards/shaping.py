@@ -1,4 +1,4 @@
-"""From the score a reward function gave to the reward the policy gets: missing-end penalty, scaling, clipping."""
+"""From what a reward function gave to what the policy is paid: missing-end penalty, scaling, clipping."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from surefoot.types import Trajectory
 def shape_rewards(
     trajectories: Sequence[Trajectory], config: ShapingConfig, stats: RunningStats
 ) -> RunningStats:
-    """Fill up `reward_parts` of every trajectory; `reward_parts["total"]` is what goes on its last written token.
+    """Fill up `reward_parts` of every trajectory; `reward_parts["shaped"]` is what its last turn is paid.
 
-    In this order: the penalty for an answer cut off by the length limit is subtracted; the result is divided by the running standard deviation of all scores so
-    far, this batch included; then clipped. Returns the stats with this batch in them.
+    In this order: the penalty for a completion cut off by the length limit is subtracted; the result is divided by the
+    running standard deviation of all rewards so far, this batch included; then clipped. Returns the stats with this batch
+    in them.
     """
     for t in trajectories:
-        missing_end = not t.completion.stop_reason.ended_by_itself
-        penalty = config.missing_eos_penalty if missing_end else None
-        t.reward_parts |= {"score": t.score, "total": t.score}
-        if penalty is not None:
-            t.reward_parts["missing_eos_penalty"] = -penalty
-            t.reward_parts["total"] = t.score - penalty
+        shaped = t.reward
+        if config.missing_eos_penalty is not None and not t.stop_reason.ended_by_itself:
+            t.reward_parts["missing_eos_penalty"] = -config.missing_eos_penalty
+            shaped -= config.missing_eos_penalty
+        t.reward_parts["shaped"] = shaped
     if config.scale == "running_std":
-        stats = stats.updated([t.reward_parts["total"] for t in trajectories])
+        stats = stats.updated([t.reward_parts["shaped"] for t in trajectories])
         for t in trajectories:
-            t.reward_parts["total"] /= stats.std
+            t.reward_parts["shaped"] /= stats.std
     if config.clip is not None:
         for t in trajectories:
-            t.reward_parts["total"] = min(max(t.reward_parts["total"], -config.clip), config.clip)
+            t.reward_parts["shaped"] = min(max(t.reward_parts["shaped"], -config.clip), config.clip)
     return stats

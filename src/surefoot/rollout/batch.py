@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,22 +13,21 @@ from surefoot.types import Batch, Trajectory
 
 
 def text_batch(trajectories: Sequence[Trajectory], *, device: torch.device) -> Batch:
-    """Right-padded [B, T] batch over prompt and answer; rewards are 0 until shaping fills them in.
+    """Right-padded [B, T] batch over all turns, up to the last token that the policy wrote; there the trajectory ends.
 
-    The mask comes from lengths, never from comparing tokens with a pad id. Rows must have at least one written token.
+    The mask has the policy's tokens, by turns and never by comparing tokens with a pad id. A turn's reward goes on the
+    policy's last token up to the turn's end. In each row the policy must have written a token, and one before any reward.
     """
-    lengths = [len(t.prompt_tokens) + len(t.completion.tokens) for t in trajectories]
-    shape = (len(trajectories), max(lengths))
-    tokens_BT = torch.zeros(shape, dtype=torch.long)
-    mask_BT, ends_BT = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
-    logprobs_BT, values_BT, rewards_BT = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape)
-    for b, (t, length) in enumerate(zip(trajectories, lengths, strict=True)):
-        start = len(t.prompt_tokens)
-        tokens_BT[b, :length] = torch.tensor([*t.prompt_tokens, *t.completion.tokens])
-        mask_BT[b, start:length] = True
+    rows = [_columns(trajectory) for trajectory in trajectories]
+    lengths = [len(tokens) for tokens, *_ in rows]
+    shape = (len(rows), max(lengths))
+    tokens_BT, ends_BT = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
+    mask_BT, logprobs_BT, values_BT, rewards_BT = ends_BT.clone(), *torch.zeros(3, *shape)
+    filled = (tokens_BT, mask_BT, logprobs_BT, values_BT, rewards_BT)
+    for b, (columns, length) in enumerate(zip(rows, lengths, strict=True)):
+        for column_BT, column in zip(filled, columns, strict=True):
+            column_BT[b, :length] = torch.tensor(column)
         ends_BT[b, length - 1] = True
-        logprobs_BT[b, start:length] = torch.tensor(t.completion.logprobs)
-        values_BT[b, start:length] = torch.tensor(t.completion.values)
     batch = Batch(
         observations={"tokens": tokens_BT, "lengths": torch.tensor(lengths)},
         actions_BT=tokens_BT,
@@ -36,17 +36,35 @@ def text_batch(trajectories: Sequence[Trajectory], *, device: torch.device) -> B
         values_BT=values_BT,
         rewards_BT=rewards_BT,
         ends_BT=ends_BT,
-        bootstrap_BT=torch.zeros(shape),  # an answer that was cut off is terminal, with value 0
+        bootstrap_BT=torch.zeros(shape),  # an episode that was cut off is terminal, with value 0
         trajectories=list(trajectories),
-        version=min(t.completion.version for t in trajectories),
+        version=min(turn.version for t in trajectories for turn in t.turns if turn.by_policy),
     )
     return to_device(batch, device)
 
 
-def has_reward_variance(batch: Batch) -> Tensor:
-    """[B] bool: whether the rewards in the row's group differ, so that comparing its answers says something.
+def _columns(trajectory: Trajectory) -> tuple[list[Any], ...]:
+    """Tokens, mask, log-probs, values and rewards of a trajectory, up to the policy's last token."""
+    columns: tuple[list[Any], ...] = ([], [], [], [], [])
+    end = 0
+    for turn in trajectory.turns:
+        nothing = [0.0] * len(turn.tokens)
+        logprobs, values = (turn.logprobs, turn.values) if turn.by_policy else (nothing, nothing)
+        mask = [turn.by_policy] * len(turn.tokens)
+        for column, added in zip(columns, (turn.tokens, mask, logprobs, values, nothing), strict=True):
+            column.extend(added)
+        if turn.by_policy and turn.tokens:
+            end = len(columns[0])
+        if turn.reward:
+            assert end, "a reward before the policy has written anything"
+            columns[-1][end - 1] += turn.reward
+    return tuple(column[:end] for column in columns)
 
-    Rewards are those of whole answers, after shaping and before the KL penalty; rows that wrote nothing do not count.
+
+def has_reward_variance(batch: Batch) -> Tensor:
+    """[B] bool: whether the rewards in the row's group differ, so that comparing them says something.
+
+    Rewards are those of whole episodes, after shaping and before the KL penalty; rows that wrote nothing do not count.
     """
     assert batch.groups_B is not None
     acted_B = batch.mask_BT.any(1)

@@ -23,7 +23,7 @@ from surefoot.rewards.mixed import PART, assign_rewards
 from surefoot.rewards.shaping import shape_rewards
 from surefoot.rollout.batch import text_batch
 from surefoot.rollout.logprobs import fill_logprobs, sequence_kl
-from surefoot.types import Batch, Completion, Request, SamplingParams, StopReason, Trajectory
+from surefoot.types import Batch, Completion, Request, SamplingParams, StopReason, Trajectory, Turn
 
 
 class LanguagePolicy(Policy, TokenModel, Protocol):
@@ -102,10 +102,9 @@ class TextRollout:
         played = time.perf_counter()
         assign_rewards(self.task.reward, trajectories + greedy)
         self.reward_stats = shape_rewards(trajectories + greedy, self.config.shaping, self.reward_stats)
+        for trajectory in trajectories:
+            trajectory.turns[-1].reward = trajectory.reward_parts["shaped"]
         batch = text_batch(trajectories, device=self.policy.device)
-        totals_B = _totals(trajectories, self.policy.device)
-        # On the last written token, the action that ended the episode.
-        batch.rewards_BT = torch.where(batch.ends_BT, totals_B[:, None], batch.rewards_BT)
         batch.step_limit = self.params.max_new_tokens
         batch.groups_B = torch.tensor([number // group for number in numbers], device=self.policy.device)
         batch.baselines_B = _totals(greedy, self.policy.device).repeat_interleave(group) if greedy else None
@@ -129,7 +128,7 @@ class TextRollout:
         assign_rewards(self.task.reward, trajectories)
         batch = text_batch(trajectories, device=self.policy.device)
         self._compare_with_reference(batch)
-        rewards = [t.score for t in trajectories]
+        rewards = [t.reward for t in trajectories]
         judged = (
             rewards
             if self.task.metric is None
@@ -140,9 +139,9 @@ class TextRollout:
             "eval/reward": sum(rewards) / n,
             "eval/metric": sum(judged) / n,
             "eval/kl": sum(t.kl for t in trajectories) / n,
-            "eval/distinct_2": distinct_2([t.completion.tokens for t in trajectories]),
-            "eval/length": sum(len(t.completion.tokens) for t in trajectories) / n,
-            "eval/end_rate": sum(t.completion.stop_reason.ended_by_itself for t in trajectories) / n,
+            "eval/distinct_2": distinct_2([t.completion_tokens for t in trajectories]),
+            "eval/length": sum(len(t.completion_tokens) for t in trajectories) / n,
+            "eval/end_rate": sum(t.stop_reason.ended_by_itself for t in trajectories) / n,
         }
         return metrics | _part_means(trajectories, "eval/part/<label>"), trajectories
 
@@ -167,10 +166,9 @@ class TextRollout:
         completions = generate(self.engine, requests, poll=poll)
         return [
             Trajectory(
-                prompt=self._shown_prompt(example, request),
-                prompt_tokens=request.prompt,
-                completion=completion,
-                text=completion_text(self.policy, completion),
+                self._shown_prompt(example, request),
+                [Turn(request.prompt), self._policys_turn(completion)],
+                completion.stop_reason,
                 columns=example.columns,
             )
             for example, request, completion in zip(examples, requests, completions, strict=True)
@@ -212,6 +210,11 @@ class TextRollout:
             assert isinstance(trajectory, Trajectory)
             trajectory.kl = kl
 
+    def _policys_turn(self, completion: Completion) -> Turn:
+        names = ("tokens", "logprobs", "values", "entropies", "version")
+        columns = {name: getattr(completion, name) for name in names}
+        return Turn(text=completion_text(self.policy, completion), by_policy=True, **columns)
+
     def _shown_prompt(self, example: Example, request: Request) -> Any:
         """What the reward function sees: the prompt as given, or what `prompt_tokens` left of it."""
         if self.task.prompt_tokens is None or not isinstance(example.prompt, str) or self.task.chat:
@@ -221,7 +224,7 @@ class TextRollout:
 
 def _totals(trajectories: Sequence[Trajectory], device: torch.device) -> torch.Tensor:
     """[B] float32: what each answer is paid, after shaping."""
-    return torch.tensor([t.reward_parts["total"] for t in trajectories], device=device)
+    return torch.tensor([t.reward_parts["shaped"] for t in trajectories], device=device)
 
 
 @torch.no_grad()
@@ -232,12 +235,12 @@ def episode_metrics(batch: Batch) -> dict[str, float]:
     rows = acted_B.sum().clamp(min=1)
     totals_B = torch.where(mask_BT, batch.rewards_BT, 0.0).sum(1)
     trajectories = [t for t in batch.trajectories if isinstance(t, Trajectory)]
-    scores = torch.tensor([t.score for t in trajectories])
-    ended = [t.completion.stop_reason is not StopReason.LENGTH for t in trajectories]
+    scores = torch.tensor([t.reward for t in trajectories])
+    ended = [t.stop_reason is not StopReason.LENGTH for t in trajectories]
     return {
         "reward/mean": float(scores.mean()),
         "reward/std": float(scores.std(unbiased=False)),
-        "reward/total": float(totals_B[acted_B].sum() / rows),
+        "reward/shaped": float(totals_B[acted_B].sum() / rows),
         "length/mean": float(mask_BT.sum() / rows),
         "length/end_rate": sum(ended) / max(len(ended), 1),
         **_part_means(trajectories, "reward/part/<label>"),

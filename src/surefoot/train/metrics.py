@@ -20,7 +20,7 @@ METRICS = {
     "reward/std": "Population standard deviation of those scores.",
     "reward/part/<label>": "With several rewards: mean of what that part gave, before its weight.",
     "reward/zero_variance_groups": "Groups of answers to one prompt whose rewards are all equal: compared with each other they teach nothing. With group.skip_zero_variance they are left out of the update.",
-    "reward/total": "Mean reward after penalty, scaling and clipping, before the KL penalty: what the policy is paid.",
+    "reward/shaped": "Mean reward after penalty, scaling and clipping, before the KL penalty: what the policy is paid.",
     "kl/reference": "KL to the reference: log p - log p_ref summed over an episode's written tokens, mean over episodes; nats.",
     "kl/reference_k3": "The same by the k3 estimator, which is never negative and has less variance; nats.",
     "kl/coef": "β, the weight of the KL penalty in the reward or the loss (`kl.placement`), as used in this update.",
