@@ -376,4 +376,4 @@ def test_the_recipes_pipelines_are_whole(tmp_path: Path, name: str):
     for file, lines in rows.items():
         (tmp_path / "data" / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     shutil.copy(recipe / name, tmp_path)
-    assert [stage.name for stage in load_pipeline(tmp_path / name)] == ["taught", "judge", "tuned", "answers", "again"]
+    assert [stage.name for stage in load_pipeline(tmp_path / name)] == ["sft", "judge", "ppo", "best", "again"]

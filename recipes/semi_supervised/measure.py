@@ -1,12 +1,12 @@
-"""What few labels are worth, with and without the unlabelled: a table and a plot for 100, 300 and 1,000 labels, three seeds.
+"""What few labels are worth, with and without unlabeled text: tables and a plot, three sizes, three seeds.
 
     python recipes/semi_supervised/measure.py                  # make recipe NAME=semi_supervised
-    python recipes/semi_supervised/measure.py --quick          # one seed of 100 labels, a fraction of the steps
+    python recipes/semi_supervised/measure.py --quick          # one seed of 100 labels, few steps
 
-Writing: the pipeline beside this file, with two more stages to compare with, PPO from the untaught model and PPO from the
-taught one, both with the reward model's plain score and nothing else. Everything is judged on openings of the test's
-sentences by a reward model that learned from ratings no stage ever sees, and by VADER's lexicon. Classification: the
-accuracy of the labels that a policy writes to the test's sentences, beside fine-tuning alone. What was finished before is
+Writing: the pipeline beside this file, with two more stages to compare with, PPO from the original model and
+PPO from the fine-tuned one, both without demonstrations. Everything is scored on openings of the test set by
+a judge, a reward model trained on ratings no stage ever sees, and by VADER's lexicon. Classification: the
+accuracy of the labels that a policy writes for the test set, beside fine-tuning alone. What is finished is
 not run again.
 """
 
@@ -42,23 +42,23 @@ CLASSIFIED = (100, 300)
 TASKS = {"write": "writing", "label": "classification"}
 # Stage -> its name in the table.
 WRITERS = {
-    "taught": "SFT",
+    "sft": "SFT",
     "ppo_alone": "PPO",
-    "taught_ppo": "SFT, PPO",
-    "tuned": "the recipe",
-    "again": "and pseudo-labels",
+    "sft_ppo": "SFT, PPO",
+    "ppo": "the recipe",
+    "again": "and rejection sampling",
 }
-CLASSIFIERS = {"taught": "SFT", "tuned": "the recipe", "again": "and pseudo-labels"}
+CLASSIFIERS = {"sft": "SFT", "ppo": "the recipe", "again": "and rejection sampling"}
 QUICK = [
     *(
-        "--stages.taught.sft.epochs",
+        "--stages.sft.sft.epochs",
         "1",
         "--stages.judge.reward_model.epochs",
         "1",
         "--stages.again.sft.epochs",
         "1",
     ),
-    *("--stages.tuned.rollout.total-episodes", "48", "--stages.answers.pseudo-labels.episodes", "32"),
+    *("--stages.ppo.rollout.total-episodes", "48", "--stages.best.pseudo-labels.episodes", "32"),
 ]
 Results = dict[str, dict[str, list[dict[str, float]]]]  # labels -> method -> one a seed
 
@@ -112,10 +112,10 @@ def main() -> None:
         "writing": read(output, cells, "write", WRITERS),
         "classification": read(output, cells, "label", CLASSIFIERS),
     }
-    untrained = PPO("smollm2-135m-instruct", verbose=0)
+    original = PPO("smollm2-135m-instruct", verbose=0)
     for task, name in TASKS.items():
         results[name] = {
-            "0": {"untrained": [judged(task, output, quick=options.quick)(untrained)]},
+            "0": {"original model": [judged(task, output, quick=options.quick)(original)]},
             **results[name],
         }
     (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -155,14 +155,14 @@ def judge_cell(output: Path, folder: Path, task: str, *, quick: bool) -> None:
 
 
 def judged(task: str, output: Path, *, quick: bool) -> Writing | Classification:
-    """What judges policies in this task."""
+    """The evaluation of this task."""
     return (
         Writing(output / "judge" / "model", quick=quick) if task == "write" else Classification(quick=quick)
     )
 
 
 def judge_command(output: Path, *, quick: bool) -> list[str]:
-    """The judge, on ratings that are its own; nothing if it is there."""
+    """The judge, on ratings that no stage sees; nothing if it is there."""
     output.mkdir(parents=True, exist_ok=True)
     data.write(output / "judge.jsonl", data.sentences()["judge"][: 64 if quick else None])
     stage = {
@@ -182,28 +182,28 @@ def judge_command(output: Path, *, quick: bool) -> list[str]:
 
 
 def pipeline_command(folder: Path, task: str, *, labels: int, seed: int, quick: bool) -> list[str]:
-    """One pipeline beside this file, with the stages to compare with, in a folder of its own."""
+    """One pipeline beside this file, with the stages to compare with, in its own folder."""
     pipeline = yaml.safe_load(
         (HERE / {"write": "pipeline.yaml", "label": "pipeline_labels.yaml"}[task]).read_text()
     )
     pipeline["folder"] = task
     stages = pipeline["stages"]
     if task == "write":
-        plain = copy.deepcopy(stages["tuned"])
+        plain = copy.deepcopy(stages["ppo"])
         del plain["ptx"]
         alone = {key: value for key, value in plain.items() if key != "policy"}
-        stages |= {"taught_ppo": plain, "ppo_alone": copy.deepcopy(alone)}
+        stages |= {"sft_ppo": plain, "ppo_alone": copy.deepcopy(alone)}
     (folder / f"{task}.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(pipeline)), sort_keys=False))
     examples, preferences = SIZES[labels]
     if task == "label":
         preferences = max(preferences // 2, 1)  # a pair is two texts
-    # The stages' own evaluations are of no use here, and change nothing.
+    # The stages' own evaluations are not needed here, and change nothing.
     flags = [
         "--common.seed",
         str(seed),
         "--common.evaluate.episodes",
         "0",
-        "--stages.taught.sft.epochs",
+        "--stages.sft.sft.epochs",
         str(examples),
     ]
     flags += [
@@ -215,7 +215,7 @@ def pipeline_command(folder: Path, task: str, *, labels: int, seed: int, quick: 
     flags += QUICK if quick else []
     if quick and task == "write":
         flags += [
-            "--stages.taught_ppo.rollout.total-episodes",
+            "--stages.sft_ppo.rollout.total-episodes",
             "48",
             "--stages.ppo_alone.rollout.total-episodes",
             "48",
@@ -236,7 +236,7 @@ def run(command: list[str], *, log: Path | None = None) -> None:
 
 
 class Writing:
-    """What a judge that no stage knew gives for a policy's reviews, and how likely the policy finds those of people."""
+    """The judge's score of a policy's reviews, and the policy's perplexity on people's."""
 
     def __init__(self, judge: Path, *, quick: bool):
         rows = data.sentences()["test"]
@@ -247,7 +247,7 @@ class Writing:
         self.judge = RewardModel.load(judge, verbose=0)
 
     def __call__(self, policy: PPO) -> dict[str, float]:
-        """Means over the test's openings, one review each; perplexity per token of good reviews in the test."""
+        """Means over the test's openings, one review each; perplexity on good reviews in the test."""
         reviews = policy.generate(self.openings, max_new_tokens=24, temperature=1.0)
         with tempfile.TemporaryDirectory() as folder:  # of a run that only evaluates
             peoples = SFT(policy.policy, self.reviews, held_out=0.9, run_folder=folder, verbose=0)
@@ -273,13 +273,13 @@ class Classification:
         self.labels = [data.label(row["rating"]) for row in rows]
 
     def __call__(self, policy: PPO) -> dict[str, float]:
-        """Share of the test's sentences."""
-        answers = policy.generate(self.questions, max_new_tokens=2, temperature=0.0)
-        return {"accuracy": statistics.fmean(a == b for a, b in zip(answers, self.labels, strict=True))}
+        """Fraction of the test's sentences."""
+        written = policy.generate(self.questions, max_new_tokens=2, temperature=0.0)
+        return {"accuracy": statistics.fmean(a == b for a, b in zip(written, self.labels, strict=True))}
 
 
 def read(output: Path, cells: list[tuple[str, int, int]], wanted: str, methods: dict[str, str]) -> Results:
-    """What the cells of one task left, labels by labels and method by method."""
+    """What the cells of one task left, by number of labels and method."""
     results: Results = {}
     for task, size, seed in cells:
         if task == wanted:
@@ -293,7 +293,7 @@ def tables(results: dict[str, Results]) -> str:
     """Mean ± standard deviation over seeds, in Markdown."""
     lines = []
     for task, by_size in results.items():
-        keys = [key for key in by_size["0"]["untrained"][0] if key != "seed"]
+        keys = [key for key in by_size["0"]["original model"][0] if key != "seed"]
         lines += [f"| {task}: labels | method | {' | '.join(keys)} |", "|---" * (len(keys) + 2) + "|"]
         for size, methods in by_size.items():
             for method, runs in methods.items():
@@ -304,14 +304,14 @@ def tables(results: dict[str, Results]) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """Mean ± deviation (n - 1)."""
+    """Mean ± standard deviation (n - 1)."""
     return f"{statistics.fmean(values):.3f}" + (
         f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     )
 
 
 def draw(path: Path, results: dict[str, Results]) -> None:
-    """The judge's score, what is left of people's own reviews, and the accuracy, against the number of labels."""
+    """The judge's score, the perplexity of people's reviews and the accuracy, by number of labels."""
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     panels = [
         ("writing", "judge", "the judge's score of what it writes"),
@@ -324,15 +324,17 @@ def draw(path: Path, results: dict[str, Results]) -> None:
         sizes = [size for size in by_size if size != "0"]
         for method in by_size[sizes[0]]:
             values = [[run[key] for run in by_size[size][method]] for size in sizes]
-            deviations = [statistics.stdev(runs) if len(runs) > 1 else 0.0 for runs in values]
+            stds = [statistics.stdev(runs) if len(runs) > 1 else 0.0 for runs in values]
             means = [statistics.fmean(runs) for runs in values]
             color = lines[method].lines[0].get_color() if method in lines else None
             line = axes.errorbar(
-                [int(s) for s in sizes], means, yerr=deviations, marker="o", capsize=3, color=color
+                [int(s) for s in sizes], means, yerr=stds, marker="o", capsize=3, color=color
             )
             lines.setdefault(method, line)
-        if key != "accuracy":  # untrained, it writes no label at all
-            lines["untrained"] = axes.axhline(by_size["0"]["untrained"][0][key], color="grey", linestyle=":")
+        if key != "accuracy":  # the original model writes no label at all
+            lines["original model"] = axes.axhline(
+                by_size["0"]["original model"][0][key], color="gray", linestyle=":"
+            )
         axes.set_xscale("log")
         axes.set_xticks([int(size) for size in sizes], sizes)
         axes.minorticks_off()
