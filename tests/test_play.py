@@ -1,4 +1,4 @@
-"""`surefoot play`: the film, the plot and the numbers of a trained policy, and what it says where there is none."""
+"""`surefoot play`: the video, the plot and the numbers of a trained policy, and what it says where there is none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from surefoot import PPO, InputError
-from surefoot.cli.play import MAX_FRAMES, MAX_WIDTH, Film, play_run
+from surefoot.cli.play import MAX_FRAMES, MAX_WIDTH, VideoRecorder, play_run
 from tests.inputs import run_cli
 
 SEES_NOTHING = """
@@ -51,27 +51,27 @@ def test_a_run_is_played_filmed_and_plotted(run):
     outcome = run_cli("play", run, "--episodes", 3)
     assert outcome.code == 0
     assert "CartPole-v1: 3 episodes" in outcome.out and "return" in outcome.out and "±" in outcome.out
-    film = Image.open(run / "play" / "episode.gif")
-    assert film.n_frames > 1 and film.width <= MAX_WIDTH
+    video = Image.open(run / "play" / "episode.gif")
+    assert video.n_frames > 1 and video.width <= MAX_WIDTH
     with Image.open(run / "play" / "returns.png") as plot:
         assert plot.width > 1000
 
 
 def test_the_film_is_of_the_first_episode_that_was_played(run, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(Film, "show", lambda self, frame, fps: seen.append((frame.shape, fps)))
+    monkeypatch.setattr(VideoRecorder, "show", lambda self, frame, fps: seen.append((frame.shape, fps)))
     first = play_run(run, episodes=1, output=tmp_path)[0]
     assert seen == [((400, 600, 3), 50.0)] * (first.steps + 1)  # what was reset to, and every step's outcome
 
 
 def test_long_films_are_thinned_evenly_and_keep_their_time(tmp_path):
-    film = Film()
+    video = VideoRecorder()
     for value in range(MAX_FRAMES + 100):
-        film.show(np.full((4, 960, 3), value % 256, dtype=np.uint8), fps=50.0)
-    assert len(film.frames) == (MAX_FRAMES + 100) // 2 and film.frames[0].size == (480, 2)
-    film.save(tmp_path / "film.gif")
+        video.show(np.full((4, 960, 3), value % 256, dtype=np.uint8), fps=50.0)
+    assert len(video.frames) == (MAX_FRAMES + 100) // 2 and video.frames[0].size == (480, 2)
+    video.save(tmp_path / "video.gif")
     lasts = 0
-    with Image.open(tmp_path / "film.gif") as gif:
+    with Image.open(tmp_path / "video.gif") as gif:
         for frame in range(gif.n_frames):
             gif.seek(frame)
             lasts += gif.info["duration"]
@@ -82,7 +82,7 @@ def test_without_pictures_the_plot_is_drawn_all_the_same(tmp_path, capsys):
     (tmp_path / "env.py").write_text(SEES_NOTHING)
     run = trained(tmp_path / "runs", f"{tmp_path / 'env.py'}:make")
     play_run(run, episodes=1)
-    assert "no film: env make cannot be made: it has no render_mode rgb_array" in capsys.readouterr().out
+    assert "no video: env make cannot be made: it has no render_mode rgb_array" in capsys.readouterr().out
     assert [path.name for path in (run / "play").iterdir()] == ["returns.png"]
 
 

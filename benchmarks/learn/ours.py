@@ -23,7 +23,7 @@ import yaml
 
 from surefoot import PPO, __version__
 from surefoot.build.control import build_vector
-from surefoot.rollout.gym import play
+from surefoot.rollout.gym import run_episodes
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 AS_THEY_ARE = (
@@ -153,7 +153,7 @@ def evaluate(task: dict[str, Any], model: PPO, seed: int) -> dict[str, float]:
     assert model.config.env is not None
     env = model.config.env.model_copy(update={"n_envs": EVAL_ENVS})
     vector = build_vector(model.config.model_copy(update={"seed": seed, "env": env}), for_evaluation=True)
-    played = play(model.policy, vector, task["eval_episodes"])
+    played = run_episodes(model.policy, vector, task["eval_episodes"])
     vector.close()
     returns = [episode.total for episode in played]
     return {

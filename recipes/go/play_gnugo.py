@@ -19,7 +19,7 @@ from gtp import GTPPlayer, action_of, vertex_of  # beside this file
 from surefoot import PPO
 from surefoot.build.control import build_vector
 from surefoot.envs.games import game_factory
-from surefoot.rollout.gym import play
+from surefoot.rollout.gym import run_episodes
 from surefoot.storage.run_folder import RunFolder
 from surefoot.train.checkpoint import load_checkpoint, restore_policy
 
@@ -55,7 +55,7 @@ def against_gnugo(
 def against_random(model: PPO, games: int, *, likeliest: bool) -> list[list[bool]]:
     """Whether the policy won each of `games` games, as black and as white."""
     env = build_vector(model.config, for_evaluation=True)
-    played = play(model.policy, env, games, seed=None if likeliest else 1)
+    played = run_episodes(model.policy, env, games, seed=None if likeliest else 1)
     env.close()
     return [[one.info["outcome"] > 0 for one in played if one.info["seat"] == seat] for seat in (0, 1)]
 

@@ -16,7 +16,9 @@ from torch import Tensor
 # Names in the observations of environments.
 OBSERVATION = "obs"  # of one that has none
 ACTION_MASK = "action_mask"  # which actions are legal
-STARTS = "memory/starts"  # [B, T] bool, for a policy with memory: an episode begins with this step
+EPISODE_STARTS = (
+    "state/episode_starts"  # [B, T] bool, for a recurrent policy: an episode begins with this step
+)
 
 # Raise rewards; imitate what others wrote; or, of a reward model, lower a loss: (scores [B, K], labels [B]) -> [B].
 Objective = Literal["policy", "imitation"] | Callable[[Tensor, Tensor], Tensor]

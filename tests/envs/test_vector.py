@@ -19,7 +19,7 @@ from surefoot import PPO, advantages
 from surefoot.config import EnvConfig, NetworkConfig, PPOConfig
 from surefoot.envs.gym import Vector, make_vector, wrap_vector
 from surefoot.policies.control.policy import ControlPolicy
-from surefoot.rollout.gym import GymRollout, play
+from surefoot.rollout.gym import GymRollout, run_episodes
 from surefoot.types import Batch
 from tests.fakes import config_of
 from tests.inputs import refusal
@@ -158,7 +158,7 @@ def test_episodes_are_reported_as_they_were_played(mode: AutoresetMode) -> None:
     found = [episode for number in range(4) for episode in collect(rollout, number).trajectories]
     kinds = {(episode.total, episode.steps, episode.truncated) for episode in found}
     assert kinds == {(6.0, 3, True), (6.0, 3, False), (3.0, 2, True)}
-    played = play(rollout.policy, counters(SyncVectorEnv, mode), 6)
+    played = run_episodes(rollout.policy, counters(SyncVectorEnv, mode), 6)
     # Two for each of the first two copies and one for each of the others, although the third's are over first.
     assert [episode.steps for episode in played] == [3, 3, 3, 3, 2, 3]
 
@@ -294,7 +294,7 @@ def elsewhere(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: ppo("CartPole-v1", "MlpPolicyy"), "for Gymnasium the policy is one of MlpPolicy, "),
         (
             lambda: ppo(Counter(3, ""), Wide()),
-            "policy: your network returns [2, 1] for 2 observations; features_dim says [2, 7]",
+            "policy: your network returns [2, 1] for 2 observations; not [2, 7]",
         ),
         (lambda: ppo(Counter(3, ""), Acting()), "policy: yours has act, but lacks acting, closed_form, "),
         (lambda: ppo("broken.py:make"), "env make cannot be made: the engine is missing"),
@@ -315,8 +315,8 @@ def test_what_cannot_be_trained_on_is_one_line(make: Callable[[], object], said:
     ("fault", "said"),
     [
         ("raises", "env Odd failed: RuntimeError: the wheel came off"),
-        ("observation", "env: the observation obs of copy 0 is not finite; mend it in the environment"),
-        ("reward", "env: the reward of copy 0 is not a finite number"),
+        ("observation", "env: the observation obs of sub-environment 0 is not finite; fix the environment"),
+        ("reward", "env: the reward of sub-environment 0 is not a finite number"),
     ],
 )
 def test_an_environment_that_fails_is_one_line_and_leaves_no_worker(vectorization: str, fault: str, said: str) -> None:
@@ -351,7 +351,7 @@ def test_no_legal_action_is_an_error_before_the_end_and_none_at_it(mode: Autores
         return rollout_of(ControlPolicy(env.observation_spaces, env.action_space), env, 8)
 
     assert refusal(lambda: collect(rollout(1))) == (
-        "env: copy 0 has no legal action in its action_mask; an episode that is over must end"
+        "env: sub-environment 0 has no legal action in its action_mask; end the episode there"
     )
     batch = collect(rollout(3))  # when all is over there is nothing to do, and nobody asks for it
     assert set(batch.actions_BT[batch.mask_BT].tolist()) == {1}
@@ -378,7 +378,9 @@ def test_masks_of_several_choices_leave_an_action_in_each() -> None:
     batch = collect(rollout("truncated"))
     first, second = (set(actions.flatten().tolist()) for actions in batch.actions_BT.unbind(-1))
     assert (first, second) == ({0, 1}, {2})
-    assert refusal(lambda: collect(rollout("stuck"))).startswith("env: copy 0 has no legal action in its action_mask")
+    assert refusal(lambda: collect(rollout("stuck"))).startswith(
+        "env: sub-environment 0 has no legal action in its action_mask"
+    )
 
 
 @pytest.mark.parametrize("kind", [ByMethod, TwoChoices, Masked])
@@ -437,7 +439,7 @@ def test_a_final_observation_that_is_not_finite_is_an_error(as_dict: bool) -> No
 
     env = wrap_vector(Ends(), seed=0)
     rollout = rollout_of(ControlPolicy(env.observation_spaces, env.action_space), env, 3)
-    assert refusal(lambda: collect(rollout)).endswith("of copy 0 is not finite; mend it in the environment")
+    assert refusal(lambda: collect(rollout)).endswith("of sub-environment 0 is not finite; fix the environment")
 
 
 def test_counts_that_do_not_start_at_0_are_counts_all_the_same() -> None:
@@ -518,7 +520,7 @@ def test_an_evaluation_that_never_ends_is_one_line(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("surefoot.rollout.gym.LONGEST_EPISODE", 50)
     env = wrap_vector(Counter(10**9, "terminated"), seed=0)
     policy = ControlPolicy(env.observation_spaces, env.action_space)
-    assert "an episode has not ended after 50 steps; give it a time limit" in refusal(lambda: play(policy, env, 1))
+    assert "an episode has not ended after 50 steps; give it a time limit" in refusal(lambda: run_episodes(policy, env, 1))
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])

@@ -71,9 +71,9 @@ def test_a_contextual_bandit_is_solved_and_valued() -> None:
     model = train("MlpPolicy", "Bandit", 16 * 32 * 20, n_steps=32, batch_size=128, n_epochs=4, learning_rate=5e-3)
     observations = model.policy.prepare({"obs": numpy.arange(2)})
     with torch.no_grad():
-        latent = model.policy.layers.forward_actor(model.policy.extractor(observations))
+        latent = model.policy.layers.policy(model.policy.extractor(observations))
         chances = torch.softmax(model.policy.head.linear(latent), -1)
-    values = model.policy.values(observations, {}, starts=torch.ones(2, dtype=torch.bool))
+    values = model.policy.values(observations, {}, episode_starts=torch.ones(2, dtype=torch.bool))
     assert chances[0, 1] > 0.97 and chances[1, 0] > 0.97
     assert values.tolist() == pytest.approx([0.8, 0.9], abs=0.06)
     assert model.predict(0, deterministic=True)[0] == 1 and model.predict(1, deterministic=True)[0] == 0

@@ -129,7 +129,7 @@ def test_continuous_actions_have_the_mean_and_deviation_they_are_scored_with(kin
     with torch.no_grad():
         actions = head.sample(latent, head.noise(1, draws, generator(11))[0], None)
         normal = twin(kind, head, latent[:1], None)[0].base_dist
-        assert torch.equal(head.mode(latent[:1], None), normal.mean)
+        assert torch.equal(head.sample(latent[:1], None, None), normal.mean)
     assert ((actions.mean(0) - normal.mean[0]).abs() < 5 * normal.stddev[0] / draws**0.5).all()
     assert torch.allclose(actions.std(0), normal.stddev[0], rtol=0.03)
 
@@ -143,7 +143,7 @@ def test_no_noise_makes_an_illegal_action_and_illegal_ones_have_finite_log_probs
         actions = head.sample(latent, noise, mask).reshape(64, -1)
         for part, chosen in zip(mask.split(sizes, -1), actions.unbind(-1), strict=True):
             assert part.gather(-1, chosen[:, None]).all()
-    assert torch.equal(head.mode(latent, mask), head.sample(latent, torch.zeros(()), mask))
+    assert torch.equal(head.sample(latent, None, mask), head.sample(latent, torch.zeros(()), mask))
     actions[:, 0] = mask[:, : sizes[0]].float().argmin(-1)
     logprobs, entropies = head.evaluate_actions(latent, actions[:, 0] if kind == "discrete" else actions, mask)
     assert logprobs.isfinite().all() and entropies.isfinite().all()
@@ -326,8 +326,8 @@ def test_normalised_observations_follow_their_running_mean_and_variance(tmp_path
     assert torch.equal(other.moments["obs"].variance, moments.variance) and other.moments["obs"].count == moments.count
     one = {"obs": seen, "count": numpy.ones(3)}
     assert torch.equal(
-        other.values(other.prepare(one), {}, starts=torch.zeros(3)),
-        policy.values(policy.prepare(one), {}, starts=torch.zeros(3)),
+        other.values(other.prepare(one), {}, episode_starts=torch.zeros(3)),
+        policy.values(policy.prepare(one), {}, episode_starts=torch.zeros(3)),
     )
 
 
@@ -346,7 +346,7 @@ def test_a_network_of_ones_own_makes_the_features() -> None:
     policy = ControlPolicy({"obs": VECTOR}, spaces.Discrete(2), extractor=own)
     assert policy.layers.policy[0].in_features == 4
     assert any(parameter is own.layer.weight for _, parameter in policy.named_parameters_to_train())
-    with pytest.raises(InputError, match="a network of your own needs a features_dim"):
+    with pytest.raises(InputError, match="your network needs a features_dim"):
         ControlPolicy({"obs": VECTOR}, spaces.Discrete(2), extractor=nn.Identity())
 
 
@@ -362,7 +362,7 @@ def a_batch(policy: ControlPolicy, *, starts: list[tuple[int, int]] = ()) -> Bat
     starts_BT = torch.zeros((B, T), dtype=torch.bool)
     for row, step in starts:
         starts_BT[row, step] = True
-    memory = {**state, "memory/starts": starts_BT} if state else {}
+    memory = {**state, "state/episode_starts": starts_BT} if state else {}
     zeros = torch.zeros(B, T)
     return Batch(
         observations={"obs": torch.randn((B, T, 3), generator=rng), **memory},
@@ -387,21 +387,21 @@ def recurrent(*, share: bool = False) -> ControlPolicy:
 def one_by_one(policy: ControlPolicy, batch: Batch) -> tuple[Tensor, Tensor]:
     """Log-probs and values by an LSTM cell that is stepped, and emptied where an episode begins."""
     views: list[list[Tensor]] = [[], []]
-    for which, lstm in enumerate((policy.memory.lstm, policy.critic_memory.lstm)):
+    for which, lstm in enumerate((policy.lstm.lstm, policy.critic_lstm.lstm)):
         names = list(policy.initial_state(B))[-2 * which :][:2]
         h, c = (batch.observations[name][:, 0] for name in names)
         for t in range(T):
-            alive = (~batch.observations["memory/starts"][:, t, None]).float()
+            alive = (~batch.observations["state/episode_starts"][:, t, None]).float()
             observation = batch.observations["obs"][:, t]
             gates = observation @ lstm.weight_ih_l0.T + lstm.bias_ih_l0 + (h * alive) @ lstm.weight_hh_l0.T + lstm.bias_hh_l0
             i, f, g, o = gates.chunk(4, -1)
             c = f.sigmoid() * c * alive + i.sigmoid() * g.tanh()
             h = o.sigmoid() * c.tanh()
             if which == 0:
-                logits = policy.head.linear(policy.layers.forward_actor(h))
+                logits = policy.head.linear(policy.layers.policy(h))
                 views[0].append(Categorical(logits=logits).log_prob(batch.actions_BT[:, t]))
             else:
-                views[1].append(policy.value_head(policy.layers.forward_critic(h)).squeeze(-1))
+                views[1].append(policy.value_head(policy.layers.value(h)).squeeze(-1))
     return torch.stack(views[0], 1), torch.stack(views[1], 1)
 
 
@@ -432,9 +432,9 @@ def test_acting_remembers_what_evaluating_does() -> None:
     state = {name: batch.observations[name][:, 0] for name in policy.initial_state(B)}
     view = policy.evaluate(batch)
     for t in range(T):
-        observation, starts = {"obs": batch.observations["obs"][:, t]}, batch.observations["memory/starts"][:, t]
-        assert torch.allclose(policy.values(observation, state, starts=starts), view.values_BT[:, t], atol=1e-5)
-        _, state = policy.act(observation, state, starts=starts)
+        observation, starts = {"obs": batch.observations["obs"][:, t]}, batch.observations["state/episode_starts"][:, t]
+        assert torch.allclose(policy.values(observation, state, episode_starts=starts), view.values_BT[:, t], atol=1e-5)
+        _, state = policy.act(observation, state, episode_starts=starts)
     assert set(state) == set(policy.initial_state(B))
 
 

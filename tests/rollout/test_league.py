@@ -143,10 +143,10 @@ def test_a_game_keeps_its_opponent_when_a_newer_self_comes() -> None:
     views, *_ = env.step(any_legal(views))
     league.begin(2)
     env.step(any_legal(views))
-    assert set(league.playing.tolist()) == {1} and league.selves.keys() == {1, 2}
+    assert set(league.playing.tolist()) == {1} and league.snapshots.keys() == {1, 2}
     league.playing[:] = 2
     league.begin(3)
-    assert league.selves.keys() == {2, 3}, "a self whom nobody meets any more is let go"
+    assert league.snapshots.keys() == {2, 3}, "a self whom nobody meets any more is let go"
 
 
 def test_the_pool_keeps_selves_from_the_whole_past() -> None:
@@ -201,7 +201,7 @@ def test_against_itself_what_one_seat_wins_the_other_loses() -> None:
     while (outcomes == 9).any():
         noise = league.policy.noise(1, 400, generator)[0]
         starts = torch.zeros(400, dtype=torch.bool)
-        actions, _ = league.policy.act(league.policy.prepare(views), {}, starts=starts, noise=noise)
+        actions, _ = league.policy.act(league.policy.prepare(views), {}, episode_starts=starts, noise=noise)
         views, rewards, ended, _, infos = env.step(actions.numpy())
         if ended.any():
             assert np.array_equal(infos["opponent"], np.zeros(400))

@@ -244,7 +244,7 @@ def test_predict_needs_the_masks_it_was_trained_with_and_its_own_state() -> None
     assert model.predict(seen[0], action_masks=[False, True])[0] == 1
     for wrong in (None, masks[:2], [True]):
         assert "give action_masks [3, 2]" in refusal(lambda wrong=wrong: model.predict(seen, action_masks=wrong))
-    assert "predict: copy 0 has no legal action" in refusal(lambda: model.predict(seen[0], action_masks=[0, 0]))
+    assert "predict: row 0 has no legal action" in refusal(lambda: model.predict(seen[0], action_masks=[0, 0]))
     lstm = small("MlpLstmPolicy", "Pendulum-v1", policy_kwargs={"lstm_hidden_size": 8})
     _, state = lstm.predict(numpy.zeros((2, 3), dtype="f4"))
     for one in (state[:2], [part[:1] for part in state]):
@@ -266,7 +266,7 @@ def test_predict_checks_every_part_of_an_observation() -> None:
     assert model.predict({"box": numpy.float32(0), "count": 2})[0] in (0, 1)
     assert model.predict({"box": numpy.zeros(4, dtype="f4"), "count": numpy.ones(4, dtype=int)})[0].shape == (4,)
     for bad, said in (
-        ({"box": numpy.float32(numpy.nan), "count": 2}, "predict: the observation box of copy 0 is not finite"),
+        ({"box": numpy.float32(numpy.nan), "count": 2}, "predict: the observation box of row 0 is not finite"),
         ({"box": numpy.float32(0)}, "lacks 'count'"),
         ({"box": numpy.float32(0), "count": 4}, "the observation count lies outside its space"),
         ({"box": numpy.zeros(4, dtype="f4"), "count": numpy.ones(3, dtype=int)}, "the observation count has shape [3]"),
@@ -397,19 +397,19 @@ def test_a_network_of_ones_own_keeps_its_weights_and_what_is_frozen_stays() -> N
 
 def test_the_deviation_of_the_rewards_is_saved_with_the_model() -> None:
     model = small(env="Pendulum-v1", normalize_rewards=True).learn(2 * BATCH)
-    assert model.policy.reward_stats.count == 2 * BATCH
+    assert model.env.reward_stats.count == 2 * BATCH
     model.save("saved")
     loaded = PPO.load("saved", verbose=0)
-    assert loaded.policy.reward_stats == model.policy.reward_stats
+    assert loaded.env.reward_stats == model.env.reward_stats
     loaded.learn(BATCH)
-    assert loaded.policy.reward_stats.count == 3 * BATCH
+    assert loaded.env.reward_stats.count == 3 * BATCH
 
 
 def test_a_run_for_another_number_of_copies_says_so() -> None:
     env = SyncVectorEnv([Constant] * 2)
     small(env=env, run_name="two").learn(2 * N_STEPS)
     said = refusal(lambda: PPO.load("runs/two", SyncVectorEnv([Constant] * 3), verbose=0))
-    assert said == "env: the run has 2 copies, the environment given has 3"
+    assert said == "env: the run has num_envs 2, the environment given has 3"
 
 
 @pytest.mark.filterwarnings("ignore:.*ERROR:UserWarning")  # Gymnasium's log of what a worker raised

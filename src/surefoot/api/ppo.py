@@ -30,7 +30,7 @@ from surefoot.config import (
 )
 from surefoot.core.seeds import derived_seed
 from surefoot.data.render import check_length, encode_prompt
-from surefoot.envs.gym import made_from
+from surefoot.envs.gym import Vector, made_from
 from surefoot.envs.observations import Checks, batched
 from surefoot.envs.text import TextTask, checked_prompt
 from surefoot.errors import InputError
@@ -254,7 +254,8 @@ class PPO:
 
         Critic and settings lie beside the weights for `PPO.load`. Raises InputError if the disk does not take it.
         """
-        save_policy(self.policy, self._nameable(), Path(folder))
+        env = self.env if isinstance(self.env, Vector) else None
+        save_policy(self.policy, self._nameable(), Path(folder), env)
 
     def _nameable(self) -> Config:
         """The configuration, with the id that Gymnasium made the environment from, if it was: then `load` can make it too."""
@@ -316,6 +317,8 @@ class PPO:
         name = str(folder) if config.env is None else config.policy.model
         model = cls(given.pop("policy", name), env, config=config, verbose=verbose, **given)
         model.policy.load_extras(folder)
+        if isinstance(model.env, Vector):
+            model.env.load(folder)
         return model
 
     @classmethod
@@ -338,7 +341,7 @@ class PPO:
                 verbose=0,
                 run=run if config.env is not None else None,
             )
-            restore_best(model.policy, run)
+            restore_best(model.policy, run, model.env)
             return model
         settings = Path(source) / SETTINGS
         if settings.is_file() and load_config(settings).env is not None:
@@ -374,12 +377,14 @@ class PPO:
             self._training.rollout.start_over()  # type: ignore[attr-defined]
 
 
-def save_policy(policy: Any, config: Config, folder: Path) -> None:
-    """Write the policy and its settings. Raises InputError if the disk does not take it."""
+def save_policy(policy: Any, config: Config, folder: Path, env: Vector | None = None) -> None:
+    """Write the policy, its settings and what `env` keeps. Raises InputError if the disk does not take it."""
     try:
         # A new folder appears when it is whole; one that exists is written into.
         with contextlib.nullcontext(folder) if folder.exists() else whole_folder(folder) as place:
             policy.save(place)
+            if env is not None:
+                env.save(place)
             # Without `run` and the supervised sections: what is trained from it is another run.
             settings = dump_config(absolute_paths(config), exclude={"run", "new_model", *SUPERVISED})
             (place / SETTINGS).write_text(settings, encoding="utf-8")

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import torch
 
-from surefoot.envs.gym import make_vector, share_copies, wrap_vector
+from surefoot.envs.gym import make_vector, share_envs, wrap_vector
 from surefoot.errors import InputError
 from surefoot.policies.control.networks import ACTIVATIONS
-from surefoot.rollout.gym import play
+from surefoot.rollout.gym import run_episodes
 from surefoot.train import loop
 from surefoot.train.signals import RolloutAborted
 
@@ -256,12 +256,12 @@ def evaluate_policy(
         vector = make_vector(env, n_envs=1, vectorization="sync", kwargs={}, seed=seed)
     else:
         vector = wrap_vector(env, seed=seed)
-    is_training_env = share_copies(vector, model.env)
+    is_training_env = share_envs(vector, model.env)
     if is_training_env:
         model._start_over()  # refused in the middle of a rollout
     try:
         vector.check_same_spaces(model.env)
-        episodes = play(model.policy, vector, n_eval_episodes, seed=None if deterministic else seed)
+        episodes = run_episodes(model.policy, vector, n_eval_episodes, seed=None if deterministic else seed)
     finally:
         if env is None or isinstance(env, str):
             vector.close()

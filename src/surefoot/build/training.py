@@ -8,6 +8,7 @@ from typing import Any
 from surefoot.build.control import build_vector, has_two_players
 from surefoot.build.language import check_critic, check_no_critic
 from surefoot.config import Config, SelfPlayConfig, SFTConfig
+from surefoot.core.running import RunningStats
 from surefoot.core.seeds import derived_seed
 from surefoot.data.demonstrations import Demonstrations
 from surefoot.data.preferences import PreferenceDataset
@@ -56,11 +57,11 @@ def build_rollout(
         return rollout if demonstrations is None else _mixed(config, rollout, demonstrations)
     assert config.env is not None
     make = None if config.env.id is None else lambda: build_vector(config, for_evaluation=True)
-    league = None
+    opponents = None
     if has_two_players(config.env):
         if not isinstance(env.env, GameVectorEnv):
             raise InputError("env.self_play needs a two-player game: a GameVectorEnv, or the env.id of one")
-        league = OpponentPool(policy, env.env, config.env.self_play or SelfPlayConfig())
+        opponents = OpponentPool(policy, env.env, config.env.self_play or SelfPlayConfig())
     return GymRollout(
         policy,
         env,
@@ -68,7 +69,7 @@ def build_rollout(
         ppo=config.ppo,
         seed=config.seed,
         make_evaluation=make,
-        league=league,
+        opponents=opponents,
     )
 
 
@@ -132,7 +133,7 @@ def _budget(config: Config, env: Environment) -> int:
     return config.rollout.total_episodes if config.env is None else config.env.total_timesteps
 
 
-def restore_best(policy: Any, folder: RunFolder) -> Path:
+def restore_best(policy: Any, folder: RunFolder, env: Any = None) -> Path:
     """Load the run's best weights (by the held-out metric), else its newest; the checkpoint they came from.
 
     Raises InputError if the run has none yet: what is untrained must not pass for its own.
@@ -146,4 +147,6 @@ def restore_best(policy: Any, folder: RunFolder) -> Path:
     checkpoint.restore_policy(policy, tensors["policy"])
     if isinstance(policy, ControlPolicy):
         policy.restore(state["rollout"]["policy"])
+    if isinstance(env, Vector):
+        env.reward_stats = RunningStats(**state["rollout"]["reward_stats"])
     return path

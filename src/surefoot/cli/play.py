@@ -1,4 +1,4 @@
-"""Look at a trained policy: play episodes, film one, and plot what it reached."""
+"""Look at a trained policy: run episodes, record one, and plot what it reached."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from surefoot.api.ppo import PPO
 from surefoot.build.control import build_recorded, build_vector
 from surefoot.envs.gym import VectorStep
 from surefoot.errors import InputError
-from surefoot.rollout.gym import play
+from surefoot.rollout.gym import run_episodes
 from surefoot.storage.run_folder import RunFolder
 from surefoot.types import OBSERVATION, Episode
 
@@ -25,7 +25,7 @@ ATARI_FPS = 60.0  # of the console; a step of the policy is `frameskip` of its f
 RATES = {"is_success": "success", "crashed": "crashed"}  # name in an episode's last info -> what it is called
 
 
-class Film:
+class VideoRecorder:
     """Frames of one episode, evenly thinned to `MAX_FRAMES` and scaled down to `MAX_WIDTH`."""
 
     def __init__(self) -> None:
@@ -96,55 +96,55 @@ def play_run(
     _check_libraries(kind)
     folder = Path(output) if output is not None else run.path / "play"
     _make_folder(folder)
-    model, film = PPO.open(source), Film()
+    model, video = PPO.open(source), VideoRecorder()
     model.env.close()
-    played = _play(model, episodes, film)
+    played = _play(model, episodes, video)
     print("\n".join(_summary(config.env.id, played)))
-    if film.frames:
-        film.save(folder / f"episode.{kind}")
+    if video.frames:
+        video.save(folder / f"episode.{kind}")
         print(folder / f"episode.{kind}")
     draw(folder / "returns.png", config.env.id, run.read("metrics.jsonl"), played)
     print(folder / "returns.png")
     return played
 
 
-def _play(model: PPO, episodes: int, film: Film) -> list[Episode]:
-    """The episodes; the first is filmed."""
+def _play(model: PPO, episodes: int, video: VideoRecorder) -> list[Episode]:
+    """The episodes; the first is recorded."""
     assert model.config.env is not None
     vector = build_vector(model.config, for_evaluation=True)
     space = vector.observation_spaces.get(OBSERVATION)
     sees_pictures = model.config.env.vectorization == "native" and space is not None and len(space.shape) == 3
     fps = ATARI_FPS / float(model.config.env.kwargs.get("frameskip", 4))
 
-    def seen(step: VectorStep) -> None:
+    def on_step(step: VectorStep) -> None:
         # A vectorised Atari game cannot be rendered, but what the policy sees of it are pictures: the newest of the stack.
         if sees_pictures and not is_over[0]:
-            film.show(step.observations[OBSERVATION][0][-1], fps)
+            video.show(step.observations[OBSERVATION][0][-1], fps)
             is_over[0] = bool(step.terminated[0] | step.truncated[0])
 
     is_over = [False]
     try:
-        played = play(model.policy, vector, episodes, seen=seen)
+        played = run_episodes(model.policy, vector, episodes, on_step=on_step)
     finally:
         vector.close()
     if not sees_pictures:
-        _film(model, film)
+        _record(model, video)
     return played
 
 
-def _film(model: PPO, film: Film) -> None:
+def _record(model: PPO, video: VideoRecorder) -> None:
     """Play the first episode again in an environment that is rendered."""
     if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
         os.environ.setdefault("SDL_VIDEODRIVER", "offscreen")  # else pygame complains of the missing screen
     try:
-        vector = build_recorded(model.config, film.show)
+        vector = build_recorded(model.config, video.show)
         try:
-            play(model.policy, vector, 1)
+            run_episodes(model.policy, vector, 1)
         finally:
             vector.close()
     except InputError as error:
-        film.frames = []
-        print(f"no film: {error}")
+        video.frames = []
+        print(f"no video: {error}")
 
 
 def _summary(name: str, played: list[Episode]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Two-player board games, as one learning player sees them: the opponent is part of the environment."""
+"""Two-player board games as one learning player sees them: the opponent is part of the environment."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 Array: TypeAlias = NDArray[Any]
 Observations: TypeAlias = dict[str, Array]
 Opponents: TypeAlias = Callable[[Observations, Array], Array]
-"""From the views {"observation": [M, ...], "action_mask": [M, n]} of the games in which the opponent is to move, and
-the indices [M] of those games, to one legal action for each [M]."""
+"""From the observations {"observation": [M, ...], "action_mask": [M, n]} of the games in which the
+opponent moves, and the indices [M] of those games, to one legal action for each [M]."""
 
 
 def game_factory(name: str, **kwargs: Any) -> Callable[[], AECEnv]:
     """What makes one game of PettingZoo's registry: `game_factory("classic/go-v5", board_size=5, komi=0.5)`.
 
-    The game is bare of PettingZoo's checking wrappers: `GameVectorEnv` checks the moves itself, a whole batch at a time,
-    and is up to three times as fast without them. A process can hold Go boards of one size only, since PettingZoo keeps
-    the size in a global. Raises InputError for an unknown game, a missing library, or a wrong argument.
+    It has none of PettingZoo's checking wrappers: `GameVectorEnv` checks the moves of a whole batch at once,
+    and is up to three times as fast. A process can hold Go boards of one size only: PettingZoo keeps the size
+    in a global. Raises InputError for an unknown game, a missing library, or a wrong argument.
     """
 
     def make() -> AECEnv:
@@ -49,7 +49,7 @@ def game_factory(name: str, **kwargs: Any) -> Callable[[], AECEnv]:
 
 
 def random_opponent(rngs: Sequence[np.random.Generator]) -> Opponents:
-    """Plays uniformly over the legal moves; game i draws from rngs[i], whichever other games are in the batch."""
+    """Plays uniformly over the legal moves; game i draws from rngs[i], whatever else is in the batch."""
 
     def choose(observations: Observations, indices: Array) -> Array:
         masks = observations["action_mask"].astype(bool)
@@ -63,29 +63,29 @@ def random_opponent(rngs: Sequence[np.random.Generator]) -> Opponents:
 def make_games(
     make: Callable[..., AECEnv] | str, *, n_envs: int, kwargs: Mapping[str, Any], seed: int
 ) -> Vector:
-    """`n_envs` games of PettingZoo's id, or of what a function makes; `max_moves` among `kwargs` is `GameVectorEnv`'s."""
-    game_kwargs = {name: value for name, value in kwargs.items() if name != "max_moves"}
-    maker = (
-        game_factory(make, **game_kwargs) if isinstance(make, str) else functools.partial(make, **game_kwargs)
-    )
+    """`n_envs` games of PettingZoo's id, or of what a function makes; `max_moves` is `GameVectorEnv`'s."""
+    rest = {name: value for name, value in kwargs.items() if name != "max_moves"}
+    maker = game_factory(make, **rest) if isinstance(make, str) else functools.partial(make, **rest)
     return Vector(GameVectorEnv(maker, n_envs, max_moves=kwargs.get("max_moves")), seed=seed)
 
 
 class GameVectorEnv(VectorEnv[Observations, Array, Array]):
-    """N two-player PettingZoo AEC games; a step is the learner's move and the opponents' answer.
+    """N two-player PettingZoo AEC games; a step is the learner's move and the opponents' reply.
 
-    The learner's seat alternates: episode k of game i has seat (i + k) % 2, where 0 moves first. One begun from a seed has
-    seat seed % 2 instead, so that its seed and the learner's actions repeat it exactly; the next unseeded one alternates.
-    `opponents` may be replaced at any time; those that draw at random from `rngs[i]` are repeated too.
+    The learner's seat alternates: episode k of game i has seat (i + k) % 2, where 0 moves first. One begun
+    from a seed has seat seed % 2 instead, so that its seed and the learner's actions repeat it exactly; the
+    next unseeded one alternates. `opponents` may be replaced at any time; those that draw from `rngs[i]`
+    alone are repeated too.
 
-    Observations are {"observation": float32 [N, ...], "action_mask": int8 [N, n]}, both from the learner's side. A game
-    that is over stays so until `reset` (autoreset is disabled), and its mask is all ones.
+    Observations are {"observation": float32 [N, ...], "action_mask": int8 [N, n]}, both from the learner's
+    side. A game that is over stays so until `reset` (autoreset is disabled), and its mask is all ones.
 
-    `max_moves` counts the moves of both players; a game that has had that many is truncated when it is the learner's
-    turn, so that the last observation is one whose value can be bootstrapped (its mask holds the legal moves). Go needs
-    it: PettingZoo's ends by two passes in a row only and forbids just the simple ko, so that it can go on for ever.
+    `max_moves` counts the moves of both players; a game that has had that many is truncated when it is the
+    learner's turn, so that the value of the last observation can be bootstrapped (its mask holds the legal
+    moves). Go needs it: PettingZoo's ends only by two passes in a row and forbids just the simple ko, so that
+    it can go on for ever.
 
-    Raises InputError for a game that is not of this kind, an illegal action, or a view with no legal move.
+    Raises InputError for a game that is not of this kind, an illegal action, or a mask without a legal move.
     """
 
     def __init__(
@@ -97,11 +97,8 @@ class GameVectorEnv(VectorEnv[Observations, Array, Array]):
         max_moves: int | None = None,
     ):
         if num_envs < 1 or (max_moves is not None and max_moves < 2):
-            raise InputError(
-                f"games need num_envs >= 1 and max_moves >= 2 or None, got {num_envs} and {max_moves}"
-            )
-        self.num_envs = num_envs
-        self.max_moves = max_moves
+            raise InputError(f"games need num_envs >= 1 and max_moves >= 2, got {num_envs} and {max_moves}")
+        self.num_envs, self.max_moves = num_envs, max_moves
         self.metadata = {"autoreset_mode": AutoresetMode.DISABLED}
         self._games = [make_game() for _ in range(num_envs)]
         self.single_observation_space, self.single_action_space = _spaces(self._games[0])
@@ -109,7 +106,7 @@ class GameVectorEnv(VectorEnv[Observations, Array, Array]):
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.rngs = [np.random.default_rng() for _ in range(num_envs)]
         self.opponents = opponents or random_opponent(self.rngs)
-        self.seats = 1 - np.arange(num_envs) % 2  # the learner's, int [N]; the first reset turns them round
+        self.seats = 1 - np.arange(num_envs) % 2  # the learner's, int [N]; the first reset swaps them
         self._observations: Observations = {
             name: np.zeros((num_envs, *(space.shape or ())), space.dtype)
             for name, space in self.single_observation_space.items()
@@ -131,37 +128,32 @@ class GameVectorEnv(VectorEnv[Observations, Array, Array]):
         seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, (int, np.integer)) else seed
         if seeds is not None and len(seeds) != self.num_envs:
             raise InputError(
-                f"reset: {len(seeds)} seeds for {self.num_envs} games; give one number or one a game"
+                f"reset: {len(seeds)} seeds for {self.num_envs} games; give one each, or a number"
             )
         for per_game in (self._moves, self._rewards, self._returns, self._terminated, self._truncated):
             per_game[chosen] = 0
         for i in np.flatnonzero(chosen).tolist():
             game_seed = None if seeds is None else seeds[i]
             self.seats[i] = 1 - self.seats[i] if game_seed is None else game_seed % 2
-            if game_seed is not None:
-                self.rngs[i] = np.random.default_rng(
-                    [game_seed, 1]
-                )  # not the stream that the game may draw from
+            if game_seed is not None:  # another stream than the one the game may draw from
+                self.rngs[i] = np.random.default_rng([game_seed, 1])
             self._games[i].reset(seed=game_seed)
-        self._answer(np.flatnonzero(chosen))
+        self._reply(np.flatnonzero(chosen))
         return self._views(), {}
 
     def step(self, actions: Array) -> tuple[Observations, Array, Array, Array, dict[str, Any]]:
-        """Play the learner's actions [N], then the opponents' until each game is the learner's turn again, or over.
+        """Make the learner's moves [N], then the opponents', until each game is over or the learner's turn.
 
-        Returns observations, rewards float64 [N] (the learner's own, over its move and the answer), terminations and
-        truncations bool [N], and infos. Where some game has ended, infos hold "seat" and "outcome" (1 won, 0 drawn or
-        truncated, -1 lost) as int [N], valid where "_seat" and "_outcome" bool [N] are true; and "opponent" alike where
-        `opponents` has numbers of those who play, `playing` int [N].
+        Returns observations, rewards float64 [N] (the learner's, over its move and the reply), terminations
+        and truncations bool [N], and infos. Where some game has ended, infos hold "seat" and "outcome" (1
+        won, 0 drawn or truncated, -1 lost) as int [N], valid where "_seat" and "_outcome" bool [N] are true;
+        and "opponent" alike where `opponents` has numbers of those who play, `playing` int [N].
         """
-        over = self._terminated | self._truncated
-        if over.any():
-            raise InputError(
-                f"games {np.flatnonzero(over).tolist()} are over: reset them before they play on"
-            )
+        if (over := self._terminated | self._truncated).any():
+            raise InputError(f"games {np.flatnonzero(over).tolist()} are over: reset them first")
         everyone = np.arange(self.num_envs)
         self._play("learner", everyone, np.asarray(actions))
-        self._answer(everyone)
+        self._reply(everyone)
         rewards = self._rewards.copy()
         self._rewards[:] = 0
         return self._views(), rewards, self._terminated.copy(), self._truncated.copy(), self._infos()
@@ -171,33 +163,32 @@ class GameVectorEnv(VectorEnv[Observations, Array, Array]):
         for game in self._games:
             game.close()
 
-    def _answer(self, indices: Array) -> None:
-        """Let the opponents move in these games, all in one batch a round, until none waits for them; then look."""
+    def _reply(self, indices: Array) -> None:
+        """Let the opponents move, one batch a round, until it is the learner's turn; then observe."""
         waiting = self._waiting(indices)
         while len(waiting):
             for i in waiting:
-                self._look(i, self._games[i].agent_selection)
+                self._observe(i, self._games[i].agent_selection)
             self._play("opponent", waiting, np.asarray(self.opponents(self._views(waiting), waiting)))
             waiting = self._waiting(waiting)
         for i in indices:
-            self._look(i, self._learner(i))
+            self._observe(i, self._learner(i))
         if self.max_moves is not None:
             self._truncated[indices] |= (self._moves >= self.max_moves)[indices] & ~self._terminated[indices]
 
     def _play(self, player: str, indices: Array, actions: Array) -> None:
-        """One move in each of these games; none is played unless all are legal."""
+        """One move in each of these games; none is made unless all are legal."""
         if actions.shape != indices.shape or actions.dtype.kind not in "iu":
-            raise InputError(
-                f"{player}: expected {len(indices)} whole-numbered actions, got {actions.dtype} of shape {actions.shape}"
-            )
+            got = f"{actions.dtype} of shape {actions.shape}"
+            raise InputError(f"{player}: expected {len(indices)} whole-numbered actions, got {got}")
         masks = self._observations["action_mask"][indices]
         known = (actions >= 0) & (actions < masks.shape[1])
         legal = known & (masks[np.arange(len(indices)), np.where(known, actions, 0)] != 0)
         if not legal.all():
-            first = int(np.flatnonzero(~legal)[0])
+            i = int(np.flatnonzero(~legal)[0])
+            allowed = np.flatnonzero(masks[i]).tolist()
             raise InputError(
-                f"{player}: action {actions[first]} is illegal in game {indices[first]}; "
-                f"legal there: {np.flatnonzero(masks[first]).tolist()}"
+                f"{player}: action {actions[i]} is illegal in game {indices[i]}; legal there: {allowed}"
             )
         for i, action in zip(indices.tolist(), actions.tolist(), strict=True):
             game, learner = self._games[i], self._learner(i)
@@ -213,8 +204,8 @@ class GameVectorEnv(VectorEnv[Observations, Array, Array]):
         going_on = indices[~(self._terminated | self._truncated)[indices]]
         return going_on[[self._games[i].agent_selection != self._learner(i) for i in going_on]]
 
-    def _look(self, index: int, agent: str) -> None:
-        """Take this player's view of a game into the buffers."""
+    def _observe(self, index: int, agent: str) -> None:
+        """Take what this player sees of a game into the buffers."""
         view = self._games[index].observe(agent)
         mask = self._observations["action_mask"][index]
         self._observations["observation"][index] = view["observation"]
@@ -243,31 +234,23 @@ def _spaces(game: AECEnv) -> tuple[spaces.Dict, spaces.Discrete]:
     """The learner's observation and action space; both players must have the same."""
     if len(game.possible_agents) != 2:
         raise InputError(f"game {game} has {len(game.possible_agents)} players, not two")
-    first, second = (
-        (game.observation_space(agent), game.action_space(agent)) for agent in game.possible_agents
-    )
+    first, second = ((game.observation_space(a), game.action_space(a)) for a in game.possible_agents)
     view, actions = first
     if first != second or not isinstance(view, spaces.Dict) or set(view) != {"observation", "action_mask"}:
-        raise InputError(
-            f"game {game}: both players need the same observations, 'observation' and 'action_mask'"
-        )
+        raise InputError(f"game {game}: both players need the same observations, observation and action_mask")
     if not isinstance(actions, spaces.Discrete) or actions.start != 0:
         raise InputError(f"game {game}: actions must be Discrete(n), got {actions}")
     board = view["observation"]
     if not isinstance(board, spaces.Box):
         raise InputError(f"game {game}: 'observation' must be a Box, got {board}")
-    low, high = board.low.astype(np.float32), board.high.astype(np.float32)
-    seen = {
-        "observation": spaces.Box(low, high, dtype=np.float32),
-        "action_mask": spaces.MultiBinary(int(actions.n)),
-    }
-    return spaces.Dict(seen), spaces.Discrete(int(actions.n))
+    observed = spaces.Box(board.low.astype(np.float32), board.high.astype(np.float32), dtype=np.float32)
+    n = int(actions.n)
+    return spaces.Dict({"observation": observed, "action_mask": spaces.MultiBinary(n)}), spaces.Discrete(n)
 
 
 def _reset_mask(options: Mapping[str, Any] | None, num_envs: int) -> Array:
     mask = np.asarray((options or {}).get("reset_mask", np.ones(num_envs, dtype=bool)))
     if mask.shape != (num_envs,) or mask.dtype != np.bool_:
-        raise InputError(
-            f"reset_mask: expected bool of shape ({num_envs},), got {mask.dtype} of shape {mask.shape}"
-        )
+        got = f"{mask.dtype} of shape {mask.shape}"
+        raise InputError(f"reset_mask: expected bool of shape ({num_envs},), got {got}")
     return mask

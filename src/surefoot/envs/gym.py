@@ -1,21 +1,23 @@
-"""Gymnasium's vector environments, with their autoreset modes made one and their observations made dictionaries.
+"""Gymnasium's vector environments, whatever their autoreset mode, with observations by name.
 
-Whatever the mode, `step` gives the observations to act on next, the true final observation of an episode that ended, and
-which of the steps were real. Environments that we make are reset by us, each episode from a seed of its own: an episode
-is repeated exactly by its seed and actions, and that is how a resumed run finds its environments as they were.
+`step` always gives the observations to act on next, the true final observation of an episode that ended, and
+which of the transitions are valid. Environments that we make are reset by us, each episode from its own seed:
+seed and actions repeat an episode exactly, and that is how a resumed run finds its environments as they were.
 """
 
 from __future__ import annotations
 
 import difflib
 import functools
+import json
 import math
 import multiprocessing
 import signal
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import gymnasium
 import numpy
@@ -23,28 +25,34 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
+from surefoot.core.running import RunningStats
 from surefoot.core.seeds import derived_seed
 from surefoot.envs.observations import Arrays, Checks, choices, flat, leaves, mask_width
 from surefoot.errors import InputError
 from surefoot.types import ACTION_MASK
+
+Flags: TypeAlias = NDArray[numpy.bool_]
 
 # What an id begins with -> the module that registers it, and our extra that brings it.
 PROVIDERS = {"ALE/": ("ale_py", "atari")} | {
     f"{name}-": ("highway_env", "driving")
     for name in ("highway", "merge", "parking", "roundabout", "intersection", "racetrack")
 }
-LONGEST_REPLAY = 20_000  # steps of an episode that are kept so that a resumed run can play it again
+REWARD_STATS = "reward_normalization.json"
+LONGEST_REPLAY = 20_000  # steps of an episode that are kept so that a resumed run can repeat it
 
 
 @dataclass
 class VectorStep:
-    """One step of all copies [N]."""
+    """One step of all N sub-environments."""
 
     observations: Arrays  # to act on next
-    rewards: NDArray[numpy.float64]
-    terminated: NDArray[numpy.bool_]
-    truncated: NDArray[numpy.bool_]
-    real: NDArray[numpy.bool_]  # False where the step only reset: nothing was acted on
+    rewards: NDArray[numpy.float64]  # 0 where not valid
+    terminated: Flags
+    truncated: Flags
+    ended: Flags  # either of them
+    valid: Flags  # False where the step only reset: nothing was acted on
+    episode_starts: Flags  # an episode begins with `observations`
     final_observations: Arrays | None  # where an episode ended, its last observation; None if none did
     infos: dict[str, Any]
 
@@ -52,10 +60,11 @@ class VectorStep:
 class Vector:
     """A vector environment of any autoreset mode.
 
-    `observation_spaces` are the leaves of one copy's observation space by name, `action_space` one copy's.
-    Raises InputError for spaces that cannot be trained on, and, while stepping, for an observation that is not finite or
-    no member of a space of counts, for a mask without a legal action, and for an environment that fails. Box values
-    beyond their bounds are warned of once: published environments have them.
+    `observation_spaces` (the leaves of the space by name) and `action_space` are those of one
+    sub-environment. Raises InputError for spaces that cannot be trained on, and, while stepping, for an
+    observation that is not finite or not in a space of counts, for a mask without a legal action, and for an
+    environment that fails. Box values beyond their bounds are warned of once: published environments have
+    them.
     """
 
     def __init__(self, env: Any, *, seed: int, has_masks: bool = False, name: str | None = None):
@@ -68,19 +77,18 @@ class Vector:
         if self._masks_by_call:
             self.observation_spaces[ACTION_MASK] = spaces.MultiBinary(mask_width(self.action_space))
         self.checks = Checks(self.observation_spaces, self.action_space, name=self.name)
-        self.episodes = numpy.zeros(self.num_envs, dtype=numpy.int64)  # how many each copy has begun
+        self.episodes = numpy.zeros(
+            self.num_envs, dtype=numpy.int64
+        )  # how many each sub-environment has begun
         self.actions: list[list[Any]] = [[] for _ in range(self.num_envs)]  # of the episodes under way
         self._just_ended = numpy.zeros(self.num_envs, dtype=numpy.bool_)
+        self.position: Any = None  # where a rollout stands here (rollout/gym.py); None: at no episode
+        self.reward_stats = RunningStats()  # of discounted returns, by which a rollout may normalize rewards
 
     @property
     def repeats_itself(self) -> bool:
-        """Whether episodes are begun by us from a seed, so that they can be played again."""
+        """Whether episodes are begun by us from a seed, so that they can be repeated."""
         return bool(self.mode == AutoresetMode.DISABLED)
-
-    @property
-    def resets_in_a_step_of_its_own(self) -> bool:
-        """Whether the step after an episode's last one acts on nothing and only resets."""
-        return bool(self.mode == AutoresetMode.NEXT_STEP)
 
     def check_same_spaces(self, other: Vector) -> None:
         """Raise InputError if a policy for `other` does not fit here."""
@@ -94,88 +102,91 @@ class Vector:
                 raise InputError(f"env {self.name}: its {name} space is {here}; the policy is for {wanted}")
 
     def reset(self) -> Arrays:
-        """Begin an episode in every copy."""
+        """Begin an episode in every sub-environment."""
         self.episodes += 1
         self.actions = [[] for _ in range(self.num_envs)]
         self._just_ended[:] = False
-        # An environment's own vectorised form takes one number, from which it counts up.
-        seeds: Any = (
-            [self._seed_of(i) for i in range(self.num_envs)] if self.repeats_itself else self._seed_of(0)
-        )
-        observations, _ = self._guarded(lambda: self.env.reset(seed=seeds))
-        return self._arrays(observations)
+        # An environment's native vectorized form takes one number, from which it counts up.
+        seeds = [self._seed_of(i) for i in range(self.num_envs)] if self.repeats_itself else self._seed_of(0)
+        return self._arrays(self._guarded(lambda: self.env.reset(seed=seeds))[0])
 
     def step(self, actions: NDArray[Any]) -> VectorStep:
-        """Act in every copy. `actions` [N, ...] must lie in the action space."""
+        """Act in every sub-environment. `actions` [N, ...] must lie in the action space."""
         if self.repeats_itself:
             for history, action in zip(self.actions, actions, strict=True):
                 if len(history) <= LONGEST_REPLAY:
                     history.append(action)
-        # A copy: an environment may change what it is given, and these are in the batch and in the history.
+        # Copied: an environment may change what it is given, and these are in the batch and in the history.
         observations, rewards, terminated, truncated, infos = self._guarded(
             lambda: self.env.step(actions.copy())
         )
-        real = ~self._just_ended
-        ended = (terminated | truncated) & real
-        is_over = numpy.zeros_like(ended) if self.mode == AutoresetMode.SAME_STEP else ended
-        arrays, final = self._arrays(observations, is_over), None
+        valid = ~self._just_ended
+        ended = (terminated | truncated) & valid
+        starts, final = ended, None
+        arrays = self._arrays(observations, None if self.mode == AutoresetMode.SAME_STEP else ended)
         if self.mode == AutoresetMode.NEXT_STEP:
-            self._just_ended = ended
+            self._just_ended, starts = ended, ~valid
             final = arrays if ended.any() else None
         elif ended.any():
             if self.repeats_itself:
                 final, arrays = arrays, self._reset_where(ended)
             else:
                 final = self._final_observations(arrays, infos, ended)
-        rewards = numpy.asarray(rewards, dtype=numpy.float64)
-        if not math.isfinite(rewards.sum()) and not numpy.isfinite(rewards[real]).all():
-            raise InputError(
-                f"env: the reward of copy {int(numpy.argmin(numpy.isfinite(rewards)))} is not a finite number"
-            )
-        return VectorStep(arrays, rewards, terminated & real, truncated & real, real, final, infos)
+        rewards = numpy.where(valid, numpy.asarray(rewards, dtype=numpy.float64), 0.0)
+        if not math.isfinite(rewards.sum()) and not numpy.isfinite(rewards).all():
+            index = int(numpy.argmin(numpy.isfinite(rewards)))
+            raise InputError(f"env: the reward of sub-environment {index} is not a finite number")
+        cut = truncated & valid
+        return VectorStep(arrays, rewards, terminated & valid, cut, ended, valid, starts, final, infos)
 
     def state(self) -> dict[str, Any]:
-        """Seeds and actions of the episodes under way, if they can be played again: JSON, but for arrays."""
+        """Seeds and actions of the episodes under way, if they can be repeated: JSON, but for arrays."""
         is_kept = self.repeats_itself and max(map(len, self.actions)) <= LONGEST_REPLAY
         histories = [history[:] for history in self.actions] if is_kept else None
         return {"episodes": self.episodes.copy(), "actions": histories}
 
     def restore(self, state: dict[str, Any]) -> Arrays | None:
-        """Play the episodes under way again; the observations to act on, or None if they had to begin anew.
+        """Repeat the episodes under way; the observations to act on, or None if new ones have to begin.
 
-        Raises InputError if the state is that of another number of copies.
+        Raises InputError if the state is that of another number of sub-environments.
         """
-        if len(state["episodes"]) != self.num_envs:
-            raise InputError(
-                f"env: the run has {len(state['episodes'])} copies, the environment given has {self.num_envs}"
-            )
+        if (n := len(state["episodes"])) != self.num_envs:
+            raise InputError(f"env: the run has num_envs {n}, the environment given has {self.num_envs}")
         self.episodes[:] = state["episodes"]
         if state["actions"] is None or not self.repeats_itself:
             return None
         dtype = self.action_space.dtype
         self.actions = [[numpy.asarray(a, dtype=dtype) for a in history] for history in state["actions"]]
         longest = max(map(len, self.actions))
-        # All copies end their replay together: one with a short history waits, acting anyhow, until its reset.
+        # All end their replay together: one with a short history waits, acting anyhow, until its reset.
         begins = numpy.array([longest - len(history) for history in self.actions])
-        observations, _ = self._guarded(
-            lambda: self.env.reset(seed=[self._seed_of(i) for i in range(self.num_envs)])
-        )
+        observations = self._reset_raw(numpy.ones(self.num_envs, dtype=numpy.bool_))
         for t in range(longest):
             ready = begins == t
             if t and ready.any():
                 observations = self._reset_raw(ready)
-            played = [
+            actions = [
                 history[t - begin] if t >= begin else self._any_action(observations, i)
                 for i, (history, begin) in enumerate(zip(self.actions, begins, strict=True))
             ]
-            observations, _, terminated, truncated, _ = self._guarded(
-                functools.partial(self.env.step, numpy.stack(played))
-            )
+            step = functools.partial(self.env.step, numpy.stack(actions))
+            observations, _, terminated, truncated, _ = self._guarded(step)
             if (over := (terminated | truncated)).any():  # of one that waits
                 observations = self._reset_raw(over)
         if (begins == longest).any() and longest:
             observations = self._reset_raw(begins == longest)
         return self._arrays(observations)
+
+    def save(self, folder: Path) -> None:
+        """Write the statistics that normalize rewards, if there are any, beside a policy."""
+        if self.reward_stats.count:
+            (folder / REWARD_STATS).write_text(json.dumps(asdict(self.reward_stats)), encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote."""
+        if (folder / REWARD_STATS).is_file():
+            stats = json.loads((folder / REWARD_STATS).read_text(encoding="utf-8"))
+            self.reward_stats = RunningStats(**stats)
 
     def close(self) -> None:
         """End the environments and their workers."""
@@ -192,37 +203,33 @@ class Vector:
             worker.join()
         env.closed = True
 
-    def _any_action(self, observations: Any, copy: int) -> NDArray[Any]:
-        """Some legal action: what a copy that waits for its replay does."""
+    def _any_action(self, observations: Any, index: int) -> NDArray[Any]:
+        """Some legal action: what a sub-environment that waits for its replay does."""
         if ACTION_MASK not in self.observation_spaces:
             return numpy.asarray(self.action_space.sample())
-        mask = self._arrays(observations, numpy.ones(self.num_envs, dtype=numpy.bool_))[ACTION_MASK][copy]
-        start = getattr(self.action_space, "start", 0)
-        chosen = numpy.array([part.argmax() for part in choices(self.action_space, mask)])
+        mask = self._arrays(observations, numpy.ones(self.num_envs, dtype=numpy.bool_))[ACTION_MASK][index]
+        legal = numpy.array([part.argmax() for part in choices(self.action_space, mask)])
+        first = getattr(self.action_space, "start", 0)
         return numpy.asarray(
-            (chosen if self.action_space.shape else chosen[0]) + start, dtype=self.action_space.dtype
+            (legal if self.action_space.shape else legal[0]) + first, dtype=self.action_space.dtype
         )
 
-    def _seed_of(self, copy: int) -> int:
+    def _seed_of(self, index: int) -> int:
         # Below 2**31: some environments are written in C.
-        return derived_seed(self.seed, f"episodes of copy {copy}", int(self.episodes[copy])) % 2**31
+        return derived_seed(self.seed, f"episodes of copy {index}", int(self.episodes[index])) % 2**31
 
-    def _reset_where(self, ended: NDArray[numpy.bool_]) -> Arrays:
+    def _reset_where(self, ended: Flags) -> Arrays:
         for i in ended.nonzero()[0]:
             self.actions[i] = []
             self.episodes[i] += 1
         return self._arrays(self._reset_raw(ended))
 
-    def _reset_raw(self, where: NDArray[numpy.bool_]) -> Any:
-        seeds = [self._seed_of(i) if wanted else None for i, wanted in enumerate(where)]
-        observations, _ = self._guarded(
-            lambda: self.env.reset(seed=seeds, options={"reset_mask": where.copy()})
-        )
-        return observations
+    def _reset_raw(self, where: Flags) -> Any:
+        seeds = [self._seed_of(i) if is_reset else None for i, is_reset in enumerate(where)]
+        options = {"reset_mask": where.copy()}
+        return self._guarded(lambda: self.env.reset(seed=seeds, options=options))[0]
 
-    def _final_observations(
-        self, arrays: Arrays, infos: Mapping[str, Any], ended: NDArray[numpy.bool_]
-    ) -> Arrays:
+    def _final_observations(self, arrays: Arrays, infos: Mapping[str, Any], ended: Flags) -> Arrays:
         final = {name: values.copy() for name, values in arrays.items()}
         given = infos.get("final_obs", infos.get("final_observation"))
         if given is None:
@@ -231,15 +238,13 @@ class Vector:
             )
         by_name = flat(given) if isinstance(given, Mapping) else None
         for i in ended.nonzero()[0]:
-            values = (
-                flat(given[i]) if by_name is None else {name: values[i] for name, values in by_name.items()}
-            )
-            for name, value in values.items():
+            row = flat(given[i]) if by_name is None else {name: values[i] for name, values in by_name.items()}
+            for name, value in row.items():
                 final[name][i] = value
         self.checks.are_finite(final)
         return final
 
-    def _arrays(self, observations: Any, is_over: NDArray[numpy.bool_] | None = None) -> Arrays:
+    def _arrays(self, observations: Any, is_over: Flags | None = None) -> Arrays:
         """Observations by name, checked; where `is_over`, nobody acts on them and no action need be legal."""
         # Copied: some environments write each step's into the same memory.
         arrays = {name: numpy.array(values) for name, values in flat(observations).items()}
@@ -266,51 +271,41 @@ def make_vector(
     make: Callable[[], gymnasium.Env[Any, Any]] | str,
     *,
     n_envs: int,
-    vectorization: str,
-    kwargs: Mapping[str, Any],
+    vectorization: str = "sync",
+    kwargs: Mapping[str, Any] | None = None,
     seed: int,
 ) -> Vector:
-    """`n_envs` copies of an id or of what a function makes. Raises InputError for an id that does not exist."""
+    """`n_envs` of an id or of what a function makes. Raises InputError for an id that does not exist."""
+    kwargs = kwargs or {}
+    name = make if isinstance(make, str) else getattr(make, "__name__", "env")
     if vectorization == "native":
         if not isinstance(make, str):
             raise InputError("env.vectorization: native is for Gymnasium ids; use sync or async")
-        return Vector(
-            _made(lambda: gymnasium.make_vec(make, n_envs, "vector_entry_point", **kwargs), make), seed=seed
-        )
-    name = make if isinstance(make, str) else getattr(make, "__name__", "env")
-    maker = (
-        functools.partial(gymnasium.make, make, **kwargs)
-        if isinstance(make, str)
-        else functools.partial(make, **kwargs)
-    )
+        native = _made(lambda: gymnasium.make_vec(make, n_envs, "vector_entry_point", **kwargs), name)
+        return Vector(native, seed=seed)
+    maker: Any = functools.partial(gymnasium.make, make) if isinstance(make, str) else make
+    maker = functools.partial(maker, **kwargs)
     probe = _made(maker, name)  # here, not in a worker: its error is then the user's to read
     has_masks = probe.has_wrapper_attr("action_masks")  # sb3-contrib's way to name the legal actions
     probe.close()
-    if vectorization == "sync":
-        env = _made(
-            lambda: gymnasium.vector.SyncVectorEnv([maker] * n_envs, autoreset_mode=AutoresetMode.DISABLED),
-            name,
-        )
-    else:
-        makers = [functools.partial(_in_worker, maker)] * n_envs
-        env = _made(
-            lambda: gymnasium.vector.AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED), name
-        )
+    kind: Any = gymnasium.vector.SyncVectorEnv
+    if vectorization == "async":
+        kind, maker = gymnasium.vector.AsyncVectorEnv, functools.partial(_in_worker, maker)
+    env = _made(lambda: kind([maker] * n_envs, autoreset_mode=AutoresetMode.DISABLED), name)
     return Vector(env, seed=seed, has_masks=has_masks, name=name)
 
 
 def wrap_vector(env: Any, *, seed: int) -> Vector:
-    """A Gymnasium environment or vector environment that the user has made. Raises InputError for anything else."""
+    """An environment or vector environment that the user has made. Raises InputError for anything else."""
     if isinstance(env, Vector):
         return env
     if isinstance(env, gymnasium.vector.VectorEnv):
-        return Vector(env, seed=seed, has_masks=_copies_name_masks(env))
+        return Vector(env, seed=seed, has_masks=_have_masks_by_call(env))
     if not isinstance(env, gymnasium.Env):
-        raise InputError(
-            f"env: expected a Gymnasium id, environment or vector environment, got {type(env).__name__}"
-        )
-    copies = gymnasium.vector.SyncVectorEnv([lambda: env], autoreset_mode=AutoresetMode.DISABLED)
-    return Vector(copies, seed=seed, has_masks=env.has_wrapper_attr("action_masks"), name=env_name(env))
+        kind = type(env).__name__
+        raise InputError(f"env: expected a Gymnasium id, environment or vector environment, got {kind}")
+    vector = gymnasium.vector.SyncVectorEnv([lambda: env], autoreset_mode=AutoresetMode.DISABLED)
+    return Vector(vector, seed=seed, has_masks=env.has_wrapper_attr("action_masks"), name=env_name(env))
 
 
 def _in_worker(make: Callable[[], Any]) -> Any:
@@ -321,24 +316,23 @@ def _in_worker(make: Callable[[], Any]) -> Any:
 
 
 def made_from(vector: Vector) -> tuple[str, dict[str, Any]] | None:
-    """The id and keyword arguments that the first copy was made from by `gymnasium.make`, if that is all there was to it."""
+    """Id and arguments with which `gymnasium.make` alone made the first sub-environment, or None."""
     spec = getattr(getattr(vector.env, "envs", [vector.env])[0], "spec", None)
     if spec is None or spec.additional_wrappers or not isinstance(spec.id, str):
         return None
     kwargs = {name: value for name, value in spec.kwargs.items() if name != "render_mode"}
-    own = gymnasium.registry.get(spec.id)
-    if own is None or any(
-        not isinstance(value, (bool, int, float, str, type(None))) for value in kwargs.values()
-    ):
+    registered = gymnasium.registry.get(spec.id)
+    is_plain = all(isinstance(value, (bool, int, float, str, type(None))) for value in kwargs.values())
+    if registered is None or not is_plain:
         return None
-    if spec.max_episode_steps != own.max_episode_steps:
+    if spec.max_episode_steps != registered.max_episode_steps:
         kwargs["max_episode_steps"] = spec.max_episode_steps
     return spec.id, kwargs
 
 
-def share_copies(one: Vector, other: Vector) -> bool:
+def share_envs(one: Vector, other: Vector) -> bool:
     """Whether stepping one of them moves the other."""
-    mine, others = ({id(copy.unwrapped) for copy in getattr(v.env, "envs", [v.env])} for v in (one, other))
+    mine, others = ({id(env.unwrapped) for env in getattr(v.env, "envs", [v.env])} for v in (one, other))
     return not mine.isdisjoint(others)
 
 
@@ -351,32 +345,31 @@ def env_name(env: Any) -> str:
 def _made(make: Callable[[], Any], name: str) -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", DeprecationWarning
-            )  # that there is a newer version, once for each copy
+            # That there is a newer version, once for each sub-environment.
+            warnings.simplefilter("ignore", DeprecationWarning)
             return make()
     except gymnasium.error.UnregisteredEnv as error:
-        module, colon, _ = name.rpartition(":")
-        close = difflib.get_close_matches(
-            name, [f"{module}{colon}{known}" for known in gymnasium.registry], n=1, cutoff=0.6
-        )
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        for prefix, (module, extra) in PROVIDERS.items():
-            if name.startswith(prefix):
-                hint = f"; write {module}:{name} (pip install 'surefoot[{extra}]')"
-        raise InputError(
-            f"env.id: {' '.join(str(error).split()).partition('. Did you mean')[0].rstrip('.')}{hint}"
-        ) from None
-    except ImportError as error:
-        extras = [extra for module, extra in PROVIDERS.values() if name.startswith(f"{module}:")]
-        hint = f" (pip install 'surefoot[{extras[0]}]')" if extras else ""
-        raise InputError(f"env {name} cannot be made{hint}: {' '.join(str(error).split())[:300]}") from error
+        why = " ".join(str(error).split()).partition(". Did you mean")[0].rstrip(".")
+        raise InputError(f"env.id: {why}{_hint(name)}") from None
     except Exception as error:  # what makes an environment is the user's code
-        raise InputError(f"env {name} cannot be made: {' '.join(str(error).split())[:300]}") from error
+        extras = [extra for module, extra in PROVIDERS.values() if name.startswith(f"{module}:")]
+        hint = f" (pip install 'surefoot[{extras[0]}]')" if extras and isinstance(error, ImportError) else ""
+        raise InputError(f"env {name} cannot be made{hint}: {' '.join(str(error).split())[:300]}") from error
 
 
-def _copies_name_masks(env: Any) -> bool:
-    """Whether the environments in a vector environment have sb3-contrib's `action_masks`."""
+def _hint(name: str) -> str:
+    """What somebody who asked for an unknown id may have meant."""
+    for prefix, (module, extra) in PROVIDERS.items():
+        if name.startswith(prefix):
+            return f"; write {module}:{name} (pip install 'surefoot[{extra}]')"
+    module, colon, _ = name.rpartition(":")
+    known = [f"{module}{colon}{one}" for one in gymnasium.registry]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _have_masks_by_call(env: Any) -> bool:
+    """Whether the sub-environments of a vector environment have sb3-contrib's `action_masks`."""
     if isinstance(env, gymnasium.vector.SyncVectorEnv):
         return bool(env.envs[0].has_wrapper_attr("action_masks"))
     if isinstance(env, gymnasium.vector.AsyncVectorEnv):

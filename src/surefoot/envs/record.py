@@ -1,4 +1,4 @@
-"""One copy of an environment whose frames are shown while it is played."""
+"""An environment whose frames are shown while episodes run in it."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ class Recorder(gymnasium.Wrapper[Any, Any, Any, Any]):
             return
         frame = self.env.render()
         if not isinstance(frame, numpy.ndarray) or frame.ndim != 3 or frame.shape[2] != 3:
-            raise InputError("its render() gives no picture")
+            raise InputError("its render() gives no frame [H, W, 3]")
         self.show(frame, float(self.env.unwrapped.metadata.get("render_fps", 30)))
 
 
 def recorded_vector(
     make: Any, *, kwargs: Mapping[str, Any], seed: int, show: Callable[[Frame, float], None]
 ) -> Vector:
-    """One copy of an id or of what a function makes, rendered; `show` gets each frame [H, W, 3] and the frames a second.
+    """An id, or what a function makes, rendered; `show` gets each frame [H, W, 3] and the frames per second.
 
-    Raises InputError, with the reason, for an environment that gives no pictures.
+    Raises InputError, with the reason, for an environment that gives no frames.
     """
 
     def made(**settings: Any) -> gymnasium.Env[Any, Any]:
@@ -63,5 +63,4 @@ def recorded_vector(
         return Recorder(env, show)
 
     made.__name__ = make if isinstance(make, str) else getattr(make, "__name__", "env")
-    settings = {**kwargs, "render_mode": "rgb_array"}
-    return make_vector(made, n_envs=1, vectorization="sync", kwargs=settings, seed=seed)
+    return make_vector(made, n_envs=1, kwargs={**kwargs, "render_mode": "rgb_array"}, seed=seed)

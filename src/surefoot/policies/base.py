@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from surefoot.core.losses import LossStats
-from surefoot.core.running import RunningStats
 from surefoot.types import Batch, Evaluation
 
 
@@ -70,9 +69,6 @@ class Policy(Protocol):
 class ActingPolicy(Policy, Protocol):
     """A policy that acts step by step in environments: what `policies/control/policy.py` provides, and `PPO` asks of one."""
 
-    reward_stats: RunningStats
-    """Of the discounted returns by which rewards are normalised; part of `state`."""
-
     def prepare(self, observations: Mapping[str, NDArray[Any]], *, learn: bool = False) -> dict[str, Tensor]:
         """Arrays [N, ...] as tensors."""
         ...
@@ -90,12 +86,19 @@ class ActingPolicy(Policy, Protocol):
         ...
 
     def act(
-        self, observations: dict[str, Tensor], state: dict[str, Tensor], *, starts: Tensor, noise: Any = None
+        self,
+        observations: dict[str, Tensor],
+        state: dict[str, Tensor],
+        *,
+        episode_starts: Tensor,
+        noise: Any = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Actions [N, ...] and what is remembered after them; without noise the likeliest."""
         ...
 
-    def values(self, observations: dict[str, Tensor], state: dict[str, Tensor], *, starts: Tensor) -> Tensor:
+    def values(
+        self, observations: dict[str, Tensor], state: dict[str, Tensor], *, episode_starts: Tensor
+    ) -> Tensor:
         """V [N]."""
         ...
 

@@ -1,4 +1,4 @@
-"""What the training loop asks of whatever collects its batches."""
+"""What the training loop, the façade and callbacks ask of whatever collects batches."""
 
 from __future__ import annotations
 
@@ -18,6 +18,16 @@ class Rollout(Protocol):
     """The metric of masked steps a second."""
 
     @property
+    def notice(self) -> str:
+        """What the user should know before training; mostly nothing."""
+        ...
+
+    @property
+    def latest(self) -> Any:
+        """The last step of the environment (`VectorStep`), for callbacks; None where nothing is stepped."""
+        ...
+
+    @property
     def per_update(self) -> int:
         """Units in one update."""
         ...
@@ -25,7 +35,7 @@ class Rollout(Protocol):
     def collect(
         self, *, first: int, count: int, version: int = 0, poll: Callable[[], None] | None = None
     ) -> Batch:
-        """Play `count` units; a batch with rewards and reference log-probs. `poll` may raise to abandon it."""
+        """`count` units as a batch with rewards and reference log-probs. `poll` may raise to abandon it."""
         ...
 
     def evaluate(
@@ -39,8 +49,12 @@ class Rollout(Protocol):
         """Whether there are held-out episodes."""
         ...
 
+    def start_over(self) -> None:
+        """Begin new episodes, because somebody else has used the environment."""
+        ...
+
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold, as JSON; large tensors by name in `tensors`, which have a file of their own."""
+        """What a checkpoint must hold, as JSON; large `tensors` by name, for a separate file."""
         ...
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ class DemonstrationRollout:
 
     unit = "examples"
     throughput = "throughput/tokens_per_s"
+    latest = None
 
     def __init__(
         self,
@@ -106,6 +107,9 @@ class DemonstrationRollout:
         return (
             f"{self.truncated} of {total} examples are cut to {self.key}.max_tokens ({self.sft.max_tokens})"
         )
+
+    def start_over(self) -> None:
+        """No environment is stepped here."""
 
     def state(self) -> dict[str, Any]:
         """All that is random follows from counters; what the examples were is kept to be compared."""

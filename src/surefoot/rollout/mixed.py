@@ -16,6 +16,8 @@ class MixedRollout:
     Which those are follows from the seed and from how many were handed out before, the one counter to save.
     """
 
+    latest = None
+
     def __init__(self, rollout: Rollout, demonstrations: DemonstrationRollout):
         self.rollout, self.demonstrations = rollout, demonstrations
         self.unit, self.throughput = rollout.unit, rollout.throughput
@@ -60,6 +62,9 @@ class MixedRollout:
     def notice(self) -> str:
         """That demonstrations were cut, if any were."""
         return self.demonstrations.notice
+
+    def start_over(self) -> None:
+        """No environment is stepped here."""
 
     def state(self) -> dict[str, Any]:
         """The rollout's, the counter, and what the demonstrations were."""

@@ -1,10 +1,10 @@
-"""Self-play: the opponents in two-player games are the policy's own past and present, and a player that moves at random."""
+"""Self-play: opponents in two-player games are snapshots of the policy, and a player that moves at random."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,24 +13,24 @@ from torch import Tensor
 
 from surefoot.config import SelfPlayConfig
 from surefoot.errors import InputError
+from surefoot.policies.base import ActingPolicy
 from surefoot.types import Episode
 
-if TYPE_CHECKING:
-    from surefoot.policies.base import ActingPolicy
-
-RANDOM = -1  # stands where a self has its number
+RANDOM = -1  # stands where a snapshot has its number
 ELO_STEP = 4.0  # K: small, since an update has hundreds of games
 
 
 class OpponentPool:
     """Moves for the opponents of N games (`GameVectorEnv.opponents`), and keeps everyone's Elo.
 
-    A self is a frozen copy of the policy, named by the number of updates it had seen. A game's opponent is drawn from the
-    game's own generator at its first move and stays the same to the end, also when the learner goes on to learn: the pool
-    of past selves, the newest self (the learner as it was when the rollout began), or the random player (`RANDOM`).
+    A snapshot is a frozen copy of the policy, named by the number of updates it had seen. A game's opponent
+    is drawn from the game's own generator at its first move and stays to the end, also when the learner goes
+    on to learn: a snapshot of the pool, the latest (the learner as it was when the rollout began), or the
+    random player (`RANDOM`).
 
-    Elo is anchored at 0 for the random player. Learner and past selves take points from one another, so that their sum
-    moves by games against the random player alone; games against the newest self, who is the learner, count for nothing.
+    Elo is anchored at 0 for the random player. Learner and pool take points from one another, so that their
+    sum moves by games against the random player alone; games against the latest, who is the learner, count
+    for nothing.
     """
 
     def __init__(self, policy: ActingPolicy, env: Any, settings: SelfPlayConfig):
@@ -39,55 +39,50 @@ class OpponentPool:
                 "policy.model: two-player games are for policies without an LSTM; use MlpPolicy or CnnPolicy"
             )
         self.policy, self.settings = policy, settings
-        self.pool: list[int] = []  # the past selves, oldest first
-        self.newest = RANDOM  # before the first rollout
-        self.selves: dict[int, ActingPolicy] = {}  # of the pool, the newest, and those of games under way
+        self.pool: list[int] = []  # oldest first
+        self.latest = RANDOM  # before the first rollout
+        self.snapshots: dict[int, ActingPolicy] = {}  # of the pool, the latest, and those of games under way
         self.elo = 0.0  # the learner's
         self.ratings = {RANDOM: 0.0}  # and of the pool
         self.playing = np.full(env.num_envs, RANDOM)  # the opponents, int [N]
         self._rngs: Sequence[np.random.Generator] = env.rngs
-        self._known: list[np.random.Generator | None] = [
-            None
-        ] * env.num_envs  # a game's generator is new where the game is
-        self._moves: list[list[int]] = [
-            [] for _ in range(env.num_envs)
-        ]  # the opponents', in the games under way
-        self._replayed: list[int] | None = None  # while games are played again: how many of those moves were
+        # A game's generator is new where the game is.
+        self._known: list[np.random.Generator | None] = [None] * env.num_envs
+        self._moves: list[list[int]] = [[] for _ in range(env.num_envs)]  # the opponents', in games under way
+        self._replayed: list[int] | None = None  # while games are repeated: how many of those moves were
         env.opponents = self
 
     def begin(self, version: int) -> None:
-        """A rollout begins: the learner, after `version` updates, is now the newest self."""
-        met = {*self.pool, *self.playing.tolist()}
-        self.selves = {number: one for number, one in self.selves.items() if number in met}
-        self.selves.setdefault(version, _frozen(self.policy))
-        self.newest = version
+        """A rollout begins: the learner, after `version` updates, is now the latest snapshot."""
+        in_use = {*self.pool, *self.playing.tolist()}
+        self.snapshots = {number: policy for number, policy in self.snapshots.items() if number in in_use}
+        self.snapshots.setdefault(version, _frozen(self.policy))
+        self.latest = version
         if version % self.settings.snapshot_every == 0 and version not in self.pool:
             self.pool = thinned([*self.pool, version], self.settings.pool_size)
-            self.ratings = {RANDOM: 0.0} | {
-                number: self.ratings.get(number, self.elo) for number in self.pool
-            }
+            kept = {number: self.ratings.get(number, self.elo) for number in self.pool}
+            self.ratings = {RANDOM: 0.0} | kept
 
     def __call__(self, observations: Mapping[str, NDArray[Any]], indices: NDArray[Any]) -> NDArray[Any]:
-        """One move [M] in each of the games `indices` [M]: the policies are sampled, one forward pass for each of them."""
+        """One move [M] in each of the games `indices` [M], sampled; one forward pass for each policy."""
         for i in indices:
             if self._known[i] is not self._rngs[i]:
                 self._begin_game(int(i))
         masks = observations["action_mask"].astype(bool)
-        # Random play and sampling take the same draws: the largest of Gumbel noise is uniform, of logits + noise softmax.
+        # Random play and sampling draw alike: the largest of Gumbel noise is uniform, of logits + noise
+        # softmax.
         noise = np.stack([self._rngs[i].gumbel(size=masks.shape[1]) for i in indices]).astype(np.float32)
-        blundering = np.array([self._rngs[i].random() for i in indices]) < self.settings.random_move_prob
+        at_random = np.array([self._rngs[i].random() for i in indices]) < self.settings.random_move_prob
         if self._replayed is not None:
-            return self._again(masks, indices)
+            return self._repeated(masks, indices)
         actions = np.where(masks, noise, -np.inf).argmax(1)
-        opponents = np.where(blundering, RANDOM, self.playing[indices])
+        opponents = np.where(at_random, RANDOM, self.playing[indices])
         for number in np.unique(opponents[opponents != RANDOM]).tolist():
-            rows = np.flatnonzero(opponents == number)
-            prepared = self.selves[number].prepare(
-                {name: values[rows] for name, values in observations.items()}
-            )
-            starts = torch.zeros(len(rows), dtype=torch.bool, device=self.policy.device)
-            drawn = torch.from_numpy(noise[rows]).to(self.policy.device)
-            actions[rows] = self.selves[number].act(prepared, {}, starts=starts, noise=drawn)[0].cpu().numpy()
+            rows, policy = np.flatnonzero(opponents == number), self.snapshots[number]
+            prepared = policy.prepare({name: values[rows] for name, values in observations.items()})
+            starts = torch.zeros(len(rows), dtype=torch.bool, device=policy.device)
+            drawn = torch.from_numpy(noise[rows]).to(policy.device)
+            actions[rows] = policy.act(prepared, {}, episode_starts=starts, noise=drawn)[0].cpu().numpy()
         for i, action in zip(indices.tolist(), actions.tolist(), strict=True):
             self._moves[i].append(action)
         return np.asarray(actions)
@@ -97,7 +92,7 @@ class OpponentPool:
         scores = [(game.info["outcome"] + 1.0) / 2.0 for game in games]
         for game, score in zip(games, scores, strict=True):
             opponent = int(game.info["opponent"])
-            if opponent in self.ratings and opponent != self.newest:
+            if opponent in self.ratings and opponent != self.latest:
                 gain = elo_gain(self.elo, self.ratings[opponent], score)
                 self.elo += gain
                 self.ratings[opponent] -= gain if opponent != RANDOM else 0.0
@@ -108,31 +103,31 @@ class OpponentPool:
         """What a checkpoint must hold apart from `tensors`, as JSON."""
         return {
             "pool": self.pool[:],
-            "newest": self.newest,
+            "latest": self.latest,
             "elo": self.elo,
             "ratings": list(self.ratings.items()),
-            "selves": [(number, one.state()) for number, one in self.selves.items()],
+            "snapshots": [(number, policy.state()) for number, policy in self.snapshots.items()],
             "playing": self.playing.tolist(),
             "moves": [moves[:] for moves in self._moves],
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """The weights of all selves as `<number>/<parameter>`. They are frozen: no copies are made."""
+        """The weights of all snapshots as `<number>/<parameter>`. They are frozen: no copies are made."""
         return {
             f"{number}/{name}": parameter.data
-            for number, one in self.selves.items()
-            for name, parameter in one.named_parameters_to_train()
+            for number, policy in self.snapshots.items()
+            for name, parameter in policy.named_parameters_to_train()
         }
 
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Go on from `state` and `tensors`: until `go_on`, games that are played again get the moves they had."""
-        self.pool, self.newest, self.elo = list(state["pool"]), state["newest"], state["elo"]
+        """Go on from `state` and `tensors`: until `go_on`, games that are repeated get the moves they had."""
+        self.pool, self.latest, self.elo = list(state["pool"]), state["latest"], state["elo"]
         self.ratings = {int(number): float(rating) for number, rating in state["ratings"]}
-        self.selves = {}
-        for number, learnt in state["selves"]:
-            one = self.selves[number] = _frozen(self.policy)
-            one.restore(learnt)
-            for name, parameter in one.named_parameters_to_train():
+        self.snapshots = {}
+        for number, policy_state in state["snapshots"]:
+            policy = self.snapshots[number] = _frozen(self.policy)
+            policy.restore(policy_state)
+            for name, parameter in policy.named_parameters_to_train():
                 parameter.data.copy_(tensors[f"{number}/{name}"])
         self.playing[:] = state["playing"]
         self._moves = [list(moves) for moves in state["moves"]]
@@ -152,17 +147,17 @@ class OpponentPool:
             self._replayed[game] = 0
 
     def _opponent(self, drawn: float) -> int:
-        """Whom a game meets, by one number drawn uniformly from [0, 1)."""
-        newest, random = self.settings.latest, self.settings.random
+        """The opponent of a game, by one number drawn uniformly from [0, 1)."""
+        latest, random = self.settings.latest, self.settings.random
         if drawn < random:
             return RANDOM
-        if drawn < random + newest or not self.pool:
-            return self.newest
-        share = (drawn - random - newest) / (1.0 - random - newest)
+        if drawn < random + latest or not self.pool:
+            return self.latest
+        share = (drawn - random - latest) / (1.0 - random - latest)
         return self.pool[min(int(share * len(self.pool)), len(self.pool) - 1)]
 
-    def _again(self, masks: NDArray[np.bool_], indices: NDArray[Any]) -> NDArray[Any]:
-        """The moves that were played. A game that only waits to be begun again (`Vector.restore`) gets any legal one."""
+    def _repeated(self, masks: NDArray[np.bool_], indices: NDArray[Any]) -> NDArray[Any]:
+        """The moves that were made. A game that waits for its reset (`Vector.restore`) gets any legal one."""
         assert self._replayed is not None
         actions = masks.argmax(1)
         for row, i in enumerate(indices.tolist()):
@@ -174,8 +169,10 @@ class OpponentPool:
 
 
 def thinned(numbers: list[int], size: int) -> list[int]:
-    """`numbers` (rising) without those that crowd most, down to `size`: self-play goes in circles, and selves spread over
-    the whole past are what keeps it from forgetting. The newest stays, and so does the oldest where there is room for two.
+    """`numbers` (rising), down to `size` without those that crowd most; the last and the first stay.
+
+    Self-play goes in circles: snapshots spread over the whole past keep it from forgetting. With `size` 1 the
+    last stays.
     """
     while len(numbers) > size:
         inner = range(1, len(numbers) - 1)
@@ -185,13 +182,13 @@ def thinned(numbers: list[int], size: int) -> list[int]:
 
 
 def elo_gain(rating: float, other: float, score: float) -> float:
-    """What a player's rating gains, and the other's loses, by a game of this score (1 won, ½ drawn, 0 lost)."""
+    """What a rating gains, and the other loses, by a game of this score (1 won, ½ drawn, 0 lost)."""
     expected: float = 1.0 / (1.0 + 10.0 ** ((other - rating) / 400.0))
     return ELO_STEP * (score - expected)
 
 
 def _frozen(policy: ActingPolicy) -> ActingPolicy:
-    one = copy.deepcopy(policy)
-    for _, parameter in one.named_parameters_to_train():
+    snapshot = copy.deepcopy(policy)
+    for _, parameter in snapshot.named_parameters_to_train():
         parameter.grad = None
-    return one
+    return snapshot

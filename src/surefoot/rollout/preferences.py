@@ -51,6 +51,7 @@ class PreferenceRollout:
 
     unit = "examples"
     throughput = "throughput/tokens_per_s"
+    notice, latest = "", None
 
     def __init__(
         self, policy: ScoringPolicy, data: PreferenceDataset, *, settings: RewardModelConfig, seed: int
@@ -146,6 +147,9 @@ class PreferenceRollout:
             "calibration_error": error,
             "bins": bins,
         }
+
+    def start_over(self) -> None:
+        """No environment is stepped here."""
 
     def state(self) -> dict[str, Any]:
         """All that is random follows from counters; what the preferences were is kept to be compared."""

@@ -74,6 +74,7 @@ class TextRollout:
 
     unit = "episodes"
     throughput = "throughput/tokens_per_s"
+    notice, latest = "", None
 
     @property
     def per_update(self) -> int:
@@ -186,6 +187,9 @@ class TextRollout:
             new_tokens=self.generation.max_new_tokens,
         )
         return tokens
+
+    def start_over(self) -> None:
+        """No environment is stepped here."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold to go on from here."""

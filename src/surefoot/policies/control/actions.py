@@ -1,14 +1,17 @@
 """What a policy does with its last features: one head per kind of action space.
 
-A head holds the last linear layer and the distribution. Noise is drawn for a whole rollout at once and handed back step
-by step, so that sampling is a few cheap operations and its randomness follows from one seed. Log-probs and entropies are
-in nats; over several action dimensions they add up.
+A head holds the last linear layer and the distribution. `noise` draws the randomness of a whole rollout,
+entry t for step t, so that sampling is a few cheap operations and follows from one seed. `sample` turns
+latent features [N, F] and one entry of the noise into an action for each row, or, without noise, into the
+greedy one; a mask [N, A] (bool) names the legal actions. `evaluate_actions` gives log-prob and entropy [N],
+float32, in nats; over several action dimensions they add up, and the entropy is differentiable only on
+request.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,30 +20,6 @@ from torch.nn import functional
 from surefoot.errors import InputError
 
 LOG_2PI = math.log(2.0 * math.pi)
-
-
-class ActionHead(Protocol):
-    """Latent features [N, F] -> actions, and the log-prob and entropy of actions that were taken."""
-
-    linear: nn.Linear
-
-    def noise(self, steps: int, envs: int, generator: torch.Generator) -> Any:
-        """Randomness for a rollout: entry t belongs to step t."""
-        ...
-
-    def sample(self, latent_NF: Tensor, noise: Any, mask: Tensor | None) -> Tensor:
-        """An action a row, drawn with one entry of `noise`. `mask` [N, A] (bool) names the legal ones."""
-        ...
-
-    def mode(self, latent_NF: Tensor, mask: Tensor | None) -> Tensor:
-        """The likeliest action a row."""
-        ...
-
-    def evaluate_actions(
-        self, latent_NF: Tensor, actions: Tensor, mask: Tensor | None, *, entropy_gradient: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """Log-prob and entropy [N], float32; the entropy is differentiable only on request."""
-        ...
 
 
 class CategoricalHead(nn.Module):
@@ -54,13 +33,9 @@ class CategoricalHead(nn.Module):
         """Gumbel noise [steps, envs, n]: the largest logit plus noise is a draw from the softmax."""
         return _gumbel((steps, envs, self.linear.out_features), generator)
 
-    def sample(self, latent_NF: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:
+    def sample(self, latent_NF: Tensor, noise: Tensor | None, mask: Tensor | None) -> Tensor:
         """Actions [N]."""
-        return (_masked(self.linear(latent_NF) + noise, mask)).argmax(-1)
-
-    def mode(self, latent_NF: Tensor, mask: Tensor | None) -> Tensor:
-        """Actions [N]."""
-        return _masked(self.linear(latent_NF), mask).argmax(-1)
+        return _masked(_noisy(self.linear(latent_NF), noise), mask).argmax(-1)
 
     def evaluate_actions(
         self, latent_NF: Tensor, actions: Tensor, mask: Tensor | None, *, entropy_gradient: bool = True
@@ -81,14 +56,10 @@ class MultiCategoricalHead(nn.Module):
         """Gumbel noise [steps, envs, sum(sizes)]."""
         return _gumbel((steps, envs, sum(self.sizes)), generator)
 
-    def sample(self, latent_NF: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:
+    def sample(self, latent_NF: Tensor, noise: Tensor | None, mask: Tensor | None) -> Tensor:
         """Actions [N, len(sizes)]."""
-        logits = _masked(self.linear(latent_NF) + noise, mask)
+        logits = _masked(_noisy(self.linear(latent_NF), noise), mask)
         return torch.stack([part.argmax(-1) for part in logits.split(self.sizes, -1)], -1)
-
-    def mode(self, latent_NF: Tensor, mask: Tensor | None) -> Tensor:
-        """Actions [N, len(sizes)]."""
-        return self.sample(latent_NF, torch.zeros((), device=latent_NF.device), mask)
 
     def evaluate_actions(
         self, latent_NF: Tensor, actions: Tensor, mask: Tensor | None, *, entropy_gradient: bool = True
@@ -108,20 +79,12 @@ class BernoulliHead(nn.Module):
 
     def noise(self, steps: int, envs: int, generator: torch.Generator) -> Tensor:
         """Logistic noise [steps, envs, n]: a logit plus noise above 0 is a draw from the Bernoulli."""
-        uniform = torch.rand((steps, envs, self.linear.out_features), generator=generator).clamp(
-            1e-7, 1 - 1e-7
-        )
-        return torch.logit(uniform)
+        uniform = torch.rand((steps, envs, self.linear.out_features), generator=generator)
+        return torch.logit(uniform.clamp(1e-7, 1 - 1e-7))
 
-    def sample(self, latent_NF: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:
+    def sample(self, latent_NF: Tensor, noise: Tensor | None, mask: Tensor | None) -> Tensor:
         """Actions [N, n]."""
-        on: Tensor = self.linear(latent_NF) + noise > 0
-        return on.long()
-
-    def mode(self, latent_NF: Tensor, mask: Tensor | None) -> Tensor:
-        """Actions [N, n]."""
-        on: Tensor = self.linear(latent_NF) > 0
-        return on.long()
+        return (_noisy(self.linear(latent_NF), noise) > 0).long()
 
     def evaluate_actions(
         self, latent_NF: Tensor, actions: Tensor, mask: Tensor | None, *, entropy_gradient: bool = True
@@ -145,15 +108,9 @@ class GaussianHead(nn.Module):
         """Standard normal noise [steps, envs, n]."""
         return torch.randn((steps, envs, self.linear.out_features), generator=generator)
 
-    def sample(self, latent_NF: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:
+    def sample(self, latent_NF: Tensor, noise: Tensor | None, mask: Tensor | None) -> Tensor:
         """Actions [N, n], not clipped to the space."""
-        actions: Tensor = self.linear(latent_NF) + self.log_std.exp() * noise
-        return actions
-
-    def mode(self, latent_NF: Tensor, mask: Tensor | None) -> Tensor:
-        """The mean [N, n]."""
-        mean: Tensor = self.linear(latent_NF)
-        return mean
+        return _noisy(self.linear(latent_NF), None if noise is None else self.log_std.exp() * noise)
 
     def evaluate_actions(
         self, latent_NF: Tensor, actions: Tensor, mask: Tensor | None, *, entropy_gradient: bool = True
@@ -165,8 +122,8 @@ class GaussianHead(nn.Module):
 class StateDependentHead(nn.Module):
     """Continuous actions [N, n] whose noise is a function of the features, held for some steps.
 
-    ε(s) = θᵀ·features with θ ~ N(0, σ²) (Raffin, Kober & Stulp 2021, arXiv:2005.05719, eq. 4), so the density of an
-    action is N(mean, features² · σ²). The features are detached there: the noise does not shape them.
+    ε(s) = θᵀ·features with θ ~ N(0, σ²) (Raffin, Kober & Stulp 2021, arXiv:2005.05719, eq. 4), so the density
+    of an action is N(mean, features² · σ²). The features are detached there: the noise does not shape them.
     """
 
     def __init__(self, features: int, n: int, *, log_std: float = 0.0, sample_freq: int = -1):
@@ -177,22 +134,15 @@ class StateDependentHead(nn.Module):
 
     def noise(self, steps: int, envs: int, generator: torch.Generator) -> list[Tensor]:
         """Standard normal θ/σ [envs, features, n] for each step, a new one every `sample_freq` steps."""
-        every = steps if self.sample_freq < 1 else self.sample_freq
-        drawn = [
-            torch.randn((envs, *self.log_std.shape), generator=generator) for _ in range(0, steps, every)
-        ]
+        every, shape = steps if self.sample_freq < 1 else self.sample_freq, (envs, *self.log_std.shape)
+        drawn = [torch.randn(shape, generator=generator) for _ in range(0, steps, every)]
         return [drawn[t // every] for t in range(steps)]
 
-    def sample(self, latent_NF: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:
+    def sample(self, latent_NF: Tensor, noise: Tensor | None, mask: Tensor | None) -> Tensor:
         """Actions [N, n], not clipped to the space."""
-        exploration = torch.bmm(latent_NF[:, None], self.log_std.exp() * noise).squeeze(1)
-        actions: Tensor = self.linear(latent_NF) + exploration
-        return actions
-
-    def mode(self, latent_NF: Tensor, mask: Tensor | None) -> Tensor:
-        """The mean [N, n]."""
-        mean: Tensor = self.linear(latent_NF)
-        return mean
+        if noise is not None:
+            noise = torch.bmm(latent_NF[:, None], self.log_std.exp() * noise).squeeze(1)
+        return _noisy(self.linear(latent_NF), noise)
 
     def evaluate_actions(
         self, latent_NF: Tensor, actions: Tensor, mask: Tensor | None, *, entropy_gradient: bool = True
@@ -217,15 +167,18 @@ def action_head(
     if kind == "MultiBinary" and len(space.shape) == 1:
         return BernoulliHead(features, int(space.shape[0]))
     if kind == "Box" and len(space.shape) == 1:
+        n = int(space.shape[0])
         if use_sde:
-            return StateDependentHead(
-                features, int(space.shape[0]), log_std=log_std, sample_freq=sde_sample_freq
-            )
-        return GaussianHead(features, int(space.shape[0]), log_std=log_std)
+            return StateDependentHead(features, n, log_std=log_std, sample_freq=sde_sample_freq)
+        return GaussianHead(features, n, log_std=log_std)
     raise InputError(
-        f"env: the action space {space} is not supported; Discrete, MultiDiscrete, MultiBinary and Box of one dimension are "
-        "(gymnasium.wrappers.FlattenAction or a wrapper of your own can make it one)"
+        f"env: the action space {space} is not supported; Discrete, MultiDiscrete, MultiBinary and Box of "
+        "one dimension are (gymnasium.wrappers.FlattenAction or your own wrapper can make it one)"
     )
+
+
+def _noisy(outputs: Tensor, noise: Tensor | None) -> Tensor:
+    return outputs if noise is None else outputs + noise
 
 
 def _masked(logits: Tensor, mask: Tensor | None) -> Tensor:
@@ -239,9 +192,9 @@ def _gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 def _categorical(logits: Tensor, actions: Tensor, entropy_gradient: bool) -> tuple[Tensor, Tensor]:
     logprobs = torch.log_softmax(logits, -1)
     taken = logprobs.gather(-1, actions[..., None]).squeeze(-1)
-    seen = logprobs if entropy_gradient else logprobs.detach()
+    of_entropy = logprobs if entropy_gradient else logprobs.detach()
     # An illegal action has probability 0; 0 · log 0 is 0, and its log-prob is finite.
-    return taken, -(seen.exp() * seen).sum(-1)
+    return taken, -(of_entropy.exp() * of_entropy).sum(-1)
 
 
 def _gaussian(mean: Tensor, log_std: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,10 @@
 """The gradient of two small tanh towers written out in NumPy: what autograd would find, without its bookkeeping.
 
-A network of two layers of 64 spends its update on starting operations, not on numbers, and NumPy starts them faster; and
-its dozen small tensors lie end to end while an update lasts, so that norm, clipping and Adam are one operation each. It is
-used where `supports` says so: float32 on a CPU, no parameters before the towers, tanh, one choice or Gaussians.
-Everything else goes through autograd, which is also its slow twin in the tests. The loss is the same one (`core/losses.py`).
+A network of two layers of 64 spends its update on starting operations, not on numbers, and NumPy starts them
+faster; and its dozen small tensors lie end to end while an update lasts, so that norm, clipping and Adam are
+one operation each. It is used where `supports` says so: float32 on a CPU, no parameters before the towers,
+tanh, one choice or Gaussians. Everything else goes through autograd, which is also its slow twin in the
+tests. The loss is the same one (`core/losses.py`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def supports(policy: ControlPolicy) -> bool:
     return (
         policy.device.type == "cpu"
         and policy.dtype == torch.float32
-        and policy.memory is None
+        and policy.lstm is None
         and isinstance(extractor, Extractor)
         and not list(extractor.parameters())
         and not layers.is_shared
@@ -49,7 +50,8 @@ def supports(policy: ControlPolicy) -> bool:
 class ClosedForm:
     """A policy's weights on one vector, and the gradient there of one minibatch.
 
-    `lent` copies weights and Adam's moments in, and out again at the end: outside of it the policy knows nothing of this.
+    `lent` copies weights and Adam's moments in, and out again at the end: outside of it the policy knows
+    nothing of this.
     """
 
     def __init__(self, policy: ControlPolicy):

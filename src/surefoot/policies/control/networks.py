@@ -1,9 +1,8 @@
-"""Networks for control: observations to features, memory, and the layers before action and value."""
+"""Networks for control: observations to features, an LSTM, and the layers before action and value."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy
@@ -14,22 +13,16 @@ from torch.nn import functional
 from surefoot.config import NetworkConfig
 from surefoot.errors import InputError
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "tanh": nn.Tanh,
-    "relu": nn.ReLU,
-    "elu": nn.ELU,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "leaky_relu": nn.LeakyReLU,
-}
+ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU}
+ACTIVATIONS |= {"gelu": nn.GELU, "silu": nn.SiLU, "leaky_relu": nn.LeakyReLU}
 
 
 class Extractor(nn.Module):
-    """Observations [N, ...] by name -> features [N, features_dim].
+    """Observations [N, ...] by name -> features [N, features_dim], concatenated in the order of the space.
 
-    Box is flattened (images of bytes over 255), Discrete and MultiDiscrete become one-hot, MultiBinary numbers; with
-    `images`, a Box that looks like an image goes through a Nature CNN, one that looks like a board through a small one. The
-    parts are concatenated in the order of the space.
+    Box is flattened (images of bytes over 255), Discrete and MultiDiscrete become one-hot, MultiBinary
+    numbers; with `images`, a Box that looks like an image goes through a Nature CNN, one like a board through
+    a small CNN.
     """
 
     def __init__(self, spaces: dict[str, Any], *, images: bool, needs_images: bool = False):
@@ -39,12 +32,9 @@ class Extractor(nn.Module):
         self.features_dim = 0
         for name, space in spaces.items():
             kind = type(space).__name__
+            is_bytes = is_image(space) and space.dtype.kind == "u"
             if images and (is_image(space) or is_board(space)):
-                cnn = (
-                    NatureCNN(space.shape, space.dtype.kind == "u")
-                    if is_image(space)
-                    else BoardCNN(space.shape)
-                )
+                cnn = NatureCNN(space.shape, is_bytes) if is_image(space) else BoardCNN(space.shape)
                 self.cnns[name.replace(".", "_")] = self.parts[name] = cnn
                 width = cnn.features_dim
             elif kind == "Discrete":
@@ -53,7 +43,7 @@ class Extractor(nn.Module):
                 sizes = [int(n) for n in space.nvec.flatten()]
                 width, self.parts[name] = sum(sizes), sizes
             elif kind in ("Box", "MultiBinary"):
-                is_bytes = is_image(space) and space.dtype.kind == "u"  # divided by 255, as a CNN does
+                # Bytes are divided by 255, as a CNN does.
                 width, self.parts[name] = math.prod(space.shape), 1.0 / 255.0 if is_bytes else None
             else:
                 raise InputError(
@@ -62,8 +52,8 @@ class Extractor(nn.Module):
             self.features_dim += width
         if needs_images and not self.cnns:
             raise InputError(
-                "policy.model: CnnPolicy needs images (Box of 3 dimensions, at least 36 × 36) or boards (float, [H, W, C]); "
-                "use MlpPolicy"
+                "policy.model: CnnPolicy needs images (Box of 3 dimensions, at least 36 × 36) or boards "
+                "(float, [H, W, C]); use MlpPolicy"
             )
 
     def forward(self, observations: dict[str, Tensor]) -> Tensor:
@@ -86,8 +76,8 @@ class Extractor(nn.Module):
 class NatureCNN(nn.Module):
     """Mnih et al. 2015 (doi:10.1038/nature14236): three convolutions and a layer of 512 with ReLU.
 
-    Images are [N, C, H, W] or [N, H, W, C], whichever of the two puts the fewest channels first or last; bytes are
-    divided by 255.
+    Images are [N, C, H, W] or [N, H, W, C], whichever of the two puts the fewest channels first or last;
+    bytes are divided by 255.
     """
 
     features_dim = 512
@@ -98,14 +88,8 @@ class NatureCNN(nn.Module):
         self.scale = 1.0 / 255.0 if is_bytes else 1.0
         channels, height, width = (shape[2], shape[0], shape[1]) if self.channels_last else shape
         # Channels last is what CPU kernels and tensor cores are fastest with.
-        self.layers = nn.Sequential(
-            nn.Conv2d(channels, 32, 8, 4),
-            nn.ReLU(),
-            nn.Conv2d(32, 64, 4, 2),
-            nn.ReLU(),
-            nn.Conv2d(64, 64, 3, 1),
-            nn.ReLU(),
-        )
+        sizes = ((channels, 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1))
+        self.layers = nn.Sequential(*(part for size in sizes for part in (nn.Conv2d(*size), nn.ReLU())))
         with torch.no_grad():
             flat = self.layers(torch.zeros(1, channels, height, width)).numel()
         for layer in self.layers:
@@ -116,8 +100,8 @@ class NatureCNN(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Features [N, 512]."""
         images = images.permute(0, 3, 1, 2) if self.channels_last else images
-        # One copy of the images, straight to what the convolutions compute in: bytes are exact in bfloat16 too. The scale
-        # goes into the first weights, of which there are fewer.
+        # One copy of the images, straight to what the convolutions compute in: bytes are exact in bfloat16
+        # too. The scale goes into the first weights, of which there are fewer.
         device = images.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
         values = images.to(dtype, memory_format=torch.channels_last)
@@ -145,8 +129,8 @@ class BoardCNN(nn.Module):
         return torch.relu(self.linear(self.layers(boards.float().permute(0, 3, 1, 2)).flatten(1)))
 
 
-class Memory(nn.Module):
-    """LSTM over sequences that are kept whole, its state emptied where an episode starts."""
+class EpisodicLSTM(nn.Module):
+    """LSTM over sequences that are kept whole; its state is zero where an episode starts."""
 
     def __init__(self, features: int, width: int):
         super().__init__()
@@ -160,20 +144,18 @@ class Memory(nn.Module):
     def forward(
         self, features_BTF: Tensor, state: tuple[Tensor, Tensor], starts_BT: Tensor
     ) -> tuple[Tensor, Any]:
-        """Outputs [B, T, width] and the state after the last step. `starts_BT`: an episode begins with this step."""
+        """Outputs [B, T, width] and the state after the last step. `starts_BT`: an episode begins there."""
         if features_BTF.shape[1] == 1 or not bool(starts_BT[:, 1:].any()):
-            alive = (~starts_BT[:, :1]).float()
-            h, c = (part * alive for part in state)
-            output_TBF, (h, c) = self.lstm(
-                features_BTF.transpose(0, 1), (h[None].contiguous(), c[None].contiguous())
-            )
+            goes_on = (~starts_BT[:, :1]).float()
+            h, c = ((part * goes_on)[None].contiguous() for part in state)
+            output_TBF, (h, c) = self.lstm(features_BTF.transpose(0, 1), (h, c))
             return output_TBF.transpose(0, 1), (h[0], c[0])
         return self._in_segments(features_BTF, state, starts_BT)
 
     def _in_segments(
         self, features_BTF: Tensor, state: tuple[Tensor, Tensor], starts_BT: Tensor
     ) -> tuple[Tensor, Any]:
-        """Each episode's part of a row is a sequence of its own: one call of the LSTM over all of them, padded."""
+        """Each episode's part of a row is a sequence: one call of the LSTM over all of them, padded."""
         rows, steps = starts_BT.shape
         begins_BT = starts_BT.clone()
         begins_BT[:, 0] = True
@@ -193,64 +175,44 @@ class Memory(nn.Module):
 class Tower(nn.Sequential):
     """Linear layers with an activation after each, [N, width] -> [N, last width].
 
-    Without gradient, with tanh on a CPU in float32, tanh is NumPy's, whose vector instructions are several times as fast
-    as torch's.
+    Without gradient, with tanh on a CPU in float32, tanh is NumPy's, which is several times as fast as
+    torch's.
     """
 
     def __init__(self, width: int, widths: list[int], activation: type[nn.Module]):
         pairs = zip([width, *widths], widths, strict=False)
-        super().__init__(
-            *(layer for inner, outer in pairs for layer in (nn.Linear(inner, outer), activation()))
-        )
+        super().__init__(*(part for pair in pairs for part in (nn.Linear(*pair), activation())))
         self.is_tanh = activation is nn.Tanh and bool(widths)
 
     def forward(self, values: Tensor) -> Tensor:
         """The last layer's activations."""
-        plain = (
-            values.device.type == "cpu"
-            and values.dtype == torch.float32
-            and not torch.is_autocast_enabled("cpu")
-        )
-        if torch.is_grad_enabled() or not (self.is_tanh and plain):
+        is_plain = values.device.type == "cpu" and values.dtype == torch.float32
+        if torch.is_grad_enabled() or not (self.is_tanh and is_plain) or torch.is_autocast_enabled("cpu"):
             return super().forward(values)  # type: ignore[no-any-return]
-        layers: list[Any] = [part for linear in list(self)[::2] for part in (linear.weight, linear.bias)]
-        return _tanh_layers(values, layers)
-
-
-def _tanh_layers(values: Tensor, layers: Sequence[Tensor]) -> Tensor:
-    """tanh(W h + b) for every layer W, b, W, b, …"""
-    for weight, bias in zip(layers[::2], layers[1::2], strict=True):
-        values = torch.addmm(bias, values, weight.t())
-        numbers = values.numpy()
-        numpy.tanh(numbers, out=numbers)
-    return values
+        linears: Any = list(self)[::2]
+        for linear in linears:
+            values = torch.addmm(linear.bias, values, linear.weight.t())
+            numbers = values.numpy()
+            numpy.tanh(numbers, out=numbers)
+        return values
 
 
 class Layers(nn.Module):
     """The hidden layers before the action and before the value: two towers, or one that both share."""
 
-    def __init__(self, features: tuple[int, int], config: NetworkConfig, default: list[int]):
+    def __init__(self, width: int, config: NetworkConfig, default: list[int]):
         super().__init__()
         arch = default if config.net_arch is None else config.net_arch
         pi, vf = (arch.get("pi", []), arch.get("vf", [])) if isinstance(arch, dict) else (arch, arch)
         if config.share and pi != vf:
             raise InputError("policy.network: one shared trunk cannot have different widths for pi and vf")
-        self.policy = Tower(features[0], pi, ACTIVATIONS[config.activation])
-        self.value = self.policy if config.share else Tower(features[1], vf, ACTIVATIONS[config.activation])
+        self.policy = Tower(width, pi, ACTIVATIONS[config.activation])
+        self.value = self.policy if config.share else Tower(width, vf, ACTIVATIONS[config.activation])
         self.is_shared = config.share
-        self.latent_dim_pi = pi[-1] if pi else features[0]
-        self.latent_dim_vf = vf[-1] if vf else features[1]
-
-    def forward_actor(self, features: Tensor) -> Tensor:
-        """[N, latent_dim_pi]."""
-        return self.policy(features)  # type: ignore[no-any-return]
-
-    def forward_critic(self, features: Tensor) -> Tensor:
-        """[N, latent_dim_vf]."""
-        return self.value(features)  # type: ignore[no-any-return]
+        self.latent_dim_pi, self.latent_dim_vf = (widths[-1] if widths else width for widths in (pi, vf))
 
     def forward(self, actor_features: Tensor, critic_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Both."""
+        """Latents of actor and critic, [N, latent_dim_pi] and [N, latent_dim_vf]."""
         latent = self.policy(actor_features)
         return latent, latent if self.is_shared else self.value(critic_features)
 
@@ -262,16 +224,12 @@ def is_image(space: Any) -> bool:
 
 def is_board(space: Any) -> bool:
     """Whether a space is a Box of 3 dimensions of small numbers, [H, W, C], too small to be an image."""
-    return (
-        type(space).__name__ == "Box"
-        and len(space.shape) == 3
-        and space.dtype.kind == "f"
-        and not is_image(space)
-    )
+    is_box = type(space).__name__ == "Box" and len(space.shape) == 3
+    return is_box and space.dtype.kind == "f" and not is_image(space)
 
 
 def orthogonal(module: nn.Module, gain: float) -> None:
-    """Orthogonal weights and zero biases in all linear and convolutional layers (Saxe et al. 2013, arXiv:1312.6120)."""
+    """Orthogonal weights and zero biases, linear and convolutional (Saxe et al. 2013, arXiv:1312.6120)."""
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             # Drawn in the plain order of dimensions: torch refuses others, such as channels last.
