@@ -43,123 +43,86 @@ class Bomb:
         return Path.touch, (Path("canary"),)
 
 
-def no_config(folder: Path) -> None:
-    (folder / "config.json").unlink()
+Damage = Callable[[Path], object]
+WEIGHTS, SHARDS = "model.safetensors", ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 
-def no_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
+def gone(*names: str) -> Damage:
+    return lambda folder: [(folder / name).unlink() for name in names]
 
 
-def truncated(folder: Path) -> None:
-    data = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+def written(name: str, data: bytes | Callable[[bytes], bytes]) -> Damage:
+    """`data`, or what it makes of the file's, in place of the file."""
+    return lambda folder: (folder / name).write_bytes(data((folder / name).read_bytes()) if callable(data) else data)
 
 
-def empty_weights(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes(b"")
-
-
-def huge_header(folder: Path) -> None:
-    data = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes((2**62).to_bytes(8, "little") + data[8:])
+def config(**changes: object) -> Damage:
+    return written("config.json", lambda data: json.dumps(json.loads(data) | changes).encode())
 
 
 def pickle_only(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
+    (folder / WEIGHTS).unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
 
 
-def pickle_in_disguise(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
+def sharded(second: str) -> Damage:
+    def split(folder: Path) -> None:
+        shutil.copy(folder / WEIGHTS, folder.parent / "outside.safetensors")
+        tensors = load_file(folder / WEIGHTS)
+        first = {name: tensors[name] for name in sorted(tensors)[:9]}
+        save_file(first, folder / SHARDS[0], metadata={"format": "pt"})
+        (folder / WEIGHTS).unlink()
+        weights = {name: SHARDS[0] if name in first else second for name in tensors}
+        (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
 
-
-def sharded(folder: Path, *, second: str) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    names = sorted(tensors)
-    first = {name: tensors[name] for name in names[:9]}
-    save_file(first, folder / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").unlink()
-    weights = {name: "model-00001-of-00002.safetensors" if name in first else second for name in names}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
-
-
-def missing_shard(folder: Path) -> None:
-    sharded(folder, second="model-00002-of-00002.safetensors")
-
-
-def shard_from_outside(folder: Path) -> None:
-    shutil.copy(folder / "model.safetensors", folder.parent / "outside.safetensors")
-    sharded(folder, second="../outside.safetensors")
-
-
-def changed_config(**changes: object) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text()) | changes
-        (folder / "config.json").write_text(json.dumps(config))
-
-    return change
+    return split
 
 
 def remote_code(folder: Path) -> None:
-    changed_config(model_type="mine", auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"})(folder)
+    config(model_type="mine", auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"})(folder)
     (folder / "code.py").write_text("from pathlib import Path\nPath('canary').touch()\n")
 
 
-def text_in(name: str, text: str) -> Callable[[Path], None]:
-    def write(folder: Path) -> None:
-        (folder / name).write_text(text)
-
-    return write
-
-
-def no_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer_config.json").unlink()
-
-
-# What is wrong with a model folder -> what is named. The first part is found before anything is loaded.
-SEEN_FROM_OUTSIDE: dict[Callable[[Path], None], str] = {
-    no_config: "no config.json",
-    no_weights: "no model.safetensors",
-    truncated: "model.safetensors: half-written",
-    empty_weights: "model.safetensors: not a whole",
-    huge_header: "model.safetensors: not a whole",
-    pickle_only: "pytorch_model.bin is a pickle",
-    pickle_in_disguise: "model.safetensors: not a whole",
-    missing_shard: "model-00002-of-00002.safetensors is missing",
-    shard_from_outside: "'../outside.safetensors'",
-}
-SEEN_BY_LOADING = {
-    remote_code: "configuration",
-    no_tokenizer: "tokenizer",
-    text_in("tokenizer.json", "{"): "tokenizer",
-    text_in("tokenizer.json", '{"model": {"type": "x"}}'): "tokenizer",
-    text_in("config.json", "{"): "configuration",
-    text_in("config.json", "[]"): "configuration",
-    text_in("config.json", "{}"): "configuration",
-    changed_config(model_type="t5"): "causal language model",
-    changed_config(hidden_size="wide"): "configuration",
-    changed_config(num_hidden_layers=3, layer_types=None): "9 weights of the model are not in the folder",
-    changed_config(intermediate_size=64): "is [32, 48], and config.json says [32, 64]",
-}
+# What is wrong with a model folder, and what is named. The first part is found before anything is loaded.
+SEEN_FROM_OUTSIDE = [
+    (gone("config.json"), "no config.json"),
+    (gone(WEIGHTS), f"no {WEIGHTS}"),
+    (written(WEIGHTS, lambda data: data[: len(data) // 2]), f"{WEIGHTS}: half-written"),
+    (written(WEIGHTS, b""), f"{WEIGHTS}: not a whole"),
+    (written(WEIGHTS, lambda data: (2**62).to_bytes(8, "little") + data[8:]), f"{WEIGHTS}: not a whole"),
+    (written(WEIGHTS, pickle.dumps(Bomb())), f"{WEIGHTS}: not a whole"),
+    (pickle_only, "pytorch_model.bin is a pickle"),
+    (sharded(SHARDS[1]), f"{SHARDS[1]} is missing"),
+    (sharded("../outside.safetensors"), "'../outside.safetensors'"),
+]
+SEEN_BY_LOADING = [
+    (remote_code, "configuration"),
+    (gone("tokenizer.json", "tokenizer_config.json"), "tokenizer"),
+    (written("tokenizer.json", b"{"), "tokenizer"),
+    (written("tokenizer.json", b'{"model": {"type": "x"}}'), "tokenizer"),
+    *((written("config.json", data), "configuration") for data in (b"{", b"[]", b"{}")),
+    (config(model_type="t5"), "causal language model"),
+    (config(hidden_size="wide"), "configuration"),
+    (config(num_hidden_layers=3, layer_types=None), "9 weights of the model are not in the folder"),
+    (config(intermediate_size=64), "is [32, 48], and config.json says [32, 64]"),
+]
 
 
 @pytest.mark.usefixtures("no_model")
-@pytest.mark.parametrize("damage", SEEN_FROM_OUTSIDE, ids=lambda damage: damage.__name__)
-def test_a_broken_model_folder_is_refused_before_anything_is_loaded(project, damage):
+@pytest.mark.parametrize(("damage", "named"), SEEN_FROM_OUTSIDE)
+def test_a_broken_model_folder_is_refused_before_anything_is_loaded(project, damage, named):
     write_project(project)
     damage(project / "model")
-    run_cli(*RUN).refused("model", SEEN_FROM_OUTSIDE[damage])
-    run_cli("generate", "model", "x").refused("model", SEEN_FROM_OUTSIDE[damage])
+    run_cli(*RUN).refused("model", named)
+    run_cli("generate", "model", "x").refused("model", named)
     assert not (project / "canary").exists() and not (project / "runs").exists()
 
 
-@pytest.mark.parametrize("damage", SEEN_BY_LOADING)
-def test_a_model_folder_that_cannot_be_loaded_is_refused_and_leaves_no_run(project, damage):
+@pytest.mark.parametrize(("damage", "named"), SEEN_BY_LOADING)
+def test_a_model_folder_that_cannot_be_loaded_is_refused_and_leaves_no_run(project, damage, named):
     write_project(project)
     damage(project / "model")
-    run_cli(*RUN).refused("model", SEEN_BY_LOADING[damage])
+    run_cli(*RUN).refused("model", named)
     assert not (project / "canary").exists() and not (project / "runs").exists()
 
 
