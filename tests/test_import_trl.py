@@ -208,6 +208,7 @@ def test_what_comes_from_several_settings(kind, given, expected, absent):
         ("PPO", {"kl_estimator": "k3", "weight_decay": 0.1, "stop_token_id": 1}, ["kl_est", "weight_d", "stop_t", "value_m"]),
         ("GRPO", {"scale_rewards": "batch", "top_p": 0.9, "optim": "sgd"}, ["scale_rewards", "top_p 0.9", "optim"]),
         ("GRPO", {"lora_r": 8, "lora_dropout": 0.05, "use_rslora": True}, ["lora_r 8: without use", "lora_drop", "use_rslora"]),
+        ("GRPO", {"shuffle_dataset": False}, ["shuffle_dataset False"]),
         ("GRPO", {"something_new": 0, "torch_dtype": "bfloat16"}, ["something_new 0: not known here", "torch_dtype"]),
         ("GRPO", {"use_vllm": True, "vllm_importance_sampling_cap": 3.0}, ["vllm_importance_sampling_cap 3.0"]),
         ("RLOO", {"reward_clip_range": [0, 5]}, ["reward_clip_range [0, 5]", "the ratio"]),

@@ -124,7 +124,7 @@ _NAMES = """
     group_by_length half_precision_backend hub_* ignore_data_skip include_* is_encoder_decoder is_peft_model
     jit_mode_eval label_names label_smoothing_factor length_column_name liger_kernel_config
     load_best_model_at_end local_batch_size local_mini_batch_size local_rank local_rollout_forward_batch_size
-    log_completions* log_level* log_on_each_node log_unique_prompts log_with logging_* lora_task_type
+    log_completions* log_level* log_multimodal log_on_each_node log_unique_prompts log_with logging_* lora_task_type
     machine_rank main_process_ip main_process_port metric_for_best_model micro_batch_size mini_batch_size
     mp_parameters multi_gpu num_completions_to_print num_generations_eval num_machines num_sample_generations
     num_total_batches optimize_* overwrite_output_dir parallelism_config past_index per_device_eval_batch_size

@@ -282,7 +282,7 @@ def _list_others(done: Imported) -> None:
         default = defaults.get(name)
         if ours := table.BY_HAND.get(name):
             done.by_hand.append(f"{ours}: {needed.pop(ours, 'too')}; TRL's {name} is {short(value)}")
-        elif value is False or value in ("", [], {}) or value in (default, "adamw_torch_fused"):
+        elif value in ("", [], {}, default, "adamw_torch_fused") or (value is False and default is not True):
             continue
         elif name in kind.without:
             done.no_counterpart.append(f"{name} {short(value)} (docs/from-trl.md says why)")
