@@ -124,16 +124,16 @@ _NAMES = """
     group_by_length half_precision_backend hub_* ignore_data_skip include_* is_encoder_decoder is_peft_model
     jit_mode_eval label_names label_smoothing_factor length_column_name liger_kernel_config
     load_best_model_at_end local_batch_size local_mini_batch_size local_rank local_rollout_forward_batch_size
-    log_completions* log_level* log_multimodal log_on_each_node log_unique_prompts log_with logging_* lora_task_type
-    machine_rank main_process_ip main_process_port metric_for_best_model micro_batch_size mini_batch_size
-    mp_parameters multi_gpu num_completions_to_print num_generations_eval num_machines num_sample_generations
-    num_total_batches optimize_* overwrite_output_dir parallelism_config past_index per_device_eval_batch_size
-    per_gpu_* prediction_loss_only project project_kwargs push_to_hub* ray_scope ref_model_*
-    remove_unused_columns report_to restore_callback_states_from_checkpoint resume_from_checkpoint run_name
-    sapo_* save_* skip_memory_metrics task_name tf32 torch_compile* torch_empty_cache_steps torchdynamo
-    total_ppo_epochs tpu_* tracker_* trackio_* train_sampling_strategy use_cache use_cpu use_deepspeed
-    use_ipex use_liger_* use_mps_device use_transformers_paged use_vllm vespo_* vllm_device vllm_enable_*
-    vllm_gpu_memory_utilization vllm_group_port vllm_max_model_len* vllm_mode vllm_model_impl vllm_server_*
-    vllm_tensor_parallel_size wandb_* world_size
+    log_completions* log_level* log_multimodal log_on_each_node log_unique_prompts log_with logging_*
+    lora_task_type machine_rank main_process_ip main_process_port metric_for_best_model micro_batch_size
+    mini_batch_size mp_parameters multi_gpu num_completions_to_print num_generations_eval num_machines
+    num_sample_generations num_total_batches optimize_* overwrite_output_dir parallelism_config past_index
+    per_device_eval_batch_size per_gpu_* prediction_loss_only project project_kwargs push_to_hub* ray_scope
+    ref_model_* remove_unused_columns report_to restore_callback_states_from_checkpoint resume_from_checkpoint
+    run_name sapo_* save_* skip_memory_metrics task_name tf32 torch_compile* torch_empty_cache_steps
+    torchdynamo total_ppo_epochs tpu_* tracker_* trackio_* train_sampling_strategy use_cache use_cpu
+    use_deepspeed use_ipex use_liger_* use_mps_device use_transformers_paged use_vllm vespo_* vllm_device
+    vllm_enable_* vllm_gpu_memory_utilization vllm_group_port vllm_max_model_len* vllm_mode vllm_model_impl
+    vllm_server_* vllm_tensor_parallel_size wandb_* world_size
 """
 ASIDE = _NAMES.split()
