@@ -1,7 +1,8 @@
 """The Engine protocol, and ours: batched decoding with continuous batching (admit, prefill, decode, retire).
 
-Rows that finish leave the batch at once and waiting prompts take their place. A row's tokens depend on its prompt,
-its seed and the weights alone (exactly so in float32, up to rounding at the boundary between two tokens).
+Rows that finish leave the batch at once and waiting prompts take their place. A row's tokens depend on its
+prompt, its seed and the weights alone (exactly so in float32, up to rounding at the boundary between two
+tokens).
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ class Engine(Protocol):
     """Whatever continues prompts: requests go in, completions come out as they finish, in any order."""
 
     exact_logprobs: bool
-    """Whether its log-probs and values repeat the trainer's to rounding, so that they serve as the old ones."""
+    """Whether its log-probs and values are the trainer's to rounding, and so serve as the old ones."""
 
     def submit(self, requests: Sequence[Request]) -> list[int]:
-        """Queue `requests`; the number of each, by which its completion names it (`Completion.request_id`)."""
+        """Queue `requests`; the number of each, which its completion names too."""
         ...
 
     def poll(self) -> list[Completion]:
@@ -62,7 +63,7 @@ class TokenModel(Protocol):
         ...
 
     def new_cache(self, *, slots: int, columns: int) -> Any:
-        """An empty cache with `window`, `move_rows`, `copy_from` and `shift_to` (`policies/lm/kv_cache.py`)."""
+        """An empty cache: `window`, `move_rows`, `copy_from` and `shift_to` (policies/lm/kv_cache.py)."""
         ...
 
     def step(
@@ -75,7 +76,8 @@ class TokenModel(Protocol):
 def generate(
     engine: Engine, requests: Sequence[Request], *, poll: Callable[[], None] | None = None
 ) -> list[Completion]:
-    """Continue every request with an engine that has nothing else to do; completions in the order of `requests`.
+    """Continue every request with an engine that has nothing else to do; completions in the order of
+    `requests`.
 
     `poll` is called after each of the engine's steps and may raise to abandon the work.
     """
@@ -106,10 +108,10 @@ class _Row:
 class TokenEngine:
     """Decodes at most `slots` rows at once with a model in this process, whose weights it shares.
 
-    Requests are admitted in the order of submission, as soon as places are free. The cache is made for what waits when
-    decoding begins: a request that comes later and does not fit into it (a longer prompt, more new tokens) or is sampled
-    otherwise waits, and those after it too, until the rows before it are done and a new cache is made. `end_tokens`
-    replaces the model's.
+    Requests are admitted in the order of submission, as soon as places are free. The cache is made for what
+    waits when decoding begins: a request that comes later and does not fit into it (a longer prompt, more new
+    tokens) or is sampled otherwise waits, and those after it too, until the rows before it are done and a new
+    cache is made. `end_tokens` replaces the model's.
     """
 
     def __init__(self, model: TokenModel, *, slots: int = 64, end_tokens: frozenset[int] | None = None):
@@ -154,15 +156,14 @@ class TokenEngine:
     def sync(self, policy: Any, version: int) -> None:
         """Stamp what is begun from here on with `version`; the weights are shared, so that none are copied.
 
-        Raises RuntimeError while rows are being written, for a completion is one version's; ValueError for a policy that is
-        not the engine's model.
+        Raises RuntimeError while rows are being written, for a completion is one version's; ValueError for a
+        policy that is not the engine's model.
         """
         if policy is not self.model:
             raise ValueError("sync: a TokenEngine writes with the model that it was made for")
         if self._rows:
-            raise RuntimeError(
-                f"sync: {len(self._rows)} completions are being written; poll or abort them first"
-            )
+            count = len(self._rows)
+            raise RuntimeError(f"sync: {count} completions are being written; poll or abort them first")
         self._version = version
 
     def _fits(self, request: Request) -> bool:
@@ -173,14 +174,14 @@ class TokenEngine:
     def _make_cache(self) -> None:
         """A cache for the requests at the head of the queue that are sampled alike."""
         params = self._waiting[0][1].params
-        alike = [
-            r for _, r in itertools.takewhile(lambda one: _are_alike(one[1].params, params), self._waiting)
-        ]
+        requests = (request for _, request in self._waiting)
+        alike = list(itertools.takewhile(lambda request: _are_alike(request.params, params), requests))
         limit = max(request.params.max_new_tokens for request in alike)
         self._params = replace(params, max_new_tokens=limit)
         self._places = min(self.slots, len(alike))
         self._longest_prompt = max(len(request.prompt) for request in alike)
-        # Room to move on by a whole completion before columns are shifted back; none is needed if nobody has to wait.
+        # Room to move on by a whole completion before columns are shifted back; none is needed if nobody has
+        # to wait.
         columns = self._longest_prompt + limit + (limit if len(alike) > self._places else 0)
         self._cache = self.model.new_cache(slots=self._places, columns=columns)
 

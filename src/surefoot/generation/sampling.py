@@ -11,7 +11,7 @@ BLOCK = 256  # tokens of the vocabulary whose weights are summed before the sear
 
 
 def request_uniforms(seed: int, count: int) -> Tensor:
-    """`count` float64 uniforms in [0, 1) that depend on `seed` alone: number t decides the request's token t."""
+    """`count` float64 uniforms in [0, 1) that depend on `seed` alone: number t draws a request's token t."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
@@ -42,8 +42,9 @@ def sample(logits_BV: Tensor, uniforms_B: Tensor, params: SamplingParams) -> tup
 def _invert(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     """The first token whose cumulative weight passes `uniforms_B` of the total, [B].
 
-    In float64, since in float32 rounding would decide rare tokens of a large vocabulary; in two steps, first the block
-    of tokens, then the token in it, since a float64 sum over the whole vocabulary costs as much as the model.
+    In float64, since in float32 rounding would decide rare tokens of a large vocabulary; in two steps, first
+    the block of tokens, then the token in it, since a float64 sum over the whole vocabulary costs as much as
+    the model.
     """
     if weights_BV.device.type == "mps":  # it has no float64
         return _invert(weights_BV.cpu(), uniforms_B).to(weights_BV.device)
@@ -62,7 +63,8 @@ def _invert(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     # The block's float32 sum and this float64 one differ by rounding: stay on a token that has weight.
     last_weighted = (BLOCK - 1) - (inside > 0).flip(-1).to(torch.int8).argmax(-1)
     within = torch.searchsorted(cumulative, wanted - before, right=True).squeeze(-1)
-    # NaN weights would lead past the end; a token that exists, with log-prob NaN, lets the update skip it and say so.
+    # NaN weights would lead past the end; a token that exists, with log-prob NaN, lets the update skip it and
+    # say so.
     return (block.squeeze(-1) * BLOCK + torch.minimum(within, last_weighted)).clamp(max=vocabulary - 1)
 
 

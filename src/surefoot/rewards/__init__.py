@@ -1,1 +1,1 @@
-"""Rewards: functions written by users, and what is done to their scores."""
+"""Rewards: functions written by users, and what becomes of what they pay."""

@@ -19,8 +19,8 @@ from surefoot.types import Trajectory
 class RewardFunction(Protocol):
     """Plain Python, with the signature TRL users already have.
 
-    Prompts and completions are strings, or message lists where the prompt was one; each further column of the task
-    comes as a keyword, a list with one entry a sample.
+    Prompts and completions are strings, or message lists where the prompt was one; each further column of the
+    task comes as a keyword, a list with one entry a sample.
     """
 
     def __call__(
@@ -37,7 +37,7 @@ def is_function(reference: str) -> bool:
 
 
 def load_function(reference: str, *, key: str) -> RewardFunction:
-    """The function that `file.py:function` or `package.module:function` names. Raises InputError naming `key`."""
+    """The function named `file.py:function` or `package.module:function`. InputError names `key`."""
     place, separator, name = reference.rpartition(":")
     if not separator or not place or not name.isidentifier():
         raise InputError(
@@ -78,8 +78,8 @@ def compute_rewards(
 ) -> list[float]:
     """Call `function` on the trajectories and return one finite float for each.
 
-    Raises InputError for a function that raises, returns the wrong count, or anything but finite numbers; the message
-    names the sample.
+    Raises InputError for a function that raises, returns the wrong count, or anything but finite numbers; the
+    message names the sample.
     """
     prompts = [t.prompt for t in trajectories]
     completions = [
@@ -105,7 +105,8 @@ def compute_rewards(
         raise InputError(f"the {name} function raised {type(error).__name__}: {error}{where}") from error
     finally:
         os.chdir(folder)  # relative paths of the run must go on meaning the same
-    # Of a dict the keys would be taken for rewards, and a set has no order; an array of no dimension has no length.
+    # Of a dict the keys would be taken for rewards, and a set has no order; an array of no dimension has no
+    # length.
     if (
         isinstance(rewards, (str, bytes, Mapping, Set))
         or not hasattr(rewards, "__len__")
@@ -129,8 +130,8 @@ def _checked(value: Any, index: int, trajectory: Trajectory, name: str) -> float
     except (OverflowError, RuntimeError, ValueError):  # an int beyond all floats; an array of several numbers
         pass
     raise InputError(
-        f"the {name} function returned {short(value)} for sample {index} (prompt {short(trajectory.prompt)}, completion "
-        f"{short(trajectory.completion_text)}); a finite float is needed"
+        f"the {name} function returned {short(value)} for sample {index} (prompt {short(trajectory.prompt)}, "
+        f"completion {short(trajectory.completion_text)}); a finite float is needed"
     )
 
 

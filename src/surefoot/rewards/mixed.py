@@ -16,8 +16,8 @@ PART = "part/"  # before a part's label in `reward_parts`
 class MixedReward:
     """A weighted sum of reward functions: `MixedReward({"polite": (polite, 1.0), "long": (length, -0.01)})`.
 
-    Raises InputError for what is no function with a weight, for weights that are not finite or all 0, and for a label that
-    cannot name a metric.
+    Raises InputError for what is not a function with a weight, for weights that are not finite or all 0, and
+    for a label that cannot name a metric.
     """
 
     def __init__(self, parts: Mapping[str, tuple[RewardFunction, float]]):
@@ -29,9 +29,8 @@ class MixedReward:
                 and callable(part[0])
             )
             if not is_pair or isinstance(part[1], bool) or not isinstance(part[1], (int, float)):
-                raise InputError(
-                    f"reward: expected a label with a function and its weight, got {label!r:.60}: {part!r:.60}"
-                )
+                found = f"{label!r:.60}: {part!r:.60}"
+                raise InputError(f"reward: expected a label with a function and its weight, got {found}")
         try:
             check_weights({label: weight for label, (_, weight) in parts.items()})
         except ValueError as error:
@@ -40,7 +39,8 @@ class MixedReward:
 
 
 def assign_rewards(reward: RewardFunction | MixedReward, trajectories: Sequence[Trajectory]) -> None:
-    """Fill `reward` and `reward_parts` of every trajectory: `reward`, and of a mixed one what each part gave, unweighted.
+    """Fill `reward` and `reward_parts` of every trajectory: `reward`, and of a mixed one what each part gave,
+    unweighted.
 
     Raises InputError as `compute_rewards` does, naming the part, and for a sum that is not finite.
     """

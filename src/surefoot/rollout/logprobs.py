@@ -1,4 +1,4 @@
-"""Log-probs and values of a batch under the policy and its reference, before any update and without gradient."""
+"""Log-probs and values of a batch under policy and reference, before any update, without gradient."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ def fill_logprobs(
     exact_logprobs: bool,
     values: Callable[[Batch], Tensor] | None = None,
 ) -> None:
-    """Fill `reference_logprobs_BT`, and where the sampler's log-probs are not the trainer's to rounding (`exact_logprobs`:
-    bfloat16's are not), the old log-probs and values too: they must come from the code that will compute the new ones, or
-    the first ratio isn't 1. A batch whose sampler wrote no log-probs at all (`needs_logprobs`) gets them here; one whose sampler had no values gets
-    them from `values`, which must be the code that trains them too.
+    """Fill `reference_logprobs_BT`, and where the sampler's log-probs are not the trainer's to rounding
+    (`exact_logprobs`: bfloat16's are not), the old log-probs and values too: they must come from the code
+    that will compute the new ones, or the first ratio isn't 1. A batch whose sampler wrote no log-probs at
+    all (`needs_logprobs`) gets them here; one whose sampler had no values gets them from `values`, which must
+    be the code that trains them too.
     """
     rescore = batch.needs_logprobs or not exact_logprobs
     references: list[tuple[Tensor, Tensor]] = []
@@ -52,7 +53,7 @@ def fill_logprobs(
 
 
 def sequence_kl(batch: Batch) -> Tensor:
-    """KL to the reference of each row, nats: k1 summed over its written tokens, [B]; zeros without a reference."""
+    """Each row's KL to the reference, [B] nats: k1 summed over its completion; 0 without a reference."""
     if batch.reference_logprobs_BT is None:
         return torch.zeros(len(batch), device=batch.mask_BT.device)
     per_token = k1(batch.logprobs_BT, batch.reference_logprobs_BT)

@@ -1,4 +1,4 @@
-"""Policy × text task -> batch: prompts become tokens once, answers are written by the engine and never re-tokenised."""
+"""Policy × text task -> batch: prompts become tokens once; what an engine writes is never re-tokenized."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ class LanguagePolicy(Policy, TokenModel, Protocol):
 
     @property
     def context_length(self) -> int:
-        """Most tokens of prompt and answer together."""
+        """Most tokens of prompt and completion together."""
         ...
 
 
 class TextRollout:
     """Collects training batches and evaluations of one policy, for which `engine` writes, on one task.
 
-    Everything random in it follows from `seed` and the episode's number, so the only state to save is the running
-    statistics of the rewards.
+    Everything random in it follows from `seed` and the episode's number, so the only state to save is the
+    running statistics of the rewards.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class TextRollout:
     def collect(
         self, *, first: int, count: int, version: int = 0, poll: Callable[[], None] | None = None
     ) -> Batch:
-        """Play `count` episodes, the first of them number `first` of the run; a scored, shaped batch."""
+        """Play `count` episodes, the first of them number `first` of the run; a batch with shaped rewards."""
         numbers, group = range(first, first + count), self.config.group.size
         if first % group or count % group:
             raise InputError(
@@ -109,9 +109,7 @@ class TextRollout:
         batch.step_limit = self.params.max_new_tokens
         batch.groups_B = torch.tensor([number // group for number in numbers], device=self.policy.device)
         batch.baselines_B = _totals(greedy, self.policy.device).repeat_interleave(group) if greedy else None
-        self._compare_with_reference(
-            batch, values=self.policy.compute_values if self.ppo.has_critic else None
-        )
+        self._fill_logprobs(batch, values=self.policy.compute_values if self.ppo.has_critic else None)
         batch.metrics = episode_metrics(batch)
         batch.metrics |= {"time/rollout_s": played - started, "time/score_s": time.perf_counter() - played}
         return batch
@@ -119,7 +117,7 @@ class TextRollout:
     def evaluate(
         self, episodes: int, *, poll: Callable[[], None] | None = None
     ) -> tuple[dict[str, float], list[Trajectory]]:
-        """Sample one answer to each of the first `episodes` held-out prompts, with the same seeds every time.
+        """A completion of each of the first `episodes` held-out prompts, with the same seeds every time.
 
         Returns metrics named as in `docs/metrics.md`, and the trajectories.
         """
@@ -128,17 +126,15 @@ class TextRollout:
         trajectories = self.play(examples, seeds, poll)
         assign_rewards(self.task.reward, trajectories)
         batch = text_batch(trajectories, device=self.policy.device)
-        self._compare_with_reference(batch)
+        self._fill_logprobs(batch)
         rewards = [t.reward for t in trajectories]
-        judged = (
-            rewards
-            if self.task.metric is None
-            else compute_rewards(self.task.metric, trajectories, name="metric")
-        )
+        measured = rewards
+        if self.task.metric is not None:
+            measured = compute_rewards(self.task.metric, trajectories, name="metric")
         n = len(trajectories)
         metrics = {
             "eval/reward": sum(rewards) / n,
-            "eval/metric": sum(judged) / n,
+            "eval/metric": sum(measured) / n,
             "eval/kl": sum(t.kl for t in trajectories) / n,
             "eval/distinct_2": distinct_2([t.completion_tokens for t in trajectories]),
             "eval/length": sum(len(t.completion_tokens) for t in trajectories) / n,
@@ -159,7 +155,7 @@ class TextRollout:
         *,
         params: SamplingParams | None = None,
     ) -> list[Trajectory]:
-        """Write one answer per example; unscored trajectories. `params` takes the place of the run's own."""
+        """Write one completion per example, still without rewards. `params` replaces the run's."""
         requests = [
             Request(self.encode(example), seed, params or self.params, tuple(self.generation.stop))
             for example, seed in zip(examples, seeds, strict=True)
@@ -176,16 +172,11 @@ class TextRollout:
         ]
 
     def encode(self, example: Example) -> tuple[int, ...]:
-        """The prompt as tokens. Raises InputError for one that is empty or too long for the model's context."""
-        tokens = encode_prompt(self.policy.tokenizer, example.prompt, chat=self.task.chat)[
-            : self.task.prompt_tokens
-        ]
-        check_length(
-            tokens,
-            example.text,
-            context=self.policy.context_length,
-            new_tokens=self.generation.max_new_tokens,
-        )
+        """The prompt as tokens. Raises InputError for one that is empty or longer than the context."""
+        tokens = encode_prompt(self.policy.tokenizer, example.prompt, chat=self.task.chat)
+        tokens = tokens[: self.task.prompt_tokens]
+        context, new_tokens = self.policy.context_length, self.generation.max_new_tokens
+        check_length(tokens, example.text, context=context, new_tokens=new_tokens)
         return tokens
 
     def start_over(self) -> None:
@@ -199,9 +190,7 @@ class TextRollout:
         """Go on from a checkpoint's `state`."""
         self.reward_stats = RunningStats(**state["reward_stats"])
 
-    def _compare_with_reference(
-        self, batch: Batch, *, values: Callable[[Batch], torch.Tensor] | None = None
-    ) -> None:
+    def _fill_logprobs(self, batch: Batch, *, values: Callable[[Batch], torch.Tensor] | None = None) -> None:
         batch.temperature = self.params.temperature
         fill_logprobs(
             self.policy,
@@ -227,23 +216,23 @@ class TextRollout:
 
 
 def _totals(trajectories: Sequence[Trajectory], device: torch.device) -> torch.Tensor:
-    """[B] float32: what each answer is paid, after shaping."""
+    """[B] float32: what each episode is paid, after shaping."""
     return torch.tensor([t.reward_parts["shaped"] for t in trajectories], device=device)
 
 
 @torch.no_grad()
 def episode_metrics(batch: Batch) -> dict[str, float]:
-    """What the episodes of a text batch were like: their scores and lengths."""
+    """What the episodes of a text batch were like: their rewards and lengths."""
     mask_BT = batch.mask_BT
     acted_B = mask_BT.any(1)  # rows in which the policy did nothing are not counted
     rows = acted_B.sum().clamp(min=1)
     totals_B = torch.where(mask_BT, batch.rewards_BT, 0.0).sum(1)
     trajectories = [t for t in batch.trajectories if isinstance(t, Trajectory)]
-    scores = torch.tensor([t.reward for t in trajectories])
+    rewards = torch.tensor([t.reward for t in trajectories])
     ended = [t.stop_reason is not StopReason.LENGTH for t in trajectories]
     return {
-        "reward/mean": float(scores.mean()),
-        "reward/std": float(scores.std(unbiased=False)),
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std(unbiased=False)),
         "reward/shaped": float(totals_B[acted_B].sum() / rows),
         "length/mean": float(mask_BT.sum() / rows),
         "length/end_rate": sum(ended) / max(len(ended), 1),
@@ -253,14 +242,11 @@ def episode_metrics(batch: Batch) -> dict[str, float]:
 
 def _part_means(trajectories: Sequence[Trajectory], name: str) -> dict[str, float]:
     """Mean of each part of a mixed reward, by the metric's `name` with the part's label put in."""
-    labels = (
-        [key.removeprefix(PART) for key in trajectories[0].reward_parts if key.startswith(PART)]
-        if trajectories
-        else []
-    )
+    labels = [key for key in trajectories[0].reward_parts if key.startswith(PART)] if trajectories else []
     n = len(trajectories)
     return {
-        name.replace("<label>", label): sum(t.reward_parts[PART + label] for t in trajectories) / n
+        name.replace("<label>", label.removeprefix(PART)): sum(t.reward_parts[label] for t in trajectories)
+        / n
         for label in labels
     }
 
@@ -278,8 +264,8 @@ def collect(
 ) -> Batch:
     """Let `policy` play `episodes` episodes of `env`: a `Batch` with rewards and the reference's log-probs.
 
-    `version` is the number of updates the policy has seen. Each call stands alone: keep a `TextRollout` instead where
-    `shaping.scale` should remember earlier scores.
+    `version` is the number of updates the policy has seen. Each call stands alone: keep a `TextRollout`
+    instead where `shaping.scale` should remember earlier rewards.
     """
     config = config or Config()
     engine = engine or text_engine(policy, config.generation)
@@ -300,6 +286,6 @@ def completion_text(policy: LanguagePolicy, completion: Completion) -> str:
 
 
 def distinct_2(sequences: Sequence[Sequence[int]]) -> float:
-    """Distinct token bigrams over all token bigrams of all sequences (Li et al. 2016, arXiv:1510.03055, on tokens)."""
+    """Distinct token bigrams over all of them, in all sequences (Li et al. 2016, arXiv:1510.03055)."""
     bigrams = [pair for sequence in sequences for pair in itertools.pairwise(sequence)]
     return len(set(bigrams)) / len(bigrams) if bigrams else 0.0

@@ -20,7 +20,7 @@ POLICY, CRITIC = "default", "critic"
 
 
 def add_adapter(lm: Any, config: AdapterConfig, seed: int) -> Any:
-    """The PeftModel around `lm` with the policy's adapter, which starts at 0 and from `seed`; the base is frozen.
+    """The PeftModel around `lm` with the policy's adapter, drawn from `seed`, at first 0; the base is frozen.
 
     Raises InputError for targets that are not there, and for a model without linear layers.
     """
@@ -28,17 +28,17 @@ def add_adapter(lm: Any, config: AdapterConfig, seed: int) -> Any:
     from transformers.pytorch_utils import Conv1D
 
     if not any(isinstance(module, (nn.Linear, Conv1D)) for module in lm.base_model.modules()):
+        name = type(lm).__name__
         raise InputError(
-            f"policy.adapter: {type(lm).__name__} has no linear layers to adapt; train all: policy.adapter: null"
+            f"policy.adapter: {name} has no linear layers to adapt; train all: policy.adapter: null"
         )
     settings = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=0.0,
         target_modules=config.targets,
-        fan_in_fan_out=any(
-            isinstance(module, Conv1D) for module in lm.modules()
-        ),  # GPT-2 keeps weights transposed
+        # GPT-2 keeps weights transposed.
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in lm.modules()),
         task_type="CAUSAL_LM",
     )
     try:
@@ -64,8 +64,8 @@ def add_critic_adapter(adapter: Any, seed: int) -> None:
 def using(adapter: Any, *names: str) -> Iterator[None]:
     """Compute with the adapters of these names, or with the bare base; afterwards with the policy's again.
 
-    Every adapter goes on being trained: peft's own switches freeze those that are not in use, and a gradient that is
-    still to come would not reach them.
+    Every adapter goes on being trained: peft's own switches freeze those that are not in use, and a gradient
+    that is still to come would not reach them.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 

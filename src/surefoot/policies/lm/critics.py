@@ -1,7 +1,7 @@
-"""Critics with weights of their own: an adapter on the policy's frozen base, or a whole transformer.
+"""Critics with separate weights: an adapter on the policy's frozen base, or a whole transformer.
 
-Their values cost a forward pass of their own. While the policy writes there are none: they come after the rollout, from
-one pass over the whole rows (`rollout/logprobs.py`).
+Their values cost one more forward pass. While the policy writes there are none: they come after the rollout,
+from one pass over the whole rows (`rollout/logprobs.py`).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from surefoot.storage.safetensors import read_tensors
 
 
 class Critic:
-    """The trunk whose last hidden state a value head of its own reads.
+    """The trunk whose last hidden state the value head reads.
 
-    `body` is a transformer without its output layer, of `width` hidden units and at most `context_length` tokens. With
-    `adapter` (peft's model) it is the policy's, and the critic is the adapter of that name. `head` is what the value head
-    starts from, weight [1, D] and bias [1]; without one it starts at 0.
+    `body` is a transformer without its output layer, of `width` hidden units and at most `context_length`
+    tokens. With `adapter` (peft's model) it is the policy's, and the critic is the adapter of that name.
+    `head` is what the value head starts from, weight [1, D] and bias [1]; without one it starts at 0.
     """
 
     def __init__(
@@ -50,11 +50,9 @@ class Critic:
 
     def in_use(self) -> AbstractContextManager[None]:
         """To hold while `body` computes for the critic; the policy has it back afterwards."""
-        return (
-            contextlib.nullcontext()
-            if self.adapter is None
-            else adapters.using(self.adapter, adapters.CRITIC)
-        )
+        if self.adapter is None:
+            return contextlib.nullcontext()
+        return adapters.using(self.adapter, adapters.CRITIC)
 
 
 def adapter_critic(adapter: Any, *, seed: int) -> Critic:
@@ -67,9 +65,9 @@ def adapter_critic(adapter: Any, *, seed: int) -> Critic:
 def separate_critic(lm: Any, tokenizer: Any, config: CriticConfig, *, dtype: torch.dtype) -> Critic:
     """A copy of `lm`, or the model that `config` names; all of it is trained, in float32.
 
-    A reward model's folder gives the head too: (score - shift) / scale, its calibrated reward, is where the values start
-    (Stiennon et al. 2020, arXiv:2009.01325, start their separate value function from the reward model). Raises InputError
-    for a model that is no critic for this policy.
+    A reward model's folder gives the head too: (score - shift) / scale, its calibrated reward, is where the
+    values start (Stiennon et al. 2020, arXiv:2009.01325, start their separate value function from the reward
+    model). Raises InputError for a model that cannot be this policy's critic.
     """
     head, source = None, lm
     if config.model is not None:
@@ -83,10 +81,8 @@ def separate_critic(lm: Any, tokenizer: Any, config: CriticConfig, *, dtype: tor
         _check_causal(config.model, source.base_model)
     width = _width(source)
     if head is not None and head["weight"].shape != (1, width):
-        found = list(head["weight"].shape)
-        raise InputError(
-            f"policy.critic.model {config.model}: the head in {REWARD} is {found}, and the model wants [1, {width}]"
-        )
+        sizes = f"the head in {REWARD} is {list(head['weight'].shape)}, and the model wants [1, {width}]"
+        raise InputError(f"policy.critic.model {config.model}: {sizes}")
     body = copy.deepcopy(source.base_model) if source is lm else source.base_model
     body = body.float().eval().requires_grad_(True)
     return Critic(body, width=width, context_length=context_length(source), head=head)
@@ -102,12 +98,11 @@ def _width(lm: Any) -> int:
 
 
 def _calibrated_head(file: Path) -> dict[str, Tensor]:
-    """The head of a reward model with its calibration folded in: w·h + b becomes (w·h + b - shift) / scale."""
+    """A reward model's head with its calibration folded in: w·h + b becomes (w·h + b - shift) / scale."""
     tensors = read_tensors(file)
     if tensors.keys() != {"weight", "bias", "shift", "scale"}:
-        raise InputError(
-            f"policy.critic.model: {file} has no head with its calibration; it has {sorted(tensors)}"
-        )
+        found = sorted(tensors)
+        raise InputError(f"policy.critic.model: {file} has no head with its calibration; it has {found}")
     scale = tensors["scale"]
     return {
         "weight": (tensors["weight"].double() / scale).float(),
@@ -120,8 +115,8 @@ def _check_vocabulary(name: str, tokenizer: Any, other: Any, critic: Any, lm: An
     if own != its:
         odd = next(token for token in sorted(own.keys() | its.keys()) if own.get(token) != its.get(token))
         raise InputError(
-            f"policy.critic.model {name}: its tokenizer is not the policy's ({odd!r} is {its.get(odd)} in one and "
-            f"{own.get(odd)} in the other); a critic reads the tokens that the policy writes"
+            f"policy.critic.model {name}: its tokenizer is not the policy's ({odd!r} is {its.get(odd)} in "
+            f"one and {own.get(odd)} in the other); a critic reads the tokens that the policy writes"
         )
     rows, wanted = (len(model.get_input_embeddings().weight) for model in (critic, lm))
     if rows < wanted:
@@ -137,9 +132,8 @@ def _check_causal(name: str, body: Any) -> None:
     try:
         longer, shorter = (body(input_ids=tokens[:, :n], use_cache=False).last_hidden_state for n in (4, 3))
     except Exception as error:  # an architecture we have not met can fail in any way
-        raise InputError(
-            f"policy.critic.model {name}: it gives no hidden states here: {one_line(error)}"
-        ) from error
+        problem = f"policy.critic.model {name}: it gives no hidden states here: {one_line(error)}"
+        raise InputError(problem) from error
     if (longer[:, :3] - shorter).abs().max() > 1e-3 * shorter.abs().max():
         raise InputError(
             f"policy.critic.model {name}: it looks ahead, and a value must not know what comes after it"

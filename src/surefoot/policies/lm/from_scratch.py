@@ -1,4 +1,4 @@
-"""An untaught language model and a tokenizer made from a user's own text."""
+"""A randomly initialized language model, and a tokenizer made from a user's text."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ HEAD = 32  # width of a transformer's attention head
 
 
 def learn_tokenizer(texts: Iterable[str], vocab: int, *, chat: bool = False) -> Any:
-    """Byte-level BPE (Sennrich, Haddow & Birch 2015, arXiv:1508.07909) with at most `vocab` tokens, the end token the first.
+    """Byte-level BPE (Sennrich, Haddow & Birch 2015, arXiv:1508.07909) with at most `vocab` tokens, the end
+    token the first.
 
-    Every byte is a token, so that any text comes back from its tokens as it was. With `chat` it has roles and a template.
-    Raises InputError where `vocab` has no room for what every tokenizer has.
+    Every byte is a token, so that any text comes back from its tokens as it was. With `chat` it has roles and
+    a template. Raises InputError where `vocab` has no room for what every tokenizer has.
     """
     special = [END, *(ROLES if chat else ())]
     least = len(special) + 256
@@ -52,7 +53,7 @@ def learn_tokenizer(texts: Iterable[str], vocab: int, *, chat: bool = False) -> 
 
 
 def random_lm(settings: NewModelConfig, tokenizer: Any, *, seed: int) -> Any:
-    """A model of the kind and the sizes of `settings`, with transformers' random weights, the same for the same seed."""
+    """A model of the kind and sizes of `settings`, with transformers' random weights, drawn from `seed`."""
     common = {
         "vocab_size": len(tokenizer),
         "hidden_size": settings.width,

@@ -1,9 +1,9 @@
 """A preallocated key/value cache whose rows share one write column.
 
-Rows are right-aligned: whatever its length, a row's newest token stands in column `end - 1`, so a decoding step writes
-one column for all rows and ragged prompts cost no gather. Columns before a row's first token are hidden by the
-attention mask. A finished row's place is taken by moving the last row into it; a new prompt's keys and values are
-copied in so that they end at `end`.
+Rows are right-aligned: whatever its length, a row's newest token stands in column `end - 1`, so a decoding
+step writes one column for all rows and ragged prompts cost no gather. Columns before a row's first token are
+hidden by the attention mask. A finished row's place is taken by moving the last row into it; a new prompt's
+keys and values are copied in so that they end at `end`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class SlotCache(Cache):
             layer.values[targets, :, span] = layer.values[sources, :, span]
 
     def copy_from(self, other: SlotCache, first_row: int, rows: int) -> None:
-        """Append `rows` rows of `other`, right-aligned at `end`. Widens the window to the left if they are longer."""
+        """Append `rows` rows of `other`, right-aligned at `end`; the window widens to the left if it must."""
         width = other.window.end - other.window.begin
         self.window.begin = min(self.window.begin, self.window.end - width)
         target = slice(self.window.end - width, self.window.end)

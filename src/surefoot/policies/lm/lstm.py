@@ -1,7 +1,8 @@
-"""An LSTM language model: embedding, LSTM (Hochreiter & Schmidhuber 1997), softmax, in the shape of a transformers model.
+"""An LSTM language model: embedding, LSTM (Hochreiter & Schmidhuber 1997), softmax, in the shape of a
+transformers model.
 
-Imported where it is needed, for it brings transformers; on import the Auto classes learn its kind, so that folders of it
-open like any other. Its memory is one state (h, c) a layer and row, however long the row.
+Imported where it is needed, for it brings transformers; on import the Auto classes learn its kind, so that
+folders of it open like any other. Its recurrent state is one (h, c) a layer and row, however long the row.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class LstmConfig(PreTrainedConfig):
 
 
 class StateCache:
-    """(h, c) of every slot, [2, layers, slots, width] float32, in the place of keys and values (`generation/engine.py`).
+    """(h, c) of every slot, [2, layers, slots, width] float32, in the place of keys and values
+    (`generation/engine.py`).
 
     A state holds a row's whole past: the window only says how many columns the engine's attention mask has.
     """
@@ -66,7 +68,8 @@ class _Body(nn.Module):
 
     def train(self, mode: bool = True) -> _Body:
         super().train(mode)
-        # cuDNN goes backward through an LSTM in training mode alone. There is no dropout: the mode changes nothing else.
+        # cuDNN goes backward through an LSTM in training mode alone. There is no dropout: the mode changes
+        # nothing else.
         self.lstm.train()
         return self
 
@@ -77,11 +80,11 @@ class _Body(nn.Module):
         past_key_values: StateCache | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states [B, T, D] float32. Where the mask [B, S] of the past and these tokens is 0, a state stays as it was."""
+        """Hidden states [B, T, D] float32. Where the mask [B, S] is 0, a state stays as it was."""
         rows, steps = input_ids.shape
         mask_BT = None if attention_mask is None else attention_mask[:, -steps:].bool()
-        # In float32 always: in bfloat16 the state's rounding errors would add up over a row, and would not be the same ones
-        # when a row is written token by token and when it is read at once.
+        # In float32 always: in bfloat16 the state's rounding errors would add up over a row, and would not be
+        # the same ones when a row is written token by token and when it is read at once.
         with torch.autocast(input_ids.device.type, enabled=False):
             embedded_BTD = self.embed_tokens(input_ids)
             state = (
@@ -108,7 +111,7 @@ class _Body(nn.Module):
 
 
 class LstmForCausalLM(PreTrainedModel):
-    """The body and an output layer of its own, without bias."""
+    """The body and a separate output layer, without bias."""
 
     config_class = LstmConfig
     base_model_prefix = "model"
@@ -121,7 +124,8 @@ class LstmForCausalLM(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Embedding, nn.LSTM)):
-            # torch's own: transformers' narrow embeddings are for layers that normalise; gates would hardly see them.
+            # torch's own: transformers' narrow embeddings are for layers that normalise; gates would hardly
+            # see them.
             module.reset_parameters()
         else:
             super()._init_weights(module)
@@ -135,7 +139,7 @@ class LstmForCausalLM(PreTrainedModel):
         return self.lm_head
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> CausalLMOutputWithPast:
-        """Logits [B, T, V], and the hidden states they come from. `inputs` are `_Body.forward`'s; others change nothing."""
+        """Logits [B, T, V] and hidden states; `inputs` are `_Body.forward`'s, others change nothing."""
         out = self.model(input_ids, **inputs)
         hidden = out.last_hidden_state
         return CausalLMOutputWithPast(

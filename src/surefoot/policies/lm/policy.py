@@ -29,10 +29,10 @@ CRITIC = "surefoot_critic.safetensors"
 class CausalLMPolicy:
     """Policy, critic and reference over one set of weights.
 
-    `lm` is any transformers causal LM, in evaluation mode for good: dropout would make old and new log-probs differ
-    before the first step. With an adapter the reference is the same model with the adapter off; without one it is a
-    frozen copy. The batch's temperature divides the logits wherever a log-prob is computed, the reference's too. Without
-    `critic` the value head reads the policy's own last hidden state.
+    `lm` is any transformers causal LM, in evaluation mode for good: dropout would make old and new log-probs
+    differ before the first step. With an adapter the reference is the same model with the adapter off;
+    without one it is a frozen copy. The batch's temperature divides the logits wherever a log-prob is
+    computed, the reference's too. Without `critic` the value head reads the policy's own last hidden state.
     """
 
     reads_whole_rows = True
@@ -48,13 +48,10 @@ class CausalLMPolicy:
         critic: Critic | None = None,
         stop_gradient: bool = False,
     ):
-        self.tokenizer = tokenizer
+        self.lm, self.tokenizer = lm.eval(), tokenizer
         self.adapter = adapter  # the PeftModel around `lm`, or None
-        self.lm = lm.eval()
-        self.dtype = dtype
-        self.critic = critic
-        self.stop_gradient = stop_gradient
-        self.exact_logprobs = dtype == torch.float32
+        self.dtype, self.exact_logprobs = dtype, dtype == torch.float32
+        self.critic, self.stop_gradient = critic, stop_gradient
         self._body = lm.base_model
         self._head = lm.get_output_embeddings()
         self._cap = getattr(lm.config, "final_logit_softcapping", None)
@@ -77,7 +74,7 @@ class CausalLMPolicy:
 
     @property
     def context_length(self) -> int:
-        """Most tokens of prompt and answer together."""
+        """Most tokens of prompt and completion together."""
         own = context_length(self.lm)
         return own if self.critic is None else min(own, self.critic.context_length)
 
@@ -95,33 +92,28 @@ class CausalLMPolicy:
     def named_parameters_to_train(self) -> Iterable[tuple[str, nn.Parameter]]:
         """The adapter's parameters, or all of the model's, then the critic's."""
         critics = {} if self.critic is None else self.critic.parameters()
-        not_the_policys = {id(p) for p in critics.values()}
-        yield from (
-            (name, p)
-            for name, p in self.lm.named_parameters()
-            if p.requires_grad and id(p) not in not_the_policys
-        )
+        own = {id(p) for p in critics.values()}
+        named = self.lm.named_parameters()
+        yield from ((name, p) for name, p in named if p.requires_grad and id(p) not in own)
         yield from ((f"critic.{name}", p) for name, p in critics.items())
         yield from ((f"value_head.{name}", p) for name, p in self.value_head.named_parameters())
 
     def new_cache(self, *, slots: int, columns: int) -> Any:
-        """An empty cache for `slots` rows of up to `columns` tokens: keys and values, or what the model says it keeps."""
+        """An empty cache for `slots` rows of up to `columns` tokens, of the model's kind."""
         if hasattr(self.lm, "new_cache"):
             return self.lm.new_cache(slots=slots, columns=columns)
-        from surefoot.policies.lm.kv_cache import (
-            SlotCache,
-        )  # here: it brings transformers, which environments do without
+        # Here: it imports transformers, which environments do without.
+        from surefoot.policies.lm.kv_cache import SlotCache
 
-        return SlotCache(
-            layers=int(self.lm.config.get_text_config().num_hidden_layers), slots=slots, columns=columns
-        )
+        layers = int(self.lm.config.get_text_config().num_hidden_layers)
+        return SlotCache(layers=layers, slots=slots, columns=columns)
 
     def step(
         self, tokens_BT: Tensor, positions_BT: Tensor, attention_BS: Tensor, cache: Any
     ) -> tuple[Tensor, Tensor]:
         """Feed tokens after what `cache` holds; float32 logits [B, V] and value [B] at the last of them.
 
-        A critic of its own has no cache: its values come afterwards, from `compute_values`, and are 0 here.
+        A separate critic has no cache: its values come afterwards, from `compute_values`, and are 0 here.
         """
         with self._autocast():
             hidden = self._body(
@@ -132,13 +124,12 @@ class CausalLMPolicy:
                 use_cache=True,
             )
             last_BD = hidden.last_hidden_state[:, -1]
-            logits_BV = head.logits(last_BD, self._head, self._cap)
-            return logits_BV, self._values(last_BD) if self.critic is None else logits_BV.new_zeros(
-                len(logits_BV)
-            )
+            values_B = last_BD.new_zeros(len(last_BD)) if self.critic is not None else self._values(last_BD)
+            return head.logits(last_BD, self._head, self._cap), values_B.float()
 
     def evaluate(self, batch: Batch, *, entropy_gradient: bool = False) -> Evaluation:
-        """What policy and critic think of the written tokens, from one forward pass (of each) over the whole rows.
+        """What policy and critic think of the written tokens, from one forward pass (of each) over the whole
+        rows.
 
         Of demonstrations a critic of its own gives values of 0.
         """
@@ -167,12 +158,12 @@ class CausalLMPolicy:
 
     @property
     def compute_values(self) -> Callable[[Batch], Tensor] | None:
-        """What gives the values [B, T] of written tokens that `step` did not; None where it did."""
+        """What gives the values [B, T] of completion tokens that `step` did not; None where it did."""
         return None if self.critic is None else self._critics_values
 
     @torch.no_grad()
     def reference_logprobs(self, batch: Batch) -> Tensor:
-        """Log-probs of the written tokens under the model as it was before training."""
+        """Log-probs of the completion tokens under the model as it was before training."""
         reference = self.lm if self._reference is None else self._reference
         without_adapter = contextlib.nullcontext() if self.adapter is None else adapters.using(self.adapter)
         with without_adapter, self._autocast():
@@ -188,16 +179,9 @@ class CausalLMPolicy:
 
     def value_at_end(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """What the value head gives at the last of each right-padded row's tokens, [B] float32."""
-        rows_B, positions_BT = (
-            torch.arange(len(tokens_BT), device=self.device),
-            torch.arange(tokens_BT.shape[1]),
-        )
-        positions_BT = positions_BT.to(self.device).expand_as(tokens_BT)
         with self._autocast():
-            hidden = self._body(
-                input_ids=tokens_BT, position_ids=positions_BT, use_cache=False
-            ).last_hidden_state
-            return self._values(hidden[rows_B, lengths_B - 1])
+            hidden_BTD = _hidden(self._body, tokens_BT)
+            return self._values(hidden_BTD[torch.arange(len(tokens_BT), device=self.device), lengths_B - 1])
 
     def drop_reference(self) -> None:
         """Free the frozen copy, for a use without KL."""
@@ -221,13 +205,11 @@ class CausalLMPolicy:
     def save(self, folder: Path) -> None:
         """Write what `save_model` writes, and the critic beside it."""
         self.save_model(folder)
-        save_file(
-            {name: p.data.contiguous() for name, p in self._critics_parameters().items()}, folder / CRITIC
-        )
+        critic = {name: p.data.contiguous() for name, p in self._critics_parameters().items()}
+        save_file(critic, folder / CRITIC)
 
     def save_model(self, folder: Path) -> None:
-        """Write plain transformers weights (the policy's adapter merged in) that `AutoModelForCausalLM.from_pretrained`
-        opens, and the tokenizer."""
+        """Write the tokenizer and plain transformers weights, the policy's adapter merged in."""
         plain = self.lm if self.adapter is None else self._merged()
         with silence_transformers():
             plain.save_pretrained(folder)
@@ -239,9 +221,8 @@ class CausalLMPolicy:
         odd = [name for name in sorted(own.keys() | saved.keys()) if name not in own or name not in saved]
         odd = odd or [name for name, parameter in own.items() if parameter.shape != saved[name].shape]
         if odd:
-            raise InputError(
-                f"{folder / CRITIC} does not fit this model and its policy.critic: {odd[0]} is not the same in both"
-            )
+            where = f"{folder / CRITIC} does not fit this model and its policy.critic"
+            raise InputError(f"{where}: {odd[0]} is not the same in both")
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(saved[name])
@@ -252,7 +233,7 @@ class CausalLMPolicy:
 
     @contextlib.contextmanager
     def _autocast(self) -> Iterator[None]:
-        # One autocast region per forward pass: its cast-weight cache must not outlive an optimiser step.
+        # One autocast region per forward pass: its cast-weight cache must not outlive an optimizer step.
         enabled = self.dtype == torch.bfloat16
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
             yield
@@ -279,13 +260,14 @@ class CausalLMPolicy:
 
 def _hidden_before(body: nn.Module, observations: dict[str, Tensor], mask_BT: Tensor) -> Tensor:
     """Last hidden states [N, D] at the position before each masked token: what that token was drawn from."""
-    tokens_BT = observations["tokens"]
+    return _hidden(body, observations["tokens"])[:, :-1][mask_BT[:, 1:]]
+
+
+def _hidden(body: nn.Module, tokens_BT: Tensor) -> Tensor:
+    """Last hidden states [B, T, D]. No mask: causal attention never looks at padding to the right."""
     positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
-    # No attention mask: padding stands to the right, where causal attention never looks.
-    hidden_BTD: Tensor = body(
-        input_ids=tokens_BT, position_ids=positions_BT, use_cache=False
-    ).last_hidden_state
-    return hidden_BTD[:, :-1][mask_BT[:, 1:]]
+    hidden: Tensor = body(input_ids=tokens_BT, position_ids=positions_BT, use_cache=False).last_hidden_state
+    return hidden
 
 
 def _scatter(values_N: Tensor, mask_BT: Tensor) -> Tensor:
@@ -294,16 +276,12 @@ def _scatter(values_N: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def load_policy(
-    source: str,
-    config: PolicyConfig | None = None,
-    *,
-    device: str = "cpu",
-    seed: int = 0,
+    source: str, config: PolicyConfig | None = None, *, device: str = "cpu", seed: int = 0
 ) -> CausalLMPolicy:
-    """Load a causal LM from a local folder or hub id (`assets.resolve` turns names into folders) and wrap it.
+    """A policy over the causal LM of a local folder or hub id (`assets.resolve` turns names into folders).
 
-    Raises InputError for a folder that is missing, half-written, holds pickle weights, or is no causal LM; checks that
-    the head found is the whole path from hidden state to logits.
+    Raises InputError for a folder that is missing, half-written, holds pickle weights, or is not a causal LM;
+    checks that the head found is the whole path from hidden state to logits.
     """
     config = config or PolicyConfig()
     check_model_folder(source)
@@ -325,8 +303,8 @@ def wrap_policy(
     """Put adapter and critic on a transformers model that is already in memory."""
     config, critic = config or PolicyConfig(), None
     if dtype == torch.bfloat16 and lm.device.type == "cpu":
-        # The fused kernel rounds differently for every row length: old and new log-probs of the same tokens would
-        # differ by several percent. The plain one gives the same bits whatever the padding, as fast.
+        # The fused kernel rounds differently for every row length: old and new log-probs of the same tokens
+        # would differ by several percent. The plain one gives the same bits whatever the padding, as fast.
         lm.set_attn_implementation("eager")
     if config.critic.kind == "separate":
         critic = separate_critic(lm, tokenizer, config.critic, dtype=dtype)
@@ -338,14 +316,8 @@ def wrap_policy(
         lm = adapter.get_base_model()
         if config.critic.kind == "adapter":
             critic = adapter_critic(adapter, seed=seed)
-    policy = CausalLMPolicy(
-        lm,
-        tokenizer,
-        adapter=adapter,
-        dtype=dtype,
-        critic=critic,
-        stop_gradient=config.critic.stop_gradient,
-    )
+    stop = config.critic.stop_gradient
+    policy = CausalLMPolicy(lm, tokenizer, adapter=adapter, dtype=dtype, critic=critic, stop_gradient=stop)
     _check_model(policy)
     return policy
 
@@ -368,24 +340,22 @@ def _check_model(policy: CausalLMPolicy) -> None:
         cache.window.end = 4
         fourth, _ = policy.step(tokens[None, 3:], tokens[None, 3:], attention, cache)
     except Exception as error:  # an architecture we have not met can fail in any way
-        raise InputError(
-            f"policy.model: {name} cannot be decoded token by token here: {one_line(error)}"
-        ) from error
+        problem = f"policy.model: {name} cannot be decoded token by token here: {one_line(error)}"
+        raise InputError(problem) from error
     worst = (torch.cat([third, fourth]) - expected).abs().max() / expected.abs().max()
     if not worst < (1e-3 if policy.dtype == torch.float32 else 0.1):
         raise InputError(
-            f"policy.model: {name} computes its logits in a way Surefoot does not know (off by {float(worst):.1%}): it "
-            "changes them after the output layer, keeps more than keys and values, or looks ahead; training it would be wrong"
+            f"policy.model: {name} computes its logits in a way Surefoot does not know (off by "
+            f"{float(worst):.1%}): it changes them after the output layer, keeps more than keys and values, "
+            "or looks ahead; training it would be wrong"
         )
 
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:
-    """The arithmetic `policy.dtype` means on this device. `auto` takes bfloat16 only where hardware has it."""
-    if name == "auto":
-        fast = (
-            torch.cuda.is_bf16_supported(including_emulation=False)
-            if device == "cuda"
-            else device == "cpu" and torch.cpu._is_avx512_bf16_supported()
-        )
-        return torch.bfloat16 if fast else torch.float32
+    """The arithmetic `policy.dtype` means on this device; `auto` is bfloat16 only where hardware has it."""
+    if name == "auto" and device == "cuda":
+        name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    elif name == "auto":
+        is_fast = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        name = "bfloat16" if is_fast else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -20,7 +20,7 @@ REWARD = "surefoot_reward.safetensors"
 def load_pretrained(source: str, *, dtype: torch.dtype, key: str = "policy.model") -> tuple[Any, Any]:
     """The transformers causal LM of a folder or hub id, on the CPU, and its tokenizer.
 
-    Raises InputError, naming `key`, for what is no causal LM, or not a whole one.
+    Raises InputError, naming `key`, for what is not a causal LM, or not a whole one.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -58,7 +58,7 @@ def load_pretrained(source: str, *, dtype: torch.dtype, key: str = "policy.model
 
 
 def check_model_folder(source: str, *, key: str = "policy.model") -> None:
-    """Raise InputError, naming `key`, if `source` looks like a local folder and is not a whole, safe model."""
+    """Raise InputError, naming `key`, if `source` looks like a folder and is not a whole, safe model."""
     folder = Path(source)
     if not folder.is_dir():
         if folder.exists() or folder.is_absolute() or source.startswith(".") or source.count("/") > 1:
@@ -86,7 +86,7 @@ def check_model_folder(source: str, *, key: str = "policy.model") -> None:
         pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in folder.glob(pattern)]
         if pickles:
             raise InputError(
-                f"{key} {source}: {pickles[0]} is a pickle and is not loaded, since loading one can run code; "
+                f"{key} {source}: {pickles[0]} is a pickle and is not loaded, since that can run code; "
                 "convert it to safetensors where you trust it (save_pretrained does)"
             )
         raise InputError(f"{key} {source}: no model.safetensors there; is it a whole model folder?")

@@ -20,9 +20,9 @@ class RewardModelPolicy:
     """A reward model that `train/` can train: `evaluate` gives scores in place of log-probs.
 
     `trunk` is taken over, its value head initialized to N(0, 1/(D + 1)) of `seed` (Stiennon et al. 2020,
-    arXiv:2009.01325): with unit hidden states its scores start near variance 1. `shift` and `scale` make them rewards
-    of mean 0 and standard deviation 1 on reference texts, (score - shift) / scale (Ziegler et al. 2019,
-    arXiv:1909.08593, §2); they are set after training and don't enter the loss.
+    arXiv:2009.01325): with unit hidden states its scores start near variance 1. `shift` and `scale` make them
+    rewards of mean 0 and standard deviation 1 on reference texts, (score - shift) / scale (Ziegler et al.
+    2019, arXiv:1909.08593, §2); they are set after training and don't enter the loss.
     """
 
     reads_whole_rows = True
@@ -52,7 +52,8 @@ class RewardModelPolicy:
         return self.trunk.named_parameters_to_train()
 
     def evaluate(self, batch: Batch, *, entropy_gradient: bool = False) -> Evaluation:
-        """Scores before `shift` and `scale` as the evaluation's values: one for each of a row's K texts, [B, K] float32.
+        """Scores before `shift` and `scale` as the evaluation's values: one for each of a row's K texts, [B,
+        K] float32.
 
         Of `batch` it reads the observations `tokens` [B, T, K], right-padded, and `lengths` [B, K].
         """
@@ -75,7 +76,7 @@ class RewardModelPolicy:
         return self.trunk.fingerprint()
 
     def save(self, folder: Path) -> None:
-        """Write model and tokenizer as transformers has them (the adapter merged in), and the head with its calibration."""
+        """Write model (the adapter merged in) and tokenizer as transformers does, and the calibrated head."""
         self.trunk.save_model(folder)
         head = {name: p.data.contiguous() for name, p in self.trunk.value_head.state_dict().items()}
         shift = torch.tensor(self.shift, dtype=torch.float64)
