@@ -218,7 +218,7 @@ def test_data_that_changed_under_a_run_is_refused(tmp_path, base, warm):
     warm.run(tmp_path, "sft", "sft.yaml", strikes=[Strike(STEP, 5, KILL)])
     write_project(tmp_path, base, data=PAIRS[::-1])
     ended = warm.run(tmp_path, "resume", "runs/run")
-    assert ended.code == 2 and "these are not the examples that the run was begun with" in ended.stderr
+    assert ended.code == 2 and "not the demonstrations that the run began with" in ended.stderr
     assert ended.stderr.count("\n") == 1
 
 

@@ -191,7 +191,7 @@ def test_a_chat_without_a_template_or_one_the_template_refuses_is_one_line():
 def test_other_examples_than_the_checkpoints_are_refused():
     state = rollout_of(["a", "the"]).state()
     rollout_of(["a", "the"]).restore(state)
-    with pytest.raises(InputError, match="these are not the examples that the run was begun with"):
+    with pytest.raises(InputError, match="not the demonstrations that the run began with"):
         rollout_of(["a", "then"]).restore(state)
 
 

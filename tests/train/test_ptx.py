@@ -302,7 +302,7 @@ def test_rows_given_in_python_are_given_again_and_must_be_the_same() -> None:
     found = refusal(lambda: PPO.load("runs/half", task, verbose=0))
     assert found.startswith("ptx.data is missing") and "ptx_data" in found
     found = refusal(lambda: PPO.load("runs/half", task, verbose=0, ptx_data=PAIRS[::-1]))
-    assert found.startswith("ptx.data: these are not the examples that the run was begun with")
+    assert found.startswith("ptx.data: not the demonstrations that the run began with")
     resumed = PPO.load("runs/half", task, verbose=0, ptx_data=PAIRS).learn(16)
     # The seeds and the counter go on; only what follows from the run's length (no schedule here) could differ.
     assert all(torch.equal(value, weights(resumed)[name]) for name, value in whole.items())

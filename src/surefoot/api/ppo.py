@@ -30,9 +30,10 @@ from surefoot.config import (
 )
 from surefoot.core.seeds import derived_seed
 from surefoot.data.render import check_length, encode_prompt
+from surefoot.data.rows import checked_prompt
 from surefoot.envs.gym import Vector, made_from
 from surefoot.envs.observations import Checks, batched
-from surefoot.envs.text import TextTask, checked_prompt
+from surefoot.envs.text import TextTask
 from surefoot.errors import InputError
 from surefoot.generation.engine import generate
 from surefoot.policies.lm.policy import CausalLMPolicy

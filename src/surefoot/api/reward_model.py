@@ -18,7 +18,8 @@ from surefoot.data.preferences import PreferenceDataset
 from surefoot.errors import InputError
 from surefoot.policies.lm.policy import CausalLMPolicy
 from surefoot.policies.lm.reward_model import RewardModelPolicy
-from surefoot.rollout.preferences import PreferenceRollout, RewardScorer
+from surefoot.rewards.model import RewardScorer
+from surefoot.rollout.preferences import PreferenceRollout
 from surefoot.storage.files import write_durably
 from surefoot.storage.run_folder import RunFolder
 from surefoot.train import loop

@@ -21,7 +21,7 @@ from surefoot.policies.lm.pretrained import REWARD, check_model_folder
 from surefoot.policies.lm.reward_model import RewardModelPolicy
 from surefoot.rewards.functions import RewardFunction, compute_rewards, is_function, load_function
 from surefoot.rewards.mixed import MixedReward, assign_rewards
-from surefoot.rollout.preferences import RewardScorer
+from surefoot.rewards.model import RewardScorer
 from surefoot.train import checkpoint
 from surefoot.types import StopReason, Trajectory, Turn
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from surefoot.types import Batch
+from surefoot.types import Batch, Objective
 
 
 def demonstration_batch(
@@ -38,9 +38,9 @@ def demonstration_batch(
 
 def preference_batch(
     rows: Sequence[Sequence[Sequence[int]]],
-    labels: Sequence[float],
+    labels: Sequence[float] = (),
     *,
-    objective: Callable[[Tensor, Tensor], Tensor],
+    objective: Objective = "policy",
     device: torch.device,
 ) -> Batch:
     """Batch of rows of K texts each, as tokens, right-padded to [B, T, K]; the mask covers the longest text of a row.
@@ -64,7 +64,7 @@ def preference_batch(
         rewards_BT=nothing_BT,
         ends_BT=torch.zeros(mask_BT.shape, dtype=torch.bool),
         bootstrap_BT=nothing_BT,
-        labels_B=torch.tensor(labels, dtype=torch.float32),
+        labels_B=torch.tensor(labels, dtype=torch.float32) if labels else None,
         objective=objective,
     )
     return to_device(batch, device)

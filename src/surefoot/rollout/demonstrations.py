@@ -1,4 +1,4 @@
-"""Examples -> batches: tokens and the mask of what is to be imitated, made once; each epoch in an order of its own."""
+"""Demonstrations -> batches for supervised fine-tuning, and the likelihood of those held out."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from surefoot.types import Batch, Demonstration
 
 
 class DemonstrationRollout:
-    """Takes a run's batches from examples, one after the other through shuffled epochs; nothing is generated.
+    """Takes a run's batches from demonstrations, in shuffled passes; nothing is generated.
 
-    `key` is the section of `sft`'s fields, for errors. Raises InputError for an example that does not fit, or if the data is
-    another than a checkpoint's.
+    `key` is the section of `sft`'s fields, for errors. Raises InputError for a demonstration that does not fit, or if the
+    data is not a checkpoint's.
     """
 
     unit = "examples"
@@ -47,24 +47,24 @@ class DemonstrationRollout:
             )
         self.policy, self.data, self.sft, self.seed = policy, data, sft, seed
         self.key, self.temperature = key, temperature
-        self.truncated = 0  # examples that were cut to max_tokens
-        self._train = [self._lesson(example) for example in data.train]
-        self._held_out = [self._lesson(example) for example in data.held_out]
-        seen = repr([(lesson.tokens, lesson.loss_mask) for lesson in self._train])
+        self.truncated = 0  # demonstrations that were cut to max_tokens
+        self._train = [self._tokenized(example) for example in data.train]
+        self._held_out = [self._tokenized(example) for example in data.held_out]
+        seen = repr([(example.tokens, example.loss_mask) for example in self._train])
         self._digest = hashlib.sha256(seen.encode()).hexdigest()
 
     @property
     def per_update(self) -> int:
-        """Examples in one update."""
+        """Demonstrations in one update."""
         return min(self.sft.batch_size, len(self._train))
 
     def collect(
         self, *, first: int, count: int, version: int = 0, poll: Callable[[], None] | None = None
     ) -> Batch:
-        """Examples number `first` to `first + count` of the run."""
+        """Demonstrations number `first` to `first + count` of the run."""
         started = time.perf_counter()
-        indices = [self.data.training_index(number, self.seed) for number in range(first, first + count)]
-        batch = self._batch([self._train[index] for index in indices])
+        numbers = range(first, first + count)
+        batch = self._batch([self._train[self.data.training_index(n, self.seed)] for n in numbers])
         batch.version = version
         batch.metrics = {
             "sft/epoch": (first + count) / len(self._train),
@@ -78,29 +78,29 @@ class DemonstrationRollout:
     def evaluate(
         self, episodes: int, *, poll: Callable[[], None] | None = None
     ) -> tuple[dict[str, float], list[Demonstration]]:
-        """Likelihood of the first `episodes` held-out examples, under the policy as it is."""
+        """NLL and perplexity of the first `episodes` held-out demonstrations, over all their tokens."""
         batch = self._batch(self._held_out[:episodes])
         nlls, tokens = [0.0] * len(batch), batch.mask_BT.sum(1).tolist()
         for rows in micro_batches(batch, torch.arange(len(batch)), self.sft.micro_batch_tokens):
             if poll is not None:
                 poll()
             part = batch.rows(rows)
-            view = self.policy.evaluate(part)
-            for row, logprobs, mask in zip(rows.tolist(), view.logprobs_BT, part.mask_BT, strict=True):
+            logprobs_BT = self.policy.evaluate(part).logprobs_BT
+            for row, logprobs, mask in zip(rows.tolist(), logprobs_BT, part.mask_BT, strict=True):
                 nlls[row] = -float(logprobs[mask].double().sum())
         nll = sum(nlls) / sum(tokens)
         metrics = {"eval/nll": nll, "eval/perplexity": math.exp(min(nll, 700.0)), "eval/metric": -nll}
-        shown = zip(self.data.held_out, nlls, tokens, strict=False)  # the first of them
-        return metrics, [replace(example, nll=total / count) for example, total, count in shown]
+        measured = zip(self.data.held_out, nlls, tokens, strict=False)  # the first of them
+        return metrics, [replace(example, nll=total / count) for example, total, count in measured]
 
     @property
     def can_evaluate(self) -> bool:
-        """Whether examples were held out."""
+        """Whether demonstrations were held out."""
         return bool(self._held_out)
 
     @property
     def notice(self) -> str:
-        """That examples were cut, if any were."""
+        """That demonstrations were cut, if any were."""
         if not self.truncated:
             return ""
         total = len(self._train) + len(self._held_out)
@@ -112,33 +112,36 @@ class DemonstrationRollout:
         """No environment is stepped here."""
 
     def state(self) -> dict[str, Any]:
-        """All that is random follows from counters; what the examples were is kept to be compared."""
+        """A digest of the data: all that is random follows from counters."""
         return {"examples": self._digest}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's `state`. Raises InputError for other examples than it was trained on."""
+        """Continue from a checkpoint's `state`. Raises InputError if it was trained on other demonstrations."""
         if state["examples"] != self._digest:
             raise InputError(
-                f"{self.key}.data: these are not the examples that the run was begun with; go on with the same ones"
+                f"{self.key}.data: not the demonstrations that the run began with; continue with those"
             )
 
-    def _batch(self, lessons: Sequence[TokenizedExample]) -> Batch:
-        rows = [(lesson.tokens, lesson.loss_mask) for lesson in lessons]
+    def _batch(self, examples: Sequence[TokenizedExample]) -> Batch:
+        rows = [(example.tokens, example.loss_mask) for example in examples]
         return demonstration_batch(rows, device=self.policy.device, temperature=self.temperature)
 
-    def _lesson(self, example: Demonstration) -> TokenizedExample:
-        lesson = encode_demonstration(self.policy.tokenizer, example, end_tokens=self.policy.model_end_tokens)
+    def _tokenized(self, demonstration: Demonstration) -> TokenizedExample:
+        """Raises InputError for one that is longer than the context, or of which a cut leaves nothing to learn."""
+        example = encode_demonstration(
+            self.policy.tokenizer, demonstration, end_tokens=self.policy.model_end_tokens
+        )
         limit = self.sft.max_tokens or self.policy.context_length
-        if len(lesson.tokens) > limit:
+        if len(example.tokens) > limit:
             if self.sft.max_tokens is None:
                 raise InputError(
-                    f"{example.where}: has {len(lesson.tokens)} tokens, more than the model's context of {limit}; shorten it, "
-                    f"or let {self.key}.max_tokens cut it"
+                    f"{demonstration.where}: has {len(example.tokens)} tokens, more than the model's context of {limit}; "
+                    f"shorten it, or let {self.key}.max_tokens cut it"
                 )
-            lesson = TokenizedExample(lesson.tokens[:limit], lesson.loss_mask[:limit])
+            example = TokenizedExample(example.tokens[:limit], example.loss_mask[:limit])
             self.truncated += 1
-        if not any(lesson.loss_mask):
+        if not any(example.loss_mask):
             raise InputError(
-                f"{example.where}: nothing to learn is left of it within {limit} tokens; raise {self.key}.max_tokens or drop it"
+                f"{demonstration.where}: its first {limit} tokens leave nothing to learn; raise {self.key}.max_tokens or drop it"
             )
-        return lesson
+        return example

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from surefoot.data.batches import micro_batches, preference_batch
+from surefoot.data.render import encode_scored_text
 from surefoot.errors import InputError
 from surefoot.policies.lm.policy import CausalLMPolicy
 from surefoot.policies.lm.pretrained import REWARD
 from surefoot.storage.safetensors import read_tensors
 from surefoot.types import Batch, Evaluation
+
+SCORED_TOKENS = 4096  # in one forward pass of `scores`
 
 
 class RewardModelPolicy:
@@ -62,6 +67,34 @@ class RewardModelPolicy:
         scores = self.trunk.value_at_end(tokens_NT, lengths_BK.flatten()).unflatten(0, lengths_BK.shape)
         nothing_BK = torch.zeros_like(lengths_BK, dtype=torch.float32)
         return Evaluation(nothing_BK, scores, nothing_BK)
+
+    def encode(self, prompt: Any, text: str, *, where: str) -> tuple[int, ...]:
+        """Prompt (text, messages or None) and text as the tokens to score, with an end token.
+
+        Raises InputError, naming `where`, for more of them than the model's context, or messages it has no template for.
+        """
+        tokens = encode_scored_text(
+            self.tokenizer, prompt, text, end_tokens=self.model_end_tokens, where=where
+        )
+        if len(tokens) > self.context_length:
+            raise InputError(
+                f"{where}: has {len(tokens)} tokens, more than the model's context of {self.context_length}; shorten it"
+            )
+        return tokens
+
+    @torch.no_grad()
+    def scores(
+        self, rows: Sequence[Sequence[Sequence[int]]], poll: Callable[[], None] | None = None
+    ) -> Tensor:
+        """Scores of rows of K tokenized texts each, [B, K] float32 on the CPU, before `shift` and `scale`."""
+        batch = preference_batch(rows, device=self.device)
+        sides = len(rows[0])
+        scores_BK = torch.zeros(len(rows), sides)
+        for part in micro_batches(batch, torch.arange(len(rows)), SCORED_TOKENS // sides):
+            if poll is not None:
+                poll()
+            scores_BK[part] = self.evaluate(batch.rows(part)).values_BT.float().cpu()
+        return scores_BK
 
     def reference_logprobs(self, batch: Batch) -> Tensor | None:
         """It has none."""

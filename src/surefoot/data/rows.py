@@ -1,0 +1,151 @@
+"""Rows of JSONL files, lists and Datasets: read, checked, split and put in order by one rule each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from surefoot.core.seeds import derived_seed
+from surefoot.errors import InputError
+
+Prompt = str | list[dict[str, Any]]
+Row = TypeVar("Row")
+
+MAX_LINE_BYTES = 16_000_000  # far beyond any context; a file without line breaks must not fill the memory
+
+
+def read_rows(source: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """(where, row) of a JSONL file's lines that are not blank, or of a list's or Dataset's rows, unchecked.
+
+    Raises InputError, which calls the source `name`, for one that cannot be read.
+    """
+    if isinstance(source, (str, Path)):
+        yield from _read_jsonl(Path(source), name)
+    elif isinstance(source, Mapping) or hasattr(source, "iterrows"):
+        raise InputError(
+            f"{name}: a {type(source).__name__} is not a list of rows; take one split of a DatasetDict, or "
+            "table.to_dict('records') of a DataFrame"
+        )
+    elif isinstance(source, Set):
+        raise InputError(
+            f"{name}: a set has another order in every process, so no run could be repeated; give a list"
+        )
+    elif isinstance(source, Iterable) and not isinstance(source, bytes):
+        yield from ((f"{name}, row {number}", row) for number, row in enumerate(source, start=1))
+    else:
+        raise InputError(
+            f"{name}: expected a list, a JSONL file or a datasets.Dataset, got {type(source).__name__}"
+        )
+
+
+def split(rows: Sequence[Row], keys: Sequence[str], held_out: float) -> tuple[list[Row], list[Row]]:
+    """`rows` in two: those to train on and those held out for evaluation, in their order. Rows of one key stay together.
+
+    A row is held out if the hash of its key, a number in [0, 1), is below the fraction `held_out`: which rows are depends on
+    nothing else, and more rows move none across. Where that would hold out none, the key of the lowest hash is held out,
+    unless more than half of the rows have it; where it would hold out all, the key of the highest hash is trained on.
+    Raises InputError for a fraction outside [0, 1).
+    """
+    if isinstance(held_out, bool) or not 0 <= held_out < 1:
+        raise InputError(f"held_out: expected a fraction from 0 to below 1, got {held_out!r}")
+    hashes = [_hash_fraction(key) for key in keys]
+    is_out = [h < held_out for h in hashes]
+    if all(is_out):
+        is_out = [h != max(hashes) for h in hashes]
+    elif held_out and not any(is_out) and hashes.count(min(hashes)) <= len(hashes) / 2:
+        is_out = [h == min(hashes) for h in hashes]
+    parts = [[row for row, out in zip(rows, is_out, strict=True) if out is side] for side in (False, True)]
+    return parts[0], parts[1]
+
+
+def index_in_order(number: int, count: int, seed: int) -> int:
+    """Which of `count` rows comes as number `number` of a run: every pass over them is shuffled by (seed, pass)."""
+    epoch, position = divmod(number, count)
+    return shuffled(count, seed, epoch)[position]
+
+
+# A pass's order is asked for once per row; keep the two in use.
+_orders: dict[tuple[int, int, int], list[int]] = {}
+
+
+def shuffled(count: int, seed: int, epoch: int) -> list[int]:
+    """The order of pass number `epoch` over `count` rows: a permutation of their indices."""
+    key = (count, seed, epoch)
+    if key not in _orders:
+        while len(_orders) >= 2:
+            del _orders[next(iter(_orders))]
+        generator = torch.Generator().manual_seed(derived_seed(seed, "prompt order", epoch))
+        _orders[key] = torch.randperm(count, generator=generator).tolist()
+    return _orders[key]
+
+
+def checked_prompt(prompt: Any, where: str) -> Prompt:
+    """`prompt` if it is a string that is not blank, or a list of messages. Raises InputError otherwise."""
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise InputError(f"{where}: the prompt is empty; give it text or drop it")
+        return checked_text(prompt, where)
+    is_chat = isinstance(prompt, list) and all(
+        isinstance(message, Mapping) and {"role", "content"} <= set(message) for message in prompt
+    )
+    if not is_chat:
+        raise InputError(
+            f"{where}: a prompt is a string or a list of {{role, content}} messages, got {type(prompt).__name__}"
+        )
+    if not prompt:
+        raise InputError(f"{where}: the prompt has no messages; give it one or drop it")
+    for message in prompt:
+        for part in ("role", "content"):
+            if not isinstance(message[part], str):
+                raise InputError(f"{where}: a message's {part} is text, got {type(message[part]).__name__}")
+            checked_text(message[part], where)
+    return [dict(message) for message in prompt]
+
+
+def checked_text(text: str, where: str) -> str:
+    """`text` if it is whole characters. Raises InputError otherwise."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: half a surrogate pair is not a character; fix the encoding") from None
+    return text
+
+
+def _hash_fraction(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "little") / 2**64
+
+
+def _read_jsonl(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+    try:
+        with path.open("rb") as file:
+            number = 0
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if line.strip():
+                    yield f"{path}, line {number}", _parse_line(line, f"{path}, line {number}")
+    except FileNotFoundError:
+        raise InputError(
+            f"{name}: no file {path}; a JSONL file, a list or a datasets.Dataset is needed"
+        ) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _parse_line(line: bytes, where: str) -> Any:
+    if len(line) > MAX_LINE_BYTES:
+        raise InputError(
+            f"{where}: longer than {MAX_LINE_BYTES:,} bytes; one object or string per line is needed"
+        )
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise InputError(f"{where}: not UTF-8; save the file as UTF-8") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{where}: not JSON; one object or string per line is needed") from None

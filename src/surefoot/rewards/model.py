@@ -1,0 +1,45 @@
+"""A reward model as a reward function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from surefoot.errors import InputError
+from surefoot.policies.lm.reward_model import RewardModelPolicy
+
+
+class RewardScorer:
+    """A reward model with the signature of a reward function: `scorer(prompts=[…], completions=[…]) -> list[float]`.
+
+    What goes in is text, so policy and reward model may have different tokenizers. Prompts and completions are strings, which
+    are read as one text, or message lists, which go through the reward model's own chat template.
+    """
+
+    def __init__(self, policy: RewardModelPolicy):
+        self.policy = policy
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+        """Calibrated scores, one a completion. Raises InputError for a text longer than the model's context."""
+        if isinstance(prompts, str) or isinstance(completions, str):
+            raise InputError(
+                "score: prompts and completions are lists; for one text write [prompt] and [completion]"
+            )
+        if len(prompts) != len(completions):
+            raise InputError(
+                f"score: {len(prompts)} prompts and {len(completions)} completions; one prompt each is needed"
+            )
+        if not completions:
+            return []
+        rows = [
+            [self.policy.encode(prompt, _text(completion), where=f"reward model: text {number}")]
+            for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), start=1)
+        ]
+        scores_N = self.policy.scores(rows)[:, 0].double()
+        return ((scores_N - self.policy.shift) / self.policy.scale).tolist()
+
+
+def _text(completion: Any) -> str:
+    if isinstance(completion, str):
+        return completion
+    return "".join(str(message["content"]) for message in completion)
