@@ -62,9 +62,9 @@ def _demonstration(
         )
     found = [name for name in _ROLES if name in columns and columns[name] in row]
     if tuple(found) not in KINDS:
-        has = ", ".join(map(str, row)) or "nothing"
+        has = ", ".join(map(str, row)) or "no columns"
         raise InputError(
-            f"{where}: has {has}; one of text, prompt and completion, or messages is needed (columns renames)"
+            f"{where}: has {has}; needs text, prompt and completion, or messages (columns gives them other names)"
         )
     if first is not None and found != list(first.contents):
         this, that = " and ".join(found), " and ".join(first.contents)
@@ -75,14 +75,16 @@ def _demonstration(
 def _checked(name: str, value: Any, where: str) -> Any:
     if name == "messages":
         if not isinstance(value, list):
-            raise InputError(f"{where}: messages is a list of {{role, content}}, got {type(value).__name__}")
+            raise InputError(
+                f"{where}: messages must be a list of {{role, content}}, got {type(value).__name__}"
+            )
         messages = checked_prompt(value, where)
         if not any(isinstance(message, dict) and message["role"] == "assistant" for message in messages):
             raise InputError(f"{where}: no assistant's message to learn; add one to the chat or drop it")
         return messages
     if not isinstance(value, str):
-        fix = "; a chat goes in whole, as messages" if isinstance(value, list) else ""
-        raise InputError(f"{where}: {name} is text, got {type(value).__name__}{fix}")
+        fix = "; give the whole chat as messages" if isinstance(value, list) else ""
+        raise InputError(f"{where}: {name} must be text, got {type(value).__name__}{fix}")
     if not value.strip():
         raise InputError(f"{where}: the {name} is empty; give it text or drop the row")
     return checked_text(value, where)

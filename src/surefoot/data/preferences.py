@@ -84,10 +84,8 @@ def _text_columns(row: Any, where: str) -> tuple[str, ...]:
     for names in (SIDES, ("text",), ("completion",)):
         if found == {*names, *(() if names == SIDES else ("rating",))}:
             return names
-    has = ", ".join(map(str, row)) or "nothing"
-    raise InputError(
-        f"{where}: has {has}; chosen and rejected, or text (or completion) and rating, are needed"
-    )
+    has = ", ".join(map(str, row)) or "no columns"
+    raise InputError(f"{where}: has {has}; needs chosen and rejected, or text (or completion) and rating")
 
 
 def _text(name: str, value: Any, where: str) -> str:
@@ -96,7 +94,7 @@ def _text(name: str, value: Any, where: str) -> str:
     if not isinstance(value, str):
         fix = "; of a chat, the turns before the completion are the prompt" if isinstance(value, list) else ""
         raise InputError(
-            f"{where}: {name} is text or one assistant's message, got {type(value).__name__}{fix}"
+            f"{where}: {name} must be text or one assistant's message, got {type(value).__name__}{fix}"
         )
     if not value.strip():
         raise InputError(f"{where}: {name} is empty; give it text or drop the row")
@@ -105,5 +103,5 @@ def _text(name: str, value: Any, where: str) -> str:
 
 def _number(name: str, value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise InputError(f"{where}: {name} is a finite number, got {str(value)[:40]!r}")
+        raise InputError(f"{where}: {name} must be a finite number, got {str(value)[:40]!r}")
     return float(value)

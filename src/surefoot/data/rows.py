@@ -33,7 +33,7 @@ def read_rows(source: Any, name: str) -> Iterator[tuple[str, Any]]:
         )
     elif isinstance(source, Set):
         raise InputError(
-            f"{name}: a set has another order in every process, so no run could be repeated; give a list"
+            f"{name}: a set has a different order in every process, so no run could be repeated; give a list"
         )
     elif isinstance(source, Iterable) and not isinstance(source, bytes):
         yield from ((f"{name}, row {number}", row) for number, row in enumerate(source, start=1))
@@ -95,14 +95,16 @@ def checked_prompt(prompt: Any, where: str) -> Prompt:
     )
     if not is_chat:
         raise InputError(
-            f"{where}: a prompt is a string or a list of {{role, content}} messages, got {type(prompt).__name__}"
+            f"{where}: a prompt must be a string or a list of {{role, content}} messages, got {type(prompt).__name__}"
         )
     if not prompt:
         raise InputError(f"{where}: the prompt has no messages; give it one or drop it")
     for message in prompt:
         for part in ("role", "content"):
             if not isinstance(message[part], str):
-                raise InputError(f"{where}: a message's {part} is text, got {type(message[part]).__name__}")
+                raise InputError(
+                    f"{where}: a message's {part} must be text, got {type(message[part]).__name__}"
+                )
             checked_text(message[part], where)
     return [dict(message) for message in prompt]
 

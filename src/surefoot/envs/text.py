@@ -96,7 +96,5 @@ def _example(row: Any, column: str, where: str) -> Example:
         prompt = row[column]
         columns = {str(name): value for name, value in row.items() if name != column}
         if clash := columns.keys() & {"prompts", "completions"}:
-            raise InputError(
-                f"{where}: the reward function gets its own {min(clash)!r}; give that column another name"
-            )
+            raise InputError(f"{where}: the reward function has its own {min(clash)!r}; rename that column")
     return Example(checked_prompt(prompt, where), columns)
