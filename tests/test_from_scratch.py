@@ -199,7 +199,7 @@ def test_the_command_line_goes_the_whole_way(kind):
         (("--policy.model", "sft.yaml/new"), "sft.yaml/new could not be written: Not a directory"),
         (("--policy.model", "smollm2-135m-instruct"), "sft.yaml: the new model needs a folder; name one as policy.model"),
         (("--policy.adapter.rank", "4"), "sft.yaml: random weights are no base for an adapter; train all of them"),
-        (("--sft.data", "empty.jsonl"), "empty.jsonl: no examples there; one is needed at least"),
+        (("--sft.data", "empty.jsonl"), "empty.jsonl: no demonstrations there"),
         (("--sft.data", "blank.jsonl"), "blank.jsonl, line 1: the text is empty; give it text or drop the row"),
         (("--sft.data", "no.jsonl"), "no file no.jsonl"),
         (("--sft.data", "null"), "sft.yaml: no text for the tokenizer to learn from; name a JSONL file as sft.data"),
@@ -263,7 +263,7 @@ def test_bad_input_in_python_is_one_line():
         with pytest.raises(InputError) as caught:
             new_model("new", TEXTS, **settings)  # type: ignore[arg-type]
         assert said in str(caught.value)
-    with pytest.raises(InputError, match="no examples there"):
+    with pytest.raises(InputError, match="no demonstrations there"):
         new_model("new", [])
     with pytest.raises(InputError, match="the roles of chats need 260"):
         new_model("new", CHATS, vocab=259)

@@ -163,7 +163,7 @@ def test_completions_longer_than_the_context_are_refused(project):
         (b'{"prompt": "one"}\n\xff\n', "line 2: not UTF-8"),
         (b"", "no prompts"),
         (b'"x"\n{"prompt": " "}\n', "line 2: the prompt is empty"),
-        (b'{"prompt": 5}\n', "line 1: a prompt is a string or a list of"),
+        (b'{"prompt": 5}\n', "line 1: a prompt must be a string or a list of"),
         (b'"' + b"x" * 17_000_000 + b'"\n', "line 1: longer than 16,000,000 bytes"),
     ],
     ids=["broken", "column", "UTF-8", "empty file", "empty prompt", "type", "huge"],

@@ -179,7 +179,9 @@ def test_learning_more_and_going_on_in_another_process():
     assert all(torch.equal(value, weights(straight)[name]) for name, value in weights(again).items())  # type: ignore[arg-type]
     assert refusal(lambda: first.learn(1)).endswith("open it with RewardModel.load")
     assert refusal(lambda: RewardModel.load("runs/b")).endswith("RewardModel.load(folder, data)")
-    assert refusal(lambda: RewardModel.load("runs/b", PAIRS[1:], verbose=0)).startswith("reward_model.data: these are not")
+    assert refusal(lambda: RewardModel.load("runs/b", PAIRS[1:], verbose=0)).startswith(
+        "reward_model.data: not the preferences"
+    )
 
 
 def test_the_command_line_trains_resumes_and_says_what_is_next(base):
@@ -268,7 +270,6 @@ def make_reward(folder: str) -> Any:
         ({"reward_model": {"data": "no.jsonl"}}, (), "data: no file no.jsonl; "),
         ({}, ("--reward-model.epochs", "0"), "--reward-model.epochs: should be greater than 0, got 0"),
         ({}, ("--reward-model.centre", "1"), "unknown flag '--reward-model.centre'; did you mean '--reward-model.center'?"),
-        ({}, ("--reward-model.held-out", "0.001"), "pairs.jsonl: of 40 preferences 0 are held out and two are needed"),
         ({}, ("--reward-model.rating-range", "[4, -4]"), "--reward-model.rating-range: [4.0, -4.0] is no range; write the"),
         ({}, ("--kl.coef", "0.1"), "reward.yaml: ppo: a reward_model run has no use for these settings; leave"),
         (
@@ -286,7 +287,6 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(base, monkeypatch, secti
     assert ended.complaint.startswith(said) and not Path("runs").exists()
 
 
-SAME_PROMPT = [{**row, "prompt": "the film"} for row in PAIRS]
 ONE_CLASS = [{**row, "rating": 1.0} for row in RATINGS]
 ONE_SIDE = [{**row, "chosen": " positive", "rejected": " negative"} for row in PAIRS]
 
@@ -295,26 +295,21 @@ ONE_SIDE = [{**row, "chosen": " positive", "rejected": " negative"} for row in P
     ("data", "flags", "said"),
     [
         ([*PAIRS[:2], {"chosen": "a", "rejected": "a"}], (), "pairs.jsonl, line 3: chosen and rejected are the same text"),
-        (
-            ONE_CLASS,
-            (),
-            "pairs.jsonl: all 41 preferences to train on have the rating 1, which says nothing; give texts of unlike",
-        ),
+        (ONE_CLASS, (), "pairs.jsonl: all 41 ratings to train on are 1; add texts with other ratings"),
         (
             RATINGS,
             ("--reward-model.rating-range", "[-1, 5]"),
             "pairs.jsonl, line 4: the rating -2 is outside rating_range, -1 to 5",
         ),
-        (ONE_SIDE, (), "pairs.jsonl: all 27 preferences to train on prefer the same text to the same other one, whatever"),
+        (ONE_SIDE, (), "pairs.jsonl: all 27 pairs to train on have the same chosen and the same rejected text"),
         (PAIRS, ("--reward-model.rating-range", "[-4, 4]"), "reward_model.rating_range is for ratings, and these are pairs"),
         (RATINGS, ("--reward-model.center", "0.1"), "reward_model.center is for pairs, and these are ratings; leave it out"),
-        (PAIRS[:1], (), "pairs.jsonl: of 1 preferences "),
-        ([], (), "pairs.jsonl: of 0 preferences 0 are to train on and two are needed at least; give more"),
-        (SAME_PROMPT, (), "pairs.jsonl: of 40 preferences "),
+        (PAIRS[:1], (), "pairs.jsonl: all 1 pairs to train on"),
+        ([], (), "pairs.jsonl: no preferences there"),
     ],
     ids=[
         *("equal sides", "one class", "outside the range", "one side", "a range of pairs", "a centre of ratings"),
-        *("one row", "no row", "one prompt"),
+        *("one row", "no row"),
     ],
 )
 def test_preferences_that_say_nothing_are_one_line_before_a_model_is_loaded(base, monkeypatch, data, flags, said):
@@ -345,9 +340,7 @@ def test_a_reward_model_that_cannot_read_the_prompts_is_refused_in_one_line(save
     project = inputs.write_project(tmp_path, prompts=chats)
     flags = ("--policy.model", model_folder(chat=True), "--task.reward", saved, "--run.folder", "runs")
     said = run_cli("ppo", project, *flags).complaint
-    assert said == (
-        "reward model: text 1: its prompt is messages, and the reward model's tokenizer has no chat template; use texts"
-    )
+    assert said == ("reward model: text 1: messages need a chat template, and the model's tokenizer has none; use plain text")
     assert not Path("runs").exists()
     missing = run_cli("ppo", project, "--task.reward", "runs/none").complaint
     assert missing.endswith("got 'runs/none'; nor is it a reward model's folder")

@@ -132,7 +132,7 @@ def test_learning_more_and_going_on_in_another_process(tmp_path):
     assert all(torch.equal(value, weights(straight)[name]) for name, value in weights(again).items())  # type: ignore[arg-type]
     assert refusal(lambda: first.learn(1)).endswith("open it with SFT.load")
     assert refusal(lambda: SFT.load("runs/b")).endswith("go on there with its examples: SFT.load(folder, data)")
-    assert refusal(lambda: SFT.load("runs/b", SENTENCES[:2], verbose=0)).startswith("sft.data: these are not the examples")
+    assert refusal(lambda: SFT.load("runs/b", SENTENCES[:2], verbose=0)).startswith("sft.data: not the demonstrations")
 
 
 def test_a_run_from_python_that_was_stopped_says_how_to_go_on():

@@ -361,7 +361,7 @@ def test_a_killed_and_resumed_mixed_run_is_the_run_that_was_not(tmp_path: Path, 
     [
         (None, ["--ptx.coef", "0.5"], "ptx.data is missing: name a JSONL file"),
         (None, ["--ptx.data", "labelled.jsonl"], "labelled.jsonl"),
-        ("", [], "labelled.jsonl: no examples there; one is needed at least"),
+        ("", [], "labelled.jsonl: no demonstrations there"),
         ('{"text": "a"}\n', ["--ptx.held-out", "0.9999999"], "all 1 were held out"),
         ('{"prompt": "a"}\n', [], "labelled.jsonl, line 1: has prompt; one of text"),
         ('{"text": "a"}\n', ["--ptx.coef", "-1"], "--ptx.coef: should be greater than or equal to 0"),
@@ -392,7 +392,7 @@ def test_environments_have_no_demonstrations() -> None:
 @pytest.mark.usefixtures("in_own_folder")
 def test_a_row_of_python_that_is_none_is_named() -> None:
     assert refusal(lambda: ppo(ptx_data=[*PAIRS, {"text": "a"}])).startswith("ptx.data, row 25: has text, but")
-    assert refusal(lambda: ppo(ptx_data=[])).startswith("ptx.data: no examples there")
+    assert refusal(lambda: ppo(ptx_data=[])).startswith("ptx.data: no demonstrations there")
     assert refusal(lambda: ppo(ptx={"coef": 0.5})).startswith("ptx.data is missing")
 
 

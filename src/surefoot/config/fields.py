@@ -32,12 +32,12 @@ ExamplesColumns = Annotated[
     dict[Literal["text", "prompt", "completion", "messages"], str],
     Field(description="What the file calls these columns, where it has other names: `{prompt: question}`."),
 ]
-ExamplesHeldOut = Annotated[
+HeldOut = Annotated[
     float,
     Field(
         ge=0,
         lt=1,
-        description="Fraction of examples kept for evaluation, chosen by a hash of their text; above 0 at least one of several.",
+        description="Fraction of rows kept for evaluation, by a hash of the prompt (a demonstration's: of all its text); above 0 at least one row where there are others (docs/sft.md#what-is-held-out).",
     ),
 ]
 ExamplesMaxTokens = Annotated[

@@ -10,9 +10,9 @@ from surefoot.config.fields import (
     AdamEpsilon,
     ExamplesColumns,
     ExamplesFile,
-    ExamplesHeldOut,
     ExamplesMaxTokens,
     Fraction,
+    HeldOut,
     LearningRateWarmup,
     MaxBadSteps,
     MaxGradNorm,
@@ -339,7 +339,7 @@ class PTXConfig(Section):
 
     data: ExamplesFile = None
     columns: ExamplesColumns = Field(default_factory=dict)
-    held_out: ExamplesHeldOut = 0.1
+    held_out: HeldOut = 0.1
     max_tokens: ExamplesMaxTokens = None
     batch_size: Positive = Field(
         16, description="Demonstrations added to each minibatch; all of them where there are fewer."

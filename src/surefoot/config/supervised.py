@@ -10,8 +10,8 @@ from surefoot.config.fields import (
     AdamEpsilon,
     ExamplesColumns,
     ExamplesFile,
-    ExamplesHeldOut,
     ExamplesMaxTokens,
+    HeldOut,
     LearningRate,
     LearningRateSchedule,
     LearningRateWarmup,
@@ -32,7 +32,7 @@ class SFTConfig(Section):
 
     data: ExamplesFile = None
     columns: ExamplesColumns = Field(default_factory=dict)
-    held_out: ExamplesHeldOut = 0.1
+    held_out: HeldOut = 0.1
     max_tokens: ExamplesMaxTokens = None
     epochs: Positive = Field(3, description="Passes over the examples; rounded up to whole updates.")
     batch_size: Positive = Field(16, description="Examples in one optimiser step.")
@@ -88,10 +88,7 @@ class RewardModelConfig(Section):
         None,
         description="JSONL file of pairs, `{prompt, chosen, rejected, margin}`, or of ratings, `{prompt, text, rating}` (prompt and margin may be missing), one kind a file; `null`: rows given in Python.",
     )
-    held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.1,
-        description="Fraction of preferences kept for evaluation, chosen by a hash of the prompt, or without one of the text.",
-    )
+    held_out: HeldOut = 0.1
     rating_range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
         None, description="Lowest and highest rating there may be, `[-4, 4]`: one outside is refused."
     )

@@ -6,11 +6,11 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from surefoot.config.fields import PathText, Positive
+from surefoot.config.fields import HeldOut, PathText, Positive
 from surefoot.config.messages import first_problem, short
 from surefoot.config.sections import Section
 
@@ -55,9 +55,7 @@ class TaskConfig(Section):
     prompt_tokens: Positive | None = Field(
         None, description="Keep only the first so many tokens of each prompt."
     )
-    held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.1, description="Fraction of prompts kept for evaluation, chosen by a hash of their text."
-    )
+    held_out: HeldOut = 0.1
 
     @field_validator("reward", mode="before")
     @classmethod
