@@ -52,6 +52,9 @@ def test_the_public_names_are_sorted_and_complete():
         "collect",
         "evaluate_policy",
         "load_policy",
+        "make_env",
+        "make_optimizer",
+        "make_policy",
         "new_model",
         "update",
     }

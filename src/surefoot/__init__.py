@@ -1,4 +1,4 @@
-"""Surefoot: PPO for language models, and for anything with a reward. The public names, loaded when first used."""
+"""Surefoot: PPO for language models, and for anything with a reward. Public names, loaded at first use."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from surefoot.api.new_model import new_model
+    from surefoot.api.parts import collect, make_env, make_policy
     from surefoot.api.ppo import PPO
     from surefoot.api.reward_model import RewardModel
     from surefoot.api.sft import SFT
@@ -14,8 +15,7 @@ if TYPE_CHECKING:
     from surefoot.envs.text import TextTask
     from surefoot.errors import GateError, InputError, Interrupted, NonFiniteError, SurefootError
     from surefoot.policies.lm.policy import load_policy
-    from surefoot.rollout.text import collect
-    from surefoot.train.update import advantages, update
+    from surefoot.train.update import advantages, make_optimizer, update
 
 _HOMES = {
     "GateError": "errors",
@@ -29,9 +29,12 @@ _HOMES = {
     "TextTask": "envs.text",
     "BaseCallback": "api.stable_baselines",
     "advantages": "train.update",
-    "collect": "rollout.text",
+    "collect": "api.parts",
     "evaluate_policy": "api.stable_baselines",
     "load_policy": "policies.lm.policy",
+    "make_env": "api.parts",
+    "make_optimizer": "train.update",
+    "make_policy": "api.parts",
     "new_model": "api.new_model",
     "update": "train.update",
 }
@@ -52,6 +55,9 @@ __all__ = [
     "collect",
     "evaluate_policy",
     "load_policy",
+    "make_env",
+    "make_optimizer",
+    "make_policy",
     "new_model",
     "update",
 ]

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import surefoot
+from surefoot import collect
 from surefoot.config import GenerationConfig
 from surefoot.envs.text import TextTask
 from surefoot.policies.lm.policy import CausalLMPolicy
-from surefoot.rollout.text import collect
 from surefoot.train.update import UpdateResult, advantages, update
 from surefoot.types import Batch
 from tests.fakes import config_of

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from surefoot import collect
 from surefoot.config import GenerationConfig
 from surefoot.envs.text import TextTask
 from surefoot.errors import InputError
 from surefoot.generation.engine import TokenEngine, generate
-from surefoot.rollout.text import collect
 from surefoot.types import Batch, Request, SamplingParams
 from tests.fakes import config_of
 from tests.tiny import tiny_policy

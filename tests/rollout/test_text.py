@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from surefoot.api.parts import collect
 from surefoot.config import GenerationConfig, make_config
 from surefoot.core.kl import kl_penalised_rewards
 from surefoot.core.losses import LossSettings, ppo_loss
@@ -15,7 +16,7 @@ from surefoot.data.render import encode_prompt
 from surefoot.envs.text import TextTask
 from surefoot.errors import InputError
 from surefoot.rollout.logprobs import fill_logprobs, sequence_kl
-from surefoot.rollout.text import TextRollout, collect, completion_text, distinct_2, text_engine
+from surefoot.rollout.text import TextRollout, completion_text, distinct_2, text_engine
 from surefoot.types import Batch, Completion, StopReason
 from tests.fakes import config_of
 from tests.tiny import ASSISTANT, CONTEXT, END, SPECIAL, USER, plain_scores, tiny_lm, tiny_policy, tiny_tokenizer

@@ -251,28 +251,6 @@ def _part_means(trajectories: Sequence[Trajectory], name: str) -> dict[str, floa
     }
 
 
-def collect(
-    policy: LanguagePolicy,
-    env: TextTask,
-    *,
-    episodes: int = 64,
-    first_episode: int = 0,
-    seed: int = 0,
-    version: int = 0,
-    engine: Engine | None = None,
-    config: Config | None = None,
-) -> Batch:
-    """Let `policy` play `episodes` episodes of `env`: a `Batch` with rewards and the reference's log-probs.
-
-    `version` is the number of updates the policy has seen. Each call stands alone: keep a `TextRollout`
-    instead where `shaping.scale` should remember earlier rewards.
-    """
-    config = config or Config()
-    engine = engine or text_engine(policy, config.generation)
-    rollout = TextRollout(policy, env, engine=engine, config=config, seed=seed)
-    return rollout.collect(first=first_episode, count=episodes, version=version)
-
-
 def text_engine(policy: LanguagePolicy, generation: GenerationConfig) -> TokenEngine:
     """Our own engine over `policy`, as `generation` has it."""
     ends = policy.model_end_tokens | frozenset(generation.stop_token_ids)

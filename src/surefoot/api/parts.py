@@ -1,0 +1,96 @@
+"""The parts of the loop for whoever writes it: `collect`, and what it acts in and with.
+
+`advantages`, `update` and `make_optimizer` (train/) take what it gives, of text or of Gymnasium.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from surefoot.build.control import build_control_policy, build_vector
+from surefoot.config import Config
+from surefoot.core.seeds import derived_seed
+from surefoot.envs.gym import Vector
+from surefoot.envs.text import TextTask
+from surefoot.generation.engine import Engine
+from surefoot.policies.control.policy import ControlPolicy
+from surefoot.rollout.gym import GymRollout
+from surefoot.rollout.text import TextRollout, text_engine
+from surefoot.types import Batch
+
+
+def make_env(
+    env: Any, *, n_envs: int = 1, vectorization: str = "sync", seed: int = 0, **kwargs: Any
+) -> Vector:
+    """`n_envs` sub-environments of a Gymnasium id, or a (vector) environment that is already made.
+
+    `seed` decides every episode that we begin; `kwargs` go to `gymnasium.make`. Raises InputError for what
+    cannot be made or has spaces that cannot be trained on.
+    """
+    is_id = isinstance(env, str)
+    settings = {"n_envs": n_envs, "vectorization": vectorization, "kwargs": kwargs}
+    config = _config(seed=seed, env=settings | {"id": env if is_id else None})
+    return build_vector(config, None if is_id else env)
+
+
+def make_policy(
+    env: Vector,
+    kind: str = "MlpPolicy",
+    *,
+    normalize_observations: bool = False,
+    seed: int = 0,
+    **network: Any,
+) -> ControlPolicy:
+    """A policy and critic for the spaces of `env`, with random weights that follow from `seed`.
+
+    `kind` is one of `MlpPolicy`, `CnnPolicy`, `MultiInputPolicy`, `MlpLstmPolicy`, `CnnLstmPolicy`; `network`
+    is fields of `policy.network`, such as `net_arch=[64, 64]`. Raises InputError for spaces it does not fit.
+    """
+    settings = {"normalize_observations": normalize_observations}
+    config = _config(seed=seed, policy={"model": kind, "network": network}, env=settings)
+    policy: ControlPolicy = build_control_policy(config, env)
+    return policy
+
+
+def collect(
+    policy: Any,
+    env: Any,
+    *,
+    episodes: int = 64,
+    first_episode: int = 0,
+    seed: int = 0,
+    version: int = 0,
+    engine: Engine | None = None,
+    config: Config | None = None,
+) -> Batch:
+    """Let `policy` act in `env`: a `Batch` with rewards and, where there is a reference, its log-probs.
+
+    Arguments:
+        policy: of `load_policy` for text, of `make_policy` for Gymnasium.
+        env: a `TextTask`; what `make_env` gives, in which each call goes on where the last one stopped; or a
+            Gymnasium id or environment, in which each call begins new episodes.
+        episodes: of a `TextTask`, how many. In Gymnasium it is `config.env.n_steps` of each sub-environment.
+        first_episode: of a `TextTask`, the first one's number: with `seed` it decides its randomness.
+        seed: of all randomness.
+        version: updates the policy has seen; in Gymnasium, with `seed`, what the actions are drawn from.
+        engine: writes the completions; by default our own.
+        config: `generation`, `group` and `shaping` of text, `env` of Gymnasium, and `ppo`; by default theirs.
+    """
+    if isinstance(env, TextTask):
+        config = config or Config()
+        engine = engine or text_engine(policy, config.generation)
+        text = TextRollout(policy, env, engine=engine, config=config, seed=seed)
+        return text.collect(first=first_episode, count=episodes, version=version)
+    config = config or _config(env={})
+    assert config.env is not None, "collect: a Gymnasium environment needs a config with the section env"
+    vector = env if isinstance(env, Vector) else make_env(env, seed=derived_seed(seed, "collect", version))
+    rollout = GymRollout(policy, vector, settings=config.env, ppo=config.ppo, seed=seed)
+    try:
+        return rollout.collect(first=0, count=rollout.per_update, version=version)
+    finally:
+        if isinstance(env, str):
+            vector.close()
+
+
+def _config(**sections: Any) -> Config:
+    return Config(**{"policy": {"model": "MlpPolicy"}} | sections)
