@@ -227,16 +227,11 @@ def test_bfloat16_stays_close_to_float32(family, adapter):
     assert (rough - exact).abs().mean() < 0.1
 
 
-def test_the_models_end_tokens_are_the_tokenizers_and_the_generation_configs():
-    lm = tiny_lm()
-    lm.generation_config.eos_token_id = [7, 9]
-    assert tiny_policy(lm=lm).model_end_tokens == {1, 7, 9}
-    lm = tiny_lm()
-    lm.generation_config.eos_token_id = None
-    assert tiny_policy(lm=lm).model_end_tokens == {1}
-
-
-def test_the_context_length_is_the_configs():
+def test_end_tokens_are_the_tokenizers_and_the_generation_configs_and_the_context_is_the_configs():
+    for named, expected in (([7, 9], {1, 7, 9}), (None, {1})):
+        lm = tiny_lm()
+        lm.generation_config.eos_token_id = named
+        assert tiny_policy(lm=lm).model_end_tokens == expected
     assert [tiny_policy(family).context_length for family in ("llama", "gpt2", "gpt_neox")] == [CONTEXT] * 3
 
 
@@ -289,15 +284,13 @@ def test_no_sound_model_is_refused_in_bfloat16(family, seed):
         tiny_policy(adapter=adapter, dtype=torch.bfloat16, lm=tiny_lm(family, seed=seed))
 
 
-def test_adapter_targets_that_match_nothing_are_named():
-    config = PolicyConfig(adapter=AdapterConfig(targets=["nonesuch"]))
-    with pytest.raises(InputError, match=r"policy\.adapter\.targets"):
-        wrap_policy(tiny_lm(), tiny_tokenizer(), config=config)
-
-
-def test_an_adapter_on_an_lstm_is_refused_with_what_to_write():
-    with pytest.raises(InputError, match=r"LstmForCausalLM has no linear layers to adapt; .* policy\.adapter: null"):
-        wrap_policy(tiny_lm(LSTM), tiny_tokenizer(), config=PolicyConfig())
+def test_adapters_that_cannot_be_are_refused_with_what_to_write():
+    for lm, adapter, said in (
+        (tiny_lm(), AdapterConfig(targets=["nonesuch"]), r"policy\.adapter\.targets"),
+        (tiny_lm(LSTM), AdapterConfig(), r"LstmForCausalLM has no linear layers to adapt; .* policy\.adapter: null"),
+    ):
+        with pytest.raises(InputError, match=said):
+            wrap_policy(lm, tiny_tokenizer(), config=PolicyConfig(adapter=adapter))
 
 
 def test_the_adapters_start_depends_on_its_seed_alone():
