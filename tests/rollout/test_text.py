@@ -59,17 +59,13 @@ def end_often(lm=None, bias: float = 3.0):
     return lm
 
 
-def test_plain_text_is_encoded_as_the_tokenizer_does_it():
-    assert encode_prompt(tiny_tokenizer(), "the") == (tiny_tokenizer().convert_tokens_to_ids("the"),)
-
-
-def test_chat_prompts_go_through_the_template_with_the_assistants_turn_opened():
+def test_chat_prompts_go_through_the_template_with_the_assistants_turn_opened_and_plain_ones_do_not():
     tokenizer = tiny_tokenizer(chat=True)
     no = tuple(tokenizer("no")["input_ids"])
     expected = (USER, *no, END, ASSISTANT)
     assert encode_prompt(tokenizer, [{"role": "user", "content": "no"}]) == expected
     assert encode_prompt(tokenizer, "no", chat=True) == expected
-    assert encode_prompt(tokenizer, "no") == no
+    assert encode_prompt(tokenizer, "no") == encode_prompt(tiny_tokenizer(), "no") == no
 
 
 @pytest.mark.parametrize(("prompt", "chat"), [([{"role": "user", "content": "no"}], False), ("no", True)])
@@ -78,34 +74,22 @@ def test_chat_without_a_template_is_refused(prompt, chat):
         encode_prompt(tiny_tokenizer(), prompt, chat=chat)
 
 
-def test_a_prompt_that_leaves_no_room_for_the_answer_is_refused_at_the_start():
-    room = CONTEXT - GENERATION.max_new_tokens
-    longest = played(env=task(["x" * room]), episodes=1)
+ROOM = CONTEXT - GENERATION.max_new_tokens
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        (task(["no", "x" * (ROOM + 1)]), f"{ROOM + 1} tokens.*context of {CONTEXT} leaves {ROOM} beside 9"),
+        (task(["no"], held_out=["x" * CONTEXT]), "tokens"),
+        (task(["no", "€"]), "no tokens"),  # a character the tokenizer drops
+    ],
+)
+def test_prompts_that_cannot_be_continued_are_refused_at_the_start(env, said):
+    with pytest.raises(InputError, match=said):
+        text_rollout(tiny_policy(), env)
+    longest = played(env=task(["x" * ROOM]), episodes=1)
     assert longest.observations["lengths"].item() <= CONTEXT
-    with pytest.raises(InputError, match=f"{room + 1} tokens.*context of {CONTEXT} leaves {room} beside 9"):
-        played(env=task(["no", "x" * (room + 1)]))
-
-
-def test_a_held_out_prompt_is_checked_at_the_start_too():
-    with pytest.raises(InputError, match="tokens"):
-        played(env=task(["no"], held_out=["x" * CONTEXT]))
-
-
-def test_a_prompt_that_has_no_tokens_is_refused_at_the_start():
-    with pytest.raises(InputError, match="no tokens"):
-        played(env=task(["no", "€"]))  # a character the tokenizer drops
-
-
-def test_prompt_tokens_cuts_the_prompt_and_the_reward_sees_what_is_left():
-    seen = []
-
-    def reward(prompts, completions, **columns):
-        seen.extend(prompts)
-        return [0.0] * len(prompts)
-
-    batch = played(env=task(["a band in the sun."], reward, prompt_tokens=3), episodes=2)
-    assert {len(t.prompt_tokens) for t in batch.trajectories} == {3}
-    assert seen == ["a b", "a b"]  # the tokens are a, space, b, and, …
 
 
 def test_distinct_2_counts_bigrams_of_tokens_over_all_sequences():
@@ -142,19 +126,14 @@ def test_the_reward_function_sees_prompts_texts_and_columns_in_order():
     assert seen["completions"] == [t.completion_text for t in batch.trajectories]
     assert seen["answer"] == [PROMPTS.index(t.prompt) for t in batch.trajectories]
     assert [t.reward for t in batch.trajectories] == list(range(16))
-
-
-def test_chat_prompts_reach_the_reward_function_as_messages():
-    seen = []
-
-    def reward(prompts, completions, **columns):
-        seen.extend(zip(prompts, completions, strict=True))
-        return [0.0] * len(prompts)
-
+    # Of a prompt that is cut it sees what is left; messages stay messages.
+    cut = played(env=task(["a band in the sun."], reward, prompt_tokens=3), episodes=2)
+    assert {len(t.prompt_tokens) for t in cut.trajectories} == {3}
+    assert seen["prompts"] == ["a b", "a b"]  # the tokens are a, space, b, and, …
     messages = [{"role": "user", "content": "who?"}]
-    policy = tiny_policy(tokenizer=tiny_tokenizer(chat=True))
-    batch = played(policy, task([messages], reward), episodes=2)
-    assert seen == [(messages, [{"role": "assistant", "content": t.completion_text}]) for t in batch.trajectories]
+    chat = played(tiny_policy(tokenizer=tiny_tokenizer(chat=True)), task([messages], reward), episodes=2)
+    assert seen["prompts"] == [messages, messages]
+    assert seen["completions"] == [[{"role": "assistant", "content": t.completion_text}] for t in chat.trajectories]
 
 
 def test_trained_tokens_are_the_sampled_ones_though_their_text_encodes_to_others():
@@ -256,6 +235,8 @@ def test_the_same_seed_gives_the_same_batch_and_another_seed_another():
     one, same, other = (played(seed=seed) for seed in (4, 4, 5))
     assert_same(one, same)
     assert [t.completion_tokens for t in one.trajectories] != [t.completion_tokens for t in other.trajectories]
+    again = played(env=task(["no"]), episodes=8)  # one prompt, played again, with other randomness
+    assert len({tuple(t.completion_tokens) for t in again.trajectories}) > 4
 
 
 def test_episodes_do_not_depend_on_how_they_are_grouped_or_on_the_speed_settings():
@@ -269,11 +250,6 @@ def test_episodes_do_not_depend_on_how_they_are_grouped_or_on_the_speed_settings
         assert [(t.prompt, t.completion_tokens) for t in again.trajectories] == expected
         assert torch.allclose(again.logprobs_BT, whole.logprobs_BT, atol=1e-4)
         assert torch.allclose(again.reference_logprobs_BT, whole.reference_logprobs_BT, atol=1e-4)
-
-
-def test_one_prompt_played_twice_is_answered_with_other_randomness():
-    batch = played(env=task(["no"]), episodes=8)
-    assert len({tuple(t.completion_tokens) for t in batch.trajectories}) > 4
 
 
 def test_every_pass_over_the_prompts_is_a_permutation_of_its_own():
@@ -344,7 +320,7 @@ def test_the_penalty_for_a_missing_end_is_for_cut_off_answers_alone_with_custom_
 def test_evaluation_reports_the_means_of_its_answers_and_repeats_itself():
     env = task(["no"], held_out=PROMPTS, metric=lambda prompts, completions, **columns: [2.0] * len(prompts))
     rollout = text_rollout(tiny_policy(lm=end_often(), moved=True), env, seed=1)
-    assert rollout.can_evaluate
+    assert rollout.can_evaluate and not text_rollout(tiny_policy(), task()).can_evaluate
     metrics, trajectories = rollout.evaluate(6)
     assert [t.prompt for t in trajectories] == PROMPTS[:6]
     lengths = [len(t.completion_tokens) for t in trajectories]
@@ -364,10 +340,6 @@ def test_evaluation_reports_the_means_of_its_answers_and_repeats_itself():
     }
     rollout.collect(first=0, count=4)
     assert rollout.evaluate(6)[0] == metrics
-
-
-def test_nothing_held_out_means_nothing_to_evaluate():
-    assert not text_rollout(tiny_policy(), task()).can_evaluate
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
