@@ -19,10 +19,12 @@ from surefoot import InputError
 FILE = Path(__file__).with_name("messages.txt")
 # What differs from case to case: what a library said, what was quoted, where it lies, how much it is.
 CHANGING = (
-    (re.compile(r"(can be loaded|cannot be imported|raised \w+|can be parsed): .*"), r"\1: …"),
+    (re.compile(r"(can be loaded|cannot be imported|raised \w+|can be (?:parsed|read)|not JSON|serializing): .*"), r"\1: …"),
+    (re.compile(r"\breturned .*?( for sample|; a list)"), r"returned …\1"),
     (re.compile(r"""(?<!\w)'(?:\\.|[^'\\])*'|(?<!\w)"(?:\\.|[^"\\])*\""""), "'…'"),
     (re.compile(r"(?<![\w.…])/[^\s:;,()'\"]+"), "PATH"),
     (re.compile(r"(?<![A-Za-z_\d])(?<![A-Za-z]-)\d+(?:[.,_]\d+)*(?:e[-+]?\d+)?"), "N"),
+    (re.compile(r"\[(?:'…'|N)?(?:, (?:'…'|N))*\]"), "[…]"),
 )
 seen: set[str] = set()
 

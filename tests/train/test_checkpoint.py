@@ -24,6 +24,7 @@ from surefoot.storage.safetensors import read_tensors
 from surefoot.train import checkpoint
 from surefoot.train.checkpoint import load_checkpoint, newest_checkpoint, point, pointed_checkpoint, save_checkpoint
 from tests.fakes import BigramPolicy
+from tests.golden import check, refused
 from tests.train import killing
 from tests.train.warm import ENVIRONMENT, ROOT
 
@@ -44,6 +45,13 @@ def forge(path: Path, **contents: bytes) -> None:
         file.write_bytes(data)
         manifest["files"][file.name] = {"size": len(data), "sha256": checkpoint._sha256(file)}
     (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def complaint(call: Callable[[], object]) -> str:
+    """What the InputError says that `call` raises."""
+    with pytest.raises(InputError) as caught:
+        call()
+    return str(caught.value)
 
 
 def names(folder: Path) -> list[str]:
@@ -157,34 +165,26 @@ def test_a_kill_at_any_moment_of_a_loop_of_saves_leaves_the_last_one_saved(tmp_p
 # Damage
 
 
-def cut(data: bytes) -> bytes:
-    return data[:-1]
-
-
-def halve(data: bytes) -> bytes:
-    return data[: len(data) // 2]
-
-
-def flip(data: bytes) -> bytes:
-    middle = len(data) // 2
-    return data[:middle] + bytes([data[middle] ^ 0x80]) + data[middle + 1 :]
-
-
-def lengthen(data: bytes) -> bytes:
-    return data + b"x"
+DAMAGES: dict[str, Callable[[bytes], bytes] | None] = {
+    "cut": lambda data: data[:-1],
+    "halved": lambda data: data[: len(data) // 2],
+    "flipped": lambda data: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 0x80]) + data[len(data) // 2 + 1 :],
+    "longer": lambda data: data + b"x",
+    "gone": None,
+}
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", [cut, halve, flip, lengthen, None])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_found_named_and_the_older_checkpoint_used(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, damage: Callable[[bytes], bytes] | None
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, damage: str
 ) -> None:
     file = two_checkpoints(tmp_path) / name
-    if damage is None:
+    if (change := DAMAGES[damage]) is None:
         file.unlink()
     else:
-        file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(InputError, match=name):
+        file.write_bytes(change(file.read_bytes()))
+    with refused(name):
         load_checkpoint(file.parent)
     assert killing.number_in(newest_checkpoint(tmp_path)) == 1
     said = capsys.readouterr().err
@@ -210,7 +210,7 @@ def test_all_damaged_is_an_error_that_names_a_file(tmp_path: Path) -> None:
     two_checkpoints(tmp_path)
     for number in (1, 2):
         (tmp_path / f"0000000{number}" / "policy.safetensors").write_bytes(b"")
-    with pytest.raises(InputError, match=r"00000002/policy\.safetensors is damaged"):
+    with refused("00000002/policy.safetensors"):
         newest_checkpoint(tmp_path)
 
 
@@ -242,12 +242,8 @@ def test_a_full_disk_is_one_clear_line_and_the_older_checkpoint_stands(
 ) -> None:
     two_checkpoints(tmp_path)
     before = names(tmp_path)
-    with (
-        largest_file(limit),
-        pytest.raises(InputError, match=r"00000003.* could not be written: .*older .* untouched") as error,
-    ):
+    with refused("00000003", "older"), largest_file(limit):
         killing.save(tmp_path, 3, size=size, note=note)
-    assert "\n" not in str(error.value)
     assert names(tmp_path) == before
     assert killing.number_in(newest_checkpoint(tmp_path)) == 2 and (tmp_path / "latest").read_text() == "00000002"
     killing.save(tmp_path, 3, size=size, note=note)
@@ -257,7 +253,7 @@ def test_a_full_disk_is_one_clear_line_and_the_older_checkpoint_stands(
 def test_a_full_disk_keeps_a_pointer_as_it_was(tmp_path: Path) -> None:
     two_checkpoints(tmp_path)
     point(tmp_path, "best", "00000001")
-    with largest_file(0), pytest.raises(InputError, match=r"best could not be written: .*00000002 is whole"):
+    with refused("best", "00000002"), largest_file(0):
         point(tmp_path, "best", "00000002")
     assert (tmp_path / "best").read_text() == "00000001" and "best.tmp" not in names(tmp_path)
 
@@ -272,14 +268,12 @@ def test_a_read_only_folder_is_one_clear_line() -> None:
         if root:  # whom no permission stops
             os.seteuid(65534)
         try:
-            with pytest.raises(InputError, match=r"00000003 could not be written: .*Permission denied"):
-                killing.save(folder, 3)
-            with pytest.raises(InputError, match=r"cannot be written: Permission denied"):
-                RunFolder(folder).hold()
+            said = [complaint(lambda: killing.save(folder, 3)), complaint(RunFolder(folder).hold)]
         finally:
             if root:
                 os.seteuid(0)
         folder.chmod(0o755)
+        assert "00000003" in said[0] and all(check(line, "Permission denied") for line in said)
         assert killing.number_in(newest_checkpoint(folder)) == 2
 
 
@@ -287,21 +281,21 @@ def test_a_second_writer_is_refused_until_the_first_has_gone(tmp_path: Path) -> 
     first, second = RunFolder(tmp_path), RunFolder(tmp_path)
     first.hold()
     first.hold()
-    with pytest.raises(InputError, match="in use by another run"):
+    with refused("in use by another run"):
         second.hold()
     first.release()
     second.hold()
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
-    program = "import os, sys; from pathlib import Path; from surefoot.storage.run_folder import RunFolder; r = RunFolder(Path(sys.argv[1]))"
-    program += "; r.hold(); print(flush=True); os.kill(os.getpid(), 9 * (sys.stdin.read() == 'die'))"
+    program = "import os, sys; from pathlib import Path; from surefoot.storage.run_folder import RunFolder; r = RunFolder("
+    program += "Path(sys.argv[1])); r.hold(); print(flush=True); os.kill(os.getpid(), 9 * (sys.stdin.read() == 'die'))"
     with subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as holder:
         assert holder.stdout is not None
         holder.stdout.readline()
-        with pytest.raises(InputError, match="in use by another run"):
+        with refused("in use by another run"):
             RunFolder(tmp_path).hold()
         holder.communicate("die")
     assert holder.returncode == -9
@@ -330,7 +324,7 @@ def test_a_link_is_no_checkpoint_and_none_of_its_files(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "checkpoints") == path
     (path / "policy.safetensors").rename(tmp_path / "moved")
     (path / "policy.safetensors").symlink_to(tmp_path / "moved")
-    with pytest.raises(InputError, match=r"policy\.safetensors"):
+    with refused("policy.safetensors"):
         load_checkpoint(path)
 
 
@@ -340,7 +334,7 @@ def test_a_manifest_lists_plain_names_only(tmp_path: Path, listed: str) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"][listed] = manifest["files"]["state.json"]
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match=str(path)):
+    with refused(str(path)):
         load_checkpoint(path)
 
 
@@ -364,7 +358,7 @@ MANIFESTS = [
 def test_a_manifest_of_another_shape_is_named(tmp_path: Path, text: str) -> None:
     path = two_checkpoints(tmp_path)
     (path / "manifest.json").write_text(text)
-    with pytest.raises(InputError, match=r"manifest\.json"):
+    with refused("manifest.json"):
         load_checkpoint(path)
 
 
@@ -390,7 +384,7 @@ def poison(canary: Path) -> bytes:
 def test_a_pickle_with_a_safe_name_is_refused_unopened(tmp_path: Path, name: str) -> None:
     path = two_checkpoints(tmp_path / "checkpoints")
     forge(path, **{name: poison(tmp_path / "canary")})
-    with pytest.raises(InputError, match=name):
+    with refused(name):
         load_checkpoint(path)
     assert not (tmp_path / "canary").exists()
 
@@ -399,7 +393,7 @@ def test_a_pickle_named_model_safetensors_is_refused_unopened(tmp_path: Path, ba
     for file in base.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "model.safetensors").write_bytes(poison(tmp_path / "canary"))
-    with pytest.raises(InputError, match=r"model\.safetensors"):
+    with refused("model.safetensors"):
         load_policy(str(tmp_path))
     assert not (tmp_path / "canary").exists()
 
@@ -427,7 +421,7 @@ BAD_TENSORS = {
 def test_a_forged_safetensors_file_is_refused_by_name(tmp_path: Path, kind: str) -> None:
     path = killing.save(tmp_path, 1)
     forge(path, policy=BAD_TENSORS[kind])
-    with pytest.raises(InputError, match=r"policy\.safetensors"):
+    with refused("policy.safetensors"):
         load_checkpoint(path)
 
 
@@ -444,7 +438,7 @@ def step(policy: BigramPolicy, optimizer: torch.optim.Adam) -> None:
     optimizer.step()
 
 
-def test_a_restored_optimiser_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> None:
+def test_a_restored_optimizer_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> None:
     policy = BigramPolicy(seed=1)
     optimizer = adam(policy)
     for _ in range(3):
@@ -467,7 +461,7 @@ def test_a_restored_optimiser_goes_on_as_if_it_had_never_stopped(tmp_path: Path)
     assert int(resumed_optimizer.state[resumed.values_V]["step"]) == 5
 
 
-def test_an_optimiser_saved_before_its_first_step_is_restored_to_that() -> None:
+def test_an_optimizer_saved_before_its_first_step_is_restored_to_that() -> None:
     policy = BigramPolicy()
     optimizer = adam(policy)
     assert checkpoint.optimizer_tensors(policy, optimizer) == {}
@@ -476,35 +470,22 @@ def test_an_optimiser_saved_before_its_first_step_is_restored_to_that() -> None:
     assert not optimizer.state
 
 
-def wrong_name(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["other"] = tensors.pop("logits")
-
-
-def one_missing(tensors: dict[str, torch.Tensor]) -> None:
-    del tensors["logits"]
-
-
-def one_more(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["other"] = torch.zeros(1)
-
-
-def wrong_shape(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["values"] = torch.zeros(9)
-
-
-def wrong_dtype(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["values"] = tensors["values"].double()
-
-
-@pytest.mark.parametrize("change", [wrong_name, one_missing, one_more, wrong_shape, wrong_dtype])
-def test_weights_that_do_not_fit_are_refused_and_nothing_is_copied(
-    change: Callable[[dict[str, torch.Tensor]], None],
-) -> None:
-    tensors = {name: tensor.clone() for name, tensor in checkpoint.policy_tensors(BigramPolicy(seed=1)).items()}
-    change(tensors)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"logits": None, "other": torch.zeros(7, 7)},
+        {"logits": None},
+        {"other": torch.zeros(1)},
+        {"values": torch.zeros(9)},
+        {"values": torch.zeros(7).double()},
+    ],
+    ids=str,
+)
+def test_weights_that_do_not_fit_are_refused_and_nothing_is_copied(change: dict[str, torch.Tensor | None]) -> None:
+    tensors = {**checkpoint.policy_tensors(BigramPolicy(seed=1)), **change}
     policy = BigramPolicy(seed=2)
-    with pytest.raises(InputError, match=r"does not fit this policy: '(logits|values|other)'"):
-        checkpoint.restore_policy(policy, tensors)
+    with refused("does not fit this policy"):
+        checkpoint.restore_policy(policy, {name: tensor for name, tensor in tensors.items() if tensor is not None})
     untouched = BigramPolicy(seed=2)
     assert torch.equal(policy.logits_VV, untouched.logits_VV) and torch.equal(policy.values_V, untouched.values_V)
 
@@ -522,12 +503,12 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_is_copied(
     ],
     ids=str,
 )
-def test_optimiser_state_that_does_not_fit_is_refused(change: dict[str, torch.Tensor | None]) -> None:
+def test_optimizer_state_that_does_not_fit_is_refused(change: dict[str, torch.Tensor | None]) -> None:
     policy = BigramPolicy()
     optimizer = adam(policy)
     step(policy, optimizer)
     changed = {**checkpoint.optimizer_tensors(policy, optimizer), **change}
-    with pytest.raises(InputError, match="does not fit this policy"):
+    with refused("does not fit this policy"):
         checkpoint.restore_optimizer(policy, optimizer, {name: value for name, value in changed.items() if value is not None})
 
 
@@ -561,5 +542,5 @@ def test_the_same_seed_starts_every_generator_the_same() -> None:
 def test_a_whole_file_of_tensors_reads_as_itself(tmp_path: Path) -> None:
     (tmp_path / "t.safetensors").write_bytes(save({"a": torch.arange(3)}))
     assert read_tensors(tmp_path / "t.safetensors")["a"].tolist() == [0, 1, 2]
-    with pytest.raises(InputError, match=r"missing\.safetensors"):
+    with refused("missing.safetensors"):
         read_tensors(tmp_path / "missing.safetensors")
