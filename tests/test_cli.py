@@ -21,7 +21,20 @@ from tests.inputs import Outcome, model_folder, run_cli, write_project
 
 HEAVY = ("torch", "transformers", "peft", "numpy", "safetensors", "rich", "tensorboard")
 
-VERBS = ("ppo", "sft", "new-model", "reward-model", "pipeline", "resume", "generate", "play", "fetch", "import-trl", "demo")
+VERBS = (
+    "ppo",
+    "sft",
+    "new-model",
+    "reward-model",
+    "rejection-sampling",
+    "pipeline",
+    "resume",
+    "generate",
+    "play",
+    "fetch",
+    "import-trl",
+    "demo",
+)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""`surefoot pipeline`: stages that take what earlier ones left, resume, pseudo-labels, and bad input in one line."""
+"""`surefoot pipeline`: stages that take what earlier ones left, resume, rejection sampling, and bad input in one line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import yaml
 from surefoot import collect
 from surefoot.api.pipeline import load_pipeline
 from surefoot.build.language import build_policy, build_task
-from surefoot.config.pipeline import PipelineConfig, PseudoLabelsConfig
+from surefoot.config import RejectionSamplingConfig
+from surefoot.config.pipeline import PipelineConfig
 from surefoot.data.render import encode_prompt
 from surefoot.errors import InputError
 from surefoot.types import StopReason, Trajectory
@@ -43,7 +44,7 @@ STAGES: dict[str, Any] = {
         "policy": {"model": "stage:tuned"},
         "task": {"prompts": "prompts.jsonl", "reward": "stage:judge", "held_out": 0.3},
         "generation": {"max_new_tokens": 3, "stop": ["e", "o", "a", "i"]},
-        "pseudo_labels": {"episodes": 36, "keep": 0.5, "join": "pairs.jsonl"},
+        "rejection_sampling": {"episodes": 36, "keep": 0.5, "join": "pairs.jsonl"},
     },
     "again": {"sft": {"data": "stage:answers", "epochs": 1, "batch_size": 4, "held_out": 0.3}},
 }
@@ -85,8 +86,8 @@ def test_every_stage_leaves_what_the_next_one_takes(whole: Path):
     assert (runs / "again" / "model" / "model.safetensors").is_file()
 
 
-def test_pseudo_labels_are_the_given_rows_and_then_the_best_answers(whole: Path):
-    lines = (whole / "runs" / "answers" / "pseudo_labels.jsonl").read_text().splitlines()
+def test_sampled_examples_are_the_given_rows_and_then_the_best_answers(whole: Path):
+    lines = (whole / "runs" / "answers" / "completions.jsonl").read_text().splitlines()
     examples = [json.loads(line) for line in lines]
     assert examples[: len(PAIRS)] == PAIRS
     config = load_pipeline(whole / "pipeline.yaml")[3].config
@@ -113,10 +114,10 @@ def test_a_finished_pipeline_does_nothing(whole: Path):
     "strike",
     [
         Strike("surefoot.train.update:take_step", nth=4, signals=[int(signal.SIGKILL)]),
-        Strike("surefoot.api.pipeline:write_durably", nth=2, signals=[int(signal.SIGKILL)]),
+        Strike("surefoot.api.rejection:write_durably", nth=2, signals=[int(signal.SIGKILL)]),
         Strike("surefoot.api.reward_model:RewardModel.save", signals=[int(signal.SIGKILL)]),
     ],
-    ids=["in a stage", "writing pseudo-labels", "between training and saving"],
+    ids=["in a stage", "writing completions", "between training and saving"],
 )
 def test_a_killed_pipeline_goes_on_to_the_same_weights(tmp_path: Path, whole: Path, strike: Strike):
     file = write(tmp_path, STAGES)
@@ -128,7 +129,7 @@ def test_a_killed_pipeline_goes_on_to_the_same_weights(tmp_path: Path, whole: Pa
         mine, other = tmp_path / "runs" / stage, whole / "runs" / stage
         assert rows(mine) == rows(other)
         assert (mine / "model" / WEIGHTS).read_bytes() == (other / "model" / WEIGHTS).read_bytes()
-    labels = ("runs", "answers", "pseudo_labels.jsonl")
+    labels = ("runs", "answers", "completions.jsonl")
     assert tmp_path.joinpath(*labels).read_bytes() == whole.joinpath(*labels).read_bytes()
 
 
@@ -182,24 +183,27 @@ def task(**settings: Any) -> dict[str, Any]:
 TWO_KINDS = changed("answers", task=None, sft=STAGES["taught"]["sft"])
 BAD = {
     "no stages": ({}, "stages"),
-    "a name that is a path": ({"../x": STAGES["taught"]}, "no name for a stage"),
+    "a name that is a path": ({"../x": STAGES["taught"]}, "not a valid name of a stage"),
     "a later stage": ({"first": changed("tuned")["tuned"]}, "stage:taught is no earlier stage; no stage stands before it"),
-    "nothing to learn": ({"empty": {"seed": 1}}, "stage empty: nothing to learn"),
+    "nothing to learn": ({"empty": {"seed": 1}}, "stage empty: no task (task.prompts and task.reward)"),
     "a misspelt key": (changed("taught", sft={"data": "pairs.jsonl", "epoch": 1}), "stage taught: unknown key 'sft.epoch'"),
     "no such file": (changed("judge", reward_model={"data": "none.jsonl"}), "none.jsonl"),
     "no prompts": (changed("tuned", task=STAGES["tuned"]["task"] | {"prompts": "none.jsonl"}), "task.prompts: no file"),
     "no examples to join": (
-        changed("answers", pseudo_labels={"join": "none.jsonl"}),
-        "stage answers: pseudo_labels.join: no file",
+        changed("answers", rejection_sampling={"join": "none.jsonl"}),
+        "stage answers: rejection_sampling.join: no file",
     ),
-    "a share of nothing": (changed("answers", pseudo_labels={"keep": 0.0}), "stage answers, pseudo_labels: keep"),
-    "pseudo-labels without a task": (TWO_KINDS, "pseudo_labels answers the prompts of a task"),
-    "pseudo-labels that are no section": (changed("answers", pseudo_labels=5), "pseudo_labels: should be a section"),
+    "a share of nothing": (changed("answers", rejection_sampling={"keep": 0.0}), "stage answers: rejection_sampling.keep"),
+    "rejection sampling without a task": (TWO_KINDS, "stage answers: rejection_sampling: a run with sft has no such section"),
+    "rejection sampling that is no section": (
+        changed("answers", rejection_sampling=5),
+        "rejection_sampling: should be a section",
+    ),
     "a run that is no section": (changed("taught", run=5), "stage taught: run: should be a section"),
     "a new model": (changed("taught", new_model={}), "new_model is read by surefoot new-model"),
     "a share of a group": (
         changed("answers", group={"size": 8}, rollout={"episodes_per_update": 64}, ppo={"batch_size": 8}),
-        "stage answers: group.size (8) does not divide pseudo_labels.episodes (36)",
+        "stage answers: group.size (8) does not divide rejection_sampling.episodes (36)",
     ),
     "no such function": (
         changed("tuned", task=task(metric="none.py:metric")),
@@ -207,11 +211,11 @@ BAD = {
     ),
     "no such part": (
         changed("tuned", task=task(reward=[{"name": "stage:judge"}, {"name": "math:sinus"}])),
-        "stage tuned: task.reward: math has no function 'sinus'",
+        "stage tuned: task.reward, sinus: math has no function 'sinus'",
     ),
     "a reward that takes nothing": (
         changed("tuned", task=task(reward=[{"name": "stage:judge"}, {"name": "broken.py:takes_nothing"}])),
-        "stage tuned: the reward function raised TypeError",
+        "stage tuned: the reward takes_nothing function raised TypeError",
     ),
     "a metric that says nothing": (
         changed("tuned", task=task(metric="broken.py:says_nothing")),
@@ -234,16 +238,16 @@ BAD = {
     ),
     "a stage as a name": (changed("again", device="stage:tuned"), "device takes nothing of a stage's"),
     "chats to join for strings": (
-        changed("answers", pseudo_labels={"episodes": 12, "join": "chats.jsonl"}),
-        "pseudo_labels.join has messages, and the answers will be prompt and completion",
+        changed("answers", rejection_sampling={"episodes": 12, "join": "chats.jsonl"}),
+        "rejection_sampling.join has messages, and the completions will be prompt and completion",
     ),
     "pairs to join for a chat": (
         changed("answers", task=task(chat=True)),
-        "pseudo_labels.join has prompt and completion, and the answers will be messages",
+        "rejection_sampling.join has prompt and completion, and the completions will be messages",
     ),
     "ratings to join": (
-        changed("answers", pseudo_labels={"episodes": 12, "join": "ratings.jsonl"}),
-        "pseudo_labels.join has text, and",
+        changed("answers", rejection_sampling={"episodes": 12, "join": "ratings.jsonl"}),
+        "rejection_sampling.join has text, and",
     ),
     "prompts of both kinds": (
         changed("answers", task=task(prompts="mixed.jsonl", held_out=0.0)),
@@ -262,8 +266,8 @@ def test_bad_pipelines_are_refused_in_one_line_before_any_stage(tmp_path: Path, 
 def test_a_stage_that_was_begun_with_other_settings_is_refused(whole: Path):
     outcome = run_cli("pipeline", str(whole / "pipeline.yaml"), "--stages.tuned.kl.coef", "0.3")
     assert "stage tuned was begun with kl.coef 0.05, and now has 0.3; name another folder" in outcome.complaint
-    outcome = run_cli("pipeline", str(whole / "pipeline.yaml"), "--stages.answers.pseudo-labels.keep", "0.25")
-    assert "stage answers was begun with pseudo_labels.keep 0.5, and now has 0.25; name another" in outcome.complaint
+    outcome = run_cli("pipeline", str(whole / "pipeline.yaml"), "--stages.answers.rejection-sampling.keep", "0.25")
+    assert "stage answers was begun with rejection_sampling.keep 0.5, and now has 0.25; name another" in outcome.complaint
 
 
 def test_settings_are_compared_as_settings_and_not_as_text(whole: Path):
@@ -293,9 +297,9 @@ def test_a_folder_that_is_no_whole_run_is_to_be_removed(tmp_path: Path):
     assert "taught exists, but has no config.yaml and is no whole run; remove it" in run_cli("pipeline", file).complaint
 
 
-def test_an_empty_section_of_pseudo_labels_has_their_defaults(tmp_path: Path):
-    stages = load_pipeline(write(tmp_path, STAGES | {"answers": STAGES["answers"] | {"pseudo_labels": None}}))
-    assert stages[3].pseudo_labels == PseudoLabelsConfig()
+def test_an_empty_section_of_rejection_sampling_has_its_defaults(tmp_path: Path):
+    stages = load_pipeline(write(tmp_path, STAGES | {"answers": STAGES["answers"] | {"rejection_sampling": None}}))
+    assert stages[3].config.rejection_sampling == RejectionSamplingConfig()
 
 
 def test_a_part_that_is_a_stage_is_called_by_its_name(tmp_path: Path):
@@ -318,10 +322,10 @@ def test_answers_of_a_chat_are_learned_behind_the_tokens_they_were_written_behin
     section = {"prompts": "prompts.jsonl", "reward": "reward.py:reward", "chat": True}
     labels = {"episodes": 12, "keep": 1.0, "join": "chats.jsonl"}
     generation = {"max_new_tokens": 3, "stop": ["e", "o", "a", "i"]}
-    file = write(tmp_path, {"answers": {"task": section, "generation": generation, "pseudo_labels": labels}})
+    file = write(tmp_path, {"answers": {"task": section, "generation": generation, "rejection_sampling": labels}})
     outcome = run_cli("pipeline", file)
     assert outcome.code == 0, outcome.err
-    given, *examples = [json.loads(line)["messages"] for line in (tmp_path / "runs/answers/pseudo_labels.jsonl").open()]
+    given, *examples = [json.loads(line)["messages"] for line in (tmp_path / "runs/answers/completions.jsonl").open()]
     assert given == CHATS[0]["messages"] and examples
     tokenizer = tiny_tokenizer(chat=True)
     for user, assistant in examples:
@@ -336,9 +340,9 @@ def test_answers_that_were_all_cut_off_are_no_examples(tmp_path: Path):
     policy = {"policy": {"model": "model"}}
     task = {"task": {"prompts": "prompts.jsonl", "reward": "reward.py:reward"}, "generation": {"max_new_tokens": 1}}
     (tmp_path / "reward.py").write_text(REWARD)
-    file = write(tmp_path, {"answers": policy | task | {"pseudo_labels": {"episodes": 2}}})
+    file = write(tmp_path, {"answers": policy | task | {"rejection_sampling": {"episodes": 2}}})
     outcome = run_cli("pipeline", str(file))
-    assert "of 2 answers none says something and ended by itself" in outcome.err
+    assert "of 2 completions none is usable" in outcome.err
     assert outcome.code == 2
 
 
@@ -355,7 +359,7 @@ def test_the_pages_pipeline_is_one_and_its_table_is_whole(tmp_path: Path):
     (tmp_path / "prompts.jsonl").rename(tmp_path / "unlabeled.jsonl")
     stages = load_pipeline(tmp_path / "pipeline.yaml")
     assert [stage.name for stage in stages] == ["sft", "judge", "ppo", "best", "again"]
-    fields = [*PipelineConfig.model_fields, *(f"pseudo_labels.{name}" for name in PseudoLabelsConfig.model_fields)]
+    fields = [*PipelineConfig.model_fields, *(f"rejection_sampling.{name}" for name in RejectionSamplingConfig.model_fields)]
     assert all(f"| `{name}` |" in page for name in fields)
 
 

@@ -129,7 +129,7 @@ def test_what_is_saved_scores_as_what_was_trained(adapter):
     # Where prompt ends and completion begins does not matter: what is scored is the text.
     assert loaded.score(["film"], [" 3 is good"]) == loaded.score(["film 3"], [" is good"])
     assert transformers.AutoModelForCausalLM.from_pretrained("out").config.model_type == "llama"
-    assert refusal(loaded.learn).startswith("this reward model was saved and only scores")
+    assert refusal(loaded.learn).startswith("there is nothing to train on; give the preferences")
     assert loaded.score([], []) == []
 
 
@@ -361,11 +361,11 @@ def test_verbs_and_files_that_do_not_belong_together_are_refused(base):
     config = make_config(CONFIG, where="test")
     assert refusal(lambda: PPO(str(base), TextTask(["a"], make_score), config=config)).endswith("give it to RewardModel")
     RewardModel(str(base), PAIRS, config=config, **SMALL).learn()
-    assert refusal(lambda: SFT.load(run)) == "runs/run is no supervised run; open it with RewardModel.load"
-    assert "go on with RewardModel.load, or use it as a reward" in refusal(lambda: PPO.load(run))
+    assert refusal(lambda: SFT.load(run)).startswith("runs/run is a run of RewardModel; go on with RewardModel.load")
+    assert "go on with RewardModel.load(" in refusal(lambda: PPO.load(run))
     SFT(str(base), ["a b", "the end"], run_name="sft", held_out=0.0, epochs=1, **SMALL).learn()
-    assert refusal(lambda: RewardModel.load("runs/sft")) == "runs/sft is no reward model's run; open it with SFT.load"
-    assert refusal(lambda: RewardModel.load(base)).startswith(f"reward model: no reward model in {base}")
+    assert refusal(lambda: RewardModel.load("runs/sft")).startswith("runs/sft is a run of SFT; go on with SFT.load(")
+    assert refusal(lambda: RewardModel.load(base)).startswith(f"{base} is neither a run folder")
 
 
 def make_score(prompts, completions, **columns):
@@ -398,6 +398,4 @@ def test_texts_that_cannot_be_scored_are_refused(saved):
     model = RewardModel.load(saved)
     assert refusal(lambda: model.score(["a"], [])) == "score: 1 prompts and 0 completions; one prompt each is needed"
     assert refusal(lambda: model.score(["a", "a"], ["b", "c" * 100])).startswith("reward model: text 2: has 102 tokens, more")
-    assert refusal(lambda: RewardModel.load(saved, PAIRS)).startswith(
-        f"{saved} is no run folder, and what was saved only scores"
-    )
+    assert refusal(lambda: RewardModel.load(saved, PAIRS)).startswith(f"{saved} was saved and only scores")

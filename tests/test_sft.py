@@ -84,7 +84,7 @@ def test_three_sentences_are_learnt_by_heart_and_go_on_to_ppo(capsys):
     assert first["kl/reference"] == pytest.approx(0, abs=1e-4) and first["length/end_rate"] > 0.5
     # Its settings lie beside it too, and its own run can be opened as a policy, not as a PPO run.
     assert PPO.load("out", TextTask(["a"], reward, held_out=0.0), verbose=0).config.sft is None
-    assert refusal(lambda: PPO.load("runs/sft-1")).startswith("runs/sft-1 is a supervised run; go on with SFT.load")
+    assert refusal(lambda: PPO.load("runs/sft-1")).startswith("runs/sft-1 is a run of SFT; go on with SFT.load")
 
 
 def test_all_weights_can_be_taught():
@@ -136,7 +136,7 @@ def test_learning_more_and_going_on_in_another_process(tmp_path):
 
 
 def test_a_run_from_python_that_was_stopped_says_how_to_go_on():
-    training = SFT(model_folder(), SENTENCES, held_out=0.0, **SMALL)._prepare_training()
+    training = SFT(model_folder(), SENTENCES, held_out=0.0, **SMALL)._session.training
     training.stop.signal_number = int(signal.SIGTERM)
     assert str(loop._interrupted(training)).endswith("continue with: SFT.load('runs/sft-1', data).learn()")
 
@@ -270,9 +270,9 @@ def test_verbs_and_files_that_do_not_belong_together_are_refused(base):
     task = TextTask(["a", "b"], reward)
     assert refusal(lambda: PPO(str(base), task, config=config)).endswith("give it to SFT")
     PPO(str(base), task, run_name="ppo", total_episodes=4, episodes_per_update=4, batch_size=4, **SMALL).learn()
-    assert refusal(lambda: SFT.load("runs/ppo")) == "runs/ppo is no supervised run; open it with PPO.load"
+    assert refusal(lambda: SFT.load("runs/ppo")).startswith("runs/ppo is a run of PPO; go on with PPO.load")
     shutil.copytree(base, "plain")
-    assert refusal(lambda: SFT.load("plain")).startswith("plain is not a run folder")
+    assert refusal(lambda: SFT.load("plain")).startswith("plain is neither a run folder")
 
 
 @pytest.mark.parametrize(

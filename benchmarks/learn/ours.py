@@ -59,7 +59,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         model = build(task, options.seed, folder)
-        model._prepare_training()  # the optimiser: SB3's constructor makes its own
+        _ = model._session.training  # the optimiser: SB3's constructor makes its own
         start = time.perf_counter()
         model.learn(total_timesteps=total)
         seconds = time.perf_counter() - start

@@ -58,7 +58,7 @@ QUICK = [
         "--stages.again.sft.epochs",
         "1",
     ),
-    *("--stages.ppo.rollout.total-episodes", "48", "--stages.best.pseudo-labels.episodes", "32"),
+    *("--stages.ppo.rollout.total-episodes", "48", "--stages.best.rejection-sampling.episodes", "32"),
 ]
 Results = dict[str, dict[str, list[dict[str, float]]]]  # labels -> method -> one a seed
 

@@ -6,15 +6,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from surefoot.api.evaluate import evaluate_policy
     from surefoot.api.new_model import new_model
     from surefoot.api.parts import collect, make_env, make_policy
     from surefoot.api.ppo import PPO
     from surefoot.api.reward_model import RewardModel
     from surefoot.api.sft import SFT
-    from surefoot.api.stable_baselines import BaseCallback, evaluate_policy
     from surefoot.envs.text import TextTask
     from surefoot.errors import GateError, InputError, Interrupted, NonFiniteError, SurefootError
     from surefoot.policies.lm.policy import load_policy
+    from surefoot.train.callbacks import BaseCallback
     from surefoot.train.update import advantages, make_optimizer, update
 
 _HOMES = {
@@ -27,10 +28,10 @@ _HOMES = {
     "SFT": "api.sft",
     "SurefootError": "errors",
     "TextTask": "envs.text",
-    "BaseCallback": "api.stable_baselines",
+    "BaseCallback": "train.callbacks",
     "advantages": "train.update",
     "collect": "api.parts",
-    "evaluate_policy": "api.stable_baselines",
+    "evaluate_policy": "api.evaluate",
     "load_policy": "policies.lm.policy",
     "make_env": "api.parts",
     "make_optimizer": "train.update",

@@ -120,19 +120,18 @@ def rows(run: Path, log: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 def outcome(run: Path) -> dict[str, Any]:
     """Everything of a finished run that must not depend on whether it was ever interrupted."""
+    found = {"metrics": rows(run), "samples": (run / "samples.jsonl").read_bytes()}
+    if (run / "completions.jsonl").exists():
+        return found | {"examples": (run / "completions.jsonl").read_text()}
     newest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
     state = json.loads((newest / "state.json").read_text())
     del state["progress"]["seconds"], state["log_sizes"]["metrics.jsonl"]
-    return {
+    return found | {
         "checkpoints": sorted(path.name for path in (run / "checkpoints").iterdir()),
-        "best": (run / "checkpoints" / "best").read_text(),
-        "policy": _digests(newest / "policy.safetensors"),
-        "optimizer": _digests(newest / "optimizer.safetensors"),
+        "best": (run / "checkpoints" / "best").read_text() if (run / "checkpoints" / "best").exists() else None,
         "state": state,
-        "metrics": rows(run),
-        "samples": (run / "samples.jsonl").read_bytes(),
-        "model": _digests(run / "model" / "model.safetensors"),
-        "critic": _digests(next((run / "model").glob("surefoot_*.safetensors"))),
+        **{file.stem: _digests(file) for file in newest.glob("*.safetensors")},
+        "model": {file.name: _digests(file) for file in (run / "model").glob("*.safetensors")},
     }
 
 

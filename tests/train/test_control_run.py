@@ -167,7 +167,7 @@ def test_before_the_first_step_old_and_new_policy_are_one(kind: str, monkeypatch
     model = small(policy, env, **settings).learn(2 * BATCH)
     ((stats, exact),) = seen  # once a run
     assert exact and float(stats.approx_kl) < 1e-10
-    training = model._training
+    training = model._session.training
     assert training is not None
     batch = loop.collect(training)
     part = batch if model.policy.reads_whole_rows else batch.steps()
@@ -294,7 +294,7 @@ def test_an_environment_used_between_two_trainings_begins_anew() -> None:
     model = small(env=env, n_steps=16).learn(16)
     env.step(0)  # somebody looks at it
     model.learn(16)
-    assert {(episode.total, episode.steps) for episode in model._training.rollout.finished} == {(6.0, 3)}  # type: ignore
+    assert {(episode.total, episode.steps) for episode in model._session.training.rollout.finished} == {(6.0, 3)}  # type: ignore
 
 
 def test_the_training_environment_is_not_evaluated_in_the_middle_of_a_rollout() -> None:

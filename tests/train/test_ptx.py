@@ -277,7 +277,7 @@ def test_at_weight_0_demonstrations_are_evaluated_and_nothing_else_changes() -> 
 @pytest.mark.usefixtures("in_own_folder")
 def test_each_epoch_of_the_demonstrations_is_a_pass_whatever_stopped_the_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ppo(ptx_data=PAIRS[:10], ptx={"batch_size": 3, "held_out": 0.0}, target_kl=1e-3, total_episodes=64)
-    training = model._prepare_training()
+    training = model._session.training
     taken: list[int] = []
     collect = training.rollout.demonstrations.collect  # type: ignore[attr-defined]
 

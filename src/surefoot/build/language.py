@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from surefoot.build.preflight import SETTINGS, build_device, model_of_run
-from surefoot.config import Config, CriticConfig, PolicyConfig, PTXConfig, RewardPart, SFTConfig, load_config
+from surefoot.config import (
+    Config,
+    CriticConfig,
+    PolicyConfig,
+    PTXConfig,
+    RewardPart,
+    SFTConfig,
+    TaskConfig,
+    load_config,
+)
 from surefoot.core.seeds import derived_seed
 from surefoot.data import assets
 from surefoot.data.demonstrations import Demonstrations
@@ -115,30 +124,41 @@ def build_demonstrations(
     )
 
 
-def build_task(config: Config, *, say: Callable[[str], None] = assets.tell) -> TextTask:
+def build_task(config: Config, *, log: Callable[[str], None] = assets.tell) -> TextTask:
     """The task of a run. Rewards are found before prompts are fetched; reward models are loaded when they are first asked."""
     task = config.task
     if task is None:
         raise InputError("the configuration has no task; name task.prompts and task.reward")
-    reward = build_rewards(task.reward, config.device)
-    metric = build_reward(RewardPart(name=task.metric), "task.metric", config.device) if task.metric else None
-    return TextTask(
-        assets.resolve(task.prompts, key="task.prompts", say=say),
-        reward,
-        metric=metric,
-        held_out=task.held_out,
-        prompt_column=task.prompt_column,
-        prompt_tokens=task.prompt_tokens,
-        chat=task.chat,
-    )
+
+    def build(part: RewardPart, key: str) -> RewardFunction:
+        return build_reward(part, key, config.device)
+
+    reward = build_rewards(task.reward, build)
+    metric = None if task.metric is None else build(RewardPart(name=task.metric), "task.metric")
+    return _task(task, reward, metric, log=log)
 
 
-def build_rewards(reward: str | list[RewardPart], device: str) -> RewardFunction | MixedReward:
-    """The one reward that `task.reward` names, or the sum of its parts."""
+def _task(
+    settings: TaskConfig,
+    reward: RewardFunction | MixedReward,
+    metric: RewardFunction | None,
+    *,
+    log: Callable[[str], None] = assets.tell,
+) -> TextTask:
+    fields = settings.model_dump(include={"held_out", "prompt_column", "prompt_tokens", "chat"})
+    prompts = assets.resolve(settings.prompts, key="task.prompts", say=log)
+    return TextTask(prompts, reward, metric=metric, **fields)
+
+
+def build_rewards(
+    reward: str | list[RewardPart], build: Callable[[RewardPart, str], RewardFunction]
+) -> RewardFunction | MixedReward:
+    """The one reward that `task.reward` names, or the sum of its parts; `build` makes each, as `build_reward` does."""
     if isinstance(reward, str):
-        return build_reward(RewardPart(name=reward), "task.reward", device)
-    functions = {part.called: build_reward(part, f"task.reward, {part.called}", device) for part in reward}
-    return MixedReward({part.called: (functions[part.called], part.weight) for part in reward})
+        return build(RewardPart(name=reward), "task.reward")
+    return MixedReward(
+        {part.called: (build(part, f"task.reward, {part.called}"), part.weight) for part in reward}
+    )
 
 
 def build_reward(part: RewardPart, key: str, device: str) -> RewardFunction:
@@ -186,6 +206,38 @@ def _reward_folder(folder: str | Path, key: str) -> Path:
             f"{key}: no reward model in {folder}, which would have a {REWARD}; train it to its end, or save it"
         )
     return folder
+
+
+def check_sources(config: Config, *, made: Collection[str]) -> TextTask | None:
+    """Read whatever a run learns from, but for paths that will have been `made` by then; the task, if its prompts are there.
+
+    Raises InputError for what cannot be learned from, and for rewards that fail. Reward models are not loaded: stand-ins take
+    their place.
+    """
+    for section in (config.sft, config.ptx):
+        if section is not None and section.data not in made:
+            build_demonstrations(section)
+    if config.reward_model is not None and config.reward_model.data not in made:
+        build_preferences(config)
+    if (settings := config.task) is None:
+        return None
+
+    def checked(part: RewardPart, key: str) -> RewardFunction:
+        function = _stand_in if part.name in made else build_reward(part, key, config.device)
+        return _stand_in if Path(part.name).is_dir() else function
+
+    reward = build_rewards(settings.reward, checked)
+    metric = None if settings.metric is None else checked(RewardPart(name=settings.metric), "task.metric")
+    if settings.prompts in made:
+        return None
+    task = _task(settings, reward, metric)
+    probe_functions(task)
+    return task
+
+
+def _stand_in(completions: Sequence[Any], **_: Any) -> list[float]:
+    """The reward in place of a reward model that is not loaded."""
+    return [0.0] * len(completions)
 
 
 def probe_functions(task: TextTask) -> None:

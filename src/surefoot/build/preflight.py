@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -27,13 +28,18 @@ def build_device(name: str) -> str:
 
 
 def preflight(config: Config) -> None:
-    """What a new run can be refused for before anything is fetched or loaded: run name, device, model folder."""
+    """Raise InputError for what a new run can be refused for before anything is fetched or loaded: its name, and its models."""
     RunFolder.check_free(config)
+    check_models(config)
+
+
+def check_models(config: Config, *, made: Collection[str] = ()) -> None:
+    """Raise InputError for a device that is not there, or models that are neither there nor will have been `made`."""
     build_device(config.device)
-    if config.env is None and config.policy.model not in assets.ASSETS:
-        check_model_folder(config.policy.model)
-        if (critic := config.policy.critic.model) is not None and critic not in assets.ASSETS:
-            check_model_folder(model_of_run(critic), key="policy.critic.model")
+    models = {"policy.model": config.policy.model, "policy.critic.model": config.policy.critic.model}
+    for key, model in models.items():
+        if config.env is None and model is not None and model not in {*made, *assets.ASSETS}:
+            check_model_folder(model if key == "policy.model" else model_of_run(model), key=key)
 
 
 def model_of_run(folder: str) -> str:

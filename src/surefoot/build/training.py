@@ -99,12 +99,15 @@ def build_training(
     folder: RunFolder | None = None,
     *,
     demonstrations: Demonstrations | None = None,
+    rollout: Rollout | None = None,
 ) -> loop.Training:
-    """A run at its beginning, in a new folder where none is given, or at the newest whole checkpoint of its folder."""
-    rollout = build_rollout(config, policy, env, demonstrations)
-    folder = folder or RunFolder.create(
-        config
-    )  # after the prompts were found to fit: a refused run leaves nothing
+    """A run at its beginning, in a new folder where none is given, or at the newest whole checkpoint of its folder.
+
+    `rollout` is what `build_rollout` gives, where it has been built before.
+    """
+    rollout = rollout or build_rollout(config, policy, env, demonstrations)
+    # After the prompts were found to fit: a refused run leaves nothing.
+    folder = folder or RunFolder.create(config)
     training = loop.Training(
         config=config,
         policy=policy,

@@ -13,9 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from surefoot.api import runs
 from surefoot.api.ppo import PPO
-from surefoot.build.language import build_task
-from surefoot.build.preflight import preflight
 from surefoot.config import load_config
 from surefoot.storage.run_folder import RunFolder
 
@@ -36,8 +35,8 @@ def run_demo(overrides: dict[str, str]) -> None:
         config = config.model_copy(
             update={"run": config.run.model_copy(update={"name": RunFolder.free_name(config, "demo")})}
         )
-    preflight(config)
-    model = PPO(config.policy.model, build_task(config), config=config)
+    model = runs.start(config)
+    assert isinstance(model, PPO)
     console.print(
         f"PPO teaches {config.policy.model} to continue movie-review openings cheerfully: {config.rollout.total_episodes} "
         f"episodes, reward: VADER's sentiment of the continuation, on {model.policy.device.type} in "
@@ -45,10 +44,9 @@ def run_demo(overrides: dict[str, str]) -> None:
         highlight=False,
     )
     started = time.monotonic()
-    model.learn()
+    runs.finish(model)
     minutes = (time.monotonic() - started) / 60
     assert model.run_folder is not None
-    model.save(model.run_folder / "model")
     show_change(RunFolder.open(model.run_folder), console, minutes)
 
 

@@ -9,15 +9,15 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from surefoot import __version__
 from surefoot.errors import InputError, SurefootError
 
 if TYPE_CHECKING:
-    from surefoot.api.ppo import PPO
-    from surefoot.api.reward_model import RewardModel
-    from surefoot.api.sft import SFT
+    from surefoot.api.runs import Run
+    from surefoot.config import Config
 
 EPILOG = """\
 every field of the configuration is a flag: --seed 3 --ppo.kl-coef 0.02 --run.name mine
@@ -39,59 +39,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         pass
     except OSError as error:
-        _fail(f"the system refused: {error}", 2)  # a full disk behind stdout, say
+        _fail(f"OS error: {error}", 2)  # a full disk behind stdout, say
     finally:
         _flush()
 
 
 def ppo(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    """Train from a YAML file."""
-    from surefoot.config import load_config
-
-    config = load_config(options.file, overrides)
-    if config.supervised is not None:
-        a, verb = ("an" if config.sft else "a"), config.supervised.replace("_", "-")
-        file = shlex.quote(options.file)
-        raise InputError(
-            f"{options.file}: has {a} {config.supervised} section; that is for: surefoot {verb} {file}"
-        )
-    if config.task is None and config.env is None:
-        raise InputError(
-            f"{options.file}: no task (task.prompts and task.reward) and no environment (env.id); name one"
-        )
-    from surefoot.api.ppo import PPO
-    from surefoot.build.language import build_task
-    from surefoot.build.preflight import preflight
-
-    preflight(config)
-    _train(PPO(config.policy.model, build_task(config) if config.env is None else None, config=config))
+    """Train with PPO from a YAML file."""
+    _start(options, overrides)
 
 
 def sft(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    """Fine-tune on examples, supervised, from a YAML file."""
-    from surefoot.config import load_config
-
-    config = load_config(options.file, overrides)
-    if config.sft is None or config.sft.data is None:
-        raise InputError(f"{options.file}: no examples to learn from; name a JSONL file as sft.data")
-    if config.new_model and "policy.model" not in overrides and not os.path.isdir(config.policy.model):
-        first = f"surefoot new-model {shlex.quote(options.file)}"
-        raise InputError(
-            f"policy.model: no folder {config.policy.model} yet; make the new model first: {first}"
-        )
-    from surefoot.api.sft import SFT
-
-    _train(SFT(config.policy.model, config=config))
+    """Fine-tune on examples (supervised) from a YAML file."""
+    _start(options, overrides)
 
 
 def new_model(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    """Make an untaught language model and its tokenizer from the examples of a YAML file."""
-    from pathlib import Path
+    """Make a randomly initialized language model and its tokenizer from the examples of a YAML file."""
+    from surefoot.config import PolicyConfig
 
-    from surefoot.config import PolicyConfig, config_from, read_sections
-
-    sections = {"new_model": {}} | read_sections(options.file)
-    config = config_from(sections, Path(options.file), overrides)
+    config = _config(options, overrides, "new_model")
     if config.sft is None or config.sft.data is None:
         raise InputError(
             f"{options.file}: no text for the tokenizer to learn from; name a JSONL file as sft.data"
@@ -109,16 +76,12 @@ def new_model(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 def reward_model(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     """Train a reward model on pairs or ratings from a YAML file."""
-    from surefoot.config import load_config
+    _start(options, overrides)
 
-    config = load_config(options.file, overrides)
-    if config.reward_model is None or config.reward_model.data is None:
-        raise InputError(
-            f"{options.file}: no preferences to learn from; name a JSONL file as reward_model.data"
-        )
-    from surefoot.api.reward_model import RewardModel
 
-    _train(RewardModel(config.policy.model, config=config))
+def rejection_sampling(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    """Sample completions and keep the best as examples, from a YAML file."""
+    _start(options, overrides)
 
 
 def pipeline(options: argparse.Namespace, overrides: dict[str, str]) -> None:
@@ -132,15 +95,15 @@ def pipeline(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 def resume(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     """Continue a run from its newest whole checkpoint, as it was begun."""
-    import surefoot
-    from surefoot.storage.run_folder import RunFolder
+    from surefoot.api import runs
 
-    model = getattr(surefoot, RunFolder.open(options.run).config().opener).load(options.run)
-    assert model.run_folder is not None
-    if model.is_finished and (model.run_folder / "model").exists():
-        print(f"{options.run} is finished; its model is {model.run_folder / 'model'}")
+    run = runs.resume(options.run)
+    assert run.run_folder is not None
+    product = runs.product(run.config, run.run_folder)
+    if run.is_finished and product.exists():
+        print(f"{options.run} is finished; its {_name_of(run.config)} is {product}")
     else:
-        _train(model)
+        _finish(run)
 
 
 def generate(options: argparse.Namespace, overrides: dict[str, str]) -> None:
@@ -174,8 +137,6 @@ def fetch(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 def import_trl(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     """Turn a TRL set-up into a YAML file for ppo, or its value-head checkpoint into a model folder."""
-    from pathlib import Path
-
     output = options.output and Path(options.output)
     if len(options.source) == 1 and (source := Path(options.source[0])).is_dir():
         if output is None:
@@ -209,26 +170,63 @@ def demo(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     run_demo(overrides)
 
 
-def _train(model: PPO | SFT | RewardModel) -> None:
-    """Run to the end and leave the trained model beside the run."""
-    try:
-        model.learn()
-    except InputError as error:
-        if model.run_folder is not None and (model.run_folder / "checkpoints" / "latest").exists():
-            how = f"surefoot resume {shlex.quote(str(model.run_folder))}"
-            raise InputError(f"{error}; the run is saved, once this is mended go on with: {how}") from error
-        raise
-    assert model.run_folder is not None
-    model.save(model.run_folder / "model")
-    print(f"model: {model.run_folder / 'model'}\nrun:   {model.run_folder}")
-    run = shlex.quote(str(model.run_folder))
-    if model.config.reward_model is not None:
-        print(f"next:  surefoot ppo FILE --task.reward {run}")
+def _config(options: argparse.Namespace, overrides: dict[str, str], section: str) -> Config:
+    """The configuration in a verb's file; `section` may be missing where all of its defaults are wanted."""
+    from surefoot.config import config_from, read_sections
+
+    return config_from({section: {}} | read_sections(options.file), Path(options.file), overrides)
+
+
+def _start(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    """Start the run of a verb's file and bring it to its end. Raises InputError for a file that is another verb's."""
+    from surefoot.api import runs
+    from surefoot.config import load_config
+
+    verb = options.verb.__name__.replace("_", "-")
+    config = (
+        _config(options, overrides, "rejection_sampling")
+        if verb == "rejection-sampling"
+        else load_config(options.file, overrides)
+    )
+    if config.verb != verb and (verb == "ppo" or config.verb != "ppo"):
+        section, file = config.verb.replace("-", "_"), shlex.quote(options.file)
+        raise InputError(
+            f"{options.file}: has a section {section}; that is for: surefoot {config.verb} {file}"
+        )
+    if config.verb != verb:
+        section = verb.replace("-", "_")
+        what = {"sft": "examples", "reward_model": "preferences"}[section]
+        raise InputError(f"{options.file}: no {what} to learn from; name a JSONL file as {section}.data")
+    runs.check(config, where=options.file)
+    is_new = config.new_model is not None and "policy.model" not in overrides
+    if is_new and not os.path.isdir(config.policy.model):
+        first = f"surefoot new-model {shlex.quote(options.file)}"
+        raise InputError(
+            f"policy.model: no folder {config.policy.model} yet; make the new model first: {first}"
+        )
+    _finish(runs.start(config))
+
+
+def _name_of(config: Config) -> str:
+    return "model" if config.rejection_sampling is None else "examples"
+
+
+def _finish(run: Run) -> None:
+    """Bring a run to its end, and say what it left and what to do next."""
+    from surefoot.api import runs
+
+    product = runs.finish(run)
+    config, folder = run.config, shlex.quote(str(run.run_folder))
+    print(f"{_name_of(config) + ':':6} {product}\nrun:   {run.run_folder}")
+    if config.rejection_sampling is not None:
+        print(f"next:  surefoot sft FILE --sft.data {shlex.quote(str(product))}")
+    elif config.reward_model is not None:
+        print(f"next:  surefoot ppo FILE --task.reward {folder}")
     else:
         print(
-            f'next:  surefoot generate {run} "your text"'
-            if model.config.env is None
-            else f"next:  surefoot play {run}"
+            f'next:  surefoot generate {folder} "your text"'
+            if config.env is None
+            else f"next:  surefoot play {folder}"
         )
 
 
@@ -291,16 +289,15 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         verbs[name] = sub
         return sub
 
-    verb(ppo, "FILE [--section.field value ...]", takes_fields=True).add_argument(
-        "file", metavar="FILE", help="YAML file"
-    )
-    verb(sft, "FILE [--section.field value ...]", takes_fields=True).add_argument(
-        "file", metavar="FILE", help="YAML file"
-    )
-    maker = verb(new_model, "FILE [--section.field value ...]", takes_fields=True)
-    maker.add_argument("file", metavar="FILE", help="YAML file of the sft that will teach it")
-    learner = verb(reward_model, "FILE [--section.field value ...]", takes_fields=True)
-    learner.add_argument("file", metavar="FILE", help="YAML file")
+    for function, described in (
+        (ppo, "YAML file"),
+        (sft, "YAML file"),
+        (new_model, "YAML file of the sft run that will train it"),
+        (reward_model, "YAML file"),
+        (rejection_sampling, "YAML file"),
+    ):
+        reader = verb(function, "FILE [--section.field value ...]", takes_fields=True)
+        reader.add_argument("file", metavar="FILE", help=described)
     stages = verb(pipeline, "FILE [--stages.name.section.field value ...]", takes_fields=True)
     stages.add_argument("file", metavar="FILE", help="YAML file with stages (docs/pipeline.md)")
     verb(resume, "RUN").add_argument("run", metavar="RUN", help="run folder")

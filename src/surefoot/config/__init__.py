@@ -34,6 +34,7 @@ from surefoot.config.checks import (
     kind_of,
 )
 from surefoot.config.messages import as_flag, first_problem, new_place, short, suggestion
+from surefoot.config.rejection import RejectionSamplingConfig
 from surefoot.config.sections import (
     AdapterConfig,
     CriticConfig,
@@ -72,6 +73,7 @@ __all__ = [
     "PPOConfig",
     "PTXConfig",
     "PolicyConfig",
+    "RejectionSamplingConfig",
     "RewardModelConfig",
     "RewardPart",
     "RolloutConfig",
@@ -123,6 +125,9 @@ class Config(Section):
     group: GroupConfig = Field(default_factory=GroupConfig, description=GroupConfig.__doc__)
     shaping: ShapingConfig = Field(default_factory=ShapingConfig, description=ShapingConfig.__doc__)
     ptx: PTXConfig | None = Field(None, description=PTXConfig.__doc__)
+    rejection_sampling: RejectionSamplingConfig | None = Field(
+        None, description=RejectionSamplingConfig.__doc__
+    )
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description=EvaluateConfig.__doc__)
 
     @model_validator(mode="before")
@@ -165,7 +170,19 @@ class Config(Section):
     @property
     def opener(self) -> str:
         """Name of the class that a run of this kind is opened with."""
-        return {None: "PPO", "sft": "SFT", "reward_model": "RewardModel"}[self.supervised]
+        return {
+            "ppo": "PPO",
+            "sft": "SFT",
+            "reward-model": "RewardModel",
+            "rejection-sampling": "RejectionSampling",
+        }[self.verb]
+
+    @property
+    def verb(self) -> str:
+        """The command that starts a run of this kind."""
+        if self.rejection_sampling is not None:
+            return "rejection-sampling"
+        return (self.supervised or "ppo").replace("_", "-")
 
     @property
     def algorithm(self) -> Config:
@@ -306,7 +323,7 @@ PREFIXES = {"run": "run_", "evaluate": "evaluate_", "env.id": "env_", "env.kwarg
 def setting_keys(algorithm: Literal["ppo", "sft", "reward_model"] = "ppo") -> dict[str, str]:
     """Flat setting name -> dotted key, for keyword arguments: `{"learning_rate": "ppo.learning_rate", "kl": "kl", …}`."""
     keys: dict[str, str] = {}
-    others = ("task", "new_model", *{"ppo", *SUPERVISED} - {algorithm})
+    others = ("task", "new_model", "rejection_sampling", *{"ppo", *SUPERVISED} - {algorithm})
     foreign = {*foreign_sections(algorithm), "env"} if algorithm != "ppo" else ()
     for name, info in Config.model_fields.items():
         if name in (*others, *foreign):
@@ -381,7 +398,7 @@ def make_paths_relative_to(folder: Path, data: dict[str, Any]) -> None:
         ("sft", "data"),
         ("reward_model", "data"),
         ("ptx", "data"),
-        ("pseudo_labels", "join"),
+        ("rejection_sampling", "join"),
     ):
         values: Any = data
         for section in sections:

@@ -24,7 +24,7 @@ NETWORKS = (
 KINDS = ("task", "env", "sft", "reward_model")
 COMMON = ("seed", "device", "run", "policy", "evaluate")
 SECTIONS = {
-    "task": ("task", "generation", "rollout", "ppo", "kl", "group", "shaping", "ptx"),
+    "task": ("task", "generation", "rollout", "ppo", "kl", "group", "shaping", "ptx", "rejection_sampling"),
     "env": ("env", "ppo"),
     "sft": ("sft", "new_model", "generation"),
     "reward_model": ("reward_model", "generation"),
@@ -68,6 +68,13 @@ def check_supervised(config: Config, name: str) -> None:
 def check_text(config: Config) -> None:
     """Raise ValueError: settings of a text task that contradict each other."""
     ppo, kl, group, critic = config.ppo, config.kl, config.group, config.policy.critic
+    if (rejection := config.rejection_sampling) is not None:
+        if config.task is None:
+            raise ValueError("rejection_sampling completes the prompts of a task; give it a task section")
+        if rejection.episodes % group.size:
+            raise ValueError(
+                f"group.size ({group.size}) does not divide rejection_sampling.episodes ({rejection.episodes})"
+            )
     episodes = config.rollout.episodes_per_update
     if kl.target is not None and kl.coef == 0:
         raise ValueError(

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from surefoot.config.fields import Fraction, PathText, Positive
-from surefoot.config.messages import first_problem, short
+from surefoot.config.fields import PathText
+from surefoot.config.messages import first_problem
 from surefoot.config.sections import Section
 from surefoot.errors import InputError
-
-Kind = TypeVar("Kind", bound=Section)
 
 REFERENCE = "stage:"
 # What a stage leaves, and the settings that take it.
@@ -21,22 +19,8 @@ TAKEN_BY: dict[str, tuple[Product, ...]] = {
     "policy.model": ("a language model",),
     "policy.critic.model": ("a language model", "a reward model"),
     **dict.fromkeys(("task.reward", "task.reward.name", "task.metric"), ("a reward model",)),
-    **dict.fromkeys(("task.prompts", "sft.data", "ptx.data", "pseudo_labels.join"), ("examples",)),
+    **dict.fromkeys(("task.prompts", "sft.data", "ptx.data", "rejection_sampling.join"), ("examples",)),
 }
-
-
-class PseudoLabelsConfig(Section):
-    """Let a policy answer the prompts of a task, and keep its best answers as examples to learn from."""
-
-    episodes: Positive = Field(512, description="Answers written.")
-    keep: Annotated[Fraction, Field(gt=0)] = Field(
-        0.25,
-        description="Fraction that is kept, best reward first, of those that say something and ended by themselves.",
-    )
-    join: PathText | None = Field(
-        None,
-        description="JSONL file of `{prompt, completion}` or `{messages}` rows that stand before the kept ones.",
-    )
 
 
 class PipelineConfig(Section):
@@ -44,7 +28,7 @@ class PipelineConfig(Section):
 
     folder: PathText = Field(description="Holds a run folder for each stage, by the stage's name.")
     common: dict[str, Any] = Field(
-        default_factory=dict, description="Sections that all stages share; a stage's own go before."
+        default_factory=dict, description="Sections that all stages share; a stage's own take precedence."
     )
     stages: dict[str, dict[str, Any]] = Field(
         min_length=1,
@@ -52,22 +36,19 @@ class PipelineConfig(Section):
     )
 
 
-def checked(kind: type[Kind], data: Any, where: str) -> Kind:
-    """`data` as a `PipelineConfig` or `PseudoLabelsConfig`. Raises InputError naming the key, and the nearest real one."""
-    if not isinstance(data, dict):
-        raise InputError(f"{where}: should be a section with settings of its own, got {short(data)}")
+def checked(data: Any, where: str) -> PipelineConfig:
+    """`data` as a `PipelineConfig`. Raises InputError naming the key, and the nearest valid one."""
     try:
-        return kind.model_validate(data)
+        return PipelineConfig.model_validate(data)
     except ValidationError as error:
-        raise InputError(
-            first_problem(error.errors(), where=where, kinds=dict.fromkeys(kind.model_fields, ""))
-        ) from None
+        kinds = dict.fromkeys(PipelineConfig.model_fields, "")
+        raise InputError(first_problem(error.errors(), where=where, kinds=kinds)) from None
 
 
 def with_products(value: Any, left: Mapping[str, tuple[Product, str]], where: str, *, key: str = "") -> Any:
-    """Nested sections anew, each `stage:NAME` replaced by what that stage left: `left` has its kind and path by NAME.
+    """Nested sections with each `stage:NAME` replaced by what that stage left: `left` has its kind and path by NAME.
 
-    A part of a reward is then called by the stage's name. Raises InputError for what is no earlier stage, or of no use there.
+    A part of a reward is then labeled with the stage's name. Raises InputError for what is no earlier stage, or of no use there.
     """
     if isinstance(value, dict):
         inner = {

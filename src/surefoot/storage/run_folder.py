@@ -158,9 +158,7 @@ class RunFolder:
 def _make_folder(config: Config) -> Path:
     """The run's own new folder. Of several runs that want the next free number at once, each gets one."""
     for tries_left in reversed(range(1 if config.run.name else 100)):
-        path = Path(config.run.folder) / (
-            config.run.name or RunFolder.free_name(config, (config.supervised or "ppo").replace("_", "-"))
-        )
+        path = Path(config.run.folder) / (config.run.name or RunFolder.free_name(config, config.verb))
         try:
             path.mkdir(parents=True)
             return path

@@ -75,9 +75,9 @@ class Training:
     )  # of Python: share of the run left -> value
     observers: list[Observer] = field(default_factory=list)
     stop: StopRequest = field(default_factory=StopRequest)
-    watch: Callable[[], None] = lambda: (
+    on_env_step: Callable[[], None] = lambda: (
         None
-    )  # called between steps of a rollout; may raise RolloutAborted to end the run
+    )  # called between steps; may raise RolloutAborted to end the run
     saved_at: int | None = None  # number of updates in the newest checkpoint
     generators: dict[str, Any] | None = None  # from a checkpoint, put back when the loop starts
 
@@ -104,7 +104,7 @@ class Training:
     def poll(self) -> None:
         """Called often while episodes are played. Raises RolloutAborted if the run should end here."""
         self.stop.raise_if_set()
-        self.watch()
+        self.on_env_step()
 
     def tell_phase(self, name: str) -> None:
         """Tell the observers what the run is at."""
@@ -133,9 +133,9 @@ def run(training: Training) -> None:
                     save(t, before)
                 if t.is_done:
                     return
-                t.stop.raise_if_set()
+                t.poll()
                 batch = collect(t)
-                t.stop.raise_if_set()
+                t.poll()
                 metrics = improve(t, batch, budget=budget, check_itself=check_itself)
             except (RolloutAborted, SurefootError) as error:
                 if t.saved_at != t.progress.updates:

@@ -1,0 +1,162 @@
+"""Callbacks: a user's code that sees a training go by and may end it, with Stable-Baselines3's hooks.
+
+What counts as a step depends on the run. With an environment it is one step of all sub-environments; in every other run
+it is one update, once its metrics are known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy
+
+from surefoot.errors import InputError
+from surefoot.train.loop import Progress, Training
+from surefoot.train.signals import RolloutAborted
+
+
+class BaseCallback:
+    """Override `_on_step` and the other hooks; `_on_step` returning False ends `learn` as if the budget were used up.
+
+    `training` is the run, `model` what `learn` was called on (None without one), `training_env` its environment or task;
+    `n_calls` counts steps, `num_timesteps` units of the run's budget (timesteps, episodes or examples). `locals` holds the last step's
+    `rewards`, `dones` and `infos` in a run with an environment, and the last update's `metrics` in any other.
+    """
+
+    training: Training
+    model: Any
+    training_env: Any
+
+    def __init__(self, verbose: int = 0):
+        self.verbose, self.n_calls, self.num_timesteps = verbose, 0, 0
+        self.locals: dict[str, Any] = {}
+        self.globals: dict[str, Any] = {}
+
+    def init_callback(self, training: Training, model: Any = None) -> None:
+        """Called once before training."""
+        self.training, self.model, self.training_env = training, model, getattr(model, "env", None)
+        self.num_timesteps = training.progress.collected
+        self._init_callback()
+
+    def on_step(self) -> bool:
+        """Count the step and ask `_on_step`."""
+        self.n_calls += 1
+        return self._on_step() is not False
+
+    def _init_callback(self) -> None:
+        """Override: before training."""
+
+    def _on_training_start(self) -> None:
+        """Override: training begins."""
+
+    def _on_rollout_start(self) -> None:
+        """Override: a rollout begins."""
+
+    def _on_step(self) -> bool:
+        """Override: a step is done. False ends the training."""
+        return True
+
+    def _on_rollout_end(self) -> None:
+        """Override: a rollout is over, the update begins."""
+
+    def _on_training_end(self) -> None:
+        """Override: training is over."""
+
+
+class CallbackAdapter:
+    """Callbacks as the loop knows them: an observer, and what is called between the steps of an environment."""
+
+    def __init__(self, callbacks: list[Any], training: Training):
+        self.callbacks, self.training = callbacks, training
+        self.num_timesteps = training.progress.collected
+        self._seen = getattr(training.rollout, "latest", None)  # the last step of the `learn` before
+        self._should_end = False
+
+    def call(self, hook: str, *arguments: Any) -> None:
+        """Call a method of those callbacks that have methods."""
+        for callback in self.callbacks:
+            if isinstance(callback, BaseCallback):
+                getattr(callback, hook)(*arguments)
+
+    def phase(self, name: str) -> None:
+        """A rollout begins or is over."""
+        if name == "rollout":
+            self.num_timesteps = (
+                self.training.progress.collected
+            )  # without those of a rollout that was aborted
+            self.call("_on_rollout_start")
+        elif name == "update":
+            self.call("_on_rollout_end")
+
+    def log(self, metrics: dict[str, float], progress: Progress) -> None:
+        """An update is done: a step, where no environment has made one."""
+        if self.training.config.env is None and "eval/metric" not in metrics:
+            self.num_timesteps = progress.collected
+            self._step({"metrics": dict(metrics)})
+
+    def on_env_step(self) -> None:
+        """Called before each step of an environment and after the last. Raises RolloutAborted if a callback wants to end."""
+        latest = getattr(self.training.rollout, "latest", None)
+        if latest is not None and latest is not self._seen:
+            self._seen = latest
+            dones = latest.terminated | latest.truncated
+            self.num_timesteps += len(dones)
+            infos = infos_by_env(latest.infos, len(dones))
+            self._step({"rewards": latest.rewards, "dones": dones, "infos": infos})
+        if self._should_end:
+            raise RolloutAborted
+
+    def _step(self, found: dict[str, Any]) -> None:
+        for callback in self.callbacks:
+            if isinstance(callback, BaseCallback):
+                callback.num_timesteps, callback.locals = self.num_timesteps, found
+                goes_on = callback.on_step()
+            else:
+                goes_on = callback(found, {}) is not False
+            if not goes_on:
+                self._should_end = True
+                return
+
+
+def infos_by_env(infos: Mapping[str, Any], num_envs: int) -> list[dict[str, Any]]:
+    """Gymnasium's dictionary of arrays as the list of dictionaries that Stable-Baselines3 has."""
+    found: list[dict[str, Any]] = [{} for _ in range(num_envs)]
+    for name, values in infos.items():
+        if name.startswith("_"):
+            continue
+        inner = infos_by_env(values, num_envs) if isinstance(values, Mapping) else values
+        has_it = infos.get(f"_{name}", numpy.ones(num_envs, dtype=bool))
+        for i in range(num_envs):
+            if has_it[i]:
+                found[i][name] = inner[i]
+    return found
+
+
+@contextlib.contextmanager
+def calling(callback: Any, training: Training, model: Any = None) -> Iterator[CallbackAdapter]:
+    """Let `callback` observe a training: a function `(locals, globals) -> bool | None`, a `BaseCallback`, or a list of them.
+
+    `model` is what callbacks get as theirs. Raises InputError for what is no callback.
+    """
+    given = callback if isinstance(callback, (list, tuple)) else [] if callback is None else [callback]
+    for one in given:
+        if not (isinstance(one, BaseCallback) or callable(one)):
+            raise InputError(
+                f"callback: expected a function or a surefoot.BaseCallback, got {type(one).__name__}"
+            )
+    adapter = CallbackAdapter(list(given), training)
+    if not given or training.is_finished:
+        yield adapter
+        return
+    training.on_env_step = adapter.on_env_step
+    training.observers.append(adapter)
+    adapter.call("init_callback", training, model)
+    adapter.call("_on_training_start")
+    try:
+        yield adapter
+    finally:
+        training.on_env_step = lambda: None
+        training.observers.remove(adapter)
+        adapter.call("_on_training_end")

@@ -1,0 +1,33 @@
+"""The observers that every run has: TensorBoard, and the display where it is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from surefoot.train import loop
+from surefoot.train.observers.tensorboard import TensorBoard
+
+
+@contextmanager
+def observed(training: loop.Training, *, show: bool) -> Iterator[None]:
+    """Let TensorBoard and, with `show`, the display observe the training, beside the observers its owner has added.
+
+    Nothing is added where nothing is left to do. Raises InputError if the disk does not take TensorBoard's file.
+    """
+    with ExitStack() as stack:
+        if not training.is_finished:
+            board = TensorBoard(
+                training.folder.path / "tensorboard", purge_from=training.progress.updates + 1
+            )
+            stack.callback(board.close)
+            added: list[loop.Observer] = [board]
+            if show:
+                # Here, since it brings rich, which a quiet run does without.
+                from surefoot.train.observers.display import Display
+
+                added.append(stack.enter_context(Display(training.total_updates)))
+            for observer in added:
+                training.observers.append(observer)
+                stack.callback(training.observers.remove, observer)
+        yield

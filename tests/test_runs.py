@@ -1,0 +1,226 @@
+"""Every kind of run: killed or interrupted anywhere and resumed it is the run that was not; other data than before is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.train.small_run import CONFIG, assert_equal, outcome, write_project, write_rows, write_supervised
+from tests.train.warm import Strike, Warm, cold
+
+TERM, KILL = int(signal.SIGTERM), int(signal.SIGKILL)
+LOOP, CHECKPOINT = "surefoot.train.loop", "surefoot.train.checkpoint"
+PAIRS = [{"prompt": f"{word} {number}", "completion": f" {word * 2}"} for word in ("the", "an", "in") for number in range(8)]
+GOOD, BAD = ["good", "fine", "the best"], ["bad", "poor", "worst"]
+PREFERENCES = [{"prompt": f"film {n}", "chosen": f" is {GOOD[n % 3]}", "rejected": f" is {BAD[n // 2 % 3]}"} for n in range(40)]
+RATINGS = [{"text": f"film {n} is {[*GOOD, *BAD][n % 6]}", "rating": 3.0 - n % 2 / 2 if n % 6 < 3 else -2} for n in range(60)]
+SMALL = {"seed": 5, "device": "cpu", "run": {"name": "run", "checkpoint_every": 2}, "evaluate": {"every": 2, "episodes": 4}}
+ADAPTED = {**SMALL, "policy": {"dtype": "float32", "adapter": {"rank": 2}}}
+STEPS = {"learning_rate": 0.01, "lr_warmup": 0.3, "held_out": 0.3, "epochs": 2}
+PTX = {
+    "ptx": {"data": "data.jsonl", "coef": 0.4, "schedule": "linear", "batch_size": 5},
+    "ppo": {"advantage": "dr_grpo", "batch_size": 2, "target_kl": 0.2},
+    "group": {"size": 2, "skip_zero_variance": True},
+    "kl": {"target": None},
+}
+
+
+def env(name: str, policy: str, **settings: Any) -> dict[str, Any]:
+    """A configuration of six updates in an environment."""
+    sizes = {"id": name, "n_envs": 2, "n_steps": 32, "total_timesteps": 384}
+    ppo = {"n_epochs": 2, "batch_size": 32, "lr_schedule": "linear", "learning_rate": 0.003}
+    network = {"network": {"lstm_hidden_size": 8}} if "Lstm" in policy else {}
+    return {**SMALL, "env": sizes | settings, "policy": {"model": policy, **network}, "ppo": ppo}
+
+
+@dataclasses.dataclass
+class Kind:
+    """How a run of a kind is set up, and the places of its own to strike at."""
+
+    verb: str
+    write: Callable[[Path, Path], Path]  # (folder, base model): the run's folder to be
+    product: str = "surefoot.policies.lm.policy:CausalLMPolicy.save"
+    strikes: dict[str, Strike] = dataclasses.field(default_factory=dict)
+    data: Sequence[Any] = ()  # of data.jsonl, which must not change under the run
+
+    def project(self, folder: Path, base: Path) -> Path:
+        """Write all that a run needs; its folder to be."""
+        run = self.write(folder, base)
+        if self.data:
+            write_rows(folder / "data.jsonl", self.data)
+        return run
+
+
+def text(**sections: Any) -> Callable[[Path, Path], Path]:
+    return lambda folder, base: write_project(folder, base, **sections)
+
+
+def supervised(section: str, **settings: Any) -> Callable[[Path, Path], Path]:
+    config = {**ADAPTED, section: {"data": "data.jsonl", **STEPS, **settings}}
+    return lambda folder, base: write_supervised(folder, base, config, command="ppo")
+
+
+def control(config: dict[str, Any]) -> Callable[[Path, Path], Path]:
+    def write(folder: Path, base: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "ppo.yaml").write_text(yaml.safe_dump(config))
+        return folder / "runs" / "run"
+
+    return write
+
+
+STEP = {"in an update": Strike("surefoot.train.update:take_step", 5, after=True)}
+OF_TEXT = {
+    **STEP,
+    "in a rollout": Strike("surefoot.generation.engine:TokenEngine.poll", 30),
+    "in a reward": Strike("random:gauss", 47),
+    "tensors of a checkpoint": Strike(f"{CHECKPOINT}:save_file", 4, after=True),
+    "before its pointer": Strike(f"{CHECKPOINT}:point", 2),
+}
+CONTROL = "surefoot.policies.control.policy:ControlPolicy.save"
+ENVIRONMENTS = {
+    "in a rollout": Strike("surefoot.policies.control.policy:ControlPolicy.act", 100),
+    "before its pointer": Strike(f"{CHECKPOINT}:point", 2),
+}
+REJECTION = {
+    "rejection_sampling": {"episodes": 22, "keep": 0.5},
+    "generation": {"max_new_tokens": 5, "stop": ["e", "o", "a", "i"]},
+}
+KINDS = {
+    "ppo": Kind("ppo", text(), strikes=OF_TEXT),
+    "ptx": Kind("ppo", text(**PTX), strikes=STEP, data=PAIRS),
+    "sft": Kind("sft", supervised("sft", batch_size=5, micro_batch_tokens=40), strikes=STEP, data=PAIRS),
+    "reward model of pairs": Kind(
+        "reward-model",
+        supervised("reward_model", batch_size=10, center=0.01, micro_batch_tokens=80),
+        "surefoot.policies.lm.reward_model:RewardModelPolicy.save",
+        STEP,
+        PREFERENCES,
+    ),
+    "reward model of ratings": Kind(
+        "reward-model",
+        supervised("reward_model", batch_size=10, rating_range=[-4, 4]),
+        "surefoot.policies.lm.reward_model:RewardModelPolicy.save",
+        STEP,
+        RATINGS,
+    ),
+    "rejection sampling": Kind("rejection-sampling", text(**REJECTION)),
+    "cartpole": Kind("ppo", control(env("CartPole-v1", "MlpPolicy", normalize_rewards=True)), CONTROL, ENVIRONMENTS),
+    "lstm": Kind("ppo", control(env("CartPole-v1", "MlpLstmPolicy", normalize_observations=True)), CONTROL, ENVIRONMENTS),
+    "self-play": Kind("ppo", control(env("classic/tictactoe-v3", "MlpPolicy", self_play={})), CONTROL),
+}
+
+
+def strikes(name: str) -> dict[str, Strike]:
+    """Where a run of this kind is struck."""
+    if name == "rejection sampling":
+        rejection = "surefoot.api.rejection"
+        return {
+            "before anything": Strike(f"{rejection}:RejectionSampling._restore", 1),
+            "in the first batch": Strike("random:gauss", 3),
+            "in a batch": Strike("surefoot.generation.engine:TokenEngine.poll", 12),
+            "logged, not saved": Strike(f"{rejection}:write_durably", 2),
+            "saved": Strike(f"{rejection}:write_durably", 2, after=True),
+            "all sampled": Strike(f"{rejection}:RejectionSampling._write_best", 1),
+        }
+    return {
+        "before anything": Strike(f"{LOOP}:run", 1),
+        "first rollout": Strike(f"{LOOP}:collect", 1, after=True),
+        "first checkpoint": Strike(f"{CHECKPOINT}:_put_in_place", 1),
+        "checkpoint without its pointer": Strike(f"{CHECKPOINT}:_put_in_place", 2, after=True),
+        "logs ahead of the checkpoint": Strike(f"{LOOP}:log", 3, after=True),
+        "evaluation": Strike(f"{LOOP}:evaluate", 2, after=True),
+        **KINDS[name].strikes,
+        "product half written": Strike(KINDS[name].product, 1, after=True),
+    }
+
+
+CASES = [(name, place) for name in KINDS for place in strikes(name)]
+ENDED: dict[str, dict[str, Any]] = {}
+
+
+@pytest.fixture
+def expected(kind: str, base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a run of the kind leaves that nobody disturbed, in a fresh interpreter."""
+    if kind not in ENDED:
+        folder = tmp_path_factory.mktemp("uninterrupted")
+        run = KINDS[kind].project(folder, base)
+        ended = cold(folder, KINDS[kind].verb, "ppo.yaml")
+        assert ended.code == 0, ended.stderr
+        assert "\nrun:   " in ended.stdout and "\nnext:  surefoot " in ended.stdout
+        ENDED[kind] = outcome(run)
+    return ENDED[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_runs_under_test_exercise_what_they_should(kind: str, expected: dict[str, Any]) -> None:
+    if kind == "rejection sampling":
+        assert len(expected["metrics"]) == 4 and len(expected["examples"].splitlines()) > 2
+        return
+    progress, log = expected["state"]["progress"], expected["metrics"]
+    assert progress["updates"] >= 6 and progress["bad_steps"] == 0 and len({str(row) for row in log}) == len(log)
+    rates = [value for row in log for name, value in row.items() if name.endswith("/learning_rate")]
+    assert max(rates) > rates[-1] and any(len(row) > 2 and "eval/metric" in row for row in log)
+    if kind == "ptx":
+        handed_out = json.dumps(expected["state"]).count('"handed_out": 0')
+        assert not handed_out and 1.0 in [row.get("ppo/stopped_early") for row in log]
+
+
+@pytest.mark.parametrize(("kind", "place"), CASES, ids=": ".join)
+def test_a_killed_and_resumed_run_is_the_run_that_was_not(
+    tmp_path: Path, base: Path, warm: Warm, kind: str, place: str, expected: dict[str, Any]
+) -> None:
+    run = KINDS[kind].project(tmp_path, base)
+    strike = dataclasses.replace(strikes(kind)[place], signals=[KILL])
+    assert warm.run(tmp_path, KINDS[kind].verb, "ppo.yaml", strikes=[strike]).code == -KILL
+    ended = warm.run(tmp_path, "resume", "runs/run")
+    assert ended.code == 0, ended.stderr
+    assert_equal(run, expected)
+    assert not list(run.rglob("*.tmp")) and not list(run.rglob("*.old"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_signal_saves_stops_and_says_how_to_go_on(
+    tmp_path: Path, base: Path, warm: Warm, kind: str, expected: dict[str, Any]
+) -> None:
+    run = KINDS[kind].project(tmp_path, base)
+    strike = strikes(kind)["in a batch" if kind == "rejection sampling" else "logs ahead of the checkpoint"]
+    ended = warm.run(tmp_path, KINDS[kind].verb, "ppo.yaml", strikes=[dataclasses.replace(strike, signals=[TERM])])
+    assert ended.code == 128 + TERM and ended.stderr.count("\n") == 1, ended
+    how = ended.stderr.partition("saved; continue with: surefoot ")[2].split()
+    assert how == ["resume", "runs/run"] and not (run / "model").exists() and not (run / "completions.jsonl").exists()
+    ended = warm.run(tmp_path, *how)
+    assert ended.code == 0, ended.stderr
+    assert_equal(run, expected, but=("checkpoints",))
+    again = warm.run(tmp_path, *how)
+    assert again.code == 0 and again.stdout.startswith("runs/run is finished; its ")
+
+
+@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.data])
+def test_data_that_changed_under_a_run_is_refused(tmp_path: Path, base: Path, warm: Warm, kind: str) -> None:
+    KINDS[kind].project(tmp_path, base)
+    strike = dataclasses.replace(strikes(kind)["logs ahead of the checkpoint"], signals=[KILL])
+    assert warm.run(tmp_path, KINDS[kind].verb, "ppo.yaml", strikes=[strike]).code == -KILL
+    write_rows(tmp_path / "data.jsonl", KINDS[kind].data[::-1])
+    ended = warm.run(tmp_path, "resume", "runs/run")
+    assert ended.code == 2 and ".data: these are not" in ended.stderr and ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["ppo", "sft", "cartpole"])
+def test_a_fresh_interpreter_elsewhere_resumes_to_the_same_bits(
+    tmp_path: Path, base: Path, kind: str, expected: dict[str, Any]
+) -> None:
+    # Another hash seed and other addresses than the interpreter that was killed; and another working directory.
+    run = KINDS[kind].project(tmp_path, base)
+    strike = dataclasses.replace(strikes(kind)["logs ahead of the checkpoint"], signals=[KILL])
+    assert cold(tmp_path, KINDS[kind].verb, "ppo.yaml", strikes=[strike]).code == -KILL
+    (tmp_path / "elsewhere").mkdir()
+    assert cold(tmp_path / "elsewhere", "resume", "../runs/run").code == 0
+    assert_equal(run, expected)
