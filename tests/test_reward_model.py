@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,11 @@ import yaml
 from tokenizers import Tokenizer, decoders, models
 
 from surefoot import PPO, SFT, RewardModel, TextTask, load_policy
-from surefoot.build.language import build_reward
-from surefoot.config import PolicyConfig, RewardPart, make_config
+from surefoot.config import PolicyConfig, make_config
 from tests import inputs
 from tests.inputs import Outcome, model_folder, refusal, run_cli
 from tests.tiny import tiny_lm
-from tests.train.small_run import assert_equal, outcome, rows, weights, write_rows, write_supervised
-from tests.train.warm import Strike, cold
+from tests.train.small_run import rows, weights, write_rows, write_supervised
 
 GOOD, BAD = ["good", "fine", "the best"], ["bad", "poor", "worst"]
 PAIRS: list[dict[str, Any]] = [
@@ -31,8 +28,6 @@ RATINGS = [{"text": f"film {n} is {[*GOOD, *BAD][n % 6]}", "rating": 3.0 - n % 2
 CHAT = [{"role": "user", "content": "who"}]
 SMALL = {"dtype": "float32", "verbose": 0}
 FAST: dict[str, Any] = {"held_out": 0.2, "epochs": 6, "learning_rate": 0.01, "batch_size": 8, **SMALL}
-KILL = [int(signal.SIGKILL)]
-STEP = "surefoot.train.update:take_step"
 CONFIG: dict[str, Any] = {
     "seed": 5,
     "device": "cpu",
@@ -194,73 +189,6 @@ def test_the_command_line_trains_resumes_and_says_what_is_next(base):
     project = inputs.write_project(Path("project"))
     assert run_cli("ppo", project, "--task.reward", "runs/run", "--run.folder", "runs").code == 0
     assert run_cli("generate", "runs/run", "a").complaint.startswith("runs/run is a reward model's run, which writes nothing")
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    run = write_project(folder, base)
-    ended = cold(folder, "reward-model", "reward.yaml")
-    assert ended.code == 0, ended.stderr
-    return outcome(run)
-
-
-def test_the_run_under_test_exercises_what_it_should(uninterrupted):
-    training = [row for row in uninterrupted["metrics"] if "reward_model/loss" in row]
-    rates = [row["reward_model/learning_rate"] for row in training]
-    assert len(training) >= 6 and rates[0] < max(rates) > rates[-1]
-    assert uninterrupted["state"]["progress"]["best_update"] > 0 and uninterrupted["state"]["progress"]["bad_steps"] == 0
-    assert len(uninterrupted["optimizer"]) == 3 * len(uninterrupted["policy"])  # the head is trained
-    assert uninterrupted["critic"].keys() == {"weight", "bias", "shift", "scale"}
-
-
-@pytest.mark.parametrize(
-    "strike",
-    [
-        Strike("surefoot.train.loop:run", 1, KILL),
-        Strike(STEP, 1, KILL, after=True),
-        Strike("surefoot.train.checkpoint:_put_in_place", 1, KILL),
-        Strike(STEP, 5, KILL, after=True),
-        Strike("surefoot.train.loop:evaluate", 3, KILL, after=True),
-        Strike("surefoot.policies.lm.reward_model:RewardModelPolicy.save", 1, KILL, after=True),
-    ],
-    ids=["before anything", "first step", "first checkpoint", "step", "evaluation", "model half written"],
-)
-def test_a_killed_and_resumed_run_is_the_run_that_was_not(tmp_path, base, warm, uninterrupted, strike):
-    run = write_project(tmp_path, base)
-    assert warm.run(tmp_path, "reward-model", "reward.yaml", strikes=[strike]).code == -signal.SIGKILL
-    ended = warm.run(tmp_path, "resume", "runs/run")
-    assert ended.code == 0, ended.stderr
-    assert_equal(run, uninterrupted)
-
-
-def test_all_weights_and_ratings_are_resumed_in_a_fresh_interpreter(tmp_path, base, warm):
-    folders = [tmp_path / "whole", tmp_path / "killed"]
-    runs = [
-        write_project(
-            folder, base, data=RATINGS, policy={"adapter": None}, reward_model={"rating_range": [-4, 4], "center": 0.0}
-        )
-        for folder in folders
-    ]
-    assert warm.run(folders[0], "reward-model", "reward.yaml").code == 0
-    assert warm.run(folders[1], "reward-model", "reward.yaml", strikes=[Strike(STEP, 5, KILL)]).code == -signal.SIGKILL
-    assert cold(folders[1], "resume", "runs/run").code == 0
-    assert_equal(runs[1], outcome(runs[0]))
-
-
-def test_a_signal_stops_with_a_checkpoint_and_says_how_to_go_on(tmp_path, base, warm, uninterrupted):
-    run = write_project(tmp_path, base)
-    ended = warm.run(tmp_path, "reward-model", "reward.yaml", strikes=[Strike(STEP, 3, [int(signal.SIGTERM)])])
-    assert ended.code == 143 and ended.stderr.endswith("saved; continue with: surefoot resume runs/run\n")
-    assert "no reward model in runs/run/model" in refusal(
-        lambda: TextTask(["a"], make_reward("runs/run"))  # it is not there before the run is done
-    )
-    assert warm.run(tmp_path, "resume", "runs/run").code == 0
-    assert_equal(run, uninterrupted)
-
-
-def make_reward(folder: str) -> Any:
-    return build_reward(RewardPart(name=folder), "task.reward", "cpu")
 
 
 @pytest.mark.parametrize(

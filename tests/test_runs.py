@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.train.small_run import CONFIG, assert_equal, outcome, write_project, write_rows, write_supervised
+from tests.train.small_run import assert_equal, outcome, write_project, write_rows, write_supervised
 from tests.train.warm import Strike, Warm, cold
 
 TERM, KILL = int(signal.SIGTERM), int(signal.SIGKILL)

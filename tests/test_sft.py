@@ -16,16 +16,12 @@ from surefoot import PPO, SFT, TextTask
 from surefoot.config import make_config
 from surefoot.train import loop
 from tests.inputs import Outcome, model_folder, refusal, run_cli
-from tests.tiny import LSTM
-from tests.train.small_run import assert_equal, outcome, rows, weights, write_base, write_rows, write_supervised
-from tests.train.warm import Strike, cold
+from tests.train.small_run import rows, weights, write_rows, write_supervised
 
 SENTENCES = ["the film was good", "a band in the end", "her two dogs"]
 PAIRS = [{"prompt": f"{word} {number}", "completion": f" {word * 2}"} for word in ("the", "an", "in") for number in range(8)]
 CHAT = [{"role": "user", "content": "who"}, {"role": "assistant", "content": "the end"}]
 SMALL = {"dtype": "float32", "verbose": 0}
-KILL = [int(signal.SIGKILL)]
-STEP = "surefoot.train.update:take_step"
 CONFIG: dict[str, Any] = {
     "seed": 5,
     "device": "cpu",
@@ -155,71 +151,6 @@ def test_the_command_line_trains_resumes_and_writes(base):
     assert run_cli("resume", "runs/run").out == f"{run} is finished; its model is {run / 'model'}\n"
     written = run_cli("generate", "runs/run", "the", "--max-new-tokens", 3)
     assert (written.code, written.err) == (0, "") and written.out
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    run = write_project(folder, base)
-    ended = cold(folder, "sft", "sft.yaml")
-    assert ended.code == 0, ended.stderr
-    return outcome(run)
-
-
-def test_the_run_under_test_exercises_what_it_should(uninterrupted):
-    training = [row for row in uninterrupted["metrics"] if "sft/nll" in row]
-    rates = [row["sft/learning_rate"] for row in training]
-    assert len(training) >= 6 and rates[0] < max(rates) > rates[-1]
-    assert uninterrupted["state"]["progress"]["best_update"] > 0 and uninterrupted["state"]["progress"]["bad_steps"] == 0
-    assert len(uninterrupted["optimizer"]) == 3 * (len(uninterrupted["policy"]) - 2)  # the critic is not trained
-
-
-@pytest.mark.parametrize(
-    "strike",
-    [
-        Strike("surefoot.train.loop:run", 1, KILL),
-        Strike(STEP, 1, KILL, after=True),
-        Strike("surefoot.train.checkpoint:_put_in_place", 1, KILL),
-        Strike(STEP, 5, KILL, after=True),
-        Strike("surefoot.train.loop:evaluate", 3, KILL, after=True),
-        Strike("surefoot.policies.lm.policy:CausalLMPolicy.save", 1, KILL, after=True),
-    ],
-    ids=["before anything", "first step", "first checkpoint", "step", "evaluation", "model half written"],
-)
-def test_a_killed_and_resumed_run_is_the_run_that_was_not(tmp_path, base, warm, uninterrupted, strike):
-    run = write_project(tmp_path, base)
-    assert warm.run(tmp_path, "sft", "sft.yaml", strikes=[strike]).code == -signal.SIGKILL
-    ended = warm.run(tmp_path, "resume", "runs/run")
-    assert ended.code == 0, ended.stderr
-    assert_equal(run, uninterrupted)
-
-
-@pytest.mark.parametrize("family", ["llama", LSTM])
-def test_all_weights_are_resumed_in_a_fresh_interpreter(tmp_path, warm, family):
-    write_base(tmp_path / "base", family=family)
-    folders = [tmp_path / "whole", tmp_path / "killed"]
-    runs = [write_project(folder, tmp_path / "base", policy={"adapter": None}) for folder in folders]
-    assert warm.run(folders[0], "sft", "sft.yaml").code == 0
-    assert warm.run(folders[1], "sft", "sft.yaml", strikes=[Strike(STEP, 5, KILL)]).code == -signal.SIGKILL
-    assert cold(folders[1], "resume", "runs/run").code == 0
-    assert_equal(runs[1], outcome(runs[0]))
-
-
-def test_a_signal_stops_with_a_checkpoint_and_says_how_to_go_on(tmp_path, base, warm, uninterrupted):
-    run = write_project(tmp_path, base)
-    ended = warm.run(tmp_path, "sft", "sft.yaml", strikes=[Strike(STEP, 3, [int(signal.SIGTERM)])])
-    assert ended.code == 143 and ended.stderr.endswith("saved; continue with: surefoot resume runs/run\n")
-    assert warm.run(tmp_path, "resume", "runs/run").code == 0
-    assert_equal(run, uninterrupted)
-
-
-def test_data_that_changed_under_a_run_is_refused(tmp_path, base, warm):
-    write_project(tmp_path, base)
-    warm.run(tmp_path, "sft", "sft.yaml", strikes=[Strike(STEP, 5, KILL)])
-    write_project(tmp_path, base, data=PAIRS[::-1])
-    ended = warm.run(tmp_path, "resume", "runs/run")
-    assert ended.code == 2 and "not the demonstrations that the run began with" in ended.stderr
-    assert ended.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,12 @@ from tests.fakes import CPU, config_of, padded
 from tests.inputs import model_folder, refusal, run_cli
 from tests.inputs import write_project as write_inputs
 from tests.tiny import random_tokens, tiny_policy, written_batch
-from tests.train.small_run import CONFIG, assert_equal, outcome, rows, weights, write_project
-from tests.train.warm import Strike, Warm, cold
+from tests.train.small_run import rows, weights
 
 ANSWERS = ((3, 5), (2, 1), (4, 3), (3, 7))  # (prompt, answer), tokens
 DEMONSTRATIONS = ((9, 3), (4, 2), (6, 1))  # (all, those before what is imitated), tokens
 ROWS = torch.arange(len(ANSWERS))
 COEF = 0.7
-KILL = [int(signal.SIGKILL)]
 STEP = "surefoot.train.update:take_step"
 PAIRS = [{"prompt": f"{word} {number}", "completion": f" {word}"} for word in ("the", "an", "in") for number in range(8)]
 
@@ -316,40 +313,6 @@ def test_what_is_cut_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert "let ptx.max_tokens cut it" in found
     ppo(ptx_data=[{"text": "the film " * 60}], ptx={"held_out": 0.0, "max_tokens": 8}, verbose=1, total_episodes=8).learn()
     assert "1 of 1 examples are cut to ptx.max_tokens (8)" in capsys.readouterr().out
-
-
-MIXED = {
-    "ptx": {"data": "labelled.jsonl", "coef": 0.4, "schedule": "linear", "batch_size": 5},
-    "ppo": {"advantage": "dr_grpo", "batch_size": 2, "target_kl": 0.2},
-    "group": {"size": 2, "skip_zero_variance": True},
-    "kl": {"target": None},
-}
-
-
-def mixed_project(folder: Path, base: Path) -> Path:
-    run = write_project(folder, base, **MIXED)
-    (folder / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
-    return run
-
-
-def test_a_killed_and_resumed_mixed_run_is_the_run_that_was_not(tmp_path: Path, base: Path, warm: Warm) -> None:
-    run = mixed_project(tmp_path / "whole", base)
-    ended = cold(tmp_path / "whole", "ppo", "ppo.yaml")
-    assert ended.code == 0, ended.stderr
-    expected, log = outcome(run), rows(run)
-    steps = [line["ptx/coef"] for line in log if "ptx/coef" in line]
-    assert len(set(steps)) == 6 and 1.0 in [line.get("ppo/stopped_early") for line in log]
-    handed_out = expected["state"]["rollout"]["ptx"]["handed_out"]
-    full = 6 * 2 * CONFIG["rollout"]["episodes_per_update"] // MIXED["ppo"]["batch_size"] * MIXED["ptx"]["batch_size"]
-    assert 0 < handed_out < full  # stopped updates ask for fewer
-    for nth in (2, 7, 12):  # between the steps of an update
-        folder = tmp_path / str(nth)
-        run = mixed_project(folder, base)
-        struck = warm.run(folder, "ppo", "ppo.yaml", strikes=[Strike(STEP, nth, KILL, after=True)])
-        assert struck.code == -signal.SIGKILL and not (run / "model").exists(), struck
-        ended = warm.run(folder, "resume", "runs/run")
-        assert ended.code == 0, ended.stderr
-        assert_equal(run, expected)
 
 
 # --- bad input ---
