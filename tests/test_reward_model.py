@@ -188,7 +188,7 @@ def test_the_command_line_trains_resumes_and_says_what_is_next(base):
     assert run_cli("resume", "runs/run").out == f"{run} is finished; its model is {run / 'model'}\n"
     project = inputs.write_project(Path("project"))
     assert run_cli("ppo", project, "--task.reward", "runs/run", "--run.folder", "runs").code == 0
-    assert run_cli("generate", "runs/run", "a").complaint.startswith("runs/run is a reward model's run, which writes nothing")
+    assert run_cli("generate", "runs/run", "a").complaint.startswith("runs/run is a run of RewardModel, which trains no policy")
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_the_runs_under_test_exercise_what_they_should(kind: str, expected: dict
         assert not handed_out and 1.0 in [row.get("ppo/stopped_early") for row in log]
 
 
-@pytest.mark.parametrize(("kind", "place"), CASES, ids=": ".join)
+@pytest.mark.parametrize(("kind", "place"), CASES, ids=[": ".join(case) for case in CASES])
 def test_a_killed_and_resumed_run_is_the_run_that_was_not(
     tmp_path: Path, base: Path, warm: Warm, kind: str, place: str, expected: dict[str, Any]
 ) -> None:

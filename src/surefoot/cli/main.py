@@ -191,7 +191,7 @@ def _start(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     if config.verb != verb and (verb == "ppo" or config.verb != "ppo"):
         section, file = config.verb.replace("-", "_"), shlex.quote(options.file)
         raise InputError(
-            f"{options.file}: has a section {section}; that is for: surefoot {config.verb} {file}"
+            f"{options.file}: has {'an' if section == 'sft' else 'a'} {section} section; that is for: surefoot {config.verb} {file}"
         )
     if config.verb != verb:
         section = verb.replace("-", "_")
