@@ -174,7 +174,7 @@ def test_the_command_line_trains_resumes_and_writes(base):
         (
             {},
             ("--sft.columns", "{prompt: q}"),
-            "pairs.jsonl, line 1: has prompt, completion; one of text, prompt and completion",
+            "pairs.jsonl, line 1: has prompt, completion; needs text, prompt and completion",
         ),
         ({}, ("--kl.coef", "0.1"), "sft.yaml: kl: a run with sft has no such section; leave it out"),
         (
