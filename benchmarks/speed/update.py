@@ -64,7 +64,7 @@ def main() -> None:
         rows["update, plain autograd head"].append(with_plain_head(step))
     tokens = int(batch.mask_BT.sum())
     print(
-        f"{options.model} {options.dtype}, {options.episodes} episodes, {tokens} written tokens, one epoch, {torch.get_num_threads()} threads"
+        f"{options.model} {options.dtype}, {options.episodes} episodes, {tokens} completion tokens, one epoch, {torch.get_num_threads()} threads"
     )
     for name, times in rows.items():
         print(f"  {name:28} {statistics.median(times):6.2f} s (min {min(times):.2f}, max {max(times):.2f})")

@@ -1,10 +1,11 @@
 """How a run's policy fares against a random player and GNU Go at level 1, at each of its checkpoints:
 
-    python recipes/go/play_gnugo.py runs/NAME [--games 100] [--random-games 400] [--likeliest]
+    python recipes/go/play_gnugo.py runs/NAME [--games 100] [--random-games 400] [--greedy]
 
-Half of the games with each colour. The policy's moves are sampled, as in training, so that games differ; `--likeliest`
-takes the likeliest instead. PettingZoo's rules decide: area scoring, every stone on the board alive, no superko. A game of
-over 200 moves counts as not won. Intervals are Wilson's, at 95 %. Needs GNU Go: apt install gnugo.
+Half of the games with each color. The policy's moves are sampled, as in training, so that games differ;
+`--greedy` takes the most probable instead. PettingZoo's rules decide: area scoring, every stone on the board
+alive, no superko. A game of over 200 moves counts as not won. Intervals are Wilson's, at 95 %. Needs GNU Go:
+apt install gnugo.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from surefoot.storage.run_folder import RunFolder
 from surefoot.train.checkpoint import load_checkpoint, restore_policy
 
 MAX_MOVES = 200
-COLOURS = ("black", "white")
+COLORS = ("black", "white")
 
 
 def against_gnugo(
-    model: PPO, player: GTPPlayer, game: Any, *, seat: int, likeliest: bool
+    model: PPO, player: GTPPlayer, game: Any, *, seat: int, greedy: bool
 ) -> tuple[bool, tuple[int, ...]]:
     """Play one game, the policy in `seat` (0 is black); whether it won, and the moves."""
     size = int(game.observation_space("black_0")["observation"].shape[0])
@@ -36,26 +37,26 @@ def against_gnugo(
     game.reset()
     moves: list[int] = []
     while len(moves) < MAX_MOVES and not any(game.terminations.values()):
-        colour = COLOURS[len(moves) % 2]
+        color = COLORS[len(moves) % 2]
         if len(moves) % 2 == seat:
             view = game.observe(game.agent_selection)
             views = {
                 "observation": np.float32(view["observation"])[None],
                 "action_mask": view["action_mask"][None],
             }
-            move = int(model.predict(views, deterministic=likeliest)[0][0])
-            player.play(colour, vertex_of(move, size))
+            move = int(model.predict(views, deterministic=greedy)[0][0])
+            player.play(color, vertex_of(move, size))
         else:
-            move = action_of(player.genmove(colour), size)
+            move = action_of(player.genmove(color), size)
         game.step(move)
         moves.append(move)
     return game.rewards[game.possible_agents[seat]] > 0, tuple(moves)
 
 
-def against_random(model: PPO, games: int, *, likeliest: bool) -> list[list[bool]]:
+def against_random(model: PPO, games: int, *, greedy: bool) -> list[list[bool]]:
     """Whether the policy won each of `games` games, as black and as white."""
     env = build_vector(model.config, for_evaluation=True)
-    played = run_episodes(model.policy, env, games, seed=None if likeliest else 1)
+    played = run_episodes(model.policy, env, games, seed=None if greedy else 1)
     env.close()
     return [[one.info["outcome"] > 0 for one in played if one.info["seat"] == seat] for seat in (0, 1)]
 
@@ -73,7 +74,7 @@ def row(name: str, opponent: str, won: list[list[bool]], note: str = "") -> None
     wins, games = sum(map(sum, won)), sum(map(len, won))
     low, high = interval(wins, games)
     shares = " ".join(
-        f"{colour} {sum(part):3d}/{len(part):3d}" for colour, part in zip(COLOURS, won, strict=True)
+        f"{color} {sum(part):3d}/{len(part):3d}" for color, part in zip(COLORS, won, strict=True)
     )
     print(
         f"{name:>8} {opponent:8} {shares}  won {wins / games:6.1%} [{low:.1%}, {high:.1%}]{note}", flush=True
@@ -88,7 +89,7 @@ def main() -> None:
     parser.add_argument("run")
     parser.add_argument("--games", type=int, default=100)
     parser.add_argument("--random-games", type=int, default=400)
-    parser.add_argument("--likeliest", action="store_true")
+    parser.add_argument("--greedy", action="store_true")
     arguments = parser.parse_args()
     run = RunFolder.open(arguments.run)
     config = run.config()
@@ -99,10 +100,10 @@ def main() -> None:
         name = "untrained" if path is None else path.name.lstrip("0")
         if path is not None:
             restore_policy(model.policy, load_checkpoint(path)[0]["policy"])
-        row(name, "random", against_random(model, arguments.random_games, likeliest=arguments.likeliest))
+        row(name, "random", against_random(model, arguments.random_games, greedy=arguments.greedy))
         with GTPPlayer() as player:
             games = [
-                against_gnugo(model, player, game, seat=i % 2, likeliest=arguments.likeliest)
+                against_gnugo(model, player, game, seat=i % 2, greedy=arguments.greedy)
                 for i in range(arguments.games)
             ]
         different = f", {len({moves for _, moves in games})} different games"
