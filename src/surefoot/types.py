@@ -1,7 +1,7 @@
 """The nouns of Surefoot, each with a worked example.
 
-Shape letters used in names all over the package: B rows (episodes, or parallel environments), T time steps (for a
-language model: tokens of prompt and answer), V vocabulary, N written tokens, D hidden size.
+Shape letters used in names all over the package: B rows (episodes, or parallel environments), T time steps
+(for a language model: tokens of prompt and completion), V vocabulary, N completion tokens, D hidden size.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class StopReason(str, Enum):
 class SamplingParams:
     """How tokens are drawn.
 
-    Example: `SamplingParams(max_new_tokens=24, temperature=1.0)` samples from the whole distribution, the only way
-    whose log-probs are the policy's own. `temperature=0` is greedy; `top_k` and `top_p` are for generation alone.
+    Example: `SamplingParams(max_new_tokens=24, temperature=1.0)` samples from the whole distribution, the one
+    way whose log-probs are the policy's. `temperature=0` is greedy; `top_k` and `top_p` are for generation alone.
     """
 
     max_new_tokens: int = 24
@@ -68,8 +68,8 @@ class Request:
 class Completion:
     """What an engine wrote for one request: born together, never re-tokenized.
 
-    Example: tokens [314, 2] with logprobs [-1.2, -0.3] and values [0.1, 0.4], `StopReason.END_TOKEN`: token 2 is the
-    end token, a trained action like any other. `values[t]` is the critic's V(s_t), read before token t was written.
+    Example: tokens [314, 2] with logprobs [-1.2, -0.3] and values [0.1, 0.4], `StopReason.END_TOKEN`: 2 is
+    the end token, a trained action like any other. `values[t]` is the critic's V(s_t), read before token t.
     """
 
     tokens: list[int]
@@ -83,10 +83,10 @@ class Completion:
 
 @dataclass
 class Turn:
-    """What the policy, or anyone else, added to a conversation. Tokens in, tokens out: nothing is re-tokenized.
+    """What the policy, or anyone else, added to a conversation. Tokens in, tokens out: none is re-tokenized.
 
-    Example: `Turn((504, 2768), text="The film")`, a prompt; `Turn([314, 2], " was great", by_policy=True, logprobs=[-1.2, -0.3],
-    values=[0.1, 0.4], reward=0.62)`, what the policy wrote after it.
+    Example: `Turn((504, 2768), text="The film")`, a prompt; `Turn([314, 2], " was great", by_policy=True,
+    logprobs=[-1.2, -0.3], values=[0.1, 0.4], reward=0.62)`, what the policy wrote after it.
     """
 
     tokens: Sequence[int]
@@ -101,11 +101,11 @@ class Turn:
 
 @dataclass
 class Trajectory:
-    """One episode of a text task: the turns of a conversation, the prompt first; most have one more, the completion.
+    """One episode of a text task: the turns of a conversation. Most are two: the prompt and the completion.
 
     Example: the prompt "The film" continued with " was great", for which the reward function gave 0.62:
-    `Trajectory("The film", [Turn((504, 2768)), Turn([314, 2], " was great", by_policy=True, ...)], StopReason.END_TOKEN,
-    reward=0.62)`.
+    `Trajectory("The film", [Turn((504, 2768)), Turn([314, 2], " was great", by_policy=True, ...)],
+    StopReason.END_TOKEN, reward=0.62)`.
     """
 
     prompt: Any  # str, or chat messages
@@ -113,14 +113,13 @@ class Trajectory:
     stop_reason: StopReason
     columns: dict[str, Any] = field(default_factory=dict)  # the task's other columns
     reward: float = float("nan")  # what the reward function gave
-    reward_parts: dict[str, float] = field(
-        default_factory=dict
-    )  # what made it up, and what became of it: see rewards/
+    # What made the reward up, and what became of it: see rewards/.
+    reward_parts: dict[str, float] = field(default_factory=dict)
     kl: float = 0.0  # log p - log p_ref summed over the policy's tokens, nats
 
     @property
     def prompt_tokens(self) -> tuple[int, ...]:
-        """What stood before anyone's answer."""
+        """The first turn's."""
         return tuple(self.turns[0].tokens)
 
     @property
