@@ -40,7 +40,7 @@ ANYWHERE = {
 }
 IN_CODE = {
     r"\banswers?\b(?!\")": "completion",
-    r"\b[Ff]ilm(?:s|ed)?\b": "video",
+    r"\bFilm\b\W|\bfilm(?:ed)? (?:of|and|is)\b": "video",
     r"\b[Cc]opies\b": "sub-environments (or a verb: copy)",
     r"\b_?[Ww]atch(?:ed|es|ing)?\b": "observers",
     r"\bsay=|\bsay:|\btell=|\btell\(|\btold\(": "log=",
