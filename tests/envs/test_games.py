@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from surefoot.errors import InputError
+from tests.golden import refused
 from tests.recipes import go_gtp
 from tests.recipes import tictactoe as oracle
 
@@ -171,19 +172,19 @@ def test_opponents_are_asked_once_a_round_for_just_the_games_that_wait():
 
 
 @pytest.mark.parametrize(
-    ("actions", "message"),
+    ("actions", "named"),
     [
-        ([8, 0], r"learner: action 0 is illegal in game 1; legal there: \[1, 2, 3, 4, 5, 6, 7, 8\]"),
+        ([8, 0], "learner: action 0 is illegal in game 1; legal there: [1, 2, 3, 4, 5, 6, 7, 8]"),
         ([9, 1], "learner: action 9 is illegal in game 0"),
         ([0, -1], "learner: action -1 is illegal in game 1"),
         ([0], "learner: expected 2 whole-numbered actions"),
         ([0.0, 1.0], "learner: expected 2 whole-numbered actions, got float64"),
     ],
 )
-def test_illegal_actions_are_refused_before_any_game_moves(actions, message):
+def test_illegal_actions_are_refused_before_any_game_moves(actions, named):
     env = GameVectorEnv(TICTACTOE, 2, opponents=lowest)
     env.reset(seed=0)
-    with pytest.raises(InputError, match=message):
+    with refused(named):
         env.step(np.array(actions))
     env.step(np.array([8, 8]))  # neither game has moved, so 8 is still free in both
 
@@ -191,7 +192,7 @@ def test_illegal_actions_are_refused_before_any_game_moves(actions, message):
 def test_illegal_opponent_is_named():
     env = GameVectorEnv(TICTACTOE, 1, opponents=scripted([4]))
     env.reset(seed=0)
-    with pytest.raises(InputError, match="opponent: action 4 is illegal in game 0"):
+    with refused("opponent: action 4", "game 0"):
         env.step(np.array([4]))
 
 
@@ -201,7 +202,7 @@ def test_a_view_without_a_legal_move_is_refused(monkeypatch):
         monkeypatch.setattr(game, "observe", lambda agent: {"observation": 0, "action_mask": np.zeros(9, np.int8)})
         return game
 
-    with pytest.raises(InputError, match="game 0: player_1 is to move but its action_mask has no legal move"):
+    with refused("game 0: player_1", "action_mask"):
         GameVectorEnv(make, 1).reset(seed=0)
 
 
@@ -209,7 +210,7 @@ def test_a_finished_game_must_be_reset():
     env = GameVectorEnv(TICTACTOE, 1, opponents=scripted([3, 4]))
     for ready in (lambda: None, lambda: (env.reset(seed=0), play(env, [0, 1, 2]))):
         ready()
-        with pytest.raises(InputError, match=r"games \[0\] are over"):
+        with refused("games [0]"):
             env.step(np.array([8]))
 
 
@@ -228,9 +229,9 @@ def test_max_moves_cuts_a_game_off_on_the_learners_turn():
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "named"),
     [
-        (game_factory("classic/no-such-game-v1"), "classic/no-such-game-v1.*not found"),
+        (game_factory("classic/no-such-game-v1"), "classic/no-such-game-v1"),
         (game_factory("classic/go-v5", size=5), "unexpected keyword argument 'size'"),
         (lambda: GameVectorEnv(TICTACTOE, 0), "num_envs >= 1"),
         (lambda: GameVectorEnv(TICTACTOE, 2).reset(seed=[1]), "1 seeds for 2 games"),
@@ -238,8 +239,8 @@ def test_max_moves_cuts_a_game_off_on_the_learners_turn():
         (lambda: GameVectorEnv(game_factory("classic/rps-v2"), 1), "observation and action_mask"),
     ],
 )
-def test_bad_input_gets_one_line(make, message):
-    with pytest.raises(InputError, match=message):
+def test_bad_input_gets_one_line(make, named):
+    with refused(named):
         make()
 
 
@@ -294,19 +295,19 @@ def test_gtp_answers(fake_go):
         assert go_gtp.action_of(player.genmove("black"), 5) == 12
         assert player.final_score() == -2.5
         assert player.send("komi 6.5") == "komi 6.5"
-        with pytest.raises(InputError, match="refused 'play black A1': illegal move"):
+        with refused("'play black A1': illegal move"):
             player.play("black", "A1")
-    with pytest.raises(InputError, match="the program has ended"):
+    with refused("the program has ended"):
         player.genmove("black")
     player.close()
 
 
 def test_gtp_program_that_dies_hangs_or_is_missing(fake_go):
-    with go_gtp.GTPPlayer(fake_go) as player, pytest.raises(InputError, match="ended at 'die' with exit code 3"):
+    with go_gtp.GTPPlayer(fake_go) as player, refused("'die'", "exit code 3"):
         player.send("die")
-    with go_gtp.GTPPlayer(fake_go, timeout=0.1) as player, pytest.raises(InputError, match=r"no reply to 'hang' in 0\.1 s"):
+    with go_gtp.GTPPlayer(fake_go, timeout=0.1) as player, refused("'hang'", "0.1 s"):
         player.send("hang")
-    with pytest.raises(InputError, match=r"'no-such-go' not found; .*apt install gnugo"):
+    with refused("'no-such-go'", "apt install gnugo"):
         go_gtp.GTPPlayer(("no-such-go",))
 
 
@@ -316,9 +317,9 @@ def test_vertices():
     for size in (5, 9, 19):
         assert [go_gtp.action_of(go_gtp.vertex_of(a, size), size) for a in range(size**2 + 1)] == list(range(size**2 + 1))
     for bad in ("I3", "A6", "A0", "F1", "resign", "", "3"):
-        with pytest.raises(InputError, match="is not on a board"):
+        with refused(bad, "5"):
             go_gtp.action_of(bad, 5)
-    with pytest.raises(InputError, match="action 26"):
+    with refused("action 26"):
         go_gtp.vertex_of(26, 5)
 
 
