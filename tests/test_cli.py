@@ -172,7 +172,7 @@ def test_a_command_that_cannot_be_is_one_line_and_exit_code_2(project, monkeypat
 
 
 def test_fetch_prints_the_path_alone(monkeypatch, tmp_path):
-    monkeypatch.setattr(assets, "fetch", lambda name: assets.tell("fetching it") or tmp_path / name)
+    monkeypatch.setattr(assets, "fetch", lambda name: assets.log_to_stderr("fetching it") or tmp_path / name)
     outcome = run_cli("fetch", "tweets")
     assert (outcome.code, outcome.out, outcome.err) == (0, f"{tmp_path / 'tweets'}\n", "fetching it\n")
 
@@ -247,7 +247,7 @@ def test_a_device_this_machine_lacks_is_refused_before_anything_is_fetched(proje
 
 @pytest.mark.parametrize("source", ["run", "model of the run", "model folder", "asset"])
 def test_generate_continues_a_text_with_any_model(finished, monkeypatch, source):
-    monkeypatch.setattr(assets, "fetch", lambda name, say: model_folder())
+    monkeypatch.setattr(assets, "fetch", lambda name, log: model_folder())
     names = {"run": finished, "model of the run": finished / "model", "model folder": model_folder()}
     name = names.get(source, "smollm2-135m-instruct")
     first = run_cli("generate", name, "the film", "--max-new-tokens", "5")

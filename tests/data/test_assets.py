@@ -224,7 +224,7 @@ def fetch_in_child(step: str = "", act: Callable[[], None] = lambda: None) -> No
     patches.setattr(assets.subprocess, "run", Pip())
     if step:
         break_at(step, patches, act)
-    print(assets.fetch("thing", say=lambda line: None))
+    print(assets.fetch("thing", log=lambda line: None))
 
 
 def be_killed_at(step: str) -> None:

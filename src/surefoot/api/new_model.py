@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from surefoot.build.language import build_demonstrations
 from surefoot.config import Config, make_config
 from surefoot.core.seeds import derived_seed
-from surefoot.data.assets import tell
+from surefoot.data.assets import log_to_stderr
 from surefoot.data.silence import silence_transformers
 from surefoot.errors import InputError
 from surefoot.storage.files import whole_folder
@@ -43,7 +43,7 @@ def new_model(
     return write_new_model(make_config(settings, where="new_model(...)"), texts)
 
 
-def write_new_model(config: Config, data: Any = None, *, say: Callable[[str], None] = tell) -> Path:
+def write_new_model(config: Config, data: Any = None, *, log: Callable[[str], None] = log_to_stderr) -> Path:
     """The model that `config` describes, in the folder `policy.model`, from `data` or what `sft.data` names.
 
     Raises InputError as `new_model` does.
@@ -53,7 +53,7 @@ def write_new_model(config: Config, data: Any = None, *, say: Callable[[str], No
     assert config.new_model is not None and config.sft is not None
     folder = Path(config.policy.model)
     check_new_folder(folder)
-    contents = [example.contents for example in build_demonstrations(config.sft, data, say=say).train]
+    contents = [example.contents for example in build_demonstrations(config.sft, data, log=log).train]
     tokenizer = learn_tokenizer(plain_texts(contents), config.new_model.vocab, chat="messages" in contents[0])
     lm = random_lm(config.new_model, tokenizer, seed=derived_seed(config.seed, "new model", 0))
     try:
@@ -66,7 +66,7 @@ def write_new_model(config: Config, data: Any = None, *, say: Callable[[str], No
             f"{folder} could not be written: {getattr(error, 'strerror', None) or error}"
         ) from error
     weights, tokens, examples = sum(p.numel() for p in lm.parameters()), len(tokenizer), len(contents)
-    say(
+    log(
         f"{folder}: {config.new_model.kind} of {weights:,} weights over {tokens:,} tokens, from {examples:,} examples"
     )
     return folder

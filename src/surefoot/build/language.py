@@ -35,31 +35,31 @@ from surefoot.train import checkpoint
 from surefoot.types import StopReason, Trajectory, Turn
 
 
-def build_policy(config: Config, *, say: Callable[[str], None] = assets.tell) -> CausalLMPolicy:
+def build_policy(config: Config, *, log: Callable[[str], None] = assets.log_to_stderr) -> CausalLMPolicy:
     """The policy of a run, fetched if need be."""
     device = build_device(config.device)
-    source = assets.resolve(config.policy.model, say=say)
+    source = assets.resolve(config.policy.model, log=log)
     check_model_folder(source)
     if not os.path.exists(source):
-        say(
+        log(
             f"{source} is no folder here and no asset ({', '.join(assets.ASSETS)}): asking the Hugging Face hub for it"
         )
     return load_policy(
         source,
-        config.policy.model_copy(update={"critic": _critic(config, say)}),
+        config.policy.model_copy(update={"critic": _critic(config, log)}),
         device=device,
         seed=derived_seed(config.seed, "adapter", 0),
     )
 
 
-def _critic(config: Config, say: Callable[[str], None]) -> CriticConfig:
+def _critic(config: Config, log: Callable[[str], None]) -> CriticConfig:
     """The critic that is built: none of its own where no values are learned, and its model as a folder."""
     critic = config.policy.critic
     if not config.ppo.has_critic:
         return CriticConfig()
     if critic.model is None:
         return critic
-    source = model_of_run(assets.resolve(critic.model, key="policy.critic.model", say=say))
+    source = model_of_run(assets.resolve(critic.model, key="policy.critic.model", log=log))
     return critic.model_copy(update={"model": source})
 
 
@@ -108,7 +108,7 @@ def build_preferences(config: Config, data: Any = None) -> PreferenceDataset:
 
 
 def build_demonstrations(
-    settings: SFTConfig | PTXConfig, data: Any = None, *, say: Callable[[str], None] = assets.tell
+    settings: SFTConfig | PTXConfig, data: Any = None, *, log: Callable[[str], None] = assets.log_to_stderr
 ) -> Demonstrations:
     """The examples of a run: `data`, or what the section names. Raises InputError for what cannot be learned from."""
     is_sft = isinstance(settings, SFTConfig)
@@ -118,13 +118,13 @@ def build_demonstrations(
             raise InputError(
                 f"{key} is missing: name a JSONL file of examples; what was given in Python ({given}), give again"
             )
-        data = assets.resolve(settings.data, key=key, say=say)
+        data = assets.resolve(settings.data, key=key, log=log)
     return Demonstrations(
         data, held_out=settings.held_out, columns=settings.columns, name="data" if is_sft else key
     )
 
 
-def build_task(config: Config, *, log: Callable[[str], None] = assets.tell) -> TextTask:
+def build_task(config: Config, *, log: Callable[[str], None] = assets.log_to_stderr) -> TextTask:
     """The task of a run. Rewards are found before prompts are fetched; reward models are loaded when they are first asked."""
     task = config.task
     if task is None:
@@ -143,10 +143,10 @@ def _task(
     reward: RewardFunction | MixedReward,
     metric: RewardFunction | None,
     *,
-    log: Callable[[str], None] = assets.tell,
+    log: Callable[[str], None] = assets.log_to_stderr,
 ) -> TextTask:
     fields = settings.model_dump(include={"held_out", "prompt_column", "prompt_tokens", "chat"})
-    prompts = assets.resolve(settings.prompts, key="task.prompts", say=log)
+    prompts = assets.resolve(settings.prompts, key="task.prompts", log=log)
     return TextTask(prompts, reward, metric=metric, **fields)
 
 

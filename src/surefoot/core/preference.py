@@ -1,4 +1,4 @@
-"""Losses of a reward model, and how well its scores agree with people's. Sums over rows; the caller divides."""
+"""Losses of a reward model on pairs and ratings, and how well its scores agree with them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from surefoot.core.losses import LossStats
 def preference_loss(scores_B2: Tensor, margins_B: Tensor, *, center: float = 0.0) -> Tensor:
     """-log σ(r_chosen - r_rejected - margin) + center · (r_chosen + r_rejected)² for each pair, [B], nats.
 
-    `scores_B2` has the chosen side first. Bradley & Terry 1952, for language models Stiennon et al. 2020, arXiv:2009.01325;
-    margin: Touvron et al. 2023, arXiv:2307.09288, eq. 2; centring: Eisenstein et al. 2023, arXiv:2312.09244, eq. 2.
+    `scores_B2` has the chosen side first. Bradley & Terry 1952, for language models Stiennon et al. 2020,
+    arXiv:2009.01325; margin: Touvron et al. 2023, arXiv:2307.09288, eq. 2; centring: Eisenstein et al. 2023,
+    arXiv:2312.09244, eq. 2.
     """
     chosen, rejected = scores_B2.unbind(1)
     return -logsigmoid(chosen - rejected - margins_B) + center * (chosen + rejected) ** 2
@@ -28,11 +29,13 @@ def rating_loss(scores_B1: Tensor, ratings_B: Tensor) -> Tensor:
 def reliability(
     predicted_N: Tensor, observed_N: Tensor, *, bins: int = 10
 ) -> tuple[list[dict[str, float]], float]:
-    """How what was observed agrees with what was predicted: bins of equal size, by rising prediction, and their error.
+    """How what was observed agrees with what was predicted: bins of equal size, by rising prediction, and
+    their error.
 
-    A bin has the means of both, the standard error of the observed mean, and its size, 10 texts at least, for which there are
-    fewer bins. The error is the mean over all texts of |predicted - observed| of their bins: for probabilities the expected
-    calibration error (Guo et al. 2017, arXiv:1706.04599), there with bins of equal width.
+    A bin has the means of both, the standard error of the observed mean, and its size, 10 texts at least, for
+    which there are fewer bins. The error is the mean over all texts of |predicted - observed| of their bins:
+    for probabilities the expected calibration error (Guo et al. 2017, arXiv:1706.04599), there with bins of
+    equal width.
     """
     order = predicted_N.argsort(stable=True)
     pieces = order.tensor_split(max(1, min(bins, len(order) // 10)))
@@ -52,7 +55,7 @@ def reliability(
 
 
 def preference_stats(losses_B: Tensor) -> LossStats:
-    """The losses' sum as `policy_loss` over so many rows; with no older policy to compare with, the ratio is 1."""
+    """The losses' sum as `policy_loss` over N rows; the ratio is 1, without an older policy."""
     total = losses_B.detach().sum().float()
     rows, zero = torch.full_like(total, len(losses_B)), torch.zeros_like(total)
     return LossStats(torch.stack([total, zero, zero, rows, zero, zero, zero, rows]), torch.ones_like(total))
@@ -77,7 +80,7 @@ def _ranks(values_N: Tensor) -> Tensor:
 
 
 def share_in_order(scores_N: Tensor, ratings_N: Tensor) -> float:
-    """Of all pairs of unlike ratings, the share whose scores stand in the same order; equal scores count half."""
+    """Fraction of pairs of unequal ratings whose scores are in the same order; equal scores count half."""
     agreed = unlike = 0.0
     for scores_M, ratings_M in zip(
         scores_N.split(1024), ratings_N.split(1024), strict=True

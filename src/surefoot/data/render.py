@@ -1,4 +1,4 @@
-"""Text and messages -> tokens, and tokens -> text: chat templates, end tokens and loss masks are handled here alone."""
+"""Text and messages -> tokens: the one home of chat templates, end tokens and loss masks."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class TokenizedExample:
 def encode_prompt(tokenizer: Any, prompt: Any, *, chat: bool = False, where: str = "") -> tuple[int, ...]:
     """Tokens of a string as the tokenizer makes them, or of messages up to where the assistant's turn begins.
 
-    With `chat` a string is a user's message. Raises InputError, naming `where` (default: the prompt), for messages that the
-    model has no chat template for, or whose template does not take them.
+    With `chat` a string is a user's message. Raises InputError, naming `where` (default: the prompt), for
+    messages that the model has no chat template for, or whose template does not take them.
     """
     if isinstance(prompt, str) and not chat:
         return tuple(tokenizer(prompt)["input_ids"])
@@ -61,20 +61,21 @@ def check_length(tokens: Sequence[int], text: str, *, context: int, new_tokens: 
     """Raise InputError for a prompt that has no tokens, or too many for the model's context."""
     if new_tokens >= context:
         raise InputError(
-            f"max_new_tokens ({new_tokens}) leaves no room for a prompt in the model's context of {context} tokens"
+            f"max_new_tokens ({new_tokens}) leaves no room for a prompt in the context of {context} tokens"
         )
     if not tokens:
         raise InputError(f"the prompt {text[:60]!r} has no tokens; give it text or drop it")
     if len(tokens) > context - new_tokens:
         raise InputError(
             f"the prompt {text[:60]!r}… has {len(tokens)} tokens; the model's context of {context} leaves "
-            f"{context - new_tokens} beside {new_tokens} new ones; shorten it, cut prompts with prompt_tokens, or lower "
-            "max_new_tokens"
+            f"{context - new_tokens} beside {new_tokens} new ones; shorten it, cut prompts with "
+            "prompt_tokens, or lower max_new_tokens"
         )
 
 
 def with_end_token(tokenizer: Any, tokens: Sequence[int], end_tokens: frozenset[int]) -> tuple[int, ...]:
-    """`tokens`, and unless they end with one of the model's end tokens, the tokenizer's (else the model's lowest).
+    """`tokens`, and unless they end with one of the model's end tokens, the tokenizer's (else the model's
+    lowest).
 
     Raises InputError if the model has none.
     """
@@ -90,9 +91,9 @@ def encode_demonstration(
 ) -> TokenizedExample:
     """Tokens and loss mask of a demonstration, which ends with an end token.
 
-    The loss falls on the text, the completion, or the assistant's messages, each with its end token, and never on the first
-    token, which nothing predicts. Prompt and completion are tokenized apart, as they are where the model writes the one
-    after the other. Raises InputError for messages that cannot be rendered.
+    The loss falls on the text, the completion, or the assistant's messages, each with its end token, and
+    never on the first token, which nothing predicts. Prompt and completion are tokenized apart, as they are
+    where the model writes the one after the other. Raises InputError for messages that cannot be rendered.
     """
     contents = example.contents
     if "messages" in contents:
@@ -111,8 +112,9 @@ def encode_demonstration(
 def encode_scored_text(
     tokenizer: Any, prompt: Any, text: str, *, end_tokens: frozenset[int], where: str
 ) -> tuple[int, ...]:
-    """A text as a reward model reads it, with an end token, at which the score is read: a string prompt and `text` are
-    one text, messages are rendered with `text` as the assistant's. Raises InputError for messages that cannot be rendered.
+    """A text as a reward model reads it, with an end token, at which the score is read: a string prompt and
+    `text` are one text, messages are rendered with `text` as the assistant's. Raises InputError for messages
+    that cannot be rendered.
     """
     if prompt is None or isinstance(prompt, str):
         tokens = encode_prompt(tokenizer, (prompt or "") + text)
@@ -124,7 +126,7 @@ def encode_scored_text(
 def _assistant_pieces(
     tokenizer: Any, messages: list[dict[str, Any]], end_tokens: frozenset[int], where: str
 ) -> list[tuple[tuple[int, ...], bool]]:
-    """A chat cut where the assistant's turns begin and end, up to the last of them: (tokens, whether the assistant's)."""
+    """A chat in pieces up to the assistant's last turn: (tokens, whether the assistant wrote them)."""
     pieces: list[tuple[tuple[int, ...], bool]] = []
     before = ""
     for number, message in enumerate(messages):
@@ -134,8 +136,9 @@ def _assistant_pieces(
         closed = render_messages(tokenizer, messages[: number + 1], opens_turn=False, where=where)
         if not (opened.startswith(before) and closed.startswith(opened)):
             raise InputError(
-                f"{where}: the model's chat template changes earlier turns as the chat goes on, so that none could be "
-                "trained as it will be written; make each completion a row, with the turns before it as its prompt"
+                f"{where}: the model's chat template changes earlier turns as the chat goes on, so none can "
+                "be trained as it will be written; give every assistant message its own row, and the turns "
+                "before it"
             )
         others, written = (
             encode_more(tokenizer, text) for text in (opened[len(before) :], closed[len(opened) :])

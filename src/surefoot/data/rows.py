@@ -44,12 +44,13 @@ def read_rows(source: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def split(rows: Sequence[Row], keys: Sequence[str], held_out: float) -> tuple[list[Row], list[Row]]:
-    """`rows` in two: those to train on and those held out for evaluation, in their order. Rows of one key stay together.
+    """`rows` in two: those to train on and those held out for evaluation, in their order. Rows of one key
+    stay together.
 
-    A row is held out if the hash of its key, a number in [0, 1), is below the fraction `held_out`: which rows are depends on
-    nothing else, and more rows move none across. Where that would hold out none, the key of the lowest hash is held out,
-    unless more than half of the rows have it; where it would hold out all, the key of the highest hash is trained on.
-    Raises InputError for a fraction outside [0, 1).
+    A row is held out if the hash of its key, a number in [0, 1), is below the fraction `held_out`: which rows
+    are depends on nothing else, and more rows move none across. Where that would hold out none, the key of
+    the lowest hash is held out, unless more than half of the rows have it; where it would hold out all, the
+    key of the highest hash is trained on. Raises InputError for a fraction outside [0, 1).
     """
     if isinstance(held_out, bool) or not 0 <= held_out < 1:
         raise InputError(f"held_out: expected a fraction from 0 to below 1, got {held_out!r}")
@@ -64,7 +65,7 @@ def split(rows: Sequence[Row], keys: Sequence[str], held_out: float) -> tuple[li
 
 
 def index_in_order(number: int, count: int, seed: int) -> int:
-    """Which of `count` rows comes as number `number` of a run: every pass over them is shuffled by (seed, pass)."""
+    """Which of `count` rows is number `number` of a run: each pass over them is shuffled by (seed, pass)."""
     epoch, position = divmod(number, count)
     return shuffled(count, seed, epoch)[position]
 
@@ -95,7 +96,8 @@ def checked_prompt(prompt: Any, where: str) -> Prompt:
     )
     if not is_chat:
         raise InputError(
-            f"{where}: a prompt must be a string or a list of {{role, content}} messages, got {type(prompt).__name__}"
+            f"{where}: a prompt must be a string or a list of {{role, content}} messages, "
+            f"got {type(prompt).__name__}"
         )
     if not prompt:
         raise InputError(f"{where}: the prompt has no messages; give it one or drop it")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def silence_transformers() -> Iterator[None]:
-    """No progress bars, and no warnings about what the user can do nothing about; afterwards all is as it was."""
+    """No progress bars, and no warnings that a user can do nothing about, while it is held."""
     from transformers.utils import logging
 
     verbosity, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -33,12 +33,13 @@ class Example:
 class TextTask:
     """Prompts and a reward: the environment of a language policy.
 
-    `prompts` is a list of strings, of message lists (`[{"role": "user", "content": …}]`) or of dicts with a `prompt`
-    column and others; a JSONL file of such dicts or strings; or a `datasets.Dataset`. `reward` has TRL's signature:
-    `reward(prompts, completions, **columns) -> list[float]`, or is a dict of such functions with their weights in the sum,
-    `{"polite": (polite, 1.0), "long": (length, -0.01)}`; `metric`, a function, is a measure for evaluations apart from the
-    reward. `held_out` is the fraction of prompts kept for evaluation, by a hash of the text (`data/rows.py:split`), or a list
-    of other prompts. Raises InputError for prompts that are empty, of no usable type, or that don't exist.
+    `prompts` is a list of strings, of message lists (`[{"role": "user", "content": …}]`) or of dicts with a
+    `prompt` column and others; a JSONL file of such dicts or strings; or a `datasets.Dataset`. `reward` has
+    TRL's signature: `reward(prompts, completions, **columns) -> list[float]`, or is a dict of such functions
+    with their weights in the sum, `{"polite": (polite, 1.0), "long": (length, -0.01)}`; `metric`, a function,
+    is a measure for evaluations apart from the reward. `held_out` is the fraction of prompts kept for
+    evaluation, by a hash of the text (`data/rows.py:split`), or a list of other prompts. Raises InputError
+    for prompts that are empty, of no usable type, or that don't exist.
     """
 
     def __init__(

@@ -10,17 +10,19 @@ from surefoot.policies.lm.reward_model import RewardModelPolicy
 
 
 class RewardScorer:
-    """A reward model with the signature of a reward function: `scorer(prompts=[…], completions=[…]) -> list[float]`.
+    """A reward model with the signature of a reward function: `scorer(prompts=[…], completions=[…]) ->
+    list[float]`.
 
-    What goes in is text, so policy and reward model may have different tokenizers. Prompts and completions are strings, which
-    are read as one text, or message lists, which go through the reward model's own chat template.
+    What goes in is text, so policy and reward model may have different tokenizers. Prompts and completions
+    are strings, which are read as one text, or message lists, which go through the reward model's own chat
+    template.
     """
 
     def __init__(self, policy: RewardModelPolicy):
         self.policy = policy
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-        """Calibrated scores, one a completion. Raises InputError for a text longer than the model's context."""
+        """A calibrated score per completion. Raises InputError for a text longer than the model's context."""
         if isinstance(prompts, str) or isinstance(completions, str):
             raise InputError(
                 "score: prompts and completions are lists; for one text write [prompt] and [completion]"

@@ -23,8 +23,8 @@ from surefoot.types import Batch, Demonstration
 class DemonstrationRollout:
     """Takes a run's batches from demonstrations, in shuffled passes; nothing is generated.
 
-    `key` is the section of `sft`'s fields, for errors. Raises InputError for a demonstration that does not fit, or if the
-    data is not a checkpoint's.
+    `key` is the section of `sft`'s fields, for errors. Raises InputError for a demonstration that does not
+    fit, or if the data is not a checkpoint's.
     """
 
     unit = "examples"
@@ -43,7 +43,8 @@ class DemonstrationRollout:
     ):
         if sft.max_tokens is not None and sft.max_tokens > policy.context_length:
             raise InputError(
-                f"{key}.max_tokens ({sft.max_tokens}) is more than the model's context of {policy.context_length} tokens"
+                f"{key}.max_tokens ({sft.max_tokens}) is more than the model's context of "
+                f"{policy.context_length} tokens"
             )
         self.policy, self.data, self.sft, self.seed = policy, data, sft, seed
         self.key, self.temperature = key, temperature
@@ -116,7 +117,7 @@ class DemonstrationRollout:
         return {"examples": self._digest}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint's `state`. Raises InputError if it was trained on other demonstrations."""
+        """Continue from a checkpoint's `state`. Raises InputError if its demonstrations were others."""
         if state["examples"] != self._digest:
             raise InputError(
                 f"{self.key}.data: not the demonstrations that the run began with; continue with those"
@@ -127,7 +128,7 @@ class DemonstrationRollout:
         return demonstration_batch(rows, device=self.policy.device, temperature=self.temperature)
 
     def _tokenized(self, demonstration: Demonstration) -> TokenizedExample:
-        """Raises InputError for one that is longer than the context, or of which a cut leaves nothing to learn."""
+        """Raises InputError for one longer than the context, or of which a cut leaves nothing to learn."""
         example = encode_demonstration(
             self.policy.tokenizer, demonstration, end_tokens=self.policy.model_end_tokens
         )
@@ -135,13 +136,14 @@ class DemonstrationRollout:
         if len(example.tokens) > limit:
             if self.sft.max_tokens is None:
                 raise InputError(
-                    f"{demonstration.where}: has {len(example.tokens)} tokens, more than the model's context of {limit}; "
-                    f"shorten it, or let {self.key}.max_tokens cut it"
+                    f"{demonstration.where}: has {len(example.tokens)} tokens, more than the model's "
+                    f"context of {limit}; shorten it, or let {self.key}.max_tokens cut it"
                 )
             example = TokenizedExample(example.tokens[:limit], example.loss_mask[:limit])
             self.truncated += 1
         if not any(example.loss_mask):
             raise InputError(
-                f"{demonstration.where}: its first {limit} tokens leave nothing to learn; raise {self.key}.max_tokens or drop it"
+                f"{demonstration.where}: its first {limit} tokens leave nothing to learn; raise "
+                f"{self.key}.max_tokens or drop it"
             )
         return example

@@ -48,8 +48,9 @@ class ScoringPolicy(Policy, Protocol):
 class PreferenceRollout:
     """Takes a run's batches from preferences, in shuffled passes; nothing is generated.
 
-    Ratings are standardized by their mean and standard deviation over the training rows: how fast the head learns does not
-    depend on the raters' scale. Raises InputError for a text that does not fit, or if the data is not a checkpoint's.
+    Ratings are standardized by their mean and standard deviation over the training rows: how fast the head
+    learns does not depend on the raters' scale. Raises InputError for a text that does not fit, or if the
+    data is not a checkpoint's.
     """
 
     unit = "examples"
@@ -122,10 +123,10 @@ class PreferenceRollout:
         return bool(self._held_out)
 
     def calibrate(self) -> dict[str, Any]:
-        """Set the policy's `shift` and `scale`, so that the held-out texts' rewards have mean 0 and standard deviation 1.
+        """Set the policy's `shift` and `scale`: the held-out texts' rewards then have mean 0 and std 1.
 
-        With fewer than two held-out preferences the training ones take their place. Returns, as JSON, how well what the model
-        predicts of these preferences is calibrated: docs/reward-model.md.
+        With fewer than two held-out preferences the training ones take their place. Returns, as JSON, how
+        well what the model predicts of these preferences is calibrated: docs/reward-model.md.
         """
         is_held_out = len(self._held_out) > 1
         rows = self._held_out if is_held_out else self._train

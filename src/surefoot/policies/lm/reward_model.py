@@ -71,14 +71,16 @@ class RewardModelPolicy:
     def encode(self, prompt: Any, text: str, *, where: str) -> tuple[int, ...]:
         """Prompt (text, messages or None) and text as the tokens to score, with an end token.
 
-        Raises InputError, naming `where`, for more of them than the model's context, or messages it has no template for.
+        Raises InputError, naming `where`, for more of them than the model's context, or messages it has no
+        template for.
         """
         tokens = encode_scored_text(
             self.tokenizer, prompt, text, end_tokens=self.model_end_tokens, where=where
         )
         if len(tokens) > self.context_length:
             raise InputError(
-                f"{where}: has {len(tokens)} tokens, more than the model's context of {self.context_length}; shorten it"
+                f"{where}: has {len(tokens)} tokens, more than the model's context of {self.context_length}; "
+                "shorten it"
             )
         return tokens
 
