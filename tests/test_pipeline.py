@@ -294,7 +294,7 @@ def test_a_stage_made_from_one_that_was_removed_is_refused(whole: Path, tmp_path
 def test_a_folder_that_is_no_whole_run_is_to_be_removed(tmp_path: Path):
     file = write(tmp_path, {"taught": STAGES["taught"]})
     (tmp_path / "runs" / "taught").mkdir(parents=True)
-    assert "taught exists, but has no config.yaml and is no whole run; remove it" in run_cli("pipeline", file).complaint
+    assert "taught exists, but has no config.yaml and is an incomplete run; remove it" in run_cli("pipeline", file).complaint
 
 
 def test_an_empty_section_of_rejection_sampling_has_its_defaults(tmp_path: Path):

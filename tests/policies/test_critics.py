@@ -328,7 +328,7 @@ def test_without_values_no_critic_is_built(advantage):
     assert model.policy.critic is None
     assert PPO.load(model.run_folder, task(), verbose=0).is_finished
     loaded = load_policy(str(model_folder()), PolicyConfig(critic=SEPARATE, dtype="float32"))
-    said = "policy: it has a critic of its own, which this run would not train; load it with critic.kind: shared"
+    said = "policy: it has a separate critic, which this run would not train; load it with critic.kind: shared"
     assert refusal(lambda: PPO(copy.deepcopy(loaded), task(), **settings).learn()) == said
     assert refusal(lambda: SFT(copy.deepcopy(loaded), ["a b", "the end"], held_out=0.0, verbose=0).learn()) == said
     pairs = [{"chosen": "good", "rejected": "bad"}, {"chosen": "fine", "rejected": "poor"}]

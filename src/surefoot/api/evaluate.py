@@ -24,7 +24,7 @@ def evaluate_policy(
     warn: bool = True,
     seed: int = 0,
 ) -> Any:
-    """Play whole episodes; mean and standard deviation of their returns, or with `return_episode_rewards` the lists of
+    """Run whole episodes; mean and standard deviation of their returns, or with `return_episode_rewards` the lists of
     returns and lengths.
 
     `env` is a Gymnasium id, environment or vector environment; without one, another like the one the model was made with.

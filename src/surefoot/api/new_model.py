@@ -1,4 +1,4 @@
-"""`new_model`: an untaught language model for `SFT`, written as an ordinary model folder."""
+"""`new_model`: a randomly initialized language model for `SFT`, written as an ordinary model folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def new_model(
     seed: int = 0,
     **sizes: Any,
 ) -> Path:
-    """Write a language model with random weights to `folder`, and a tokenizer learnt from `texts`; returns the folder.
+    """Write a language model with random weights to `folder`, and a tokenizer learned from `texts`; returns the folder.
 
     `texts`, `columns` and `held_out` are what `SFT` takes: a JSONL file, a list or a `datasets.Dataset`. The tokenizer learns
     from what SFT trains on and sees nothing of what is held out. `sizes` are the fields of `new_model` in the configuration:

@@ -14,7 +14,6 @@ from surefoot.api.session import (
     Session,
     check_count,
     check_policy,
-    check_source,
     merge,
     open_folder,
     resuming,
@@ -238,14 +237,14 @@ class PPO:
 
     @classmethod
     def load(cls, folder: str | Path, env: Any = None, *, verbose: int = 1, **given: Any) -> PPO:
-        """Go on from a run folder (bit for bit, with its optimiser and counters) or from a folder that `save` wrote.
+        """Go on from a run folder (bit for bit, with its optimizer and counters) or from a folder that `save` wrote.
 
         After `save` a language model's adapter is merged in, so the saved weights are the new reference. `env` is the task
         or environment; a run that was started from a file or an id builds its own. `given` is what a file cannot hold: a
         schedule that was a function (`learning_rate=...`), a network of your own (`policy=...`), demonstrations that were rows
         (`ptx_data=...`).
         """
-        config, run = open_folder(folder, "PPO")
+        config, run = open_folder(folder, "PPO", is_given=env is not None)
         if run is None:
             name = str(folder) if config.env is None else config.policy.model
             model = cls(given.pop("policy", name), env, config=config, verbose=verbose, **given)
@@ -254,7 +253,6 @@ class PPO:
                 model.env.load(Path(folder))
             return model
         if env is None and config.env is None:
-            check_source(folder, "PPO", is_known=config.task is not None)
             env = build_task(config)
         with resuming(run):
             policy = given.pop("policy", config.policy.model)

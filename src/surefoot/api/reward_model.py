@@ -13,7 +13,6 @@ from surefoot.api.session import (
     Session,
     check_count,
     check_policy,
-    check_source,
     open_folder,
     resuming,
     supervised_config,
@@ -125,15 +124,11 @@ class RewardModel:
         `data` are the preferences where they were given in Python. Raises InputError for a folder of another kind, or data
         that is not what the run was begun with.
         """
-        config, run = open_folder(folder, "RewardModel")
+        config, run = open_folder(folder, "RewardModel", is_given=data is not None)
         if run is None:
             if data is not None:
                 raise InputError(f"{folder} was saved and only scores; to train further, load its run folder")
             return cls(load_reward(folder), config=config, verbose=verbose)
-        is_known = data is not None or (
-            config.reward_model is not None and config.reward_model.data is not None
-        )
-        check_source(folder, "RewardModel", is_known=is_known)
         with resuming(run):
             model = cls(config.policy.model, data, config=config, verbose=verbose, run=run)
             _ = model._session.training

@@ -210,43 +210,42 @@ class Session:
             folder.release()
 
 
-def open_folder(folder: str | Path, kind: str) -> tuple[Config, RunFolder | None]:
-    """The settings in a folder and, where it is a run's, the run. Raises InputError for a folder that `kind` cannot load."""
+def open_folder(folder: str | Path, kind: str, *, is_given: bool = False) -> tuple[Config, RunFolder | None]:
+    """The settings in a folder and, where it is a run's, the run. `is_given`: what it learns from is given in Python.
+
+    Raises InputError for a folder that `kind` cannot load, or a run from Python without what it learns from.
+    """
     folder = Path(folder)
-    if (folder / "config.yaml").is_file():
-        run = RunFolder.open(folder)
-        config = run.config()
-        if config.opener != kind:
+    if not (folder / "config.yaml").is_file():
+        if not (folder / SETTINGS).is_file():
             raise InputError(
-                f"{folder} is a run of {config.opener}; go on with {config.opener}.load({str(folder)!r})"
+                f"{folder} is neither a run folder (config.yaml) nor a model that Surefoot saved ({SETTINGS})"
             )
-        return config, run
-    if not (folder / SETTINGS).is_file():
+        return load_config(folder / SETTINGS), None
+    run = RunFolder.open(folder)
+    config = run.config()
+    if config.opener != kind:
         raise InputError(
-            f"{folder} is neither a run folder (config.yaml) nor a model that Surefoot saved ({SETTINGS})"
+            f"{folder} is a run of {config.opener}; go on with {config.opener}.load({str(folder)!r})"
         )
-    return load_config(folder / SETTINGS), None
-
-
-def check_source(folder: str | Path, kind: str, *, is_known: bool) -> None:
-    """Raise InputError for a run whose task or data was given in Python, and is not known now."""
-    if not is_known:
+    supervised = config.sft or config.reward_model
+    is_known = config.env or config.task if supervised is None else supervised.data
+    if not (is_given or is_known):
         argument, what, _ = SOURCES[kind]
         raise InputError(
             f"{folder} was started from Python; go on there with its {what}: {kind}.load(folder, {argument})"
         )
+    return config, run
 
 
 @contextlib.contextmanager
-def resuming(run: RunFolder | None) -> Iterator[None]:
+def resuming(run: RunFolder) -> Iterator[None]:
     """Hold a run's folder from here on; if what follows fails, release it."""
-    if run is not None:
-        run.hold()
+    run.hold()
     try:
         yield
     except BaseException:
-        if run is not None:
-            run.release()
+        run.release()
         raise
 
 

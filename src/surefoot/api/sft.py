@@ -11,7 +11,6 @@ from surefoot.api.session import (
     Session,
     check_count,
     check_policy,
-    check_source,
     open_folder,
     resuming,
     supervised_config,
@@ -106,13 +105,10 @@ class SFT:
         `data` are the examples where they were given in Python, and always after `save`. Raises InputError for a folder of
         another kind, or data that is not what the run was begun with.
         """
-        config, run = open_folder(folder, "SFT")
-        source = str(folder) if run is None else config.policy.model
-        if run is not None:
-            is_known = data is not None or (config.sft is not None and config.sft.data is not None)
-            check_source(folder, "SFT", is_known=is_known)
+        config, run = open_folder(folder, "SFT", is_given=data is not None)
+        if run is None:
+            return cls(str(folder), data, config=config, verbose=verbose)
         with resuming(run):
-            model = cls(source, data, config=config, verbose=verbose, run=run)
-            if run is not None:
-                _ = model._session.training
+            model = cls(config.policy.model, data, config=config, verbose=verbose, run=run)
+            _ = model._session.training
         return model

@@ -21,7 +21,7 @@ from surefoot.rewards.functions import is_function, load_function
 
 
 def build_vector(config: Config, env: Any = None, *, for_evaluation: bool = False) -> Vector:
-    """The environment of a run: what the user made, or copies of what `env.id` names."""
+    """The environment of a run: what the user made, or sub-environments of what `env.id` names."""
     assert config.env is not None
     settings = config.env
     seed = derived_seed(config.seed, "evaluation" if for_evaluation else "environment", 0)
@@ -30,7 +30,7 @@ def build_vector(config: Config, env: Any = None, *, for_evaluation: bool = Fals
         if settings.n_envs not in (1, vector.num_envs):
             raise InputError(
                 f"n_envs: the environment given has {vector.num_envs}, not {settings.n_envs}; give an id, or a Gymnasium "
-                "vector environment of so many copies"
+                f"vector environment of {settings.n_envs}"
             )
         return vector
     if settings.id is None:

@@ -53,7 +53,7 @@ def build_policy(config: Config, *, log: Callable[[str], None] = assets.log_to_s
 
 
 def _critic(config: Config, log: Callable[[str], None]) -> CriticConfig:
-    """The critic that is built: none of its own where no values are learned, and its model as a folder."""
+    """The critic that is built: the default where no values are learned, and its model as a folder."""
     critic = config.policy.critic
     if not config.ppo.has_critic:
         return CriticConfig()
@@ -85,7 +85,7 @@ def check_no_critic(policy: Any) -> None:
     """Raise InputError for a loaded policy that brings a critic's weights along to where no values are learned."""
     if getattr(policy, "critic", None) is not None:
         raise InputError(
-            "policy: it has a critic of its own, which this run would not train; load it with critic.kind: shared"
+            "policy: it has a separate critic, which this run would not train; load it with critic.kind: shared"
         )
 
 

@@ -310,7 +310,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     writer.add_argument("--seed", type=int, default=0, metavar="N", help="another one gives another text")
     writer.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer")
     writer.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
-    writer.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
+    writer.add_argument("--top-k", type=int, metavar="K", help="sample from the K most probable tokens")
     writer.add_argument(
         "--top-p", type=float, metavar="P", help="sample from the smallest set with this probability"
     )

@@ -76,7 +76,7 @@ class VideoRecorder:
 def play_run(
     source: str | Path, *, episodes: int = 10, output: str | Path | None = None, kind: str = "gif"
 ) -> list[Episode]:
-    """Play a run's best policy on `episodes` evaluation episodes with the likeliest actions; print and draw the outcome.
+    """Play a run's best policy on `episodes` evaluation episodes with greedy actions; print and draw the outcome.
 
     Writes `episode.gif` (or .mp4, by `kind`) of the first episode and `returns.png` into `output` (default: `play/` in the
     run). Raises InputError for a run that has no environment, or where a library is missing.
@@ -151,7 +151,7 @@ def _summary(name: str, played: list[Episode]) -> list[str]:
     """What was reached, a line each."""
     returns, steps = numpy.array([e.total for e in played]), numpy.array([e.steps for e in played])
     lines = [
-        f"{name}: {len(played)} episodes with the likeliest actions",
+        f"{name}: {len(played)} episodes with greedy actions",
         f"return  {returns.mean():.2f} ± {returns.std():.2f}  ({returns.min():.2f} to {returns.max():.2f})",
         f"length  {steps.mean():.1f} ± {steps.std():.1f} steps",
     ]
@@ -197,23 +197,13 @@ def _draw_curve(axes: Any, rows: list[dict[str, Any]]) -> None:
         if "eval/reward" in row
     ]
     if train:
-        axes.plot(
-            *zip(*train, strict=True), color="tab:blue", label="training, mean of the last 100 episodes"
-        )
+        label = "training, mean of the last 100 episodes"
+        axes.plot(*zip(*train, strict=True), color="tab:blue", label=label)
     if tests:
-        x, mean, deviation = zip(*tests, strict=True)
-        style = (
-            "o-" if len(x) > 2 else "o"
-        )  # a line through start and end would tell of a way that nobody saw
-        axes.errorbar(
-            x,
-            mean,
-            yerr=deviation,
-            fmt=style,
-            color="tab:orange",
-            capsize=3,
-            label="evaluation, mean ± deviation",
-        )
+        x, mean, std = zip(*tests, strict=True)
+        style = "o-" if len(x) > 2 else "o"  # a line from start to end would show what nobody measured
+        label = "evaluation, mean ± std"
+        axes.errorbar(x, mean, yerr=std, fmt=style, color="tab:orange", capsize=3, label=label)
     axes.set_title("learning curve")
     axes.set_xlabel("timesteps")
     axes.set_ylabel("return of an episode")

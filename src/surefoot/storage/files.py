@@ -42,7 +42,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """
     if not folder.parent.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-    # Of a name of its own: what lies beside `folder` belongs to others.
+    # Under another name: what lies beside `folder` belongs to others.
     beside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         aside = beside / "folder"  # with the permissions that folders usually have, which `beside` has not

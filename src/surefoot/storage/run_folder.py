@@ -51,10 +51,10 @@ class RunFolder:
     def check_free(config: Config) -> None:
         """Raise InputError if the run's folder cannot be made: better before a model is loaded than after."""
         if config.run.name is not None and os.path.lexists(path := Path(config.run.folder) / config.run.name):
-            mend = f"; continue it with 'surefoot resume {path}'"
+            how = f"; continue it with 'surefoot resume {path}'"
             if not (path / "config.yaml").is_file():
-                mend = ", but has no config.yaml and is no whole run; remove it"
-            raise InputError(f"the run folder {path} exists{mend} or choose another run.name")
+                how = ", but has no config.yaml and is an incomplete run; remove it"
+            raise InputError(f"the run folder {path} exists{how} or choose another run.name")
         place = Path(config.run.folder).absolute()
         while not os.path.lexists(place):
             place = place.parent

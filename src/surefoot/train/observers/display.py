@@ -1,4 +1,4 @@
-"""What a run shows while it goes: a live table with a progress bar in a terminal, one line an update elsewhere."""
+"""What a run shows while it lasts: a live table with a progress bar in a terminal, one line an update elsewhere."""
 
 from __future__ import annotations
 
@@ -13,40 +13,23 @@ from rich.table import Table
 if TYPE_CHECKING:
     from surefoot.train import loop
 
-# Metric -> how the table shows it.
+# Metric -> its label and form in the table, and how it stands where each update is one line.
 SHOWN = {
-    "reward/mean": ("reward", "{:+.3f}"),
-    "ptx/loss": ("demonstrations", "{:.3f} nats/token"),
-    "sft/nll": ("NLL", "{:.3f} nats/token"),
-    "sft/epoch": ("epoch", "{:.2f}"),
-    "reward_model/loss": ("loss", "{:.3f}"),
-    "reward_model/epoch": ("epoch", "{:.2f}"),
-    "rollout/ep_rew_mean": ("return", "{:.2f}"),
-    "rollout/ep_len_mean": ("episode length", "{:.1f} steps"),
-    "kl/reference": ("KL to reference", "{:.2f} nats"),
-    "policy/entropy": ("entropy", "{:.2f} nats"),
-    "ppo/clip_fraction": ("clipped", "{:.1%}"),
-    "critic/explained_variance": ("critic explains", "{:.0%}"),
-    "length/mean": ("length", "{:.1f} tokens"),
-    "throughput/tokens_per_s": ("speed", "{:.0f} tokens/s"),
-    "throughput/steps_per_s": ("speed", "{:.0f} steps/s"),
-}
-
-# The same where each update is one line.
-IN_A_LINE = {
-    "reward/mean": "reward {:+.3f}",
-    "ptx/loss": "demonstrations {:.3f}",
-    "sft/nll": "NLL {:.3f}",
-    "sft/epoch": "epoch {:.2f}",
-    "reward_model/loss": "loss {:.3f}",
-    "reward_model/epoch": "epoch {:.2f}",
-    "rollout/ep_rew_mean": "return {:.2f}",
-    "rollout/ep_len_mean": "length {:.1f}",
-    "kl/reference": "KL {:.2f}",
-    "policy/entropy": "entropy {:.2f}",
-    "ppo/clip_fraction": "clipped {:.1%}",
-    "throughput/tokens_per_s": "{:.0f} tokens/s",
-    "throughput/steps_per_s": "{:.0f} steps/s",
+    "reward/mean": ("reward", "{:+.3f}", "reward {:+.3f}"),
+    "ptx/loss": ("demonstrations", "{:.3f} nats/token", "demonstrations {:.3f}"),
+    "sft/nll": ("NLL", "{:.3f} nats/token", "NLL {:.3f}"),
+    "sft/epoch": ("epoch", "{:.2f}", "epoch {:.2f}"),
+    "reward_model/loss": ("loss", "{:.3f}", "loss {:.3f}"),
+    "reward_model/epoch": ("epoch", "{:.2f}", "epoch {:.2f}"),
+    "rollout/ep_rew_mean": ("return", "{:.2f}", "return {:.2f}"),
+    "rollout/ep_len_mean": ("episode length", "{:.1f} steps", "length {:.1f}"),
+    "kl/reference": ("KL to reference", "{:.2f} nats", "KL {:.2f}"),
+    "policy/entropy": ("entropy", "{:.2f} nats", "entropy {:.2f}"),
+    "ppo/clip_fraction": ("clipped", "{:.1%}", "clipped {:.1%}"),
+    "critic/explained_variance": ("critic explains", "{:.0%}", ""),
+    "length/mean": ("length", "{:.1f} tokens", ""),
+    "throughput/tokens_per_s": ("speed", "{:.0f} tokens/s", "{:.0f} tokens/s"),
+    "throughput/steps_per_s": ("speed", "{:.0f} steps/s", "{:.0f} steps/s"),
 }
 # Metric of an evaluation -> the same.
 EVALUATED = {
@@ -110,22 +93,22 @@ class Display:
         self._bar.update(
             self._task, completed=progress.updates, eta=f"{progress.updates}/{self.total_updates} · ETA {eta}"
         )
-        shown = "  ".join(form.format(metrics[name]) for name, form in IN_A_LINE.items() if name in metrics)
+        shown = "  ".join(
+            form.format(metrics[name]) for name, (*_, form) in SHOWN.items() if form and name in metrics
+        )
         self._say(
             f"update {progress.updates}/{self.total_updates}  {shown}  {_time_shares(metrics)}  ETA {eta}"
         )
         if skipped := _skipped(metrics):
-            self._say(f"  {skipped:.0f} optimiser steps skipped so far (non-finite loss or gradient)")
+            self._say(f"  {skipped:.0f} optimizer steps skipped so far (non-finite loss or gradient)")
 
     def _say(self, line: str) -> None:
         if self._live.is_started:
             return
         try:
             self.console.print(line, highlight=False, soft_wrap=True, markup=False)
-        except (
-            OSError,
-            SystemExit,
-        ):  # rich exits when a pipe is closed; a run must not end because nobody looks
+        except (OSError, SystemExit):
+            # rich exits when a pipe is closed; a run must not end because nobody looks.
             self.console.quiet = True
 
     def _eta(self, updates: int) -> str:
@@ -138,7 +121,7 @@ class Display:
 
     def _render(self) -> Group:
         table = Table.grid(padding=(0, 2))
-        for name, (label, form) in SHOWN.items():
+        for name, (label, form, _) in SHOWN.items():
             if name in self._metrics:
                 table.add_row(f"  {label}", form.format(self._metrics[name]))
         if self._metrics:
@@ -149,14 +132,7 @@ class Display:
 
 
 def _skipped(metrics: dict[str, float]) -> float:
-    return next(
-        (
-            metrics[name]
-            for kind in ("ppo", "sft", "reward_model")
-            if (name := f"{kind}/skipped_steps") in metrics
-        ),
-        0.0,
-    )
+    return next((value for name, value in metrics.items() if name.endswith("/skipped_steps")), 0.0)
 
 
 def _seconds(metrics: dict[str, float]) -> float:
