@@ -250,7 +250,7 @@ def probe_functions(task: TextTask) -> None:
         Trajectory(
             example.prompt, [Turn((), text, by_policy=True)], StopReason.LENGTH, columns=example.columns
         )
-        for example, text in zip(examples, ("A short answer.", ""), strict=True)
+        for example, text in zip(examples, ("A short completion.", ""), strict=True)
     ]
     generators = checkpoint.generator_states()
     assign_rewards(task.reward, trajectories)

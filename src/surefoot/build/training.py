@@ -79,7 +79,7 @@ def _mixed(config: Config, rollout: TextRollout, demonstrations: Demonstrations)
     sft = SFTConfig(
         batch_size=ptx.batch_size, max_tokens=ptx.max_tokens, micro_batch_tokens=config.ppo.micro_batch_tokens
     )
-    # A seed of their own: a list as long as the prompts would be in the prompts' order.
+    # A separate seed: a list as long as the prompts would be in the prompts' order.
     seed = derived_seed(config.seed, "ptx", 0)
     demonstrated = DemonstrationRollout(
         rollout.policy,

@@ -51,7 +51,7 @@ def run_demo(overrides: dict[str, str]) -> None:
 
 
 def show_change(run: RunFolder, console: Console, minutes: float) -> None:
-    """Print the table of held-out metrics, five prompts with both answers, and where to go next."""
+    """Print the table of held-out metrics, five prompts with both completions, and where to go next."""
     evaluations = [row for row in run.read("metrics.jsonl") if "eval/reward" in row]
     if not evaluations:  # task.held_out 0 leaves nothing to compare
         console.print(f"run    {run.path}", highlight=False, soft_wrap=True)
@@ -66,7 +66,7 @@ def show_change(run: RunFolder, console: Console, minutes: float) -> None:
         difference = form.replace(":.", ":+.").format(after[name] - before[name])
         table.add_row(label, form.format(before[name]), form.format(after[name]), difference)
     console.print(table)
-    console.print(_answers(run, before["update"], after["update"]))
+    console.print(_completions(run, before["update"], after["update"]))
     path = run.path
     console.print(
         f"model  {path / 'model'}   (AutoModelForCausalLM.from_pretrained opens it)",
@@ -93,7 +93,7 @@ def _programs_folder() -> str:
     return f"{os.path.relpath(folder)}/" if (folder / "surefoot").exists() else ""
 
 
-def _answers(run: RunFolder, before: int, after: int) -> Table:
+def _completions(run: RunFolder, before: int, after: int) -> Table:
     samples = [row for row in run.read("samples.jsonl") if row["split"] == "held_out"]
     table = Table(title="The same held-out prompts and seeds", title_justify="left", show_lines=True)
     for heading in ("prompt", "base", "tuned"):

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except SurefootError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        _fail("stopped", 130)  # while loading or writing text: a run answers in its own words
+        _fail("stopped", 130)  # while loading or writing text: a run has its own words for it
     except BrokenPipeError:
         pass
     except OSError as error:
@@ -122,7 +122,7 @@ def generate(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 
 def play(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    """Play a run's best policy in its environment: returns, a film of one episode, a plot."""
+    """Play a run's best policy in its environment: returns, a video of one episode, a plot."""
     from surefoot.cli.play import play_run
 
     play_run(options.run, episodes=options.episodes, output=options.output, kind=options.format)
@@ -317,9 +317,9 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     player = verb(play, "RUN [options]")
     player.add_argument("run", metavar="RUN", help="run folder")
     player.add_argument("--episodes", type=int, default=10, metavar="N", help="how many to play; default 10")
-    player.add_argument("--output", metavar="FOLDER", help="where film and plot go; default RUN/play")
+    player.add_argument("--output", metavar="FOLDER", help="where video and plot go; default RUN/play")
     player.add_argument(
-        "--format", choices=("gif", "mp4"), default="gif", help="of the film; mp4 needs imageio-ffmpeg"
+        "--format", choices=("gif", "mp4"), default="gif", help="of the video; mp4 needs imageio-ffmpeg"
     )
     verb(fetch, "NAME").add_argument("name", metavar="NAME", help="name of the asset; a wrong one lists them")
     importer = verb(import_trl, "SOURCE [--output FILE]")
@@ -360,7 +360,7 @@ def _quieten() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for stream in (sys.stdout, sys.stderr):
-        # An answer may hold any character; a terminal or a pipe need not know it.
+        # A completion may hold any character; a terminal or a pipe need not know it.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 

@@ -3,10 +3,12 @@
 config.yaml        the whole resolved configuration
 environment.json   versions and hardware the run was started with
 metrics.jsonl      one object an update, names as in docs/metrics.md
-samples.jsonl      prompts, answers, reward parts and KL
+samples.jsonl      prompts, completions, reward parts and KL
 tensorboard/       the same metrics for TensorBoard
 checkpoints/       see train/checkpoint.py
 model/             the trained model, written when the run ends
+completions.jsonl  of rejection sampling: the examples, written when the run ends
+progress.json      of rejection sampling: how far it is
 calibration.json   of a reward model: its predictions beside what people said, with a plot where matplotlib is
 """
 
