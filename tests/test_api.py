@@ -16,7 +16,6 @@ import transformers
 import surefoot
 from surefoot import PPO, SFT, RewardModel, TextTask, advantages, collect, load_policy, update
 from surefoot.config import AdapterConfig, Config, PolicyConfig, make_config
-from surefoot.storage.run_folder import RunFolder
 from tests.fakes import config_of
 from tests.inputs import PROMPTS, Rows, model_folder, refusal
 from tests.tiny import tiny_policy, tiny_tokenizer
@@ -232,20 +231,6 @@ def test_a_folder_can_be_given_as_text_or_path(policy):
     assert PPO(policy(model_folder())).policy.lm.config.vocab_size == 61
 
 
-def test_a_device_this_machine_lacks_is_refused_before_the_model_is_fetched(monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("surefoot.data.assets.fetch", None)
-    said = "device: cuda is not available here; use device: auto or cpu"
-    assert refusal(lambda: PPO("smollm2-135m-instruct", device="cuda")) == said
-    assert refusal(lambda: PPO("smollm2-135m-instruct", task(), device="cuda")) == said
-
-
-def test_a_broken_reward_is_refused_before_the_model_is_loaded(monkeypatch):
-    monkeypatch.setattr("surefoot.build.language.load_policy", None)
-    env = TextTask(PROMPTS, lambda prompts, completions, **_: [None] * len(prompts))
-    assert "returned None for sample 0" in refusal(lambda: PPO(model_folder(), env))
-
-
 def test_the_try_of_the_reward_leaves_the_global_generators_alone():
     def draws(prompts, completions, **columns):
         return torch.rand(len(prompts)).tolist()
@@ -295,12 +280,6 @@ def test_evaluation_measures_what_was_held_out():
     measured = model.evaluate()
     assert measured["eval/metric"] == 0.5 and judged[-1] == ["her", "him"]
     assert model.evaluate() == measured and set(model.evaluate(1)) == set(measured)
-
-
-def test_a_prompt_that_does_not_fit_is_refused_and_leaves_no_run_folder():
-    model = small(env=TextTask(["one", "x" * 100], reward, held_out=0))
-    assert "has 100 tokens; the model's context of 96 leaves 93 beside 3 new ones" in refusal(model.learn)
-    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -358,16 +337,6 @@ def test_generating_goes_through_the_template_of_a_task_that_was_trained_through
     assert as_chat != small(policy).generate(prompt)
 
 
-def test_a_run_is_loaded_where_it_stopped():
-    model = PPO(model_folder(), task(), verbose=0, run_name="mine", **SMALL)
-    model.learn(4)
-    again = PPO.load("runs/mine", task(), verbose=0)
-    assert all(torch.equal(value, weights(again)[name]) for name, value in weights(model).items())
-    again.learn(4)
-    updates = [row["update"] for row in RunFolder.open("runs/mine").read("metrics.jsonl") if "eval/reward" not in row]
-    assert updates == [1, 2]
-
-
 def test_a_saved_model_is_loaded_with_its_critic_and_settings():
     model = PPO(model_folder(), task(), verbose=0, kl={"coef": 0.3}, run_name="mine", **SMALL).learn()
     model.save("out")
@@ -387,29 +356,11 @@ def test_relative_names_in_a_run_folder_are_found_from_anywhere(monkeypatch, tmp
     assert isinstance(PPO.open("../runs/mine").generate("one"), str)
 
 
-def test_a_run_without_its_task_is_refused():
-    small(run_name="mine").learn(4)
-    assert refusal(lambda: PPO.load("runs/mine")).endswith("go on there with its task: PPO.load(folder, task)")
-
-
 @pytest.mark.parametrize("name", ["nowhere", "empty", "plain"])
 def test_a_folder_that_surefoot_did_not_write_is_refused(name):
     Path("empty").mkdir()
     shutil.copytree(model_folder(), "plain")
     assert refusal(lambda: PPO.load(name, task())).startswith(f"{name} is neither a run folder (config.yaml) nor a model that")
-
-
-@pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "pickle"])
-def test_a_saved_critic_that_is_damaged_is_refused(damage):
-    PPO(model_folder(), verbose=0).save("out")
-    critic = Path("out/surefoot_critic.safetensors")
-    if damage == "missing":
-        critic.unlink()
-    elif damage == "truncated":
-        critic.write_bytes(critic.read_bytes()[:-7])
-    else:
-        critic.write_bytes(b"" if damage == "empty" else b"\x80\x04K\x01.")
-    assert "surefoot_critic.safetensors" in refusal(lambda: PPO.load("out", task()))
 
 
 def test_settings_of_a_saved_model_that_are_damaged_are_refused():

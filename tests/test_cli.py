@@ -208,34 +208,6 @@ def test_a_run_folder_holds_all_of_the_run(finished):
     assert stored.task is not None and Path(stored.task.prompts) == (finished.parent.parent / "prompts.jsonl").resolve()
 
 
-def test_a_second_run_of_the_same_name_is_refused_before_anything_is_read(project, monkeypatch):
-    (project / "runs" / "mine").mkdir(parents=True)
-    (project / "runs" / "mine" / "config.yaml").touch()
-    for heavy in ("load_policy", "TextTask", "load_function"):
-        monkeypatch.setattr(f"surefoot.build.language.{heavy}", None)
-    said = run_cli("ppo", "config.yaml", "--run.name", "mine", "--run.folder", "runs").complaint
-    assert said.startswith("the run folder runs/mine exists; continue it with 'surefoot resume runs/mine' or choose another")
-
-
-@pytest.mark.parametrize("taken", ["file", "dangling link"])
-def test_a_run_name_taken_by_anything_at_all_is_refused(project, taken):
-    (project / "runs").mkdir()
-    if taken == "file":
-        (project / "runs" / "mine").touch()
-    else:
-        (project / "runs" / "mine").symlink_to("nowhere")
-    assert (
-        "the run folder runs/mine exists"
-        in run_cli("ppo", "config.yaml", "--run.name", "mine", "--run.folder", "runs").complaint
-    )
-
-
-@pytest.mark.parametrize("folder", ["config.yaml", "config.yaml/deeper/still"])
-def test_a_run_folder_that_cannot_be_made_is_refused_before_the_model_is_loaded(project, monkeypatch, folder):
-    monkeypatch.setattr("surefoot.build.language.load_policy", None)
-    assert f"run.folder {folder}: no folder can be made in" in run_cli("ppo", "config.yaml", "--run.folder", folder).complaint
-
-
 def test_a_device_this_machine_lacks_is_refused_before_anything_is_fetched(project, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("surefoot.data.assets.fetch", None)
@@ -281,44 +253,10 @@ def test_generate_needs_a_checkpoint_of_a_run_that_has_just_begun(finished, tmp_
     )
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--max-new-tokens", "96"], "max_new_tokens (96) leaves no room for a prompt in the model's context of 96 tokens"),
-        (["--max-new-tokens", "95"], "has 6 tokens; the model's context of 96 leaves 1 beside 95 new ones"),
-    ],
-)
-def test_generate_refuses_what_does_not_fit_the_context(finished, flags, said):
-    assert said in run_cli("generate", finished, "the film", *flags).complaint
-
-
-def test_a_finished_run_has_nothing_to_resume(finished):
-    outcome = run_cli("resume", finished)
-    assert outcome.code == 0 and outcome.out == f"{finished} is finished; its model is {finished / 'model'}\n"
-
-
-def test_a_run_started_from_python_is_resumed_there(finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "python")
-    stored = (tmp_path / "python" / "config.yaml").read_text()
-    start, end = stored.index("task:"), stored.index("generation:")
-    (tmp_path / "python" / "config.yaml").write_text(stored[:start] + stored[end:])
-    said = run_cli("resume", tmp_path / "python").complaint
-    assert said.endswith("was started from Python; go on there with its task: PPO.load(folder, task)")
-
-
 def test_a_bug_is_a_traceback_and_not_a_line(project, monkeypatch):
     monkeypatch.setattr("surefoot.build.language.build_task", lambda config: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_cli("ppo", "config.yaml")
-
-
-def test_ctrl_c_while_loading_is_one_line_and_130(project, monkeypatch):
-    def interrupt(config):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("surefoot.build.language.build_task", interrupt)
-    outcome = run_cli("ppo", "config.yaml")
-    assert (outcome.code, outcome.err) == (130, "surefoot: stopped\n")
 
 
 def test_a_message_of_several_lines_is_said_in_one(monkeypatch):

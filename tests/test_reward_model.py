@@ -179,18 +179,6 @@ def test_learning_more_and_going_on_in_another_process():
     )
 
 
-def test_the_command_line_trains_resumes_and_says_what_is_next(base):
-    run = write_project(Path(), base)
-    done = run_cli("reward-model", "reward.yaml", "--reward-model.learning-rate", "2e-3")
-    assert done.code == 0, done.err
-    assert done.out.endswith("next:  surefoot ppo FILE --task.reward runs/run\n")
-    assert yaml.safe_load((run / "config.yaml").read_text())["reward_model"]["learning_rate"] == 2e-3
-    assert run_cli("resume", "runs/run").out == f"{run} is finished; its model is {run / 'model'}\n"
-    project = inputs.write_project(Path("project"))
-    assert run_cli("ppo", project, "--task.reward", "runs/run", "--run.folder", "runs").code == 0
-    assert run_cli("generate", "runs/run", "a").complaint.startswith("runs/run is a run of RewardModel, which trains no policy")
-
-
 @pytest.mark.parametrize(
     ("sections", "flags", "said"),
     [

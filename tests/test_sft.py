@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-import yaml
 
 from surefoot import PPO, SFT, TextTask
 from surefoot.config import make_config
@@ -140,17 +139,6 @@ def test_a_run_from_python_that_was_stopped_says_how_to_go_on():
 def test_examples_that_were_cut_are_counted_aloud(capsys):
     SFT(model_folder(), ["the end", "in and out and in and out"], held_out=0.0, epochs=1, max_tokens=9, dtype="float32").learn()
     assert "1 of 2 examples are cut to sft.max_tokens (9)" in capsys.readouterr().out
-
-
-def test_the_command_line_trains_resumes_and_writes(base):
-    run = write_project(Path(), base)
-    done = run_cli("sft", "sft.yaml", "--sft.learning-rate", "1e-3")
-    assert done.code == 0, done.err
-    assert done.out.endswith('next:  surefoot generate runs/run "your text"\n')
-    assert yaml.safe_load((run / "config.yaml").read_text())["sft"]["learning_rate"] == 1e-3
-    assert run_cli("resume", "runs/run").out == f"{run} is finished; its model is {run / 'model'}\n"
-    written = run_cli("generate", "runs/run", "the", "--max-new-tokens", 3)
-    assert (written.code, written.err) == (0, "") and written.out
 
 
 @pytest.mark.parametrize(
