@@ -79,7 +79,7 @@ def test_planes_are_the_board_as_the_learner_sees_it():
     assert views["action_mask"].tolist() == [[1, 0, 1, 1, 1, 0, 1, 1, 1]]
 
 
-def test_learner_wins_before_the_opponent_can_answer():
+def test_learner_wins_before_the_opponent_can_reply():
     env = GameVectorEnv(TICTACTOE, 1, opponents=scripted([3, 4]))
     env.reset(seed=0)
     *before, (reward, terminated, infos) = play(env, [0, 1, 2])
@@ -87,7 +87,7 @@ def test_learner_wins_before_the_opponent_can_answer():
     assert (reward, terminated, infos["seat"].tolist(), infos["outcome"].tolist()) == (1.0, True, [0], [1])
 
 
-def test_learner_loses_by_the_opponents_answer():
+def test_learner_loses_by_the_opponents_reply():
     env = GameVectorEnv(TICTACTOE, 1, opponents=scripted([3, 4, 5]))
     env.reset(seed=0)
     reward, terminated, infos = play(env, [0, 1, 8])[-1]

@@ -26,8 +26,8 @@ from tests.inputs import refusal
 
 MODES = list(AutoresetMode)
 BOTH = [SyncVectorEnv, AsyncVectorEnv]
-# Copies by the length of their episodes and how those end.
-COPIES = [(3, "truncated"), (3, "terminated"), (2, "truncated"), (3, "both")]
+# Sub-environments by the length of their episodes and how those end.
+ENVS = [(3, "truncated"), (3, "terminated"), (2, "truncated"), (3, "both")]
 ONE_BOX = spaces.Box(0.0, 1.0, (1,))
 WITH_MASK = spaces.Dict({"obs": ONE_BOX, "action_mask": spaces.MultiBinary(3)})
 
@@ -57,8 +57,8 @@ class Counter(gymnasium.Env):
         return numpy.array([self.count], dtype=numpy.float32)
 
 
-def counters(kind: Any, mode: AutoresetMode, copies: Any = COPIES) -> Vector:
-    return wrap_vector(kind([lambda c=c: Counter(*c) for c in copies], autoreset_mode=mode), seed=0)
+def counters(kind: Any, mode: AutoresetMode, envs: Any = ENVS) -> Vector:
+    return wrap_vector(kind([lambda e=e: Counter(*e) for e in envs], autoreset_mode=mode), seed=0)
 
 
 def linear_critic(env: Vector, *, slope: float, at_zero: float, model: str = "MlpPolicy") -> ControlPolicy:
@@ -80,9 +80,9 @@ def collect(rollout: GymRollout, version: int = 0) -> Batch:
     return rollout.collect(first=0, count=rollout.per_update, version=version)
 
 
-def script(copy: tuple[int, str], mode: AutoresetMode, n_steps: int, rollouts: int) -> list[list[tuple[float, ...]]]:
-    """What one copy is to be trained on, rollout by rollout: (state, reward, whether cut here, bootstrap)."""
-    length, end = copy
+def script(env: tuple[int, str], mode: AutoresetMode, n_steps: int, rollouts: int) -> list[list[tuple[float, ...]]]:
+    """What one sub-environment is to be trained on, rollout by rollout: (state, reward, whether cut here, bootstrap)."""
+    length, end = env
     found: list[list[tuple[float, ...]]] = []
     state = 0
     for _ in range(rollouts):
@@ -100,24 +100,16 @@ def script(copy: tuple[int, str], mode: AutoresetMode, n_steps: int, rollouts: i
     return found
 
 
-@pytest.mark.parametrize("n_steps", [1, 2, 3, 4, 7, 8])
+@pytest.mark.parametrize(("kind", "n_steps"), [*((SyncVectorEnv, n) for n in (1, 2, 3, 4, 7, 8)), (AsyncVectorEnv, 7)])
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
-def test_only_what_happened_is_trained_on_in_every_autoreset_mode(mode: AutoresetMode, n_steps: int) -> None:
-    check_script(counters(SyncVectorEnv, mode), mode, n_steps)
-
-
-@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
-def test_only_what_happened_is_trained_on_with_workers(mode: AutoresetMode) -> None:
-    check_script(counters(AsyncVectorEnv, mode), mode, 7)
-
-
-def check_script(env: Vector, mode: AutoresetMode, n_steps: int) -> None:
+def test_only_what_happened_is_trained_on_in_every_autoreset_mode(mode: AutoresetMode, kind: Any, n_steps: int) -> None:
+    env = counters(kind, mode)
     rollout = rollout_of(linear_critic(env, slope=100.0, at_zero=10.0), env, n_steps)
-    expected = [script(copy, mode, n_steps, rollouts=3) for copy in COPIES]
+    expected = [script(env, mode, n_steps, rollouts=3) for env in ENVS]
     trained = 0
     for number in range(3):
         batch = collect(rollout, number)
-        for b in range(len(COPIES)):
+        for b in range(len(ENVS)):
             mask_T = batch.mask_BT[b]
             rows = zip(
                 batch.observations["obs"][b, mask_T, 0].tolist(),
@@ -159,19 +151,18 @@ def test_episodes_are_reported_as_they_were_played(mode: AutoresetMode) -> None:
     kinds = {(episode.total, episode.steps, episode.truncated) for episode in found}
     assert kinds == {(6.0, 3, True), (6.0, 3, False), (3.0, 2, True)}
     played = run_episodes(rollout.policy, counters(SyncVectorEnv, mode), 6)
-    # Two for each of the first two copies and one for each of the others, although the third's are over first.
+    # Two for each of the first two and one for each of the others, although the third's are over first.
     assert [episode.steps for episode in played] == [3, 3, 3, 3, 2, 3]
 
 
-def test_rewards_are_scaled_by_the_deviation_of_the_discounted_return() -> None:
+def test_rewards_are_scaled_by_the_std_of_the_discounted_return() -> None:
     env = counters(SyncVectorEnv, AutoresetMode.NEXT_STEP, [(3, "terminated")])
     rollout = rollout_of(linear_critic(env, slope=0.0, at_zero=0.0), env, 6, normalize_rewards=True)
     batch = collect(rollout)
-    # Rewards 1 2 3 (reset) 1 2; discounted by 0.9: 1, 2.9, 5.61, then anew 1, 2.9. The reset is no return.
+    # Rewards 1 2 3 (reset) 1 2; discounted by 0.9: 1, 2.9, 5.61, then again 1, 2.9. The reset is no return.
     returns, expected = [1.0, 2.9, 5.61, 1.0, 2.9], []
     for n, reward in enumerate([1.0, 2.0, 3.0, 1.0, 2.0], start=1):
-        deviation = float(numpy.std(returns[:n]))
-        expected.append(min(reward / (deviation or 1.0), 10.0))
+        expected.append(min(reward / (float(numpy.std(returns[:n])) or 1.0), 10.0))
     assert batch.rewards_BT[batch.mask_BT].tolist() == pytest.approx(expected, rel=1e-5)
     assert rollout.finished[0].total == 6.0
 
@@ -384,8 +375,8 @@ def test_masks_of_several_choices_leave_an_action_in_each() -> None:
 
 
 @pytest.mark.parametrize("kind", [ByMethod, TwoChoices, Masked])
-def test_masked_episodes_are_played_again_by_legal_actions(kind: Any) -> None:
-    """Copies of unlike history: while the shorter one waits for its replay it must do nothing illegal."""
+def test_masked_episodes_are_repeated_by_legal_actions(kind: Any) -> None:
+    """Histories of unlike length: while the shorter one waits for its replay it must do nothing illegal."""
     kwargs: Any = {"none_at": -1} if kind is Masked else {"length": 7, "end": "terminated"}
     env, again = (make_vector(kind, n_envs=3, vectorization="sync", kwargs=kwargs, seed=1) for _ in range(2))
     collect(rollout_of(ControlPolicy(env.observation_spaces, env.action_space), env, 3))
@@ -393,10 +384,10 @@ def test_masked_episodes_are_played_again_by_legal_actions(kind: Any) -> None:
     restored = again.restore(env.state())
     assert restored is not None
     if kind is not Masked:
-        assert [copy.count for copy in again.env.envs] == [3, 1, 3]
+        assert [one.count for one in again.env.envs] == [3, 1, 3]
 
 
-def test_an_episode_too_long_to_be_played_again_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_episode_too_long_to_be_repeated_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("surefoot.envs.gym.LONGEST_REPLAY", 5)
     env = make_vector(Counter, n_envs=2, vectorization="sync", kwargs={"length": 9, "end": "truncated"}, seed=0)
     env.reset()
@@ -524,7 +515,7 @@ def test_an_evaluation_that_never_ends_is_one_line(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
-def test_episodes_under_way_are_played_again_from_their_seeds(kind: str) -> None:
+def test_episodes_under_way_are_repeated_from_their_seeds(kind: str) -> None:
     env, again = (make_vector("CartPole-v1", n_envs=3, vectorization=kind, kwargs={}, seed=4) for _ in range(2))
     actions = numpy.random.default_rng(0).integers(0, 2, (60, 3))
     env.reset()

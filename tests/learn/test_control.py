@@ -1,4 +1,4 @@
-"""Environments whose best return is known, learnt in seconds; one of them by what it remembers alone."""
+"""Environments whose best return is known, learned in seconds; one of them only with a recurrent state."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_contextual_bandit_is_solved_and_valued() -> None:
 
 
 @pytest.mark.parametrize(("policy", "solves"), [("MlpLstmPolicy", True), ("MlpPolicy", False)])
-def test_what_was_seen_at_the_start_is_remembered_by_a_policy_with_memory_alone(policy: str, solves: bool) -> None:
+def test_what_was_seen_at_the_start_only_an_lstm_remembers(policy: str, solves: bool) -> None:
     settings = {"policy_kwargs": {"lstm_hidden_size": 16, "net_arch": [16]}} if solves else {}
     model = train(policy, "Corridor", 16 * 16 * 40, n_steps=16, batch_size=64, n_epochs=4, learning_rate=1e-2, **settings)
     mean, _ = evaluate_policy(model, Corridor(), n_eval_episodes=100)

@@ -123,7 +123,7 @@ def test_actions_are_drawn_as_often_as_their_probability_says(kind: str, masked:
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "gsde"])
-def test_continuous_actions_have_the_mean_and_deviation_they_are_scored_with(kind: str) -> None:
+def test_continuous_actions_have_the_mean_and_std_of_their_log_probs(kind: str) -> None:
     draws, head = 20_000, head_of(kind)
     latent = torch.randn((1, FEATURES), generator=generator(5)).expand(draws, -1)
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_no_noise_makes_an_illegal_action_and_illegal_ones_have_finite_log_probs
     ("kind", "width"),
     [("discrete", (5,)), ("multi-discrete", (9,)), ("multi-binary", (4,)), ("gaussian", (3,)), ("gsde", (6, 3))],
 )
-def test_noise_has_an_entry_for_each_step_and_copy(kind: str, width: tuple[int, ...]) -> None:
+def test_noise_has_an_entry_for_each_step_and_sub_environment(kind: str, width: tuple[int, ...]) -> None:
     noise = head_of(kind).noise(7, 2, generator())
     assert len(noise) == 7 and all(noise[t].shape == (2, *width) for t in range(7))
     again = head_of(kind).noise(7, 2, generator())
@@ -163,7 +163,7 @@ def test_noise_has_an_entry_for_each_step_and_copy(kind: str, width: tuple[int, 
 
 
 @pytest.mark.parametrize(("every", "changes"), [(-1, []), (1, [1, 2, 3, 4, 5]), (2, [2, 4]), (4, [4])])
-def test_state_dependent_noise_is_held_for_so_many_steps(every: int, changes: list[int]) -> None:
+def test_state_dependent_noise_is_held_for_n_steps(every: int, changes: list[int]) -> None:
     noise = action_head(spaces.Box(-1, 1, (2,)), FEATURES, use_sde=True, sde_sample_freq=every).noise(6, 1, generator())
     assert [t for t in range(1, 6) if not torch.equal(noise[t], noise[t - 1])] == changes
 
@@ -230,7 +230,7 @@ def test_images_beside_numbers_share_the_features() -> None:
     ControlPolicy({"obs": spaces.Box(-1, 1, (3,))}, spaces.Discrete(2), kind="MultiInputPolicy")  # needs no image
 
 
-def test_images_of_bytes_are_fractions_and_integers_can_be_normalised() -> None:
+def test_images_of_bytes_are_fractions_and_integers_can_be_normalized() -> None:
     image = spaces.Box(0, 255, (36, 36, 1), dtype=numpy.uint8)
     features = Extractor({"obs": image}, images=False)({"obs": torch.full((1, 36, 36, 1), 51, dtype=torch.uint8)})
     torch.testing.assert_close(features, torch.full((1, 36 * 36), 0.2))
@@ -304,7 +304,7 @@ def test_a_shared_network_is_one_tower_and_a_separate_one_two(kind: str) -> None
         ControlPolicy({"obs": VECTOR}, spaces.Discrete(4), config=NetworkConfig(share=True, net_arch={"pi": [4], "vf": [8]}))
 
 
-def test_normalised_observations_follow_their_running_mean_and_variance(tmp_path: Path) -> None:
+def test_normalized_observations_follow_their_running_mean_and_variance(tmp_path: Path) -> None:
     space = {"obs": spaces.Box(-9, 9, (2,)), "count": spaces.Discrete(3)}
     policy = ControlPolicy(space, spaces.Discrete(2), normalize=True)
     seen = numpy.array([[1.0, 10.0], [3.0, 10.0], [8.0, 16.0]], dtype=numpy.float32)
@@ -331,7 +331,7 @@ def test_normalised_observations_follow_their_running_mean_and_variance(tmp_path
     )
 
 
-def test_a_network_of_ones_own_makes_the_features() -> None:
+def test_the_users_network_makes_the_features() -> None:
     class Own(nn.Module):
         features_dim = 4
 
@@ -350,7 +350,7 @@ def test_a_network_of_ones_own_makes_the_features() -> None:
         ControlPolicy({"obs": VECTOR}, spaces.Discrete(2), extractor=nn.Identity())
 
 
-# Memory
+# Recurrent state
 
 B, T, H = 3, 9, 5
 
@@ -362,10 +362,10 @@ def a_batch(policy: ControlPolicy, *, starts: list[tuple[int, int]] = ()) -> Bat
     starts_BT = torch.zeros((B, T), dtype=torch.bool)
     for row, step in starts:
         starts_BT[row, step] = True
-    memory = {**state, "state/episode_starts": starts_BT} if state else {}
+    recurrent = {**state, "state/episode_starts": starts_BT} if state else {}
     zeros = torch.zeros(B, T)
     return Batch(
-        observations={"obs": torch.randn((B, T, 3), generator=rng), **memory},
+        observations={"obs": torch.randn((B, T, 3), generator=rng), **recurrent},
         actions_BT=torch.randint(4, (B, T), generator=rng),
         mask_BT=torch.ones((B, T), dtype=torch.bool),
         logprobs_BT=zeros,
@@ -426,7 +426,7 @@ def test_a_row_at_once_is_a_row_step_by_step(starts: str, share: bool) -> None:
         assert a.isfinite().all() and torch.allclose(a, b, atol=1e-5, rtol=1e-4)
 
 
-def test_acting_remembers_what_evaluating_does() -> None:
+def test_acting_carries_the_state_that_evaluating_does() -> None:
     policy = recurrent()
     batch = a_batch(policy, starts=STARTS["middle"])
     state = {name: batch.observations[name][:, 0] for name in policy.initial_state(B)}

@@ -44,12 +44,12 @@ SMALL: dict[str, Any] = {
 RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "plain": ("MlpPolicy", "CartPole-v1", {"evaluate_episodes": 2, "evaluate_every": 2, "lr_schedule": "linear"}),
     "workers": ("MlpPolicy", "CartPole-v1", {"vectorization": "async"}),
-    "normalised": (
+    "normalized": (
         "MlpPolicy",
         "Pendulum-v1",
         {"normalize_observations": True, "normalize_rewards": True, "env_kwargs": {"max_episode_steps": 13}},
     ),
-    "memory": ("MlpLstmPolicy", "CartPole-v1", {"policy_kwargs": {"lstm_hidden_size": 8}}),
+    "lstm": ("MlpLstmPolicy", "CartPole-v1", {"policy_kwargs": {"lstm_hidden_size": 8}}),
 }
 
 
@@ -138,7 +138,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(kind: str) -> None:
     assert not same_weights(whole, killed)
 
 
-@pytest.mark.parametrize("kind", ["plain", "normalised", "memory"])
+@pytest.mark.parametrize("kind", ["plain", "normalized", "lstm"])
 def test_learning_twice_is_learning_once_for_longer(kind: str) -> None:
     policy, env, settings = RUNS[kind]
     settings = {**settings, "lr_schedule": "constant", "evaluate_episodes": 0}
@@ -147,7 +147,7 @@ def test_learning_twice_is_learning_once_for_longer(kind: str) -> None:
     assert same_weights(once, twice) and rows(Path("runs/once")) == rows(Path("runs/twice"))
 
 
-def test_an_environment_that_cannot_be_saved_begins_anew_and_the_run_goes_on() -> None:
+def test_in_an_environment_that_cannot_be_saved_new_episodes_begin() -> None:
     def env() -> Any:
         return SyncVectorEnv([lambda: gymnasium.make("CartPole-v1")] * 2)  # it resets itself, from no seed of ours
 
@@ -188,7 +188,7 @@ def test_equal_rewards_and_minibatches_of_one_step_stay_finite(reward: float, po
     assert found[-1]["ppo/skipped_steps"] == 0
 
 
-@pytest.mark.parametrize("kind", ["plain", "normalised", "memory"])
+@pytest.mark.parametrize("kind", ["plain", "normalized", "lstm"])
 def test_a_saved_policy_predicts_the_same(kind: str) -> None:
     policy, env, settings = RUNS[kind]
     model = small(policy, env, **settings).learn(2 * BATCH)
@@ -200,7 +200,7 @@ def test_a_saved_policy_predicts_the_same(kind: str) -> None:
     for other in (loaded, best):
         assert numpy.array_equal(expected, other.predict(observations, deterministic=True)[0])
     assert loaded.config.ppo == model.config.ppo
-    loaded.learn(BATCH)  # and can be trained on, as a run of its own
+    loaded.learn(BATCH)  # and can be trained on, as another run
     assert loaded.run_folder == Path("runs/ppo-2") or str(loaded.run_folder).endswith("ppo-2")
 
 
@@ -289,7 +289,7 @@ def test_evaluating_in_the_training_environment_begins_new_episodes_there() -> N
     assert "the policy is for Discrete(16)" in refusal(lambda: evaluate_policy(frozen, "FrozenLake8x8-v1"))
 
 
-def test_an_environment_used_between_two_trainings_begins_anew() -> None:
+def test_in_an_environment_used_between_two_trainings_new_episodes_begin() -> None:
     env = Constant(2.0)
     model = small(env=env, n_steps=16).learn(16)
     env.step(0)  # somebody looks at it
@@ -304,7 +304,7 @@ def test_the_training_environment_is_not_evaluated_in_the_middle_of_a_rollout() 
     assert said == "the training environment is in the middle of a rollout; evaluate in another one"
 
 
-def test_infos_reach_callbacks_one_by_copy() -> None:
+def test_infos_reach_callbacks_by_sub_environment() -> None:
     seen: list[Any] = []
     env = SyncVectorEnv([lambda: gymnasium.wrappers.RecordEpisodeStatistics(Constant(2.0))] * 2)
     small(env=env, n_steps=3).learn(6, callback=lambda found, _: seen.append(found["infos"]))
@@ -328,7 +328,7 @@ def test_a_number_takes_the_place_of_a_schedule_that_was_a_function() -> None:
     assert rows(model.run_folder)[-1]["ppo/learning_rate"] == 2e-4  # type: ignore[arg-type]
 
 
-def test_a_policy_of_ones_own_is_trained_and_loaded() -> None:
+def test_the_users_policy_is_trained_and_loaded() -> None:
     class Mine(ControlPolicy):
         """A policy that never sees the first number."""
 
@@ -374,7 +374,7 @@ def test_an_environment_that_is_given_goes_before_the_one_in_the_file() -> None:
     assert "does not fit this environment's policy" in refusal(lambda: PPO.load("saved", "Pendulum-v1", verbose=0))
 
 
-def test_a_network_of_ones_own_keeps_its_weights_and_what_is_frozen_stays() -> None:
+def test_the_users_network_keeps_its_weights_and_what_is_frozen_stays() -> None:
     class Mine(nn.Module):
         features_dim = 3
 
@@ -395,7 +395,7 @@ def test_a_network_of_ones_own_keeps_its_weights_and_what_is_frozen_stays() -> N
     assert PPO.load("runs/ppo-1", verbose=0, policy=mine).num_timesteps == 2 * BATCH
 
 
-def test_the_deviation_of_the_rewards_is_saved_with_the_model() -> None:
+def test_reward_statistics_are_saved_with_the_model() -> None:
     model = small(env="Pendulum-v1", normalize_rewards=True).learn(2 * BATCH)
     assert model.env.reward_stats.count == 2 * BATCH
     model.save("saved")
@@ -405,11 +405,10 @@ def test_the_deviation_of_the_rewards_is_saved_with_the_model() -> None:
     assert loaded.env.reward_stats.count == 3 * BATCH
 
 
-def test_a_run_for_another_number_of_copies_says_so() -> None:
+def test_a_run_with_another_num_envs_is_refused() -> None:
     env = SyncVectorEnv([Constant] * 2)
     small(env=env, run_name="two").learn(2 * N_STEPS)
-    said = refusal(lambda: PPO.load("runs/two", SyncVectorEnv([Constant] * 3), verbose=0))
-    assert said == "env: the run has num_envs 2, the environment given has 3"
+    refusal(lambda: PPO.load("runs/two", SyncVectorEnv([Constant] * 3), verbose=0), "env", "num_envs 2")
 
 
 @pytest.mark.filterwarnings("ignore:.*ERROR:UserWarning")  # Gymnasium's log of what a worker raised
@@ -458,10 +457,10 @@ def test_steps_of_a_rollout_that_was_given_up_are_not_counted() -> None:
 
 def test_evaluation_is_the_mean_of_whole_episodes() -> None:
     model = small(env=Constant(2.0))
-    copies = SyncVectorEnv([lambda: Constant(2.0), lambda: Constant(4.0)])
+    envs = SyncVectorEnv([lambda: Constant(2.0), lambda: Constant(4.0)])
     assert evaluate_policy(model, Constant(2.0), n_eval_episodes=3) == (6.0, 0.0)
-    assert evaluate_policy(model, copies, n_eval_episodes=4) == (9.0, 3.0)
-    assert evaluate_policy(model, copies, 3, return_episode_rewards=True) == ([6.0, 6.0, 12.0], [3, 3, 3])
+    assert evaluate_policy(model, envs, n_eval_episodes=4) == (9.0, 3.0)
+    assert evaluate_policy(model, envs, 3, return_episode_rewards=True) == ([6.0, 6.0, 12.0], [3, 3, 3])
     with pytest.raises(AssertionError, match=r"Constant: mean return 6\.00, not above 7\.00"):
         evaluate_policy(model, Constant(2.0), reward_threshold=7)
     assert "pass one to evaluate in" in refusal(lambda: evaluate_policy(model))
