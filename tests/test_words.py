@@ -52,6 +52,8 @@ IN_CODE = {
 # A file that uses such a word rightly: a data set's column, or the settings of a page that has its own.
 ALLOWED = {
     "src/surefoot/data/rows.py": {"answer"},
+    "src/surefoot/policies/control/fast_mlp.py": {"copies"},
+    "src/surefoot/rollout/opponents.py": {"copies"},
     "examples/single_file/ppo_lm.py": {"kl_horizon", "kl_target", "samples_per_prompt"},
 }
 BRITISH = r"optimis|normalis|initialis|generalis|behaviour|colour|centre|centring|serialis|summaris"

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 
 class SurefootError(Exception):
-    """Base of every error that is the user's to mend. `exit_code` is what the command line ends with."""
+    """Base of every error that is the user's to fix. `exit_code` is what the command line ends with."""
 
     exit_code = 2
 
 
 class InputError(SurefootError):
-    """Bad input: says what, where, and how to mend it, in one line."""
+    """Bad input: says what, where, and how to fix it, in one line."""
 
 
 class GateError(SurefootError):

@@ -193,7 +193,7 @@ class Vector:
         self.env.close()
 
     def _end(self) -> None:
-        """Close what has failed. Gymnasium's `close` would wait for the answer that a dead worker owes."""
+        """Close what has failed. Gymnasium's `close` would wait for the reply that a dead worker owes."""
         env = self.env.unwrapped
         if not isinstance(env, gymnasium.vector.AsyncVectorEnv):
             self.env.close()
@@ -309,7 +309,7 @@ def wrap_vector(env: Any, *, seed: int) -> Vector:
 
 
 def _in_worker(make: Callable[[], Any]) -> Any:
-    """Ctrl-C reaches every process of a terminal; the run alone answers it, and ends its workers."""
+    """Ctrl-C reaches every process of a terminal; the run alone handles it, and ends its workers."""
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     return make()

@@ -197,7 +197,7 @@ def _put_sizes(done: Imported) -> None:
         per_update = number("batch_size") * processes
         step = (number("forward_batch_size") or number("mini_batch_size")) * accumulated * processes
     elif minibatches := number("num_mini_batches"):
-        # accelerate steps once in so many micro-batches, whatever TRL's own minibatch is.
+        # accelerate steps once in that many micro-batches, whatever TRL's own minibatch is.
         per_update = rows * accumulated * processes
         step = min(per_update, per_update * accumulated // minibatches)
     else:

@@ -84,7 +84,7 @@ class _Body(nn.Module):
         rows, steps = input_ids.shape
         mask_BT = None if attention_mask is None else attention_mask[:, -steps:].bool()
         # In float32 always: in bfloat16 the state's rounding errors would add up over a row, and would not be
-        # the same ones when a row is written token by token and when it is read at once.
+        # the same ones when a row is written one token at a time and when it is read at once.
         with torch.autocast(input_ids.device.type, enabled=False):
             embedded_BTD = self.embed_tokens(input_ids)
             state = (
