@@ -130,7 +130,7 @@ def test_the_version_is_told():
         (["ppo", "config.yaml", "--kl.coef"], "--kl.coef needs a value"),
         (["ppo", "--run.name", "--seed", "3", "config.yaml"], "--run.name needs a value"),
         (["ppo", "config.yaml", "--run.name="], "--run.name: the value is empty; write null for none"),
-        (["ppo", "config.yaml", "--kl-coef", "1"], "unknown flag '--kl-coef'; did you mean '--kl.coef'?"),
+        (["ppo", "config.yaml", "--kl-coef", "1"], "unknown flag '--kl-coef'; it is '--kl.coef'"),
         (["ppo", "config.yaml", "--nosuch=1"], "unknown flag '--nosuch'; surefoot ppo --help lists them"),
         (["ppo", "config.yaml", "--kl.coef", "-1"], "--kl.coef: should be greater than or equal to 0, got -1"),
         (["ppo", "no.yaml"], "no.yaml: no such file"),
@@ -185,7 +185,7 @@ def test_fetch_of_a_wrong_name_lists_the_names():
 def test_flags_may_stand_before_and_after_the_file(project, monkeypatch, order):
     seen = []
     monkeypatch.setattr("surefoot.api.ppo.PPO.__init__", lambda self, *_, config, **__: seen.append(config))
-    monkeypatch.setattr(cli, "_train", lambda model: None)
+    monkeypatch.setattr(cli, "_finish", lambda run: None)
     flags = ["--seed", "3", "--kl.coef=3e-1", "--ppo.gamma", "0.5", "--run.name", "7", "--ppo.gamma", "0.25"]
     run_cli("ppo", *(["config.yaml", *flags] if order == "after" else [*flags, "config.yaml"]))
     assert len(seen) == 1
@@ -241,7 +241,7 @@ def test_generate_sends_a_chat_through_the_template(finished, monkeypatch):
     )
     assert plain != chat
     said = run_cli("generate", finished, "the film", "--chat").complaint
-    assert said == "chat prompts need a tokenizer with a chat template; this model's has none"
+    assert "messages need a chat template" in said
 
 
 def test_generate_needs_a_checkpoint_of_a_run_that_has_just_begun(finished, tmp_path):
@@ -309,5 +309,5 @@ def test_output_to_a_full_disk_costs_its_words_and_not_the_run(project, monkeypa
     monkeypatch.setattr(sys, "stderr", err)
     with pytest.raises(SystemExit) as end:
         cli.main(["ppo", "config.yaml", "--run.name", "mine", "--run.folder", "runs"])
-    assert end.value.code == 2 and err.getvalue() == "surefoot: the system refused: [Errno 28] No space left on device\n"
+    assert end.value.code == 2 and err.getvalue() == "surefoot: OS error: [Errno 28] No space left on device\n"
     assert (project / "runs/mine/model/config.json").exists()

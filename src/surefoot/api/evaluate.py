@@ -24,13 +24,14 @@ def evaluate_policy(
     warn: bool = True,
     seed: int = 0,
 ) -> Any:
-    """Run whole episodes; mean and standard deviation of their returns, or with `return_episode_rewards` the lists of
-    returns and lengths.
+    """Run whole episodes; mean and standard deviation of their returns, or with `return_episode_rewards` the
+    lists of returns and lengths.
 
-    `env` is a Gymnasium id, environment or vector environment; without one, another like the one the model was made with.
-    `warn` changes nothing: returns are the environment's own, whatever wraps it. After an evaluation in the environment it is
-    trained in, training begins new episodes there. Raises InputError for an environment with other spaces or in the middle
-    of a rollout, AssertionError below `reward_threshold`, as Stable-Baselines3 does.
+    `env` is a Gymnasium id, environment or vector environment; without one, another like the one the model
+    was made with. `warn` changes nothing: returns are the environment's own, whatever wraps it. After an
+    evaluation in the environment it is trained in, training begins new episodes there. Raises InputError for
+    an environment with other spaces or in the middle of a rollout, AssertionError below `reward_threshold`,
+    as Stable-Baselines3 does.
     """
     if n_eval_episodes < 1:
         raise InputError(f"evaluate_policy: n_eval_episodes is {n_eval_episodes}; play at least one")

@@ -25,7 +25,7 @@ def generate_text(
     seed: int = 0,
     **sampling: Any,
 ) -> str | list[str]:
-    """Continue a prompt (a string comes back) or a list of prompts, strings or messages (a list comes back)."""
+    """Continue a prompt (gives a string) or a list of prompts, strings or messages (gives a list)."""
     settings = with_sampling(config.generation, sampling)
     params = SamplingParams(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
     if not isinstance(prompts, (str, Sequence)):

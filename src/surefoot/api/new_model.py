@@ -26,12 +26,13 @@ def new_model(
     seed: int = 0,
     **sizes: Any,
 ) -> Path:
-    """Write a language model with random weights to `folder`, and a tokenizer learned from `texts`; returns the folder.
+    """Write a language model with random weights to `folder`, and a tokenizer learned from `texts`; returns
+    the folder.
 
-    `texts`, `columns` and `held_out` are what `SFT` takes: a JSONL file, a list or a `datasets.Dataset`. The tokenizer learns
-    from what SFT trains on and sees nothing of what is held out. `sizes` are the fields of `new_model` in the configuration:
-    `kind="transformer"` or `"lstm"`, `vocab=2048`, `width=128`, `layers=2`. Raises InputError for sizes or texts that make
-    no model, or a folder that has something in it.
+    `texts`, `columns` and `held_out` are what `SFT` takes: a JSONL file, a list or a `datasets.Dataset`. The
+    tokenizer learns from what SFT trains on and sees nothing of what is held out. `sizes` are the fields of
+    `new_model` in the configuration: `kind="transformer"` or `"lstm"`, `vocab=2048`, `width=128`, `layers=2`.
+    Raises InputError for sizes or texts that make no model, or a folder that has something in it.
     """
     data = {"columns": dict(columns or {}), "held_out": held_out}
     settings = {
@@ -67,7 +68,8 @@ def write_new_model(config: Config, data: Any = None, *, log: Callable[[str], No
         ) from error
     weights, tokens, examples = sum(p.numel() for p in lm.parameters()), len(tokenizer), len(contents)
     log(
-        f"{folder}: {config.new_model.kind} of {weights:,} weights over {tokens:,} tokens, from {examples:,} examples"
+        f"{folder}: {config.new_model.kind} of {weights:,} weights over {tokens:,} tokens, "
+        f"from {examples:,} examples"
     )
     return folder
 

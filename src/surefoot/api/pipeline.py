@@ -1,7 +1,7 @@
 """Several runs from one file, each with what the ones before it left: `surefoot pipeline FILE`.
 
-Every stage is an ordinary run in its own folder. A pipeline that was stopped goes on where it stood, and one that is
-finished does nothing: what a stage left is never made twice.
+Every stage is an ordinary run in its own folder. A pipeline that was stopped goes on where it stood, and one
+that is finished does nothing: what a stage left is never made twice.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class Stage:
 def load_pipeline(path: Path | str, overrides: Mapping[str, str] | None = None) -> list[Stage]:
     """Read and check a whole pipeline. `overrides` are dotted keys of the file, `stages.ppo.kl.coef`.
 
-    Relative paths in the file are relative to the file; those in overrides to the working directory. Raises InputError with
-    one line for a stage that no run could be made of, models, functions or data that are not there or of no use, and a
-    `stage:` that is not an earlier one, or leaves another kind of thing.
+    Relative paths in the file are relative to the file; those in overrides to the working directory. Raises
+    InputError with one line for a stage that no run could be made of, models, functions or data that are not
+    there or of no use, and a `stage:` that is not an earlier one, or leaves another kind of thing.
     """
     data = read_sections(path)
     given = data.get("stages")
@@ -81,7 +81,10 @@ def load_pipeline(path: Path | str, overrides: Mapping[str, str] | None = None) 
 
 
 def run_pipeline(stages: list[Stage], *, verbose: int = 1) -> None:
-    """Bring every stage to its end, in order. Raises what a run raises; then the same call goes on from there."""
+    """Bring every stage to its end, in order.
+
+    Raises what a run raises; then the same call goes on from there.
+    """
     for stage in stages:
         _check_begun(stage, stages)
     for number, stage in enumerate(stages, start=1):
@@ -133,7 +136,7 @@ def _stage(
 
 
 def _check_inputs(stage: Stage, made: Mapping[str, Stage]) -> None:
-    """Raise InputError for what no run could be made of once earlier stages will have `made` their products."""
+    """Raise InputError for what no run could be made of even after the stages in `made`."""
     config = stage.config
     check_models(config, made=made)
     task = check_sources(config, made=made)
@@ -142,7 +145,7 @@ def _check_inputs(stage: Stage, made: Mapping[str, Stage]) -> None:
 
 
 def _check_begun(stage: Stage, stages: list[Stage]) -> None:
-    """Raise InputError for a stage that was begun with other settings, or from what an earlier one no longer is."""
+    """Raise InputError for a stage that was begun with other settings, or from what is no longer there."""
     now = _leaves(stage.config.model_dump())
     gone = [
         other.name for other in stages if str(other.product) in now.values() and not other.product.exists()
@@ -158,7 +161,8 @@ def _check_begun(stage: Stage, stages: list[Stage]) -> None:
     for key in (*now, *then):
         if now.get(key) != then.get(key):
             raise InputError(
-                f"stage {stage.name} was begun with {key} {then.get(key)!r:.60}, and now has {now.get(key)!r:.60}; "
+                f"stage {stage.name} was begun with {key} {then.get(key)!r:.60}, "
+                f"and now has {now.get(key)!r:.60}; "
                 f"name another folder, or remove {stage.folder}"
             )
 

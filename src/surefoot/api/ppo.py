@@ -37,17 +37,18 @@ from surefoot.storage.run_folder import RunFolder
 class PPO:
     """Train a policy in an environment with PPO.
 
-    For language: `policy` is an asset's name, a local model folder, a Hugging Face hub id or a loaded `CausalLMPolicy`;
-    `env` a `TextTask`. For control: `policy` is `"MlpPolicy"`, `"CnnPolicy"`, `"MultiInputPolicy"`, `"MlpLstmPolicy"`,
-    `"CnnLstmPolicy"`, or an `nn.Module` with a `features_dim` that turns observations into features; `env` a Gymnasium
-    id, environment or vector environment.
+    For language: `policy` is an asset's name, a local model folder, a Hugging Face hub id or a loaded
+    `CausalLMPolicy`; `env` a `TextTask`. For control: `policy` is `"MlpPolicy"`, `"CnnPolicy"`,
+    `"MultiInputPolicy"`, `"MlpLstmPolicy"`, `"CnnLstmPolicy"`, or an `nn.Module` with a `features_dim` that
+    turns observations into features; `env` a Gymnasium id, environment or vector environment.
 
-    Settings are the fields of the configuration by their plain names: `learning_rate=1e-4`, `max_new_tokens=32`,
-    `n_steps=128`, `seed=3`, `run_name="mine"`; `config` gives them all at once. Stable-Baselines3's keywords work as they
-    do there (docs/from-sb3.md). `ptx_data` are demonstrations, a JSONL file or rows as `SFT` takes them, whose likelihood is
-    part of the loss (docs/sft.md); their settings are `ptx={"coef": 0.5}`. `verbose=0` shows nothing; `run` is an existing
-    run folder to go on in (`PPO.load` passes it). Raises InputError for anything unusable, before a model is loaded where
-    that can be known. What `learn`, `evaluate`, `save` and `load` mean: see `api/session.py`.
+    Settings are the fields of the configuration by their plain names: `learning_rate=1e-4`,
+    `max_new_tokens=32`, `n_steps=128`, `seed=3`, `run_name="mine"`; `config` gives them all at once.
+    Stable-Baselines3's keywords work as they do there (docs/from-sb3.md). `ptx_data` are demonstrations, a
+    JSONL file or rows as `SFT` takes them, whose likelihood is part of the loss (docs/sft.md); their settings
+    are `ptx={"coef": 0.5}`. `verbose=0` shows nothing; `run` is an existing run folder to go on in
+    (`PPO.load` passes it). Raises InputError for anything unusable, before a model is loaded where that can
+    be known. What `learn`, `evaluate`, `save` and `load` mean: see `api/session.py`.
     """
 
     def __init__(
@@ -70,8 +71,8 @@ class PPO:
             )
         if not is_control and not isinstance(env, (TextTask, type(None))):
             raise InputError(
-                f"env: expected a TextTask(prompts, reward), got {env!r:.60}; for Gymnasium the policy is one of "
-                f"{', '.join(NETWORKS)}, not {policy!r:.60}"
+                f"env: expected a TextTask(prompts, reward), got {env!r:.60}; for Gymnasium the policy is "
+                f"one of {', '.join(NETWORKS)}, not {policy!r:.60}"
             )
         check_policy(policy, nn.Module if is_control else CausalLMPolicy)
         schedules: Schedules = {}
@@ -156,12 +157,12 @@ class PPO:
         total_episodes: int | None = None,
         total_timesteps: int | None = None,
     ) -> PPO:
-        """Train for `total_episodes` (a task) or `total_timesteps` (an environment) more, or, without a number, to the end
-        that was asked for last.
+        """Train for `total_episodes` (a task) or `total_timesteps` (an environment) more, or, without a
+        number, to the end that was asked for last.
 
-        `callback` is a function `(locals, globals) -> bool | None`, a `BaseCallback` or a list of them (train/callbacks.py);
-        `progress_bar` shows the display even where `verbose` is 0. Raises Interrupted after SIGTERM or Ctrl-C, once it has
-        saved.
+        `callback` is a function `(locals, globals) -> bool | None`, a `BaseCallback` or a list of them
+        (train/callbacks.py); `progress_bar` shows the display even where `verbose` is 0. Raises Interrupted
+        after SIGTERM or Ctrl-C, once it has saved.
         """
         is_control = self.config.env is not None
         named, other = (total_timesteps, total_episodes) if is_control else (total_episodes, total_timesteps)
@@ -177,7 +178,8 @@ class PPO:
         return self
 
     def evaluate(self, episodes: int | None = None) -> dict[str, float]:
-        """`eval/…` metrics on the first `episodes` held-out prompts, or on episodes of another environment like this one.
+        """`eval/…` metrics on the first `episodes` held-out prompts, or on episodes of another environment
+        like this one.
 
         Raises InputError without any.
         """
@@ -205,10 +207,11 @@ class PPO:
         *,
         action_masks: Any = None,
     ) -> tuple[Any, Any]:
-        """The action for one observation, or actions [N, ...] for N of them, and the memory to hand in next time.
+        """The action for one observation, or actions [N, ...] for N of them, and the memory to hand in next
+        time.
 
-        `state` is what the last call gave, `episode_start` [N] says where an episode begins (an LSTM forgets there),
-        `action_masks` [A] or [N, A] which actions are legal, for a policy trained with masks.
+        `state` is what the last call gave, `episode_start` [N] says where an episode begins (an LSTM forgets
+        there), `action_masks` [A] or [N, A] which actions are legal, for a policy trained with masks.
         """
         if self.config.env is None:
             raise InputError("predict is for environments; a language model has generate")
@@ -220,14 +223,18 @@ class PPO:
         return (actions[0] if is_one else actions), state
 
     def save(self, folder: str | Path) -> None:
-        """Write the policy: for a language model a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` opens.
+        """Write the policy: for a language model a Hugging Face folder that
+        `AutoModelForCausalLM.from_pretrained` opens.
 
-        Critic and settings lie beside the weights for `PPO.load`. Raises InputError if the disk does not take it.
+        Critic and settings lie beside the weights for `PPO.load`. Raises InputError if the disk does not take
+        it.
         """
         self._session.save(folder, self._nameable())
 
     def _nameable(self) -> Config:
-        """The configuration, with the id that Gymnasium made the environment from, if it was: then `load` can make it too."""
+        """The configuration, with the id that Gymnasium made the environment from, if it was: then `load` can
+        make it too.
+        """
         env = self.config.env
         if env is None or env.id is not None or (spec := made_from(self.env)) is None:
             return self.config
@@ -237,12 +244,13 @@ class PPO:
 
     @classmethod
     def load(cls, folder: str | Path, env: Any = None, *, verbose: int = 1, **given: Any) -> PPO:
-        """Go on from a run folder (bit for bit, with its optimizer and counters) or from a folder that `save` wrote.
+        """Go on from a run folder (bit for bit, with its optimizer and counters) or from a folder that `save`
+        wrote.
 
-        After `save` a language model's adapter is merged in, so the saved weights are the new reference. `env` is the task
-        or environment; a run that was started from a file or an id builds its own. `given` is what a file cannot hold: a
-        schedule that was a function (`learning_rate=...`), a network of your own (`policy=...`), demonstrations that were rows
-        (`ptx_data=...`).
+        After `save` a language model's adapter is merged in, so the saved weights are the new reference.
+        `env` is the task or environment; a run that was started from a file or an id builds its own. `given`
+        is what a file cannot hold: a schedule that was a function (`learning_rate=...`), a network of your
+        own (`policy=...`), demonstrations that were rows (`ptx_data=...`).
         """
         config, run = open_folder(folder, "PPO", is_given=env is not None)
         if run is None:
@@ -289,7 +297,9 @@ class PPO:
 
 
 def _put_environment(data: dict[str, Any], env: Any, settings: dict[str, Any], schedules: Schedules) -> None:
-    """What is given takes precedence over what the configuration names: an environment, a number where there was a function."""
+    """What is given takes precedence over what the configuration names: an environment, a number where there
+    was a function.
+    """
     data["env"] = {"id": None} | (data.get("env") or {})
     if isinstance(env, str):
         data["env"]["id"] = env
@@ -301,7 +311,9 @@ def _put_environment(data: dict[str, Any], env: Any, settings: dict[str, Any], s
 
 
 def _put_demonstrations(data: dict[str, Any], ptx_data: Any, *, is_begun: bool) -> None:
-    """What is given takes precedence over the file that the configuration names; a run that goes on keeps its own name for it."""
+    """What is given takes precedence over the file that the configuration names; a run that goes on keeps its
+    own name for it.
+    """
     if is_begun and data.get("ptx") is None:
         raise InputError(
             "ptx_data: this run was begun without demonstrations; go on without, or begin another"

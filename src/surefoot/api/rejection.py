@@ -1,8 +1,9 @@
-"""Rejection sampling: the best of a policy's completions become examples to fine-tune on (Touvron et al. 2023, §3.2.3).
+"""Rejection sampling: the best of a policy's completions become examples to fine-tune on (Touvron et al.
+2023, §3.2.3).
 
-A run samples episode after episode, as PPO does, and updates nothing. Its folder holds config.yaml and environment.json; every
-completion with its reward in samples.jsonl; a line for each batch in metrics.jsonl; how far it is in progress.json; and at
-its end completions.jsonl, which `sft.data` takes.
+A run samples episode after episode, as PPO does, and updates nothing. Its folder holds config.yaml and
+environment.json; every completion with its reward in samples.jsonl; a line for each batch in metrics.jsonl;
+how far it is in progress.json; and at its end completions.jsonl, which `sft.data` takes.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ class RejectionSampling:
     def sample(self) -> Path:
         """Sample all completions and write the best; the file.
 
-        Raises Interrupted after SIGTERM or Ctrl-C, once it has saved; the same call then goes on. Raises InputError if no
-        completion is of use.
+        Raises Interrupted after SIGTERM or Ctrl-C, once it has saved; the same call then goes on. Raises
+        InputError if no completion is of use.
         """
         folder = self._folder = self._folder or RunFolder.create(self.config)
         folder.hold()
@@ -95,7 +96,9 @@ class RejectionSampling:
         return cls(config, run=run, verbose=verbose)
 
     def _restore(self, folder: RunFolder) -> int:
-        """Put logs and global generators where the last whole batch left them; the number of episodes until then."""
+        """Put logs and global generators where the last whole batch left them; the number of episodes until
+        then.
+        """
         file = folder.path / PROGRESS
         if not file.exists():
             checkpoint.seed_generators(derived_seed(self.config.seed, "global generators", 0))
@@ -162,8 +165,8 @@ class RejectionSampling:
             raise InputError(f"{folder.path / PROGRESS} could not be written: {error.strerror}") from error
 
     def _write_best(self, folder: RunFolder) -> None:
-        """The best completions as examples, of those that are not empty and ended by themselves: one that was cut off would
-        teach to end there.
+        """The best completions as examples, of those that are not empty and ended by themselves: one that was
+        cut off would teach to end there.
         """
         usable = [row for row in folder.read("samples.jsonl") if row["reward"] is not None]
         if not usable:
@@ -188,7 +191,8 @@ class RejectionSampling:
             raise InputError(f"{folder.path / PRODUCT} could not be written: {error.strerror}") from error
         print(
             f"{self.settings.episodes} completions, {len(usable)} usable; kept the best {len(best)} "
-            f"({len(rows)} different), rewards from {best[-1]['reward']['reward']:.3f}: {folder.path / PRODUCT}"
+            f"({len(rows)} different), rewards from {best[-1]['reward']['reward']:.3f}: "
+            f"{folder.path / PRODUCT}"
         )
 
 
@@ -198,7 +202,9 @@ def is_usable(trajectory: Trajectory) -> bool:
 
 
 def example_of(prompt: Any, completion: str, *, chat: bool) -> dict[str, Any]:
-    """What `sft.data` takes: a string that goes through the chat template becomes a user's message, as it did there."""
+    """What `sft.data` takes: a string that goes through the chat template becomes a user's message, as it did
+    there.
+    """
     if isinstance(prompt, str) and not chat:
         return {"prompt": prompt, "completion": completion}
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -226,5 +232,6 @@ def check_join(config: Config, task: TextTask | None, *, is_made: bool = True) -
     kind = " and ".join(build_demonstrations(SFTConfig(data=source, held_out=0.0)).train[0].contents)
     if kinds and kind not in kinds:
         raise InputError(
-            f"rejection_sampling.join has {kind}, and the completions will be {min(kinds)}; a file holds one kind"
+            f"rejection_sampling.join has {kind}, and the completions will be {min(kinds)}; "
+            "a file holds one kind"
         )

@@ -31,16 +31,19 @@ from surefoot.storage.run_folder import RunFolder
 
 
 class RewardModel:
-    """Learn to score texts as people judged them, and be the reward of a task: `TextTask(prompts, RewardModel.load(folder))`.
+    """Learn to score texts as people judged them, and be the reward of a task: `TextTask(prompts,
+    RewardModel.load(folder))`.
 
-    `policy` is an asset's name, a local model folder, a Hugging Face hub id or a loaded `CausalLMPolicy`, which is taken
-    over; `data` a JSONL file, a list or a `datasets.Dataset` of pairs, `{"prompt"?, "chosen", "rejected", "margin"?}`, or of
-    ratings, `{"prompt"?, "text" or "completion", "rating"}`. The score is read at the end token after the text.
+    `policy` is an asset's name, a local model folder, a Hugging Face hub id or a loaded `CausalLMPolicy`,
+    which is taken over; `data` a JSONL file, a list or a `datasets.Dataset` of pairs, `{"prompt"?, "chosen",
+    "rejected", "margin"?}`, or of ratings, `{"prompt"?, "text" or "completion", "rating"}`. The score is read
+    at the end token after the text.
 
-    Settings are the fields of the configuration by their plain names: `learning_rate=1e-4`, `epochs=2`, `center=0.01`,
-    `rating_range=[-4, 4]`, `adapter=None`, `seed=3`, `run_name="mine"`; `config` gives them all at once. `verbose=0` shows
-    nothing; `run` is an existing run folder to go on in (`RewardModel.load` passes it). Raises InputError for anything
-    unusable, before a model is loaded where that can be known. What `learn`, `evaluate`, `save` and `load` mean: see `api/session.py`.
+    Settings are the fields of the configuration by their plain names: `learning_rate=1e-4`, `epochs=2`,
+    `center=0.01`, `rating_range=[-4, 4]`, `adapter=None`, `seed=3`, `run_name="mine"`; `config` gives them
+    all at once. `verbose=0` shows nothing; `run` is an existing run folder to go on in (`RewardModel.load`
+    passes it). Raises InputError for anything unusable, before a model is loaded where that can be known.
+    What `learn`, `evaluate`, `save` and `load` mean: see `api/session.py`.
     """
 
     def __init__(
@@ -83,9 +86,9 @@ class RewardModel:
     def learn(self, total_epochs: int | None = None, callback: Any = None) -> RewardModel:
         """Train for `total_epochs` more passes over the preferences, or to the end that was asked for last.
 
-        At the end `calibration.json` and, where matplotlib is installed, its plot `calibration.png` are in `run_folder` too.
-        `callback` is a function, a `BaseCallback` or a list of them (train/callbacks.py). Raises Interrupted after SIGTERM or
-        Ctrl-C, once it has saved.
+        At the end `calibration.json` and, where matplotlib is installed, its plot `calibration.png` are in
+        `run_folder` too. `callback` is a function, a `BaseCallback` or a list of them (train/callbacks.py).
+        Raises Interrupted after SIGTERM or Ctrl-C, once it has saved.
         """
         check_count("total_epochs", total_epochs)
         more = None
@@ -99,9 +102,11 @@ class RewardModel:
         return self._session.evaluate(examples, "examples")
 
     def score(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
-        """One reward a completion, calibrated: over the held-out texts (without any, the training's) mean 0, std 1.
+        """One reward a completion, calibrated: over the held-out texts (without any, the training's) mean 0,
+        std 1.
 
-        Prompts and completions are strings, which are read as one text, or message lists. Raises InputError for a text longer than the model's context.
+        Prompts and completions are strings, which are read as one text, or message lists. Raises InputError
+        for a text longer than the model's context.
         """
         self._calibrate()
         return RewardScorer(self.policy)(prompts, completions)
@@ -111,8 +116,8 @@ class RewardModel:
         return self.score(prompts, completions)
 
     def save(self, folder: str | Path) -> None:
-        """Write the model, the adapter merged in, with its head and calibration: what `task.reward` and `RewardModel.load`
-        take. Raises InputError if the disk does not take it.
+        """Write the model, the adapter merged in, with its head and calibration: what `task.reward` and
+        `RewardModel.load` take. Raises InputError if the disk does not take it.
         """
         self._calibrate()
         self._session.save(folder)
@@ -121,8 +126,8 @@ class RewardModel:
     def load(cls, folder: str | Path, data: Any = None, *, verbose: int = 1) -> RewardModel:
         """Go on from a run folder, or take what `save` wrote, to score with.
 
-        `data` are the preferences where they were given in Python. Raises InputError for a folder of another kind, or data
-        that is not what the run was begun with.
+        `data` are the preferences where they were given in Python. Raises InputError for a folder of another
+        kind, or data that is not what the run was begun with.
         """
         config, run = open_folder(folder, "RewardModel", is_given=data is not None)
         if run is None:
@@ -144,7 +149,10 @@ class RewardModel:
         self._calibrated_at = self._session.updates
 
     def _write_calibration(self) -> None:
-        """Leave the numbers and, where it can be drawn, their plot. Raises InputError if the disk does not take the numbers."""
+        """Leave the numbers and, where it can be drawn, their plot.
+
+        Raises InputError if the disk does not take the numbers.
+        """
         self._calibrate()
         folder = self._session.training.folder.path
         try:

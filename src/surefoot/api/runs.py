@@ -1,7 +1,7 @@
 """The one door to a run: `start` a new one from its configuration, `resume` one from its folder, `finish` it.
 
-Whatever starts runs comes through here: the command line, pipelines, the demo, recipes and benchmarks. Nothing heavy is imported
-before a run's configuration is known to be one.
+Whatever starts runs comes through here: the command line, pipelines, the demo, recipes and benchmarks.
+Nothing heavy is imported before a run's configuration is known to be one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def check(config: Config, *, where: str = "config") -> None:
 
 
 def start(config: Config, *, verbose: int = 1) -> Run:
-    """The new run that `config` describes, before its first update. Raises InputError for anything unusable."""
+    """The new run that `config` describes, not yet begun. Raises InputError for anything unusable."""
     check(config)
     if config.rejection_sampling is not None:
         from surefoot.api.rejection import RejectionSampling
@@ -60,7 +60,10 @@ def start(config: Config, *, verbose: int = 1) -> Run:
 
 
 def resume(folder: str | Path, *, verbose: int = 1) -> Run:
-    """The run in `folder`, where its newest whole checkpoint left it. Raises InputError if it cannot go on from files alone."""
+    """The run in `folder`, where its newest whole checkpoint left it.
+
+    Raises InputError if it cannot go on from files alone.
+    """
     config = RunFolder.open(folder).config()
     if config.rejection_sampling is not None:
         from surefoot.api.rejection import RejectionSampling
@@ -80,7 +83,9 @@ def resume(folder: str | Path, *, verbose: int = 1) -> Run:
 
 
 def product(config: Config, folder: Path) -> Path:
-    """What a run leaves in its `folder` for others to use, once it is finished: a model, or a file of examples."""
+    """What a run leaves in its `folder` for others to use, once it is finished: a model, or a file of
+    examples.
+    """
     return folder / ("model" if config.rejection_sampling is None else "completions.jsonl")
 
 

@@ -1,13 +1,16 @@
-"""One run and its life: what `PPO`, `SFT` and `RewardModel` share, and what the same words mean in each of them.
+"""One run and its life: what `PPO`, `SFT` and `RewardModel` share, and what the same words mean in each of
+them.
 
-learn      Train for so much more or, without a number, to the end that was asked for last. The run's folder is made at the
-           first `learn` and held until it returns; a new run starts Python's, NumPy's and torch's global generators from
-           its seed. Whatever stops it first leaves a checkpoint, and `learn()` goes on from there.
-evaluate   The `eval/…` metrics that the run itself logs, of the policy as it is: on the first N held-out prompts, examples or
-           preferences, or N episodes of an environment; N is `evaluate.episodes` where no number is given.
+learn      Train for a number of units more or, without one, to the end that was asked for last. The run's
+           folder is made at the first `learn` and held until it returns; a new run starts Python's, NumPy's
+           and torch's global generators from its seed. Whatever stops it leaves a checkpoint, and `learn()`
+           goes on from there.
+evaluate   The `eval/…` metrics that the run itself logs, of the policy as it is: on the first N held-out
+           prompts, examples or preferences, or N episodes; by default N is `evaluate.episodes`.
 save       The model and its settings in a folder, without what belongs to the run.
-load       Of a run's folder, the run where it stands, bit for bit, with its optimizer and counters; what was given in Python is
-           given again. Of a folder that `save` wrote, the model; training it further is another run.
+load       Of a run's folder, the run where it stands, bit for bit, with its optimizer and counters; what was
+           given in Python is given again. Of a folder that `save` wrote, the model; training it further is
+           another run.
 """
 
 from __future__ import annotations
@@ -50,9 +53,11 @@ SOURCES = {
 
 
 class Session:
-    """A policy, what it learns in or from (`source`), and the run that `learn` makes of them or that `run` is.
+    """A policy, what it learns in or from (`source`), and the run that `learn` makes of them or that `run`
+    is.
 
-    `source` None: nothing to train on. `schedules` are those that are Python functions, `demonstrations` those of `ptx`.
+    `source` None: nothing to train on. `schedules` are those that are Python functions, `demonstrations`
+    those of `ptx`.
     """
 
     def __init__(
@@ -136,8 +141,9 @@ class Session:
         show: bool = False,
         finish: Callable[[], None] = lambda: None,
     ) -> None:
-        """Train for `more` units of the budget, or to the end that was asked for last; `finish` is called before others may
-        have the folder. `model` is what callbacks get as theirs; `show` shows the display even where `verbose` is 0.
+        """Train for `more` units of the budget, or to the end that was asked for last; `finish` is called
+        before others may have the folder. `model` is what callbacks get as theirs; `show` shows the display
+        even where `verbose` is 0.
         """
         training = self.training
         if more is not None:
@@ -169,13 +175,16 @@ class Session:
             *_, held_out = SOURCES[self.config.opener]
             what = f"no held-out {held_out} to evaluate on; give more of them, or a larger held_out"
             if self.config.env is not None:
-                what = "evaluate needs an environment id to make another one from; else use evaluate_policy(model, env)"
+                what = "evaluate needs an environment id; without one use evaluate_policy(model, env)"
             raise InputError(what)
         metrics, _ = rollout.evaluate(count)
         return metrics
 
     def save(self, folder: str | Path, config: Config | None = None) -> None:
-        """Write the policy and its settings, or those of `config`. Raises InputError if the disk does not take it."""
+        """Write the policy and its settings, or those of `config`.
+
+        Raises InputError if the disk does not take it.
+        """
         folder = Path(folder)
         try:
             # A new folder appears when it is whole; one that exists is written into.
@@ -194,7 +203,10 @@ class Session:
 
     @contextlib.contextmanager
     def _held(self, training: loop.Training) -> Iterator[None]:
-        """Hold the run folder, which is free between two `learn`s. Raises InputError if others use it, or have."""
+        """Hold the run folder, which is free between two `learn`s.
+
+        Raises InputError if others use it, or have.
+        """
         folder = training.folder
         if not folder.is_held:
             folder.hold()
@@ -202,7 +214,8 @@ class Session:
             if newest is not None and checkpoint.number_of(newest) > training.progress.updates:
                 folder.release()
                 raise InputError(
-                    f"{folder.path} has gone on elsewhere, to {newest.name}; open it with {self.config.opener}.load"
+                    f"{folder.path} has gone on elsewhere, to {newest.name}; "
+                    f"open it with {self.config.opener}.load"
                 )
         try:
             yield
@@ -211,7 +224,8 @@ class Session:
 
 
 def open_folder(folder: str | Path, kind: str, *, is_given: bool = False) -> tuple[Config, RunFolder | None]:
-    """The settings in a folder and, where it is a run's, the run. `is_given`: what it learns from is given in Python.
+    """The settings in a folder and, where it is a run's, the run. `is_given`: what it learns from is given in
+    Python.
 
     Raises InputError for a folder that `kind` cannot load, or a run from Python without what it learns from.
     """
@@ -282,7 +296,9 @@ def supervised_config(
     settings: dict[str, Any],
     is_begun: bool,
 ) -> Config:
-    """`config` for supervised training of `policy` on `data`, with `settings` over it; of a run that is begun, its own."""
+    """`config` for supervised training of `policy` on `data`, with `settings` over it; of a run that is
+    begun, its own.
+    """
     values = sections_for(config, section)
     values[section] = values.get(section) or {}
     values["new_model"] = None  # made before; with it policy.model could be nothing but a folder's path

@@ -25,15 +25,16 @@ from surefoot.storage.run_folder import RunFolder
 class SFT:
     """Fine-tune a language model on examples of what it should write (supervised fine-tuning).
 
-    `policy` is an asset's name, a local model folder, a Hugging Face hub id or a loaded `CausalLMPolicy`; `data` a JSONL
-    file, a list or a `datasets.Dataset` of `{"text": …}` rows or strings, of `{"prompt": …, "completion": …}` or of
-    `{"messages": […]}`, all of one kind. The loss is the negative log-likelihood of the text, of the completions, or of the
-    assistant's messages, with their end tokens.
+    `policy` is an asset's name, a local model folder, a Hugging Face hub id or a loaded `CausalLMPolicy`;
+    `data` a JSONL file, a list or a `datasets.Dataset` of `{"text": …}` rows or strings, of `{"prompt": …,
+    "completion": …}` or of `{"messages": […]}`, all of one kind. The loss is the negative log-likelihood of
+    the text, of the completions, or of the assistant's messages, with their end tokens.
 
-    Settings are the fields of the configuration by their plain names: `learning_rate=1e-4`, `epochs=2`, `max_tokens=256`,
-    `adapter=None`, `seed=3`, `run_name="mine"`; `config` gives them all at once. `verbose=0` shows nothing; `run` is an
-    existing run folder to go on in (`SFT.load` passes it). Raises InputError for anything unusable, before a model is
-    loaded where that can be known. What `learn`, `evaluate`, `save` and `load` mean: see `api/session.py`.
+    Settings are the fields of the configuration by their plain names: `learning_rate=1e-4`, `epochs=2`,
+    `max_tokens=256`, `adapter=None`, `seed=3`, `run_name="mine"`; `config` gives them all at once.
+    `verbose=0` shows nothing; `run` is an existing run folder to go on in (`SFT.load` passes it). Raises
+    InputError for anything unusable, before a model is loaded where that can be known. What `learn`,
+    `evaluate`, `save` and `load` mean: see `api/session.py`.
     """
 
     def __init__(
@@ -70,8 +71,8 @@ class SFT:
     def learn(self, total_epochs: int | None = None, callback: Any = None) -> SFT:
         """Train for `total_epochs` more passes over the examples, or to the end that was asked for last.
 
-        `callback` is a function, a `BaseCallback` or a list of them (train/callbacks.py). Raises Interrupted after SIGTERM or
-        Ctrl-C, once it has saved.
+        `callback` is a function, a `BaseCallback` or a list of them (train/callbacks.py). Raises Interrupted
+        after SIGTERM or Ctrl-C, once it has saved.
         """
         check_count("total_epochs", total_epochs)
         more = None if total_epochs is None else total_epochs * len(self.data.train)
@@ -79,7 +80,10 @@ class SFT:
         return self
 
     def evaluate(self, examples: int | None = None) -> dict[str, float]:
-        """`eval/nll` and `eval/perplexity` on the first `examples` held-out examples. Raises InputError without any."""
+        """`eval/nll` and `eval/perplexity` on the first `examples` held-out examples.
+
+        Raises InputError without any.
+        """
         return self._session.evaluate(examples, "examples")
 
     @overload
@@ -93,8 +97,8 @@ class SFT:
         return generate_text(self.policy, prompts, config=self.config, seed=seed, **sampling)
 
     def save(self, folder: str | Path) -> None:
-        """Write a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` opens, the adapter merged in: what
-        `PPO(folder, task)` takes next. Raises InputError if the disk does not take it.
+        """Write a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` opens, the adapter merged
+        in: what `PPO(folder, task)` takes next. Raises InputError if the disk does not take it.
         """
         self._session.save(folder)
 
@@ -102,8 +106,8 @@ class SFT:
     def load(cls, folder: str | Path, data: Any = None, *, verbose: int = 1) -> SFT:
         """Go on from a run folder, or train what `save` wrote further.
 
-        `data` are the examples where they were given in Python, and always after `save`. Raises InputError for a folder of
-        another kind, or data that is not what the run was begun with.
+        `data` are the examples where they were given in Python, and always after `save`. Raises InputError
+        for a folder of another kind, or data that is not what the run was begun with.
         """
         config, run = open_folder(folder, "SFT", is_given=data is not None)
         if run is None:

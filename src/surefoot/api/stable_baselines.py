@@ -69,14 +69,15 @@ def _network(policy_kwargs: Mapping[str, Any]) -> dict[str, Any]:
         elif name in LSTM_FLAGS:
             if value is not LSTM_FLAGS[name]:
                 raise InputError(
-                    f"policy_kwargs.{name}: actor and critic have an LSTM each here; network={{'share': True}} gives them one, "
-                    "and one set of layers after it"
+                    f"policy_kwargs.{name}: actor and critic have an LSTM each here; "
+                    "network={'share': True} gives them one, and one set of layers after it"
                 )
         elif name in NETWORK_KEYS:
             network[NETWORK_KEYS[name]] = value
         else:
             known = ", ".join(("activation_fn", *NETWORK_KEYS))
             raise InputError(
-                f"policy_kwargs.{name} has no counterpart ({known} have); pass an nn.Module as the policy instead"
+                f"policy_kwargs.{name} has no counterpart ({known} have); "
+                "pass an nn.Module as the policy instead"
             )
     return network

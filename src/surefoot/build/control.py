@@ -29,8 +29,8 @@ def build_vector(config: Config, env: Any = None, *, for_evaluation: bool = Fals
         vector = wrap_vector(env, seed=seed)
         if settings.n_envs not in (1, vector.num_envs):
             raise InputError(
-                f"n_envs: the environment given has {vector.num_envs}, not {settings.n_envs}; give an id, or a Gymnasium "
-                f"vector environment of {settings.n_envs}"
+                f"n_envs: the environment given has {vector.num_envs}, not {settings.n_envs}; give an "
+                f"id, or a Gymnasium vector environment of {settings.n_envs}"
             )
         return vector
     if settings.id is None:
@@ -39,16 +39,16 @@ def build_vector(config: Config, env: Any = None, *, for_evaluation: bool = Fals
     make = _maker(settings.id)
     if has_two_players(settings):
         if settings.vectorization != "sync":
-            raise InputError(
-                "env.vectorization: two-player games are stepped in one process, for one opponent; leave it out"
-            )
+            raise InputError("env.vectorization: two-player games are stepped in one process; leave it out")
         return make_games(make, n_envs=settings.n_envs, kwargs=kwargs, seed=seed)
     vectorization = "sync" if for_evaluation and settings.vectorization == "async" else settings.vectorization
     return make_vector(make, n_envs=settings.n_envs, vectorization=vectorization, kwargs=kwargs, seed=seed)
 
 
 def build_recorded(config: Config, show: Callable[[Frame, float], None]) -> Vector:
-    """One copy of what a run is evaluated in, begun from the same seeds; `show` gets its first episode's frames."""
+    """One copy of what a run is evaluated in, begun from the same seeds; `show` gets its first episode's
+    frames.
+    """
     assert config.env is not None and config.env.id is not None
     kwargs = config.env.kwargs | config.env.eval_kwargs
     seed = derived_seed(config.seed, "evaluation", 0)
@@ -64,8 +64,8 @@ def _maker(name: str) -> Any:
 
 
 def build_control_policy(config: Config, env: Vector, module: nn.Module | None = None) -> Any:
-    """A network for the environment's spaces. `module` is the user's: a whole policy (`ActingPolicy`), or what extracts
-    features.
+    """A network for the environment's spaces. `module` is the user's: a whole policy (`ActingPolicy`), or
+    what extracts features.
     """
     assert config.env is not None
     device = build_device(config.device)

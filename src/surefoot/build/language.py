@@ -1,4 +1,6 @@
-"""Config -> what a language model learns with: the policy, the task and its rewards, examples and preferences."""
+"""Config -> what a language model learns with: the policy, the task and its rewards, examples and
+preferences.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ def build_policy(config: Config, *, log: Callable[[str], None] = assets.log_to_s
     check_model_folder(source)
     if not os.path.exists(source):
         log(
-            f"{source} is no folder here and no asset ({', '.join(assets.ASSETS)}): asking the Hugging Face hub for it"
+            f"{source} is no folder here and no asset ({', '.join(assets.ASSETS)}): "
+            "asking the Hugging Face hub for it"
         )
     return load_policy(
         source,
@@ -77,20 +80,27 @@ def check_critic(policy: Any, critic: CriticConfig) -> None:
         lacks_own = critic.kind != "shared" and policy.critic is None
         if lacks_own or (critic.stop_gradient and not policy.stop_gradient):
             raise InputError(
-                "policy: it was loaded without what policy.critic asks for; give load_policy the same PolicyConfig(critic=...)"
+                "policy: it was loaded without what policy.critic asks for; give load_policy the same "
+                "PolicyConfig(critic=...)"
             )
 
 
 def check_no_critic(policy: Any) -> None:
-    """Raise InputError for a loaded policy that brings a critic's weights along to where no values are learned."""
+    """Raise InputError for a loaded policy that brings a critic's weights along to where no values are
+    learned.
+    """
     if getattr(policy, "critic", None) is not None:
         raise InputError(
-            "policy: it has a separate critic, which this run would not train; load it with critic.kind: shared"
+            "policy: it has a separate critic, which this run would not train; "
+            "load it with critic.kind: shared"
         )
 
 
 def build_preferences(config: Config, data: Any = None) -> PreferenceDataset:
-    """The preferences of a run: `data`, or what `reward_model.data` names. Raises InputError for what says nothing."""
+    """The preferences of a run: `data`, or what `reward_model.data` names.
+
+    Raises InputError for what says nothing.
+    """
     settings = config.reward_model
     assert settings is not None
     if data is None:
@@ -110,13 +120,17 @@ def build_preferences(config: Config, data: Any = None) -> PreferenceDataset:
 def build_demonstrations(
     settings: SFTConfig | PTXConfig, data: Any = None, *, log: Callable[[str], None] = assets.log_to_stderr
 ) -> Demonstrations:
-    """The examples of a run: `data`, or what the section names. Raises InputError for what cannot be learned from."""
+    """The examples of a run: `data`, or what the section names.
+
+    Raises InputError for what cannot be learned from.
+    """
     is_sft = isinstance(settings, SFTConfig)
     key, given = ("sft.data", "data") if is_sft else ("ptx.data", "ptx_data")
     if data is None:
         if settings.data is None:
             raise InputError(
-                f"{key} is missing: name a JSONL file of examples; what was given in Python ({given}), give again"
+                f"{key} is missing: name a JSONL file of examples; what was given in Python ({given}), "
+                "give again"
             )
         data = assets.resolve(settings.data, key=key, log=log)
     return Demonstrations(
@@ -125,7 +139,10 @@ def build_demonstrations(
 
 
 def build_task(config: Config, *, log: Callable[[str], None] = assets.log_to_stderr) -> TextTask:
-    """The task of a run. Rewards are found before prompts are fetched; reward models are loaded when they are first asked."""
+    """The task of a run.
+
+    Rewards are found before prompts are fetched; reward models are loaded when they are first asked.
+    """
     task = config.task
     if task is None:
         raise InputError("the configuration has no task; name task.prompts and task.reward")
@@ -153,7 +170,9 @@ def _task(
 def build_rewards(
     reward: str | list[RewardPart], build: Callable[[RewardPart, str], RewardFunction]
 ) -> RewardFunction | MixedReward:
-    """The one reward that `task.reward` names, or the sum of its parts; `build` makes each, as `build_reward` does."""
+    """The one reward that `task.reward` names, or the sum of its parts; `build` makes each, as `build_reward`
+    does.
+    """
     if isinstance(reward, str):
         return build(RewardPart(name=reward), "task.reward")
     return MixedReward(
@@ -190,7 +209,10 @@ def _reward_of_model(part: RewardPart, key: str, device: str) -> RewardFunction:
 
 
 def load_reward(folder: str | Path, *, device: str = "auto", key: str = "reward model") -> RewardModelPolicy:
-    """The reward model that lies in `folder`, its run folder or what `save` wrote. Raises InputError naming `key`."""
+    """The reward model that lies in `folder`, its run folder or what `save` wrote.
+
+    Raises InputError naming `key`.
+    """
     folder = _reward_folder(folder, key)
     settings = PolicyConfig(adapter=None, dtype=load_config(folder / SETTINGS).policy.dtype)
     policy = RewardModelPolicy(load_policy(str(folder), settings, device=build_device(device)), seed=0)
@@ -203,16 +225,18 @@ def _reward_folder(folder: str | Path, key: str) -> Path:
     folder = Path(model_of_run(str(folder)))
     if not (folder / REWARD).is_file():
         raise InputError(
-            f"{key}: no reward model in {folder}, which would have a {REWARD}; train it to its end, or save it"
+            f"{key}: no reward model in {folder}, which would have a {REWARD}; "
+            "train it to its end, or save it"
         )
     return folder
 
 
 def check_sources(config: Config, *, made: Collection[str]) -> TextTask | None:
-    """Read whatever a run learns from, but for paths that will have been `made` by then; the task, if its prompts are there.
+    """Read whatever a run learns from, but for paths that will have been `made` by then; the task, if its
+    prompts are there.
 
-    Raises InputError for what cannot be learned from, and for rewards that fail. Reward models are not loaded: stand-ins take
-    their place.
+    Raises InputError for what cannot be learned from, and for rewards that fail. Reward models are not
+    loaded: stand-ins take their place.
     """
     for section in (config.sft, config.ptx):
         if section is not None and section.data not in made:

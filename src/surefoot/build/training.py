@@ -101,7 +101,8 @@ def build_training(
     demonstrations: Demonstrations | None = None,
     rollout: Rollout | None = None,
 ) -> loop.Training:
-    """A run at its beginning, in a new folder where none is given, or at the newest whole checkpoint of its folder.
+    """A run at its beginning, in a new folder where none is given, or at the newest whole checkpoint of its
+    folder.
 
     `rollout` is what `build_rollout` gives, where it has been built before.
     """

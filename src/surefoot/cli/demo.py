@@ -38,9 +38,9 @@ def run_demo(overrides: dict[str, str]) -> None:
     model = runs.start(config)
     assert isinstance(model, PPO)
     console.print(
-        f"PPO teaches {config.policy.model} to continue movie-review openings cheerfully: {config.rollout.total_episodes} "
-        f"episodes, reward: VADER's sentiment of the continuation, on {model.policy.device.type} in "
-        f"{str(model.policy.dtype).removeprefix('torch.')}.",
+        f"PPO fine-tunes {config.policy.model} to continue movie-review openings cheerfully: "
+        f"{config.rollout.total_episodes} episodes, reward: VADER's sentiment of the continuation, on "
+        f"{model.policy.device.type} in {str(model.policy.dtype).removeprefix('torch.')}.",
         highlight=False,
     )
     started = time.monotonic()
@@ -86,7 +86,9 @@ def show_change(run: RunFolder, console: Console, minutes: float) -> None:
 
 
 def _programs_folder() -> str:
-    """What to type before `surefoot`: nothing where the shell finds it, else the folder this program was started from."""
+    """What to type before `surefoot`: nothing where the shell finds it, else the folder this program was
+    started from.
+    """
     if shutil.which("surefoot"):
         return ""
     folder = Path(sys.argv[0]).parent

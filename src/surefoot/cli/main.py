@@ -27,7 +27,10 @@ every field of the configuration is a flag: --seed 3 --ppo.kl-coef 0.02 --run.na
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `surefoot`. Ends with an exit code; the user's mistakes are one line, bugs are tracebacks."""
+    """Entry point of `surefoot`.
+
+    Ends with an exit code; the user's mistakes are one line, bugs are tracebacks.
+    """
     _quieten()
     try:
         options, overrides = _parse(list(sys.argv[1:] if arguments is None else arguments))
@@ -67,7 +70,7 @@ def new_model(options: argparse.Namespace, overrides: dict[str, str]) -> None:
         raise InputError(f"{options.file}: the new model needs a folder; name one as policy.model")
     if config.policy.adapter is not None:
         raise InputError(
-            f"{options.file}: random weights are no base for an adapter; train all of them: policy.adapter: null"
+            f"{options.file}: random weights are no base for an adapter; train all: policy.adapter: null"
         )
     from surefoot.api.new_model import write_new_model
 
@@ -146,7 +149,7 @@ def import_trl(options: argparse.Namespace, overrides: dict[str, str]) -> None:
         import_value_head(source, output)
         print(f"model: {output}")
         print(
-            f"next:  in Python, PPO.load({str(output)!r}, task) keeps the critic; surefoot ppo begins a new one"
+            f"next:  PPO.load({str(output)!r}, task) in Python keeps the critic; surefoot ppo starts another"
         )
         return
     from surefoot.migrate.trl.translate import import_settings
@@ -178,7 +181,10 @@ def _config(options: argparse.Namespace, overrides: dict[str, str], section: str
 
 
 def _start(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    """Start the run of a verb's file and bring it to its end. Raises InputError for a file that is another verb's."""
+    """Start the run of a verb's file and bring it to its end.
+
+    Raises InputError for a file that is another verb's.
+    """
     from surefoot.api import runs
     from surefoot.config import load_config
 
@@ -191,7 +197,8 @@ def _start(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     if config.verb != verb and (verb == "ppo" or config.verb != "ppo"):
         section, file = config.verb.replace("-", "_"), shlex.quote(options.file)
         raise InputError(
-            f"{options.file}: has {'an' if section == 'sft' else 'a'} {section} section; that is for: surefoot {config.verb} {file}"
+            f"{options.file}: has {'an' if section == 'sft' else 'a'} {section} section; "
+            f"that is for: surefoot {config.verb} {file}"
         )
     if config.verb != verb:
         section = verb.replace("-", "_")
@@ -335,7 +342,10 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
 
 def _split_fields(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Take `--section.field value` and `--section.field=value` out of the arguments. Raises InputError without a value."""
+    """Take `--section.field value` and `--section.field=value` out of the arguments.
+
+    Raises InputError without a value.
+    """
     others: list[str] = []
     overrides: dict[str, str] = {}
     rest = iter(arguments)
@@ -353,7 +363,9 @@ def _split_fields(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def _quieten() -> None:
-    """Kernels and libraries warn about things the user can do nothing about; Surefoot's own messages are enough."""
+    """Kernels and libraries warn about things the user can do nothing about; Surefoot's own messages are
+    enough.
+    """
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -76,10 +76,11 @@ class VideoRecorder:
 def play_run(
     source: str | Path, *, episodes: int = 10, output: str | Path | None = None, kind: str = "gif"
 ) -> list[Episode]:
-    """Play a run's best policy on `episodes` evaluation episodes with greedy actions; print and draw the outcome.
+    """Play a run's best policy on `episodes` evaluation episodes with greedy actions; print and draw the
+    outcome.
 
-    Writes `episode.gif` (or .mp4, by `kind`) of the first episode and `returns.png` into `output` (default: `play/` in the
-    run). Raises InputError for a run that has no environment, or where a library is missing.
+    Writes `episode.gif` (or .mp4, by `kind`) of the first episode and `returns.png` into `output` (default:
+    `play/` in the run). Raises InputError for a run that has no environment, or where a library is missing.
     """
     run = RunFolder.open(source)
     config = run.config()
@@ -89,7 +90,7 @@ def play_run(
         )
     if config.env.id is None:
         raise InputError(
-            f"{source} has an environment made in Python; play there: evaluate_policy(PPO.open(run, env), env)"
+            f"{source} has an environment made in Python; there: evaluate_policy(PPO.open(run, env), env)"
         )
     if episodes < 1:
         raise InputError(f"--episodes: expected a whole number above 0, got {episodes}")
@@ -117,7 +118,8 @@ def _play(model: PPO, episodes: int, video: VideoRecorder) -> list[Episode]:
     fps = ATARI_FPS / float(model.config.env.kwargs.get("frameskip", 4))
 
     def on_step(step: VectorStep) -> None:
-        # A vectorised Atari game cannot be rendered, but what the policy sees of it are pictures: the newest of the stack.
+        # A vectorised Atari game cannot be rendered, but what the policy sees of it are pictures: the newest
+        # of the stack.
         if sees_pictures and not is_over[0]:
             video.show(step.observations[OBSERVATION][0][-1], fps)
             is_over[0] = bool(step.terminated[0] | step.truncated[0])
@@ -163,7 +165,9 @@ def _summary(name: str, played: list[Episode]) -> list[str]:
 
 
 def draw(path: Path, name: str, rows: list[dict[str, Any]], played: list[Episode]) -> None:
-    """Write a PNG: the learning curve from the rows of metrics.jsonl, beside a histogram of the played returns."""
+    """Write a PNG: the learning curve from the rows of metrics.jsonl, beside a histogram of the played
+    returns.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.4), dpi=120, layout="constrained")

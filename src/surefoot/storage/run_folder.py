@@ -101,7 +101,10 @@ class RunFolder:
         return self._unlock is not None
 
     def hold(self) -> None:
-        """Take the folder until `release` or the end of this object. Raises InputError if somebody else has it."""
+        """Take the folder until `release` or the end of this object.
+
+        Raises InputError if somebody else has it.
+        """
         if self.is_held:
             return
         try:
@@ -125,7 +128,8 @@ class RunFolder:
         """Add one JSON line per row to a log. Raises InputError if the disk does not take them."""
         lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
         try:
-            # A lone surrogate has no UTF-8; written as `\\udXXX` it is JSON's own escape and reads back the same.
+            # A lone surrogate has no UTF-8; written as `\\udXXX` it is JSON's own escape and reads back the
+            # same.
             with (self.path / log).open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(lines)
         except OSError as error:
@@ -134,7 +138,9 @@ class RunFolder:
             ) from error
 
     def log_sizes(self) -> dict[str, int]:
-        """Bytes in each log, durable from here on: a checkpoint keeps them, and resuming cuts what came after it."""
+        """Bytes in each log, durable from here on: a checkpoint keeps them, and resuming cuts what came after
+        it.
+        """
         sizes = dict.fromkeys(LOGS, 0)
         for log in LOGS:
             if (self.path / log).exists():

@@ -13,7 +13,7 @@ from surefoot.errors import InputError
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, in separate memory. Raises InputError for anything that is no such file."""
+    """Tensors of a safetensors file, in separate memory. Raises InputError for any other file."""
     try:
         return {name: tensor.clone() for name, tensor in load_file(file).items()}
     except (OSError, SafetensorError) as error:

@@ -1,7 +1,7 @@
 """Callbacks: a user's code that sees a training go by and may end it, with Stable-Baselines3's hooks.
 
-What counts as a step depends on the run. With an environment it is one step of all sub-environments; in every other run
-it is one update, once its metrics are known.
+What counts as a step depends on the run. With an environment it is one step of all sub-environments; in every
+other run it is one update, once its metrics are known.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from surefoot.train.signals import RolloutAborted
 
 
 class BaseCallback:
-    """Override `_on_step` and the other hooks; `_on_step` returning False ends `learn` as if the budget were used up.
+    """Override `_on_step` and the other hooks; `_on_step` returning False ends `learn` as if the budget were
+    used up.
 
-    `training` is the run, `model` what `learn` was called on (None without one), `training_env` its environment or task;
-    `n_calls` counts steps, `num_timesteps` units of the run's budget (timesteps, episodes or examples). `locals` holds the last step's
-    `rewards`, `dones` and `infos` in a run with an environment, and the last update's `metrics` in any other.
+    `training` is the run, `model` what `learn` was called on (None without one), `training_env` its
+    environment or task; `n_calls` counts steps, `num_timesteps` units of the run's budget (timesteps,
+    episodes or examples). `locals` holds the last step's `rewards`, `dones` and `infos` in a run with an
+    environment, and the last update's `metrics` in any other.
     """
 
     training: Training
@@ -66,7 +68,7 @@ class BaseCallback:
 
 
 class CallbackAdapter:
-    """Callbacks as the loop knows them: an observer, and what is called between the steps of an environment."""
+    """Callbacks as the loop knows them: an observer, and what is called between environment steps."""
 
     def __init__(self, callbacks: list[Any], training: Training):
         self.callbacks, self.training = callbacks, training
@@ -97,7 +99,10 @@ class CallbackAdapter:
             self._step({"metrics": dict(metrics)})
 
     def on_env_step(self) -> None:
-        """Called before each step of an environment and after the last. Raises RolloutAborted if a callback wants to end."""
+        """Called before each step of an environment and after the last.
+
+        Raises RolloutAborted if a callback wants to end.
+        """
         latest = getattr(self.training.rollout, "latest", None)
         if latest is not None and latest is not self._seen:
             self._seen = latest
@@ -136,7 +141,8 @@ def infos_by_env(infos: Mapping[str, Any], num_envs: int) -> list[dict[str, Any]
 
 @contextlib.contextmanager
 def calling(callback: Any, training: Training, model: Any = None) -> Iterator[CallbackAdapter]:
-    """Let `callback` observe a training: a function `(locals, globals) -> bool | None`, a `BaseCallback`, or a list of them.
+    """Let `callback` observe a training: a function `(locals, globals) -> bool | None`, a `BaseCallback`, or
+    a list of them.
 
     `model` is what callbacks get as theirs. Raises InputError for what is no callback.
     """

@@ -1,4 +1,6 @@
-"""What a run shows while it lasts: a live table with a progress bar in a terminal, one line an update elsewhere."""
+"""What a run shows while it lasts: a live table with a progress bar in a terminal, one line an update
+elsewhere.
+"""
 
 from __future__ import annotations
 

@@ -11,9 +11,11 @@ from surefoot.train.observers.tensorboard import TensorBoard
 
 @contextmanager
 def observed(training: loop.Training, *, show: bool) -> Iterator[None]:
-    """Let TensorBoard and, with `show`, the display observe the training, beside the observers its owner has added.
+    """Let TensorBoard and, with `show`, the display observe the training, beside the observers its owner has
+    added.
 
-    Nothing is added where nothing is left to do. Raises InputError if the disk does not take TensorBoard's file.
+    Nothing is added where nothing is left to do. Raises InputError if the disk does not take TensorBoard's
+    file.
     """
     with ExitStack() as stack:
         if not training.is_finished:

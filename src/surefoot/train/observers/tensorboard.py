@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class TensorBoard:
     """An observer that writes the same metrics for TensorBoard.
 
-    Written here and now, not by torch's SummaryWriter: its thread would find out later that the disk is full, and say so
-    in a traceback. Raises InputError then.
+    Written here and now, not by torch's SummaryWriter: its thread would find out later that the disk is full,
+    and say so in a traceback. Raises InputError then.
     """
 
     def __init__(self, folder: Path, *, purge_from: int | None = None):
