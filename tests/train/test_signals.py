@@ -19,7 +19,7 @@ from tests.train.small_run import assert_equal, noisy_letters, python_ppo, pytho
 from tests.train.warm import Strike, Warm, cold, wait_for
 
 TERM, INT, KILL = int(signal.SIGTERM), int(signal.SIGINT), int(signal.SIGKILL)
-DECODE = "surefoot.generation.engine:_Engine.decode"
+DECODE = "surefoot.generation.engine:TokenEngine._decode"
 REWARD = "random:gauss"
 STEP = "surefoot.train.update:take_step"
 STEPS_AN_UPDATE = 4
