@@ -9,30 +9,12 @@ import statistics
 from pathlib import Path
 
 import pytest
-import torch
 
 from surefoot import RewardModel
-from surefoot.core.preference import reliability
 from tests.inputs import fill_disk, model_folder, refusal
 from tests.test_reward_model import FAST, PAIRS, RATINGS
 
 pytestmark = pytest.mark.usefixtures("in_own_folder")
-
-
-def test_bins_and_their_error_by_hand():
-    # Two bins of ten: predictions .1 (observed 0, 2 of 10 are 1) and .9 (all are 1), given in no order.
-    predicted = torch.tensor([0.9, 0.1] * 10)
-    observed = torch.tensor([1.0, 1.0, 1.0, 1.0] + [1.0, 0.0] * 8)
-    rows, error = reliability(predicted, observed)
-    assert [row["predicted"] for row in rows] == pytest.approx([0.1, 0.9])
-    assert [row["observed"] for row in rows] == pytest.approx([0.2, 1.0]) and [row["count"] for row in rows] == [10, 10]
-    # Of two ones in ten the sample variance is (2 · .8² + 8 · .2²) / 9 = 1.6 / 9.
-    assert [row["standard_error"] for row in rows] == pytest.approx([math.sqrt(1.6 / 9 / 10), 0.0])
-    assert error == pytest.approx(0.1)
-    assert len(reliability(predicted[:9], observed[:9])[0]) == 1 and len(reliability(predicted, observed, bins=1)[0]) == 1
-    many = torch.linspace(0, 1, 1000)
-    rows, error = reliability(many, many)
-    assert len(rows) == 10 and error == pytest.approx(0, abs=1e-6)
 
 
 def test_a_run_on_pairs_leaves_probabilities_beside_what_people_chose():
@@ -62,13 +44,6 @@ def test_a_run_on_ratings_predicts_them_in_the_raters_units():
     low, high = left["bins"][0], left["bins"][-1]
     assert low["predicted"] == pytest.approx(480, abs=5) and high["predicted"] == pytest.approx(528, abs=5)
     assert left["calibration_error"] < 3
-    # Without held-out texts it says so, and learning on writes it again.
-    model = RewardModel(model_folder(), data, **FAST | {"held_out": 0.0, "epochs": 1}).learn()
-    assert model.run_folder is not None
-    before = (model.run_folder / "calibration.json").read_bytes()
-    assert json.loads(before)["texts"] == "training"
-    model.learn(1)
-    assert (model.run_folder / "calibration.json").read_bytes() != before
 
 
 @pytest.mark.parametrize("data", [PAIRS, RATINGS], ids=["pairs", "ratings"])
@@ -83,17 +58,23 @@ def test_the_plot_is_drawn_where_matplotlib_is_and_left_out_where_it_is_not(monk
     assert Path("runs/bare/calibration.json").exists() and not Path("runs/bare/calibration.png").exists()
 
 
-def test_a_plot_that_fails_does_not_cost_the_model(monkeypatch, capsys):
+def test_a_plot_that_fails_does_not_cost_the_model_and_a_full_disk_is_one_line(monkeypatch, capsys):
     def fail(*_):
         raise ImportError("numpy.core.multiarray failed to import")
 
     monkeypatch.setattr("surefoot.api.reward_model.draw_calibration", fail)
     model = RewardModel(model_folder(), PAIRS, run_name="run", **FAST | {"epochs": 1}).learn()
-    assert capsys.readouterr().err == ("surefoot: calibration.png could not be drawn: numpy.core.multiarray failed to import\n")
+    assert capsys.readouterr().err == "surefoot: calibration.png could not be drawn: numpy.core.multiarray failed to import\n"
     assert model.is_finished and Path("runs/run/calibration.json").exists()
-
-
-def test_a_full_disk_is_one_line(monkeypatch):
     fill_disk(monkeypatch, "calibration.json")
-    model = RewardModel(model_folder(), PAIRS, **FAST | {"epochs": 1})
-    assert refusal(model.learn) == "runs/reward-model-1/calibration.json could not be written: No space left on device"
+    refusal(lambda: model.learn(1), "runs/run/calibration.json", "No space left on device")
+
+
+def test_with_fewer_than_two_held_out_rows_the_training_rows_calibrate():
+    for held_out in (0.0, 1e-9):
+        model = RewardModel(model_folder(), RATINGS, **FAST | {"held_out": held_out, "epochs": 1}).learn()
+        assert model.data is not None and len(model.data.held_out) == (held_out > 0) and model.run_folder is not None
+        before = (model.run_folder / "calibration.json").read_bytes()
+        assert json.loads(before)["texts"] == "training" and model.policy.scale != 1
+    model.learn(1)  # learning on writes it again
+    assert (model.run_folder / "calibration.json").read_bytes() != before

@@ -7,7 +7,15 @@ import math
 import pytest
 import torch
 
-from surefoot.core.preference import pearson, preference_loss, preference_stats, rating_loss, share_in_order, spearman
+from surefoot.core.preference import (
+    pearson,
+    preference_loss,
+    preference_stats,
+    rating_loss,
+    reliability,
+    share_in_order,
+    spearman,
+)
 
 
 def tensor(*values: float) -> torch.Tensor:
@@ -66,3 +74,19 @@ def test_pairs_of_unlike_ratings_are_counted_once_each():
     assert share_in_order(tensor(1, 2, 3), tensor(1, 3, 2)) == pytest.approx(2 / 3)
     assert share_in_order(tensor(1, 1, 7), tensor(1, 2, 2)) == pytest.approx(0.75)  # a tie, one in order, one not counted
     assert share_in_order(tensor(1, 2), tensor(3, 3)) == 0.5
+
+
+def test_bins_and_their_error_by_hand():
+    # Two bins of ten: predictions .1 (observed 0, 2 of 10 are 1) and .9 (all are 1), given in no order.
+    predicted = torch.tensor([0.9, 0.1] * 10)
+    observed = torch.tensor([1.0, 1.0, 1.0, 1.0] + [1.0, 0.0] * 8)
+    rows, error = reliability(predicted, observed)
+    assert [row["predicted"] for row in rows] == pytest.approx([0.1, 0.9])
+    assert [row["observed"] for row in rows] == pytest.approx([0.2, 1.0]) and [row["count"] for row in rows] == [10, 10]
+    # Of two ones in ten the sample variance is (2 · .8² + 8 · .2²) / 9 = 1.6 / 9.
+    assert [row["standard_error"] for row in rows] == pytest.approx([math.sqrt(1.6 / 9 / 10), 0.0])
+    assert error == pytest.approx(0.1)
+    assert len(reliability(predicted[:9], observed[:9])[0]) == 1 and len(reliability(predicted, observed, bins=1)[0]) == 1
+    many = torch.linspace(0, 1, 1000)
+    rows, error = reliability(many, many)
+    assert len(rows) == 10 and error == pytest.approx(0, abs=1e-6)
