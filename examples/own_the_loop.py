@@ -14,7 +14,18 @@ import collections
 
 import torch
 
-from surefoot import TextTask, advantages, assets, collect, load_policy, make_env, make_optimizer, make_policy, update
+from surefoot import (
+    PPOObjective,
+    TextTask,
+    advantages,
+    assets,
+    collect,
+    load_policy,
+    make_env,
+    make_optimizer,
+    make_policy,
+    update,
+)
 from surefoot.config import Config
 
 PROMPTS = ["The weather today is", "My neighbour has", "In the old town", "We talked about", "The film begins when"]
@@ -30,13 +41,14 @@ def text(model: str, updates: int, episodes: int) -> None:
     config = Config(ppo={"batch_size": 8, "n_epochs": 2, "learning_rate": 1e-3}, kl={"coef": 0.05})
     policy = load_policy(assets.resolve(model))
     task = TextTask(PROMPTS, short_words, held_out=0.0)
-    optimizer = make_optimizer(policy, config)  # one for all updates, since Adam remembers
+    objective = PPOObjective(config)
+    optimizer = make_optimizer(policy, objective)  # one for all updates, since Adam remembers
     shuffle = torch.Generator().manual_seed(0)  # and one generator, so that every update shuffles in another order
     for number in range(updates):
         first = number * episodes  # an episode's number decides its prompt and its randomness
         batch = advantages(collect(policy, task, episodes=episodes, first_episode=first, version=number, config=config), config)
         learning_rate = config.ppo.learning_rate * (1 - number / updates)
-        result = update(policy, batch, optimizer=optimizer, config=config, learning_rate=learning_rate, generator=shuffle)
+        result = update(policy, batch, objective, optimizer=optimizer, learning_rate=learning_rate, generator=shuffle)
 
         reward = sum(t.reward for t in batch.trajectories) / len(batch)
         kl = sum(t.kl for t in batch.trajectories) / len(batch)
@@ -49,13 +61,14 @@ def gym(env_id: str, updates: int) -> None:
     config = Config(policy={"model": "MlpPolicy"}, env={"n_steps": 128}, ppo=ppo)
     env = make_env(env_id, n_envs=8)  # it knows where its episodes stand: each `collect` goes on there
     policy = make_policy(env)
-    optimizer = make_optimizer(policy, config)
+    objective = PPOObjective(config)
+    optimizer = make_optimizer(policy, objective)
     shuffle = torch.Generator().manual_seed(0)
     torch.set_num_threads(1)  # in a network this small, threads would only wait for each other
     returns: collections.deque[float] = collections.deque(maxlen=100)  # of the latest episodes
     for number in range(updates):
         batch = advantages(collect(policy, env, version=number, config=config), config)
-        result = update(policy, batch, optimizer=optimizer, config=config, generator=shuffle)
+        result = update(policy, batch, objective, optimizer=optimizer, generator=shuffle)
 
         returns.extend(episode.total for episode in batch.trajectories)  # those that ended in this rollout
         mean = sum(returns) / max(len(returns), 1)

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from surefoot.config import Config, PTXConfig, nested
 from surefoot.rollout.batch import text_batch
+from surefoot.train.objective import Objective, UpdateResult
+from surefoot.train.ppo_objective import PPOObjective
+from surefoot.train.update import update
 from surefoot.types import Batch, Evaluation, StopReason, Trajectory, Turn
 
 
@@ -42,7 +45,6 @@ class BigramPolicy(nn.Module):
 
     exact_logprobs = True
     reads_whole_rows = True
-    threads = None
 
     def __init__(self, *, seed: int = 0, reference: Tensor | None = None, off_mask: float = 0.0):
         super().__init__()
@@ -58,9 +60,6 @@ class BigramPolicy(nn.Module):
     @property
     def device(self) -> torch.device:
         return CPU
-
-    def closed_form(self, optimizer: torch.optim.Optimizer) -> None:
-        return None
 
     def named_parameters_to_train(self) -> Iterable[tuple[str, nn.Parameter]]:
         return [("logits", self.logits_VV), ("values", self.values_V)]
@@ -146,6 +145,23 @@ def padded(batch: Batch, columns: int, *, poison: float) -> Batch:
     changes["observations"] = {name: wider(value) for name, value in batch.observations.items()}
     wide = dataclasses.replace(batch, **changes)
     for name in ("logprobs_BT", "values_BT", "rewards_BT", "bootstrap_BT", "reference_logprobs_BT", "behaviour_logprobs_BT"):
-        if getattr(wide, name) is not None:
+        if getattr(wide, name) is not None and len(getattr(wide, name)):
             setattr(wide, name, torch.where(wide.mask_BT, getattr(wide, name), poison))
     return wide
+
+
+def train(policy: BigramPolicy, batch: Batch, config: Config, **options: Any) -> UpdateResult:
+    """An update with all that `config` says of PPO."""
+    return update(policy, batch, PPOObjective(config), **options)
+
+
+def gradient_of(
+    objective: Objective, policy: Any, batch: Batch, *, rows: Tensor | None = None, tokens: int = 1_000
+) -> tuple[list[Tensor], Any]:
+    """Copies of the gradients of a minibatch, by default of all rows, in the order of the parameters, and its sums."""
+    parameters = [parameter for _, parameter in policy.named_parameters_to_train()]
+    for parameter in parameters:
+        parameter.grad = None
+    rows = torch.arange(len(batch)) if rows is None else rows
+    stats = objective.gradient(policy, batch, rows, token_budget=tokens)
+    return [parameter.grad.clone() for parameter in parameters if parameter.grad is not None], stats

@@ -16,6 +16,7 @@ import transformers
 import surefoot
 from surefoot import PPO, SFT, RewardModel, TextTask, advantages, collect, load_policy, update
 from surefoot.config import AdapterConfig, Config, PolicyConfig, make_config
+from surefoot.train.ppo_objective import PPOObjective
 from tests.fakes import config_of
 from tests.inputs import PROMPTS, Rows, model_folder, refusal
 from tests.tiny import tiny_policy, tiny_tokenizer
@@ -44,6 +45,7 @@ def test_the_public_names_are_sorted_and_complete():
     promised = {
         "BaseCallback",
         "PPO",
+        "PPOObjective",
         "RewardModel",
         "SFT",
         "TextTask",
@@ -111,8 +113,7 @@ SIGNATURES = {
     collect: "(policy, env, *, episodes=64, first_episode=0, seed=0, version=0, engine=None, config=None)",
     advantages: "(batch, config=None)",
     update: (
-        "(policy, batch, *, optimizer=None, config=None, learning_rate=None, generator=None, budget=None, "
-        "before_first_step=None)"
+        "(policy, batch, objective=None, *, optimizer=None, learning_rate=None, generator=None, budget=None, check_first=False)"
     ),
     load_policy: "(source, config=None, *, device='cpu', seed=0)",
 }
@@ -184,7 +185,7 @@ def test_the_loops_parts_are_a_loop_of_ones_own():
     before = [p.detach().clone() for _, p in policy.named_parameters_to_train()]
     batch = collect(policy, task(held_out=0), episodes=4)
     advantages(batch, ppo)
-    result = update(policy, batch, optimizer=optimizer, config=ppo)
+    result = update(policy, batch, PPOObjective(ppo), optimizer=optimizer)
     assert result.steps == 1
     assert any(not torch.equal(a, p) for a, (_, p) in zip(before, policy.named_parameters_to_train(), strict=True))
 

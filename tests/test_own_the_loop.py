@@ -13,7 +13,7 @@ import gymnasium
 import pytest
 import torch
 
-from surefoot import PPO, advantages, collect, make_env, make_optimizer, make_policy, update
+from surefoot import PPO, PPOObjective, advantages, collect, make_env, make_optimizer, make_policy, update
 from surefoot.config import Config
 from surefoot.core.seeds import derived_seed
 from tests.inputs import refusal
@@ -59,11 +59,12 @@ def test_ones_own_loop_is_the_loop(tmp_path: Path) -> None:
     model = PPO("MlpPolicy", "CartPole-v1", verbose=0, device="cpu", run_folder=str(tmp_path), **settings).learn(96)
     config, env = config_of(), make_env("CartPole-v1", n_envs=2, seed=3)
     policy = make_policy(env, seed=3)
-    optimizer = make_optimizer(policy, config)
+    objective = PPOObjective(config)
+    optimizer = make_optimizer(policy, objective)
     for number in range(3):
         batch = advantages(collect(policy, env, seed=3, version=number, config=config), config)
         shuffle = torch.Generator().manual_seed(derived_seed(3, "minibatches", number))
-        update(policy, batch, optimizer=optimizer, config=config, generator=shuffle)
+        update(policy, batch, objective, optimizer=optimizer, generator=shuffle)
     theirs = dict(model.policy.named_parameters())
     assert all(torch.allclose(parameter, theirs[name], atol=1e-6) for name, parameter in policy.named_parameters())
 

@@ -169,8 +169,8 @@ def test_the_runs_under_test_exercise_what_they_should(kind: str, expected: dict
     rates = [value for row in log for name, value in row.items() if name.endswith("/learning_rate")]
     assert max(rates) > rates[-1] and any(len(row) > 2 and "eval/metric" in row for row in log)
     if kind == "ptx":
-        handed_out = json.dumps(expected["state"]).count('"handed_out": 0')
-        assert not handed_out and 1.0 in [row.get("ppo/stopped_early") for row in log]
+        taken = json.dumps(expected["state"]).count('"taken": 0')
+        assert not taken and 1.0 in [row.get("ppo/stopped_early") for row in log]
 
 
 @pytest.mark.parametrize(("kind", "place"), CASES, ids=[": ".join(case) for case in CASES])

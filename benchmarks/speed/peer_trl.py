@@ -24,7 +24,8 @@ from surefoot.config import Config, PolicyConfig, PPOConfig, RolloutConfig
 from surefoot.envs.text import TextTask
 from surefoot.policies.lm.policy import load_policy
 from surefoot.rollout.text import TextRollout, text_engine
-from surefoot.train.update import advantages, make_optimizer, update
+from surefoot.train.ppo_objective import PPOObjective, advantages
+from surefoot.train.update import make_optimizer, update
 
 
 def main() -> None:
@@ -62,12 +63,12 @@ def main() -> None:
     )
     engine = text_engine(policy, config.generation)
     rollout = TextRollout(policy, task, engine=engine, config=config, seed=0)
-    optimizer = make_optimizer(policy, config)
+    optimizer = make_optimizer(policy, PPOObjective(config))
     ours, theirs = [], []
     for number in range(options.rounds + 1):  # the first of each warms up
         started = time.perf_counter()
         batch = rollout.collect(first_episode=number * options.episodes, episodes=options.episodes)
-        update(policy, advantages(batch, config), optimizer=optimizer, config=config)
+        update(policy, advantages(batch, config), PPOObjective(config), optimizer=optimizer)
         ours.append(time.perf_counter() - started)
         started = time.perf_counter()
         trl.stdin.write("go\n")

@@ -22,7 +22,8 @@ from surefoot.envs.text import TextTask
 from surefoot.policies.lm import token_logprobs as head
 from surefoot.policies.lm.policy import load_policy
 from surefoot.rollout.text import TextRollout, text_engine
-from surefoot.train.update import advantages, make_optimizer, update
+from surefoot.train.ppo_objective import PPOObjective, advantages
+from surefoot.train.update import make_optimizer, update
 
 
 def main() -> None:
@@ -44,11 +45,11 @@ def main() -> None:
     )
     engine = text_engine(policy, config.generation)
     rollout = TextRollout(policy, task, engine=engine, config=config, seed=0)
-    optimizer = make_optimizer(policy, config)
+    optimizer = make_optimizer(policy, PPOObjective(config))
 
     batch = rollout.collect(first_episode=0, episodes=options.episodes)
     advantages(batch, config)
-    step = lambda: update(policy, batch, optimizer=optimizer, config=config)
+    step = lambda: update(policy, batch, PPOObjective(config), optimizer=optimizer)
     step()
     rows: dict[str, list[float]] = {
         "rollout": [],

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from surefoot.errors import GateError, InputError, Interrupted, NonFiniteError, SurefootError
     from surefoot.policies.lm.policy import load_policy
     from surefoot.train.callbacks import BaseCallback
-    from surefoot.train.update import advantages, make_optimizer, update
+    from surefoot.train.ppo_objective import PPOObjective, advantages
+    from surefoot.train.update import make_optimizer, update
 
 _HOMES = {
     "GateError": "errors",
@@ -24,12 +25,13 @@ _HOMES = {
     "Interrupted": "errors",
     "NonFiniteError": "errors",
     "PPO": "api.ppo",
+    "PPOObjective": "train.ppo_objective",
     "RewardModel": "api.reward_model",
     "SFT": "api.sft",
     "SurefootError": "errors",
     "TextTask": "envs.text",
     "BaseCallback": "train.callbacks",
-    "advantages": "train.update",
+    "advantages": "train.ppo_objective",
     "collect": "api.parts",
     "evaluate_policy": "api.evaluate",
     "load_policy": "policies.lm.policy",
@@ -49,6 +51,7 @@ __all__ = [
     "InputError",
     "Interrupted",
     "NonFiniteError",
+    "PPOObjective",
     "RewardModel",
     "SurefootError",
     "TextTask",

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from torch import Tensor
 
 # Names in the observations of environments.
@@ -19,9 +20,6 @@ ACTION_MASK = "action_mask"  # which actions are legal
 EPISODE_STARTS = (
     "state/episode_starts"  # [B, T] bool, for a recurrent policy: an episode begins with this step
 )
-
-# Raise rewards; imitate what others wrote; or, of a reward model, lower a loss: (scores [B, K], labels [B]) -> [B].
-Objective = Literal["policy", "imitation"] | Callable[[Tensor, Tensor], Tensor]
 
 
 class StopReason(str, Enum):
@@ -202,34 +200,41 @@ class Demonstration:
         return {**self.contents, "nll": self.nll}
 
 
+def nothing() -> Tensor:
+    """What stands in a batch for a tensor that its objective has no use for."""
+    return torch.empty(0)
+
+
 @dataclass
 class Batch:
-    """What happened, as tensors: the one thing that travels from the rollout to the loss.
+    """What happened, as tensors and plain values: the one thing that travels from the rollout to the loss.
 
     A language batch has one episode a row and a mask over the tokens the policy itself wrote; a Gymnasium batch one
     environment a row and a full mask. `logprobs_BT[b, t]` and `values_BT[b, t]` belong to the action at t, given what
-    was before it. Example (prompt of 2 tokens, answer of 2 and 1):
+    was before it. Example (prompt of 2 tokens, completions of 2 and 1):
 
         observations["tokens"]  [[11, 12, 21,  2], [13, 14,  2,  0]]
         mask_BT                 [[ 0,  0,  1,  1], [ 0,  0,  1,  0]]
         ends_BT                 [[ 0,  0,  0,  1], [ 0,  0,  1,  0]]
         rewards_BT              [[ 0,  0,  0, .6], [ 0,  0, .1,  0]]
+
+    A batch of demonstrations has actions and no more than its observations; one of preferences has `labels_B`.
     """
 
     observations: dict[str, Tensor]  # what the policy needs to evaluate again; first dimension B
-    actions_BT: Tensor
     mask_BT: Tensor  # bool
-    logprobs_BT: Tensor  # float32, nats: the policy before this update; the loss's denominator
-    values_BT: Tensor  # float32
-    rewards_BT: Tensor  # float32, the environment's, after shaping and before the KL penalty
-    ends_BT: Tensor  # bool: the trajectory ends after this step
-    bootstrap_BT: (
-        Tensor  # float32: V(final observation) where truncated, 0 where terminated; read where ends_BT
-    )
-    groups_B: Tensor | None = None  # int64: rows with the same number answer the same prompt
-    baselines_B: Tensor | None = None  # float32: the reward of the greedy answer to the row's prompt
+    actions_BT: Tensor = field(default_factory=nothing)
+    logprobs_BT: Tensor = field(default_factory=nothing)  # float32, nats: the policy before this update
+    values_BT: Tensor = field(default_factory=nothing)  # float32; without them `evaluate` need give none
+    rewards_BT: Tensor = field(default_factory=nothing)  # float32, after shaping and before the KL penalty
+    ends_BT: Tensor = field(default_factory=nothing)  # bool: the trajectory ends after this step
+    # float32, read where ends_BT: V(final observation) where truncated, 0 where terminated
+    bootstrap_BT: Tensor = field(default_factory=nothing)
+    labels_B: Tensor | None = None  # float32: margins of pairs, or ratings
+    groups_B: Tensor | None = None  # int64: rows with the same number continue the same prompt
+    baselines_B: Tensor | None = None  # float32: the reward of the greedy completion of the row's prompt
     reference_logprobs_BT: Tensor | None = None  # float32, nats: the frozen reference
-    behaviour_logprobs_BT: Tensor | None = None  # the sampler's own, kept when logprobs_BT was scored again
+    behaviour_logprobs_BT: Tensor | None = None  # the sampler's own, kept where logprobs_BT was computed again
     advantages_BT: Tensor | None = None
     returns_BT: Tensor | None = None  # what a critic learns; None where there is none
     trajectories: list[Trajectory] | list[Episode] | list[Demonstration] = field(default_factory=list)
@@ -237,11 +242,6 @@ class Batch:
     step_limit: int | None = None  # most steps the policy may take in a row
     row_size: int = 1  # what a row counts for in `batch_size`: an episode 1, a sequence its timesteps
     collected: int | None = None  # units of the run's budget in it; None: its rows
-    objective: Objective = "policy"  # what its steps are to do
-    labels_B: Tensor | None = (
-        None  # float32, of a reward model's batch: margins or ratings; by head [B, 1, H], NaN: not shown
-    )
-    demonstrations: Callable[[int], Batch] | None = None  # to imitate besides, in the update's step 0, 1, …
     needs_logprobs: bool = False  # logprobs_BT and values_BT are still to be filled in
     version: int = 0  # number of updates the policy had seen when it wrote this
     metrics: dict[str, float] = field(default_factory=dict)  # measured while collecting
@@ -262,8 +262,8 @@ class Batch:
 
         return self._changed(take)
 
-    def steps(self) -> Batch:
-        """Every masked step as a row of its own, [N, 1], each counting 1 in `batch_size`. Without a copy if all are masked."""
+    def flatten(self) -> Batch:
+        """Each masked step as a separate row, [N, 1], which counts 1 in `batch_size`. Without a copy if all are masked."""
         mask_BT, (rows, length), is_full = self.mask_BT, self.mask_BT.shape, bool(self.mask_BT.all())
 
         def take(value: Tensor) -> Tensor:
@@ -275,7 +275,9 @@ class Batch:
 
     def _changed(self, take: Callable[[Tensor], Tensor]) -> Batch:
         changes: dict[str, Any] = {
-            name: take(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+            name: take(value)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor) and value.shape != (0,)
         }
         observations = {name: take(value) for name, value in self.observations.items()}
         return replace(self, **changes, observations=observations, trajectories=[])

@@ -118,17 +118,6 @@ def test_nothing_is_carried_from_one_trajectory_to_the_one_before() -> None:
     assert torch.equal(whole[0], torch.cat([first, second]))
 
 
-def test_a_lambda_for_each_row_is_that_rows_lambda() -> None:
-    generator = torch.Generator().manual_seed(4)
-    mask = torch.rand(3, 9, generator=generator) < 0.7
-    numbers = {name: torch.randn(3, 9, generator=generator) for name in ("rewards_BT", "values_BT", "bootstrap_BT")}
-    ends = torch.zeros(3, 9, dtype=torch.bool)
-    rows = [gae(**numbers, mask_BT=mask, ends_BT=ends, gamma=0.9, lam=lam) for lam in (0.0, 0.5, 1.0)]
-    together = gae(**numbers, mask_BT=mask, ends_BT=ends, gamma=0.9, lam=torch.tensor([[0.0], [0.5], [1.0]]))
-    for row in range(3):
-        torch.testing.assert_close(together[0][row], rows[row][0][row])
-
-
 def test_lambda_one_is_the_monte_carlo_return_minus_the_value() -> None:
     rewards, values, gamma = [0.3, -0.2, 0.5, 1.0], [0.4, 0.1, -0.6, 0.2], 0.9
     advantages, returns = one_row(rewards, values, gamma=gamma, lam=1.0, bootstrap=0.7)

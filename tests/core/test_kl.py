@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from surefoot.core.kl import adapted_kl_coef, k1, k2, k3, kl_penalised_rewards
+from surefoot.core.kl import adapted_kl_coef, k1, k2, k3, kl_penalized_rewards
 from surefoot.core.losses import LossSettings, ppo_loss
 
 LOGITS = torch.tensor([0.3, -1.2, 0.8, 0.1, -0.4], dtype=torch.float64)
@@ -77,28 +77,17 @@ def test_estimators_agree_on_five_actions() -> None:
     assert (k1(logprobs, REFERENCE) < 0).any()
 
 
-def test_k1_in_the_reward_has_the_gradient_of_the_kl() -> None:
+def test_in_the_reward_k1_alone_has_the_gradient_of_the_kl() -> None:
     assert_near(in_reward(k1), REVERSE_KL)
-
-
-def test_k3_in_the_reward_is_biased_by_the_references_score() -> None:
     assert_near(in_reward(k3), REVERSE_KL + REFERENCE_SCORE)
     assert float((in_reward(k3) - REVERSE_KL).norm()) > 0.3
-
-
-def test_k2_in_the_reward_is_not_the_gradient_of_the_kl() -> None:
     assert float((in_reward(k2) - REVERSE_KL).norm()) > 0.1
 
 
-def test_k1_in_the_loss_pulls_nowhere() -> None:
-    assert_near(in_loss(k1), torch.zeros(5, dtype=torch.float64))
-
-
-def test_k2_in_the_loss_has_the_gradient_of_the_kl() -> None:
+def test_in_the_loss_k2_alone_has_the_gradient_of_the_kl() -> None:
+    """k1 pulls nowhere, and k3 towards the forward KL."""
     assert_near(in_loss(k2), REVERSE_KL)
-
-
-def test_k3_in_the_loss_is_the_gradient_of_the_forward_kl() -> None:
+    assert_near(in_loss(k1), torch.zeros(5, dtype=torch.float64))
     assert_near(in_loss(k3), FORWARD_KL)
     assert float((FORWARD_KL - REVERSE_KL).norm()) > 0.1
 
@@ -119,9 +108,8 @@ def test_the_kl_term_of_the_loss_has_the_gradient_of_the_kl(shift: float) -> Non
             advantages_BT=zeros,
             returns_BT=zeros,
             mask_BT=torch.ones(5, 1, dtype=torch.bool),
-            denominator=1.0,
+            scale=old.exp(),
             settings=LossSettings(kl_coef=0.3),
-            weights_BT=old.exp(),
         )[0]
 
     assert_near(gradient_of(expected_loss), 0.3 * REVERSE_KL)
@@ -129,12 +117,12 @@ def test_the_kl_term_of_the_loss_has_the_gradient_of_the_kl(shift: float) -> Non
     assert (float((without_ratio - REVERSE_KL).norm()) > 0.1) == (shift > 0)
 
 
-def test_penalised_reward_leads_to_the_gradient_of_the_kl() -> None:
+def test_penalized_reward_leads_to_the_gradient_of_the_kl() -> None:
     """The five actions as five one-token rows: the estimator actually in the reward must be the exact one."""
     beta = 0.3
 
     def objective(logprobs: Tensor) -> Tensor:
-        rewards = kl_penalised_rewards(
+        rewards = kl_penalized_rewards(
             torch.zeros(5, 1, dtype=torch.float64),
             logprobs.detach()[:, None],
             REFERENCE[:, None],
@@ -151,26 +139,21 @@ def test_penalty_is_charged_where_tokens_were_written_and_nowhere_else() -> None
     logprobs = torch.tensor([[math.nan, -1.0, -0.5, -9.0]])
     reference = torch.tensor([[-3.0, -2.0, -0.25, math.inf]])
     mask = torch.tensor([[False, True, True, False]])
-    penalised = kl_penalised_rewards(rewards, logprobs, reference, mask, coef=0.1)
-    assert penalised.flatten().tolist() == pytest.approx([0.0, -0.1, 0.525, 0.0])
+    penalized = kl_penalized_rewards(rewards, logprobs, reference, mask, coef=0.1)
+    assert penalized.flatten().tolist() == pytest.approx([0.0, -0.1, 0.525, 0.0])
 
 
-def test_k3_never_overflows() -> None:
+def test_k3_neither_overflows_nor_is_rounded_to_nothing() -> None:
+    """exp(x) - 1 - x loses every digit in float32 for a small x."""
     extreme = k3(torch.tensor([-1e6, 0.0, -50.0]), torch.tensor([0.0, -1e6, 0.0]))
     assert extreme.isfinite().all() and (extreme >= 0).all()
-
-
-def test_k3_of_nearly_equal_policies_is_not_rounded_to_nothing() -> None:
-    """exp(x) - 1 - x loses every digit in float32 for such an x."""
     assert float(k3(torch.tensor(0.0), torch.tensor(1e-3))) == pytest.approx(5.0017e-7, rel=0.02)
     assert float(k3(torch.tensor(-1.25), torch.tensor(-1.25))) == 0.0
 
 
-def test_adaptive_coefficient_of_a_worked_example() -> None:
+def test_adaptive_coefficient_moves_towards_the_target() -> None:
     assert adapted_kl_coef(0.15, 12.0, target=6.0, horizon=10_000, episodes=256) == pytest.approx(0.150768, abs=1e-9)
 
-
-def test_adaptive_coefficient_moves_towards_the_target() -> None:
     def adapted(kl: float) -> float:
         return adapted_kl_coef(1.0, kl, target=6.0, horizon=1000, episodes=100)
 

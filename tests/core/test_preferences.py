@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from surefoot.core.preference import (
+    PreferenceStats,
     pearson,
     preference_loss,
-    preference_stats,
     rating_loss,
     reliability,
     share_in_order,
@@ -58,9 +58,9 @@ def test_rating_loss_is_half_the_squared_error():
 
 
 def test_statistics_are_sums_over_rows():
-    stats = preference_stats(tensor(1.0, 2.5)) + preference_stats(tensor(0.5))
-    assert (float(stats.policy_loss), float(stats.steps), float(stats.approx_kl), float(stats.ratio_max)) == (4, 3, 0, 1)
-    assert not preference_stats(tensor(1.0, math.nan)).is_finite
+    stats = PreferenceStats.of(tensor(1.0, 2.5)) + PreferenceStats.of(tensor(0.5))
+    assert (float(stats.loss), stats.num_tokens) == (4, 3)
+    assert not PreferenceStats.of(tensor(1.0, math.nan)).is_finite
 
 
 def test_correlations_give_the_numbers_worked_by_hand():

@@ -119,7 +119,7 @@ def test_only_what_happened_is_trained_on_in_every_autoreset_mode(mode: Autorese
                 strict=True,
             )
             assert [*map(list, rows)] == [[*map(float, row)] for row in expected[b][number]], (b, number)
-        steps = batch.steps()
+        steps = batch.flatten()
         assert len(steps) == int(batch.mask_BT.sum()) and bool(steps.mask_BT.all())
         assert steps.observations["obs"].max() < 3  # a state that ends an episode is never acted on
         assert torch.equal(steps.values_BT[:, 0], 10 + 100 * steps.observations["obs"][:, 0, 0])
@@ -287,7 +287,7 @@ def elsewhere(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             lambda: ppo(Counter(3, ""), Wide()),
             "policy: your network returns [2, 1] for 2 observations; not [2, 7]",
         ),
-        (lambda: ppo(Counter(3, ""), Acting()), "policy: yours has act, but lacks acting, closed_form, "),
+        (lambda: ppo(Counter(3, ""), Acting()), "policy: yours has act, but lacks acting, "),
         (lambda: ppo("broken.py:make"), "env make cannot be made: the engine is missing"),
         (
             lambda: ppo("CartPole-v1", "MlpLstmPolicy", n_steps=8, batch_size=12),

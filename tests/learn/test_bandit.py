@@ -20,6 +20,7 @@ from surefoot import TextTask, advantages, collect, update
 from surefoot.config import Config, GenerationConfig
 from surefoot.core.schedules import schedule
 from surefoot.policies.lm.policy import CausalLMPolicy
+from surefoot.train.ppo_objective import PPOObjective
 from surefoot.train.update import make_optimizer
 from surefoot.types import Batch
 from tests.fakes import config_of
@@ -80,11 +81,12 @@ def train(
 ) -> Config:
     """The package's parts in a loop; the step size falls to 0, so that the noise of the gradients is averaged out."""
     ppo = config_of(**{"batch_size": 60, "n_epochs": 2, "learning_rate": 5e-3, **settings})
-    optimizer, shuffle = make_optimizer(policy, ppo), torch.Generator().manual_seed(seed)
+    optimizer, shuffle = make_optimizer(policy), torch.Generator().manual_seed(seed)
     for number in range(updates):
         batch = play(policy, reward, ppo, seed=seed, episodes=240, first_episode=240 * number, temperature=temperature)
         learning_rate = ppo.ppo.learning_rate * schedule("linear", number, updates)
-        update(policy, advantages(batch, ppo), optimizer=optimizer, config=ppo, learning_rate=learning_rate, generator=shuffle)
+        rest = {"optimizer": optimizer, "learning_rate": learning_rate, "generator": shuffle}
+        update(policy, advantages(batch, ppo), PPOObjective(ppo), **rest)
     return ppo
 
 

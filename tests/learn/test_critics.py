@@ -9,6 +9,7 @@ import pytest
 from surefoot import TextTask, advantages, collect, update
 from surefoot.config import CriticConfig
 from surefoot.core.masked import explained_variance
+from surefoot.train.ppo_objective import PPOObjective
 from surefoot.train.update import make_optimizer
 from tests.fakes import config_of
 from tests.learn.words import word_policy
@@ -35,14 +36,14 @@ def explained(kind: str) -> list[float]:
         max_new_tokens=4,
         slots=240,
     )
-    optimizer, task = make_optimizer(policy, ppo), TextTask(list(COUNTED), reward, held_out=[])
+    optimizer, task = make_optimizer(policy), TextTask(list(COUNTED), reward, held_out=[])
     found = []
     for number in range(14):
         batch = collect(policy, task, episodes=240, first_episode=240 * number, config=ppo)
         advantages(batch, ppo)
         assert batch.returns_BT is not None
         found.append(float(explained_variance(batch.values_BT, batch.returns_BT, batch.mask_BT)))
-        update(policy, batch, optimizer=optimizer, config=ppo)
+        update(policy, batch, PPOObjective(ppo), optimizer=optimizer)
     return found
 
 

@@ -19,11 +19,12 @@ from surefoot.config import AdapterConfig, CriticConfig, PolicyConfig, load_conf
 from surefoot.policies.lm.policy import CausalLMPolicy
 from surefoot.rollout.logprobs import fill_logprobs
 from surefoot.storage.safetensors import read_tensors
-from surefoot.train.update import TokenBudget, accumulate_gradient, advantages, make_optimizer
+from surefoot.train.ppo_objective import PPOObjective, advantages
+from surefoot.train.update import make_optimizer
 from surefoot.types import Batch
-from tests.fakes import config_of
+from tests.fakes import config_of, gradient_of, train
 from tests.inputs import model_folder, refusal
-from tests.policies.test_training import first_minibatch, rollout, update
+from tests.policies.test_training import first_minibatch, rollout
 from tests.tiny import FAMILIES, LSTM, move, random_tokens, tiny_lm, tiny_policy, tiny_tokenizer, written_batch
 from tests.train.small_run import rows
 
@@ -123,7 +124,7 @@ def test_the_critic_does_not_read_demonstrations(monkeypatch, critic):
     batch = written_batch(PAIRS)
     expected = policy.evaluate(batch)
     monkeypatch.setattr(policy, "_critics_hidden", lambda batch: pytest.fail("the critic read them"))
-    found = policy.evaluate(dataclasses.replace(batch, objective="imitation"))
+    found = policy.evaluate(dataclasses.replace(batch, values_BT=torch.empty(0)))
     assert torch.equal(found.logprobs_BT, expected.logprobs_BT) and torch.equal(found.entropies_BT, expected.entropies_BT)
     assert (found.values_BT == 0).all() and (expected.values_BT[batch.mask_BT] != 0).all()
 
@@ -202,14 +203,7 @@ def test_the_gradient_does_not_depend_on_how_a_minibatch_is_split(critic):
         policy = tiny_policy(critic=critic, moved=True)
         batch = rollout(policy)
         config = config_of(batch_size=12, n_epochs=1, vf_coef=1.0)
-        accumulate_gradient(
-            policy,
-            advantages(batch, config),
-            torch.arange(len(batch)),
-            config=config,
-            optimizer=make_optimizer(policy, config),
-            budget=TokenBudget(tokens),
-        )
+        gradient_of(PPOObjective(config), policy, advantages(batch, config), tokens=tokens)
         return {name: p.grad.clone() for name, p in policy.named_parameters_to_train() if p.grad is not None}
 
     whole, split = gradient(10**6), gradient(60)
@@ -229,7 +223,7 @@ def test_a_rollouts_values_are_the_critics_and_the_first_ratio_is_1(critic, adap
     assert expected.abs().max() > 0.1
     assert torch.allclose(batch.values_BT, expected, atol=1e-4 if dtype == torch.float32 else 0.05)
     config = config_of(batch_size=4, n_epochs=1, learning_rate=1e-6, micro_batch_tokens=90)
-    seen = first_minibatch(update(policy, batch, config=config))
+    seen = first_minibatch(train(policy, batch, config))
     exact = dtype == torch.float32
     assert seen["ratio"] == pytest.approx(1, abs=1e-6 if exact else 1e-3) and seen["clipped"] == 0
     assert seen["ratio_max"] == pytest.approx(1, abs=1e-4 if exact else 0.05)
@@ -451,8 +445,8 @@ def test_a_critic_has_a_step_size_of_its_own_which_the_schedule_moves_too():
     policy = tiny_policy(critic=CriticConfig(kind="separate"))
     before = {name: p.detach().clone() for name, p in policy.named_parameters_to_train()}
     config = config_of(learning_rate=0.01, n_epochs=1, batch_size=100, max_grad_norm=1e9)
-    optimizer = make_optimizer(policy, config, critic_learning_rate=0.001)
-    update(policy, rollout(policy), config=config, optimizer=optimizer, learning_rate=0.005)  # half of its highest
+    optimizer = make_optimizer(policy, PPOObjective(config), critic_learning_rate=0.001)
+    train(policy, rollout(policy), config, optimizer=optimizer, learning_rate=0.005)  # half of its highest
     largest = {True: 0.0, False: 0.0}
     for name, parameter in policy.named_parameters_to_train():
         is_critics = critics_own(name)

@@ -12,9 +12,10 @@ from surefoot import collect
 from surefoot.config import GenerationConfig
 from surefoot.envs.text import TextTask
 from surefoot.policies.lm.policy import CausalLMPolicy
-from surefoot.train.update import UpdateResult, advantages, update
+from surefoot.train.objective import UpdateResult
+from surefoot.train.ppo_objective import advantages
 from surefoot.types import Batch
-from tests.fakes import config_of
+from tests.fakes import config_of, train
 from tests.tiny import FAMILIES, tiny_policy
 
 PROMPTS = ["the", "a band in the sun.", "1, 2, 3", "who?", "an inner thing and another", "no"]
@@ -45,7 +46,7 @@ def first_minibatch(result: UpdateResult) -> dict[str, float]:
     stats = result.first
     assert stats is not None
     names = ("ratio", "approx_kl", "clipped")
-    return {name: float(getattr(stats, name) / stats.steps) for name in names} | {"ratio_max": float(stats.ratio_max)}
+    return {name: float(getattr(stats, name) / stats.num_tokens) for name in names} | {"ratio_max": float(stats.ratio_max)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -53,7 +54,7 @@ def first_minibatch(result: UpdateResult) -> dict[str, float]:
 def test_before_the_first_step_the_ratio_is_1_and_nothing_is_clipped(family, temperature):
     policy = tiny_policy(family, moved=True)
     batch = rollout(policy, temperature=temperature)
-    seen = first_minibatch(update(policy, batch, config=PPO))
+    seen = first_minibatch(train(policy, batch, PPO))
     assert seen["ratio"] == pytest.approx(1, abs=1e-6)
     assert seen["ratio_max"] == pytest.approx(1, abs=1e-4)
     assert seen["approx_kl"] < 1e-10
@@ -72,7 +73,7 @@ def test_a_temperature_on_one_side_only_would_be_seen_in_the_first_ratio():
     policy = tiny_policy()
     batch = rollout(policy, temperature=0.6)
     batch.temperature = 1.0
-    assert abs(first_minibatch(update(policy, batch, config=PPO))["ratio"] - 1) > 0.1
+    assert abs(first_minibatch(train(policy, batch, PPO))["ratio"] - 1) > 0.1
 
 
 @pytest.mark.parametrize("adapter", [True, False], ids=["LoRA", "all weights"])
@@ -83,7 +84,7 @@ def test_in_bfloat16_scoring_again_makes_the_first_ratio_1(family, adapter):
     batch = rollout(policy, episodes=32)
     assert batch.behaviour_logprobs_BT is not None
     assert (batch.behaviour_logprobs_BT - batch.logprobs_BT)[batch.mask_BT].abs().mean() < 0.05  # the sampler's own
-    seen = first_minibatch(update(policy, batch, config=PPO))
+    seen = first_minibatch(train(policy, batch, PPO))
     assert seen["ratio"] == pytest.approx(1, abs=1e-3)
     assert seen["ratio_max"] == pytest.approx(1, abs=0.05)
     assert seen["approx_kl"] < 1e-5
@@ -97,7 +98,7 @@ def test_one_step_at_learning_rate_1e_6_changes_every_parameter_it_should(adapte
     before = {name: p.detach().clone() for name, p in policy.named_parameters_to_train()}
     frozen = policy.fingerprint()
     batch = rollout(policy)
-    result = update(policy, batch, config=config_of(PPO, batch_size=12))
+    result = train(policy, batch, config_of(PPO, batch_size=12))
     assert (result.steps, result.skipped) == (1, 0)
     unchanged = [name for name, p in policy.named_parameters_to_train() if torch.equal(p, before[name])]
     assert unchanged == []
@@ -113,7 +114,7 @@ def test_the_reference_of_full_fine_tuning_does_not_move(dtype):
     before = policy.reference_logprobs(batch)
     weights = copy.deepcopy(policy.lm.state_dict())
     for _ in range(3):
-        update(policy, batch, config=config_of(PPO, learning_rate=1e-3))
+        train(policy, batch, config_of(PPO, learning_rate=1e-3))
     assert not any(torch.equal(value, weights[name]) for name, value in policy.lm.state_dict().items())
     assert torch.equal(policy.reference_logprobs(batch), before)
     assert (policy.evaluate(batch).logprobs_BT - before)[batch.mask_BT].abs().max() > 0.1

@@ -10,7 +10,7 @@ import torch
 
 from surefoot.api.parts import collect
 from surefoot.config import GenerationConfig, make_config
-from surefoot.core.kl import kl_penalised_rewards
+from surefoot.core.kl import kl_penalized_rewards
 from surefoot.core.losses import LossSettings, ppo_loss
 from surefoot.data.render import encode_prompt
 from surefoot.envs.text import TextTask
@@ -173,7 +173,7 @@ def test_the_reward_lands_on_the_last_written_token_whatever_the_length():
 def test_a_rows_rewards_sum_to_its_score_less_beta_times_its_kl():
     batch = played(tiny_policy(lm=end_often(), moved=True), episodes=24)
     assert batch.reference_logprobs_BT is not None
-    rewards = kl_penalised_rewards(batch.rewards_BT, batch.logprobs_BT, batch.reference_logprobs_BT, batch.mask_BT, coef=0.3)
+    rewards = kl_penalized_rewards(batch.rewards_BT, batch.logprobs_BT, batch.reference_logprobs_BT, batch.mask_BT, coef=0.3)
     kl = sequence_kl(batch)
     assert kl.abs().min() > 0
     assert torch.allclose(rewards.sum(1), torch.tensor([t.reward for t in batch.trajectories]) - 0.3 * kl, atol=1e-3)
@@ -204,10 +204,10 @@ def test_an_end_token_that_is_also_the_pad_token_is_trained_like_any_other(pad_i
         advantages_BT=at_end.float(),
         returns_BT=batch.values_BT,
         mask_BT=batch.mask_BT,
-        denominator=float(batch.mask_BT.sum()),
+        scale=1 / int(batch.mask_BT.sum()),
         settings=LossSettings(vf_coef=0.0),
     )
-    assert int(stats.steps) == int(batch.mask_BT.sum())
+    assert int(stats.num_tokens) == int(batch.mask_BT.sum())
     loss.backward()
     with torch.no_grad():
         for _, parameter in policy.named_parameters_to_train():

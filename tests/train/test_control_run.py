@@ -152,14 +152,14 @@ def test_in_an_environment_that_cannot_be_saved_new_episodes_begin() -> None:
 def test_before_the_first_step_old_and_new_policy_are_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, env, settings = RUNS[kind]
     seen = []
-    monkeypatch.setattr(loop, "check_first_minibatch", lambda stats, *, exact: seen.append((stats, exact)))
+    monkeypatch.setattr("surefoot.train.ppo_objective.check_first_minibatch", lambda stats, *, exact: seen.append((stats, exact)))
     model = small(policy, env, **settings).learn(2 * BATCH)
     ((stats, exact),) = seen  # once a run
     assert exact and float(stats.approx_kl) < 1e-10
     training = model._session.training
     assert training is not None
     batch = loop.collect(training)
-    part = batch if model.policy.reads_whole_rows else batch.steps()
+    part = batch if model.policy.reads_whole_rows else batch.flatten()
     part = part.rows(torch.randperm(len(part), generator=torch.Generator().manual_seed(0)))
     ratios = (model.policy.evaluate(part).logprobs_BT - part.logprobs_BT)[part.mask_BT].exp()
     assert (ratios - 1).abs().max() < 2e-6
@@ -451,9 +451,9 @@ def test_a_learning_rate_may_be_a_function_of_what_is_left() -> None:
 def test_a_schedule_of_the_entropy_bonus_reaches_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     seen, update = [], loop.update
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        seen.append(kwargs["config"].ppo.ent_coef)
-        return update(*args, **kwargs)
+    def watched(policy: Any, batch: Any, objective: Any, **others: Any) -> Any:
+        seen.append(objective.ent_coef)
+        return update(policy, batch, objective, **others)
 
     monkeypatch.setattr(loop, "update", watched)
     small(ent_coef=0.04, ent_schedule="linear").learn(4 * BATCH)
@@ -462,9 +462,12 @@ def test_a_schedule_of_the_entropy_bonus_reaches_the_loss(monkeypatch: pytest.Mo
 
 def test_a_clip_range_may_be_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
     seen, update = [], loop.update
-    monkeypatch.setattr(
-        loop, "update", lambda *a, config, **k: (seen.append(config.ppo.clip_range), update(*a, config=config, **k))[1]
-    )
+
+    def watched(policy: Any, batch: Any, objective: Any, **others: Any) -> Any:
+        seen.append(objective.clip_range)
+        return update(policy, batch, objective, **others)
+
+    monkeypatch.setattr(loop, "update", watched)
     small(clip_range=lambda left: 0.4 * left).learn(2 * BATCH)
     assert seen == pytest.approx([0.4, 0.2])
 

@@ -12,25 +12,24 @@ from torch import Tensor
 
 from surefoot.config import Config
 from surefoot.rollout.batch import has_reward_variance, text_batch
-from surefoot.train.metrics import batch_metrics, update_metrics
-from surefoot.train.update import TokenBudget, accumulate_gradient, advantages, make_optimizer, update
+from surefoot.train.metrics import batch_metrics
+from surefoot.train.ppo_objective import PPOObjective, advantages
+from surefoot.train.update import make_optimizer
 from surefoot.types import Batch
 from tests import fakes
-from tests.fakes import CPU, VOCABULARY, BigramPolicy, padded, played_batch, trajectory
+from tests.fakes import CPU, VOCABULARY, BigramPolicy, gradient_of, padded, played_batch, train, trajectory
 
 RAGGED = (3, 1, 4, 2, 2, 5, 3, 1)
 CRITIC_FREE = ("grpo", "dr_grpo", "rloo", "reinforce_pp", "remax")
 
 
-GROUPS_OF_4 = fakes.config_of(batch_size=8, episodes_per_update=8, group={"size": 4}, n_epochs=2)
-
-
 def config_of(**settings: Any) -> Config:
-    return fakes.config_of(GROUPS_OF_4, **settings)
+    """Two epochs of the whole batch, in groups of four."""
+    return fakes.config_of(**{"batch_size": 8, "n_epochs": 2, "group": {"size": 4}} | settings)
 
 
 def grouped_batch(policy: BigramPolicy, *, drift: float = 0.0) -> Batch:
-    """Eight ragged rows, two prompts with four answers each, and a reward for each prompt's greedy answer."""
+    """Eight ragged rows, two prompts with four completions each, and a reward for each prompt's greedy one."""
     batch = played_batch(policy, RAGGED, drift=drift)
     batch.groups_B = torch.arange(8) // 4
     batch.baselines_B = torch.tensor([0.25] * 4 + [-0.5] * 4)
@@ -72,7 +71,7 @@ def test_remax_subtracts_the_greedy_answers_reward() -> None:
     assert batch.advantages_BT.tolist() == [[0, 0.25, 0.25], [0, -0.25, 0]]
 
 
-def test_reinforce_pp_is_the_penalised_reward_to_go_whitened_over_the_batch() -> None:
+def test_reinforce_pp_is_the_penalized_reward_to_go_whitened_over_the_batch() -> None:
     """Scores 3 and 0 at the ends, KL 1 a token, β 1: to go are 3 - 2 and 3 - 1, and 0 - 1. Mean 2/3, variance 14/9."""
     batch = scored([3.0, 0.0], [2, 1])
     batch.reference_logprobs_BT = torch.full((2, 3), -1.0)
@@ -102,32 +101,36 @@ def test_what_is_masked_changes_no_advantage(kind: str, poison: float) -> None:
 def test_without_a_critic_the_value_head_gets_no_gradient_and_the_policy_does(kind: str) -> None:
     policy, config = BigramPolicy(), config_of(advantage=kind, vf_coef=10.0)
     logits, values = policy.weights()
-    result = update(policy, advantages(grouped_batch(policy, drift=0.3), config), config=config)
+    result = train(policy, advantages(grouped_batch(policy, drift=0.3), config), config)
     assert result.steps == 2
     assert policy.values_V.grad is None and torch.equal(policy.weights()[1], values)
     assert not torch.equal(policy.weights()[0], logits)
     assert float(result.stats.value_loss) == 0.0
 
 
-def test_without_a_critic_nothing_is_logged_about_one() -> None:
-    policy, config = BigramPolicy(), config_of(advantage="grpo")
-    batch = advantages(grouped_batch(policy), config)
-    logged = batch_metrics(batch) | update_metrics(update(policy, batch, config=config), learning_rate=0.1, skipped=0)
-    assert not [name for name in logged if name.startswith("critic/")]
-    with_critic = advantages(grouped_batch(policy), config_of())
-    logged = batch_metrics(with_critic) | update_metrics(
-        update(policy, with_critic, config=config_of()), learning_rate=0.1, skipped=0
-    )
-    assert {"critic/value_mean", "critic/value_loss"} <= logged.keys()
+@pytest.mark.parametrize("kind", ["gae", "grpo"])
+def test_of_a_critic_something_is_logged_only_where_there_is_one(kind: str) -> None:
+    policy, objective = BigramPolicy(), PPOObjective(config_of(advantage=kind))
+    batch = objective.prepare(grouped_batch(policy))
+    logged = objective.metrics(batch, train(policy, batch, objective.config))
+    names = {
+        "critic/value_mean",
+        "critic/return_mean",
+        "critic/explained_variance",
+        "critic/value_loss",
+        "critic/clip_fraction",
+    }
+    assert {name for name in logged if name.startswith("critic/")} == (names if kind == "gae" else set())
 
 
 def test_group_advantages_reach_the_loss_as_they_are() -> None:
-    """Whitening them again over a minibatch would undo what the group's mean and deviation stand for."""
+    """Whitening them again over a minibatch would undo what the group's mean and std stand for."""
     gradients = []
     for normalize in (True, False):
-        config = config_of(advantage="dr_grpo", normalize_advantage=normalize, n_epochs=1, max_grad_norm=1e9)
-        update(policy := BigramPolicy(), advantages(grouped_batch(policy, drift=0.3), config), config=config)
-        gradients.append(policy.gradients()[0])
+        objective = PPOObjective(config_of(advantage="dr_grpo", normalize_advantage=normalize))
+        gradients.append(
+            gradient_of(objective, BigramPolicy(), objective.prepare(grouped_batch(BigramPolicy(), drift=0.3)))[0][0]
+        )
     assert torch.equal(*gradients)
 
 
@@ -138,17 +141,13 @@ AGGREGATIONS = ("token", "sequence", "constant")
 ROWS = torch.tensor([0, 2, 3, 5, 6, 7])  # a minibatch of six of the eight
 
 
-def gradient_of(
+def gradients_with(
     config: Config, *, tokens: int = 1_000, columns: int = 0, poison: float = 0.0, rows: Tensor = ROWS
 ) -> list[Tensor]:
     """Gradients of the rows' loss by logits and values, with a reference, and a sampler that is a little off."""
-    policy = BigramPolicy(reference=reference_table(), off_mask=poison)
-    batch = sampled_batch(policy)
-    batch = advantages(padded(batch, columns, poison=poison), config)
-    accumulate_gradient(
-        policy, batch, rows, config=config, optimizer=make_optimizer(policy, config), budget=TokenBudget(tokens)
-    )
-    return policy.gradients()
+    policy, objective = BigramPolicy(reference=reference_table(), off_mask=poison), PPOObjective(config)
+    batch = objective.prepare(padded(sampled_batch(policy), columns, poison=poison))
+    return gradient_of(objective, policy, batch, rows=rows, tokens=tokens)[0]
 
 
 def sampled_batch(policy: BigramPolicy) -> Batch:
@@ -195,7 +194,7 @@ def test_gradient_equals_a_token_by_token_twin(aggregation: str) -> None:
         total = total + (answer / len(places) if aggregation == "sequence" else answer)
     denominator = {"token": tokens, "sequence": len(ROWS), "constant": 6 * len(ROWS)}[aggregation]
     (total / denominator).backward()
-    (gradient,) = gradient_of(config)
+    (gradient,) = gradients_with(config)
     torch.testing.assert_close(gradient, policy.logits_VV.grad, rtol=0, atol=1e-6)
 
 
@@ -203,33 +202,35 @@ def test_gradient_equals_a_token_by_token_twin(aggregation: str) -> None:
 @pytest.mark.parametrize("kind", ["gae", "grpo"])
 def test_micro_batches_and_padding_do_not_change_the_gradient(kind: str, aggregation: str) -> None:
     config = config_of(advantage=kind, loss_aggregation=aggregation, ent_coef=0.01, **EVERYTHING)
-    whole = gradient_of(config)
+    whole = gradients_with(config)
     assert len(whole) == (2 if kind == "gae" else 1)
     for tokens, columns, poison in ((1, 0, 0.0), (14, 0, 0.0), (14, 3, math.nan), (20, 20, 1e9)):
-        for gradient, expected in zip(gradient_of(config, tokens=tokens, columns=columns, poison=poison), whole, strict=True):
+        for gradient, expected in zip(
+            gradients_with(config, tokens=tokens, columns=columns, poison=poison), whole, strict=True
+        ):
             torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_the_order_of_a_minibatchs_rows_does_not_matter(aggregation: str) -> None:
     config = config_of(advantage="grpo", loss_aggregation=aggregation, **EVERYTHING)
-    expected = gradient_of(config, rows=torch.arange(8))[0]
+    expected = gradients_with(config, rows=torch.arange(8))[0]
     for order in (torch.arange(8).flip(0), torch.tensor([3, 1, 7, 0, 6, 2, 5, 4])):
-        torch.testing.assert_close(gradient_of(config, rows=order)[0], expected, rtol=0, atol=1e-6)
-        torch.testing.assert_close(gradient_of(config, rows=order, tokens=14)[0], expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(gradients_with(config, rows=order)[0], expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(gradients_with(config, rows=order, tokens=14)[0], expected, rtol=0, atol=1e-6)
 
 
 def test_aggregations_differ_by_what_they_should() -> None:
     """A constant is the token mean rescaled; where all answers are equally long, the sequence mean is the token mean."""
     token, sequence, constant = (
-        gradient_of(config_of(advantage="rloo", loss_aggregation=aggregation))[0] for aggregation in AGGREGATIONS
+        gradients_with(config_of(advantage="rloo", loss_aggregation=aggregation))[0] for aggregation in AGGREGATIONS
     )
     tokens = sum(RAGGED[row] for row in ROWS.tolist())
     torch.testing.assert_close(constant, token * tokens / (6 * len(ROWS)))
     assert float((sequence - token).abs().max()) > 1e-3
     alike = torch.tensor([0, 6])  # three tokens each
     token, sequence = (
-        gradient_of(config_of(advantage="rloo", loss_aggregation=aggregation), rows=alike)[0]
+        gradients_with(config_of(advantage="rloo", loss_aggregation=aggregation), rows=alike)[0]
         for aggregation in ("token", "sequence")
     )
     torch.testing.assert_close(sequence, token)
@@ -245,10 +246,7 @@ def test_one_long_answer_outweighs_a_short_one_by_its_tokens_only_where_asked_fo
         config = config_of(advantage="rloo", loss_aggregation=aggregation)
         # All tokens are 2: the gradient by the logits is -Σ A w (1[a] - p), so the logit of 2 says the sum of A w.
         first, later = torch.softmax(policy.logits_VV.detach(), dim=-1)[[1, 2], 2].tolist()
-        accumulate_gradient(
-            policy, batch, torch.arange(2), config=config, optimizer=make_optimizer(policy, config), budget=TokenBudget(99)
-        )
-        gradient = policy.gradients()[0]
+        gradient = gradient_of(PPOObjective(config), policy, batch)[0][0]
         assert float(gradient[1, 2]) / (1 - first) + float(gradient[2, 2]) / (1 - later) == pytest.approx(expected, abs=1e-6)
 
 
@@ -259,12 +257,12 @@ def test_a_sampler_that_is_the_trainer_needs_no_weights() -> None:
         policy = BigramPolicy()
         batch = sampled_batch(BigramPolicy(reference=reference_table()))
         batch.behaviour_logprobs_BT = batch.behaviour_logprobs_BT if has_sampler else None
-        update(policy, advantages(batch, config), config=config)
+        train(policy, advantages(batch, config), config)
         weights.append(policy.weights()[0])
     assert torch.equal(weights[0], weights[1]) and torch.equal(weights[1], weights[2])
 
 
-def test_with_the_kl_in_the_loss_the_reward_is_not_penalised() -> None:
+def test_with_the_kl_in_the_loss_the_reward_is_not_penalized() -> None:
     batch = sampled_batch(BigramPolicy(reference=reference_table()))
     in_loss = advantages(batch, config_of(kl={"placement": "loss", "coef": 0.5})).advantages_BT
     assert torch.equal(in_loss, advantages(batch, config_of(kl={"coef": 0.0})).advantages_BT)
@@ -278,48 +276,58 @@ def test_groups_stay_with_their_rows_in_minibatches() -> None:
     batch = grouped_batch(BigramPolicy())
     rows = torch.tensor([6, 0, 5])
     assert batch.rows(rows).groups_B.tolist() == [1, 0, 1]
-    assert batch.steps().groups_B.tolist() == [
+    assert batch.flatten().groups_B.tolist() == [
         group for group, n in zip(batch.groups_B.tolist(), RAGGED, strict=True) for _ in range(n)
     ]
 
 
-def test_groups_without_signal_are_left_out() -> None:
+def test_zero_variance_groups_are_left_out() -> None:
     """The update is that of the batch without them: they would only have made the mean over tokens smaller."""
     weights = []
     for skip in (True, False):
         policy = BigramPolicy()
         batch = grouped_batch(policy)
         batch.rewards_BT[4:] = torch.where(batch.ends_BT[4:], 0.7, 0.0)
-        config = config_of(advantage="grpo", group={"skip_zero_variance": skip})
+        config = config_of(advantage="grpo", group={"size": 4, "skip_zero_variance": skip})
         batch = advantages(batch, config)
         assert batch.advantages_BT[4:].eq(0).all()
-        result = update(policy, batch if skip else batch.rows(torch.arange(4)), config=config)
-        assert float(result.first.steps) == sum(RAGGED[:4])
+        result = train(policy, batch if skip else batch.rows(torch.arange(4)), config)
+        assert float(result.first.num_tokens) == sum(RAGGED[:4])
         weights.append(policy.weights()[0])
     assert torch.equal(*weights)
 
 
-def test_an_update_whose_groups_are_all_without_signal_does_nothing() -> None:
-    policy, config = BigramPolicy(), config_of(advantage="rloo", group={"skip_zero_variance": True})
+def test_an_update_whose_groups_have_no_variance_does_nothing() -> None:
+    policy, objective = BigramPolicy(), PPOObjective(config_of(advantage="rloo", group={"size": 4, "skip_zero_variance": True}))
     before, batch = policy.weights(), grouped_batch(policy)
     batch.rewards_BT = torch.where(batch.ends_BT, 1.0, 0.0)
-    result = update(policy, advantages(batch, config), config=config)
+    result = train(policy, objective.prepare(batch), objective.config)
     assert (result.steps, result.skipped, result.stats) == (0, 0, None)
     assert all(torch.equal(a, b) for a, b in zip(policy.weights(), before, strict=True))
+    logged = objective.metrics(batch, result)
+    assert logged["reward/zero_variance_groups"] == 2.0 and "ppo/policy_loss" not in logged
+
+
+def test_groups_with_equal_rewards_are_counted() -> None:
+    batch = scored([1.0, 1.0, 0.0, 1.0, 2.0, 2.0], [1, 2, 1, 1, 3, 1])
+    batch.groups_B = torch.tensor([0, 0, 1, 1, 2, 2])
+    batch.rewards_BT = torch.where(batch.mask_BT, batch.rewards_BT, math.nan)
+    assert has_reward_variance(batch).tolist() == [False, False, True, True, False, False]
     assert batch_metrics(batch)["reward/zero_variance_groups"] == 2.0
-    assert "ppo/policy_loss" not in update_metrics(result, learning_rate=0.1, skipped=0)
+    batch.groups_B = torch.arange(6)
+    assert "reward/zero_variance_groups" not in batch_metrics(batch)
 
 
 # --- the critic ---
 
 
-def test_while_the_critic_warms_up_the_policy_stays_and_its_optimiser_knows_nothing() -> None:
-    policy, config = BigramPolicy(), config_of(critic={"warmup_updates": 2}, ent_coef=0.1, group={"size": 1})
-    optimizer = make_optimizer(policy, config)
+def test_while_the_critic_warms_up_the_policy_stays_and_its_optimizer_knows_nothing() -> None:
+    policy, config = BigramPolicy(), config_of(group={"size": 1}, critic={"warmup_updates": 2}, ent_coef=0.1)
+    optimizer = make_optimizer(policy)
     for version in range(3):
         logits, values = policy.weights()
         batch = dataclasses.replace(played_batch(policy, RAGGED, seed=version), version=version)
-        update(policy, advantages(batch, config), config=config, optimizer=optimizer)
+        train(policy, advantages(batch, config), config, optimizer=optimizer)
         assert torch.equal(policy.weights()[0], logits) == (version < 2)
         assert (policy.logits_VV in optimizer.state) == (version == 2)
         assert not torch.equal(policy.weights()[1], values)
@@ -335,16 +343,3 @@ def test_the_critic_may_look_further_ahead_than_the_policy() -> None:
     assert batch.advantages_BT.tolist() == [[0, 0.5, 0.5, 0.5]] and batch.returns_BT.tolist() == [[0, 0.5, 0.5, 1]]
     advantages(batch, config_of(gae_lambda=0.0))
     assert batch.returns_BT.tolist() == [[0, 0.5, 0.5, 1]]
-
-
-# --- groups, counted ---
-
-
-def test_groups_with_equal_rewards_are_counted() -> None:
-    batch = scored([1.0, 1.0, 0.0, 1.0, 2.0, 2.0], [1, 2, 1, 1, 3, 1])
-    batch.groups_B = torch.tensor([0, 0, 1, 1, 2, 2])
-    batch.rewards_BT = torch.where(batch.mask_BT, batch.rewards_BT, math.nan)
-    assert has_reward_variance(batch).tolist() == [False, False, True, True, False, False]
-    assert batch_metrics(batch)["reward/zero_variance_groups"] == 2.0
-    batch.groups_B = torch.arange(6)
-    assert "reward/zero_variance_groups" not in batch_metrics(batch)

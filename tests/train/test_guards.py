@@ -112,7 +112,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, is_spoiled: Callable[[int], bool], fi
 
 
 def one_micro_batch() -> dict[str, dict[str, Any]]:
-    """Settings with which every optimiser step is one call of `evaluate`."""
+    """Settings with which every optimizer step is one call of `evaluate`."""
     return {"ppo": {"micro_batch_tokens": 10_000}, "evaluate": {"every": None}}
 
 
@@ -132,7 +132,7 @@ def test_a_step_with_a_non_finite_loss_is_skipped_and_counted(
     assert steps == {4 * STEPS_AN_UPDATE - 3}
 
 
-def test_an_update_of_skipped_steps_alone_leaves_weights_and_optimiser(
+def test_an_update_of_skipped_steps_alone_leaves_weights_and_optimizer(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = python_ppo(base, tmp_path, **one_micro_batch()).learn(6)
@@ -155,7 +155,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_a_checkpoint(
     # Bad from the third step of the second update: two there, four in the third, past the limit of five.
     spoil(monkeypatch, lambda call: call > STEPS_AN_UPDATE + 2)
     model = python_ppo(base, tmp_path, **one_micro_batch())
-    with pytest.raises(NonFiniteError, match="6 optimiser steps in a row") as error:
+    with pytest.raises(NonFiniteError, match="6 optimizer steps in a row") as error:
         model.learn()
     assert error.value.exit_code == 3
     tensors, state = saved(model)
@@ -174,23 +174,23 @@ def test_the_command_line_ends_with_3_for_non_finite_steps(
     with pytest.raises(SystemExit) as ended:
         main(["ppo", "ppo.yaml", "--ppo.max-bad-steps", "3", "--ppo.micro-batch-tokens", "10000"])
     assert ended.value.code == 3
-    assert capsys.readouterr().err.splitlines()[-1].startswith("surefoot: 3 optimiser steps in a row")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("surefoot: 3 optimizer steps in a row")
     assert json.loads((run / "checkpoints" / "00000001" / "state.json").read_text())["progress"]["bad_steps"] == 3
 
 
 # The start-up gate
 
 
-def dropout_left_on(model: PPO) -> None:
+def dropout_left_on(model: PPO, batch: Batch) -> None:
     layers = [module for module in model.policy.lm.modules() if isinstance(module, torch.nn.Embedding)]
     layers[0].register_forward_hook(lambda module, inputs, output: torch.nn.functional.dropout(output, 0.1))
 
 
-def temperature_on_one_side(model: PPO) -> None:
-    model.policy.temperature *= 0.9
+def temperature_on_one_side(model: PPO, batch: Batch) -> None:
+    batch.temperature *= 0.9
 
 
-def weights_changed(model: PPO) -> None:
+def weights_changed(model: PPO, batch: Batch) -> None:
     with torch.no_grad():
         for _, parameter in model.policy.named_parameters_to_train():
             parameter.add_(0.01)
@@ -198,17 +198,17 @@ def weights_changed(model: PPO) -> None:
 
 @pytest.mark.parametrize("tamper", [dropout_left_on, temperature_on_one_side, weights_changed])
 def test_a_policy_that_is_not_the_one_that_sampled_is_not_trained(
-    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, tamper: Callable[[PPO], None]
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, tamper: Callable[[PPO, Batch], None]
 ) -> None:
     model = python_ppo(base, tmp_path)
-    improve, tampered = loop.improve, []
+    train_on, tampered = loop.train_on, []
 
-    def tampered_improve(t: loop.Training, batch: Batch, **keywords: Any) -> dict[str, float]:
-        tamper(model)
+    def tampered_train_on(t: loop.Training, batch: Batch, **keywords: Any) -> Any:
+        tamper(model, batch)
         tampered.append(weights(model))
-        return improve(t, batch, **keywords)
+        return train_on(t, batch, **keywords)
 
-    monkeypatch.setattr(loop, "improve", tampered_improve)
+    monkeypatch.setattr(loop, "train_on", tampered_train_on)
     with pytest.raises(
         GateError, match=r"is not the one that wrote the samples.*Likely causes: .*dropout.*temperature"
     ) as error:
@@ -224,13 +224,13 @@ def test_a_policy_that_is_not_the_one_that_sampled_is_not_trained(
 def test_the_gate_looks_again_when_a_run_is_resumed(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = python_ppo(base, tmp_path).learn(6)
     before = weights(model)
-    improve = loop.improve
+    train_on = loop.train_on
 
-    def tampered_improve(t: loop.Training, batch: Batch, **keywords: Any) -> dict[str, float]:
-        temperature_on_one_side(model)
-        return improve(t, batch, **keywords)
+    def tampered_train_on(t: loop.Training, batch: Batch, **keywords: Any) -> Any:
+        temperature_on_one_side(model, batch)
+        return train_on(t, batch, **keywords)
 
-    monkeypatch.setattr(loop, "improve", tampered_improve)
+    monkeypatch.setattr(loop, "train_on", tampered_train_on)
     with pytest.raises(GateError):
         model.learn(6)
     assert same(weights(model), before) and same(saved(model)[0]["policy"], before)

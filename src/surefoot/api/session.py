@@ -23,7 +23,7 @@ from typing import Any, Literal
 from safetensors import SafetensorError
 
 from surefoot.build.preflight import SETTINGS
-from surefoot.build.training import Environment, build_rollout, build_training
+from surefoot.build.training import Environment, build_objective, build_rollout, build_training
 from surefoot.config import (
     SUPERVISED,
     Config,
@@ -42,6 +42,7 @@ from surefoot.storage.files import whole_folder
 from surefoot.storage.run_folder import RunFolder
 from surefoot.train import checkpoint, loop
 from surefoot.train.callbacks import CallbackAdapter, calling
+from surefoot.train.objective import Objective
 from surefoot.train.observers.observed import observed
 
 # What each kind of run learns from: the argument, what it is, and what of it is held out.
@@ -76,6 +77,7 @@ class Session:
         self._demonstrations, self._schedules = demonstrations, dict(schedules or {})
         self._folder = run
         self._rollout: Rollout | None = None
+        self._objective: Objective | None = None
         self._training: loop.Training | None = None
         self._adapter: CallbackAdapter | None = None  # while learning
 
@@ -109,8 +111,9 @@ class Session:
                 kind = self.config.opener
                 argument, what, _ = SOURCES[kind]
                 raise InputError(f"there is nothing to train on; give the {what}: {kind}(model, {argument})")
-            self._rollout = build_rollout(self.config, self.policy, self.source, self._demonstrations)
-            if self.verbose and (notice := getattr(self._rollout, "notice", "")):
+            self._rollout = build_rollout(self.config, self.policy, self.source)
+            self._objective = build_objective(self.config, self.policy, self._rollout, self._demonstrations)
+            if self.verbose and (notice := self._rollout.notice or self._objective.notice):
                 print(notice)
         return self._rollout
 
@@ -125,8 +128,8 @@ class Session:
                 self.policy,
                 self.source,
                 self._folder,
-                demonstrations=self._demonstrations,
                 rollout=rollout,
+                objective=self._objective,
             )
             self._training.schedules = self._schedules
             self._folder = self._training.folder
@@ -178,7 +181,8 @@ class Session:
                 what = "evaluate needs an environment id; without one use evaluate_policy(model, env)"
             raise InputError(what)
         metrics, _ = rollout.evaluate(count)
-        return metrics
+        assert self._objective is not None
+        return metrics | self._objective.evaluate(count)
 
     def save(self, folder: str | Path, config: Config | None = None) -> None:
         """Write the policy and its settings, or those of `config`.

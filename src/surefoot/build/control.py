@@ -19,6 +19,8 @@ from surefoot.policies.control.policy import ControlPolicy
 from surefoot.policies.lm.policy import resolve_dtype
 from surefoot.rewards.functions import is_function, load_function
 
+SMALL = 100_000  # parameters
+
 
 def build_vector(config: Config, env: Any = None, *, for_evaluation: bool = False) -> Vector:
     """The environment of a run: what the user made, or sub-environments of what `env.id` names."""
@@ -94,3 +96,8 @@ def build_control_policy(config: Config, env: Vector, module: nn.Module | None =
         seed=derived_seed(config.seed, "network", 0),
     )
     return policy.to(device)
+
+
+def threads_for(policy: Any) -> int | None:
+    """A small network's operations are over before a second thread has begun; where cores are busy it waits for it."""
+    return 1 if sum(p.numel() for p in policy.parameters()) < SMALL else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from surefoot.build.control import build_vector, has_two_players
+from surefoot.build.control import build_vector, has_two_players, threads_for
 from surefoot.build.language import check_critic, check_no_critic
 from surefoot.config import Config, SelfPlayConfig, SFTConfig
 from surefoot.core.running import RunningStats
@@ -16,26 +16,27 @@ from surefoot.envs.games import GameVectorEnv
 from surefoot.envs.gym import Vector
 from surefoot.envs.text import TextTask
 from surefoot.errors import InputError
+from surefoot.policies.control import fast_mlp
 from surefoot.policies.control.policy import ControlPolicy
 from surefoot.rollout.base import Rollout
 from surefoot.rollout.demonstrations import DemonstrationRollout
 from surefoot.rollout.gym import GymRollout
-from surefoot.rollout.mixed import MixedRollout
 from surefoot.rollout.opponents import OpponentPool
 from surefoot.rollout.preferences import PreferenceRollout
 from surefoot.rollout.text import TextRollout, text_engine
 from surefoot.storage.run_folder import RunFolder
 from surefoot.train import checkpoint, loop
+from surefoot.train.objective import Objective, OptimizerSettings
+from surefoot.train.ppo_objective import PPOObjective
+from surefoot.train.supervised_objectives import NLLObjective, PreferenceObjective, SumObjective
 from surefoot.train.update import make_optimizer
 
 # What a run learns in, or from.
 Environment = TextTask | Vector | Demonstrations | PreferenceDataset
 
 
-def build_rollout(
-    config: Config, policy: Any, env: Environment, demonstrations: Demonstrations | None = None
-) -> Rollout:
-    """What collects the batches of a run; `demonstrations` are those of `ptx`."""
+def build_rollout(config: Config, policy: Any, env: Environment) -> Rollout:
+    """What collects the batches of a run."""
     if config.supervised or not config.ppo.has_critic:
         check_no_critic(policy)
     else:
@@ -47,14 +48,13 @@ def build_rollout(
         assert config.reward_model is not None
         return PreferenceRollout(policy, env, settings=config.reward_model, seed=config.seed)
     if isinstance(env, TextTask):
-        rollout = TextRollout(
+        return TextRollout(
             policy,
             env,
             engine=text_engine(policy, config.generation),
             config=config,
             seed=config.seed,
         )
-        return rollout if demonstrations is None else _mixed(config, rollout, demonstrations)
     assert config.env is not None
     make = None if config.env.id is None else lambda: build_vector(config, for_evaluation=True)
     opponents = None
@@ -73,23 +73,33 @@ def build_rollout(
     )
 
 
-def _mixed(config: Config, rollout: TextRollout, demonstrations: Demonstrations) -> MixedRollout:
+def build_objective(
+    config: Config, policy: Any, rollout: Rollout, examples: Demonstrations | None = None
+) -> Objective:
+    """What a run lowers; `examples` are the demonstrations of `ptx`."""
+    if isinstance(rollout, DemonstrationRollout):
+        return NLLObjective(OptimizerSettings.of(config.sft))
+    if isinstance(rollout, PreferenceRollout):
+        return PreferenceObjective(rollout.loss, OptimizerSettings.of(config.reward_model))
+    ppo = PPOObjective(config, accelerator=fast_mlp.accelerator(policy))
+    if examples is None:
+        return ppo
     ptx = config.ptx
     assert ptx is not None
-    sft = SFTConfig(
-        batch_size=ptx.batch_size, max_tokens=ptx.max_tokens, micro_batch_tokens=config.ppo.micro_batch_tokens
-    )
-    # A separate seed: a list as long as the prompts would be in the prompts' order.
-    seed = derived_seed(config.seed, "ptx", 0)
-    demonstrated = DemonstrationRollout(
-        rollout.policy,
-        demonstrations,
-        sft=sft,
-        seed=seed,
+    demonstrations = DemonstrationRollout(
+        policy,
+        examples,
+        sft=SFTConfig(
+            batch_size=ptx.batch_size,
+            max_tokens=ptx.max_tokens,
+            micro_batch_tokens=config.ppo.micro_batch_tokens,
+        ),
+        # A separate seed: a list as long as the prompts would be in the prompts' order.
+        seed=derived_seed(config.seed, "ptx", 0),
         key="ptx",
         temperature=config.generation.temperature,
     )
-    return MixedRollout(rollout, demonstrated)
+    return SumObjective(ppo, demonstrations, coef=ptx.coef, schedule=ptx.schedule)
 
 
 def build_training(
@@ -98,27 +108,29 @@ def build_training(
     env: Environment,
     folder: RunFolder | None = None,
     *,
-    demonstrations: Demonstrations | None = None,
     rollout: Rollout | None = None,
+    objective: Objective | None = None,
 ) -> loop.Training:
     """A run at its beginning, in a new folder where none is given, or at the newest whole checkpoint of its
     folder.
 
-    `rollout` is what `build_rollout` gives, where it has been built before.
+    `rollout` and `objective` are what the functions above give, where they have been built before.
     """
-    rollout = rollout or build_rollout(config, policy, env, demonstrations)
+    rollout = rollout or build_rollout(config, policy, env)
+    objective = objective or build_objective(config, policy, rollout)
     # After the prompts were found to fit: a refused run leaves nothing.
     folder = folder or RunFolder.create(config)
     training = loop.Training(
         config=config,
         policy=policy,
         rollout=rollout,
+        objective=objective,
         optimizer=make_optimizer(
-            policy, config.algorithm, critic_learning_rate=config.policy.critic.learning_rate
+            policy, objective, critic_learning_rate=config.policy.critic.learning_rate
         ),
         folder=folder,
-        progress=loop.Progress(kl_coef=config.kl.coef),
         total=_budget(config, env),
+        threads=threads_for(policy) if config.env is not None else None,
     )
     newest = checkpoint.newest_checkpoint(folder.checkpoints)
     if newest is not None:

@@ -184,13 +184,6 @@ class Config(Section):
             return "rejection-sampling"
         return (self.supervised or "ppo").replace("_", "-")
 
-    @property
-    def algorithm(self) -> Config:
-        """What `train/` reads: this, or what stands for it in a supervised run."""
-        section = self.sft or self.reward_model
-        if section is None:
-            return self
-        return self.model_copy(update={"ppo": section.as_update()})
 
 
 # What control has found to work, and Stable-Baselines3 has as its defaults: used with `env` where nothing else is said.

@@ -22,7 +22,7 @@ from surefoot.config.fields import (
     PathText,
     Positive,
 )
-from surefoot.config.sections import PPOConfig, Section
+from surefoot.config.sections import Section
 
 MAX_WEIGHTS = 1_000_000_000  # of a new model: 4 GB in float32
 
@@ -44,9 +44,6 @@ class SFTConfig(Section):
     micro_batch_tokens: MicroBatchTokens = 2048
     max_bad_steps: MaxBadSteps = 5
 
-    def as_update(self) -> PPOConfig:
-        """What `train/` reads: one step on each batch, and nothing of PPO's own."""
-        return _one_step(self)
 
 
 class NewModelConfig(Section):
@@ -115,12 +112,3 @@ class RewardModelConfig(Section):
         if ends is not None and not ends[0] < ends[1]:
             raise ValueError(f"{ends} is no range; write the lowest rating first, then the highest")
         return ends
-
-    def as_update(self) -> PPOConfig:
-        """What `train/` reads: one step on each batch, and nothing of PPO's own."""
-        return _one_step(self)
-
-
-def _one_step(section: SFTConfig | RewardModelConfig) -> PPOConfig:
-    names = PPOConfig.model_fields.keys() & type(section).model_fields.keys()
-    return PPOConfig(**{name: getattr(section, name) for name in names}, n_epochs=1)

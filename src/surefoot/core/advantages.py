@@ -1,4 +1,6 @@
-"""Advantages over the steps the policy itself took: with a critic (GAE), or by comparing answers to one prompt."""
+"""Advantages over the steps the policy itself took: with a critic (GAE), or by comparing answers to one
+prompt.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,10 @@ def gae(
 
         δ_t = r_t + γ V(s') - V(s_t),    A_t = δ_t + γ λ A(s'),    R_t = A_t + V(s_t)
 
-    Steps off the mask (prompt, padding, what an environment said between two turns) are stepped over: they carry no
-    reward and cost no γ or λ. After a step with `ends_BT` the carry stops, and V(s') is `bootstrap_BT`: 0 where the
-    episode terminated, V(final observation) where it was only truncated or the rollout stopped. λ is one number, or one
-    for each row, [B, 1].
+    Steps off the mask (prompt, padding, what an environment said between two turns) are stepped over: they
+    carry no reward and cost no γ or λ. After a step with `ends_BT` the carry stops, and V(s') is
+    `bootstrap_BT`: 0 where the episode terminated, V(final observation) where it was only truncated or the
+    rollout stopped. λ is one number, or one for each row, [B, 1].
     """
     zero = torch.zeros((), device=rewards_BT.device)
     steps = mask_BT.shape[1]
@@ -50,8 +52,8 @@ def gae(
 def group_advantages(scores_B: Tensor, groups_B: Tensor, *, acted_B: Tensor, kind: str) -> Tensor:
     """How much better each answer is than the others to its prompt; [B] float32, 0 where nothing was written.
 
-    `scores_B` are the rewards of whole answers, `groups_B` (int64) tells which rows answer the same prompt, `acted_B`
-    (bool) which rows count. With r the scores of a group of G:
+    `scores_B` are the rewards of whole answers, `groups_B` (int64) tells which rows answer the same prompt,
+    `acted_B` (bool) which rows count. With r the scores of a group of G:
 
         dr_grpo    A = r - mean(r)                        (Liu et al. 2025, arXiv:2503.20783, §3.2)
         grpo       A = (r - mean(r)) / (std(r) + 1e-4)    (Shao et al. 2024, arXiv:2402.03300, §4.1.2)

@@ -1,17 +1,11 @@
-"""Sums, means and whitening over a mask. What is masked is inert: NaN there changes neither value nor gradient."""
+"""Sums, means and whitening over a mask. What is masked is inert: NaN there changes neither value nor
+gradient.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy
 import torch
 from torch import Tensor
-
-
-def library_of(values: Any) -> Any:
-    """torch for a tensor, NumPy for an array: arithmetic that both have is written once."""
-    return numpy if isinstance(values, numpy.ndarray) else torch
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
@@ -31,26 +25,29 @@ def masked_var(values: Tensor, mask: Tensor) -> Tensor:
     )
 
 
-def whiten(values: Any, mask: Any, *, shift_mean: bool = True) -> Any:
-    """Scale to unit variance and, with `shift_mean`, move the mean to 0; 0 off the mask. Tensors or NumPy arrays.
+def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
+    """Scale to unit variance and, with `shift_mean`, move the mean to 0; 0 off the mask.
 
     `(x - mean) * rsqrt(var + 1e-8)` with population variance, as OpenAI's lm-human-preferences does
-    (`lm_human_preferences/utils/core.py: whiten`). One value or equal values give 0 (plus the mean without the shift).
+    (`lm_human_preferences/utils/core.py: whiten`). One value or equal values give 0 (plus the mean without
+    the shift).
     """
-    xp = library_of(values)
-    count = xp.clip(mask.sum(), 1, None)
-    mean = xp.where(mask, values, 0.0).sum() / count
-    centred = xp.where(mask, values - mean, 0.0)
+    count = mask.sum().clamp(min=1)
+    mean = torch.where(mask, values, 0.0).sum() / count
+    centered = torch.where(mask, values - mean, 0.0)
     # Once more: the mean of equal large values is rounded, and what is left would be scaled up by 1e4.
-    centred = xp.where(mask, centred - centred.sum() / count, 0.0)
-    whitened = centred / xp.sqrt((centred * centred).sum() / count + 1e-8)
-    return whitened if shift_mean else xp.where(mask, whitened + mean, 0.0)
+    centered = torch.where(mask, centered - centered.sum() / count, 0.0)
+    whitened = centered / torch.sqrt((centered * centered).sum() / count + 1e-8)
+    return whitened if shift_mean else torch.where(mask, whitened + mean, 0.0)
 
 
 def explained_variance(predictions: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(target - prediction) / Var(target): 1 is perfect, 0 no better than a constant; 0 if targets are equal."""
+    """1 - Var(target - prediction) / Var(target): 1 is perfect, 0 no better than a constant; 0 if targets are
+    equal.
+    """
     variance = masked_var(targets, mask)
     residual = masked_var(targets - predictions, mask)
-    # Equal float32 targets have a variance of rounding errors; below a spread of 1e-6 of their size they count as equal.
+    # Equal float32 targets have a variance of rounding errors; below a spread of 1e-6 of their size they
+    # count as equal.
     differ = variance > 1e-12 * masked_mean(targets**2, mask)
     return torch.where(differ, 1 - residual / variance.clamp(min=1e-30), torch.zeros_like(variance))

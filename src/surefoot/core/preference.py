@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
+import math
+from dataclasses import dataclass
+
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-
-from surefoot.core.losses import LossStats
 
 
 def preference_loss(scores_B2: Tensor, margins_B: Tensor, *, center: float = 0.0) -> Tensor:
@@ -54,11 +54,25 @@ def reliability(
     return rows, error
 
 
-def preference_stats(losses_B: Tensor) -> LossStats:
-    """The losses' sum as `policy_loss` over N rows; the ratio is 1, without an older policy."""
-    total = losses_B.detach().sum().float()
-    rows, zero = torch.full_like(total, len(losses_B)), torch.zeros_like(total)
-    return LossStats(torch.stack([total, zero, zero, rows, zero, zero, zero, rows]), torch.ones_like(total))
+@dataclass(frozen=True)
+class PreferenceStats:
+    """The sum of the losses over `num_tokens` rows: preferences or ratings."""
+
+    loss: Tensor
+    num_tokens: int
+
+    @classmethod
+    def of(cls, losses_B: Tensor) -> PreferenceStats:
+        """Without gradient."""
+        return cls(losses_B.detach().sum().float(), len(losses_B))
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the loss is a number."""
+        return math.isfinite(float(self.loss))
+
+    def __add__(self, other: PreferenceStats) -> PreferenceStats:
+        return PreferenceStats(self.loss + other.loss, self.num_tokens + other.num_tokens)
 
 
 def pearson(one_N: Tensor, other_N: Tensor) -> float:

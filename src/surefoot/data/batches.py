@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from surefoot.types import Batch, Objective
+from surefoot.types import Batch
 
 
 def demonstration_batch(
@@ -20,27 +20,14 @@ def demonstration_batch(
     for b, (tokens, loss_mask) in enumerate(rows):
         tokens_BT[b, : lengths[b]] = torch.tensor(tokens)
         mask_BT[b, : lengths[b]] = torch.tensor(loss_mask)
-    nothing_BT = torch.zeros(shape)
-    batch = Batch(
-        observations={"tokens": tokens_BT, "lengths": torch.tensor(lengths)},
-        actions_BT=tokens_BT,
-        mask_BT=mask_BT,
-        logprobs_BT=nothing_BT,
-        values_BT=nothing_BT,
-        rewards_BT=nothing_BT,
-        ends_BT=torch.zeros(shape, dtype=torch.bool),
-        bootstrap_BT=nothing_BT,
-        objective="imitation",
-        temperature=temperature,
-    )
-    return to_device(batch, device)
+    observations = {"tokens": tokens_BT, "lengths": torch.tensor(lengths)}
+    return to_device(Batch(observations, mask_BT, tokens_BT, temperature=temperature), device)
 
 
 def preference_batch(
     rows: Sequence[Sequence[Sequence[int]]],
     labels: Sequence[float] = (),
     *,
-    objective: Objective = "policy",
     device: torch.device,
 ) -> Batch:
     """Batch of rows of K texts each, as tokens, right-padded to [B, T, K]; the mask covers the longest text
@@ -55,20 +42,9 @@ def preference_batch(
         for k, tokens in enumerate(texts):
             tokens_BTK[b, : len(tokens), k] = torch.tensor(tokens)
     mask_BT = torch.arange(tokens_BTK.shape[1]) < longest_B[:, None]
-    nothing_BT = torch.zeros(mask_BT.shape)
-    batch = Batch(
-        observations={"tokens": tokens_BTK, "lengths": lengths_BK},
-        actions_BT=nothing_BT,
-        mask_BT=mask_BT,
-        logprobs_BT=nothing_BT,
-        values_BT=nothing_BT,
-        rewards_BT=nothing_BT,
-        ends_BT=torch.zeros(mask_BT.shape, dtype=torch.bool),
-        bootstrap_BT=nothing_BT,
-        labels_B=torch.tensor(labels, dtype=torch.float32) if labels else None,
-        objective=objective,
-    )
-    return to_device(batch, device)
+    observations = {"tokens": tokens_BTK, "lengths": lengths_BK}
+    labels_B = torch.tensor(labels, dtype=torch.float32) if labels else None
+    return to_device(Batch(observations, mask_BT, labels_B=labels_B), device)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

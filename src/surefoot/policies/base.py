@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from surefoot.core.losses import LossStats
 from surefoot.types import Batch, Evaluation
 
 
@@ -22,23 +21,14 @@ class Policy(Protocol):
     """
 
     exact_logprobs: bool
-    """True where `evaluate` repeats the sampler's log-probs to rounding (float32), so that they serve as the old ones."""
-
-    threads: int | None
-    """How many threads its arithmetic gains from while it is trained; None: as many as torch takes by itself."""
+    """True where `evaluate` repeats the sampler's log-probs to rounding (float32), so that they serve as the
+    old ones.
+    """
 
     reads_whole_rows: bool
-    """True where a step can only be evaluated with the steps before it; else a minibatch may hold single steps."""
-
-    def closed_form(
-        self, optimizer: torch.optim.Optimizer
-    ) -> AbstractContextManager[tuple[Callable[..., LossStats], torch.optim.Adam]] | None:
-        """For a policy that knows its gradient: for the length of an update, `accumulate(batch, advantages, denominator=...,
-        settings=...)`, and the optimiser of what that adds to, which goes on in `optimizer`'s place.
-
-        None: autograd finds the gradient through `evaluate`.
-        """
-        ...
+    """True where a step can only be evaluated with the steps before it; else a minibatch may hold single
+    steps.
+    """
 
     @property
     def device(self) -> torch.device:
@@ -50,7 +40,9 @@ class Policy(Protocol):
         ...
 
     def evaluate(self, batch: Batch, *, entropy_gradient: bool = False) -> Evaluation:
-        """Log-probs, values and entropies [B, T] of the actions taken. Entropies are differentiable only on request."""
+        """Log-probs, values and entropies [B, T] of the actions taken. Entropies are differentiable only on
+        request.
+        """
         ...
 
     def reference_logprobs(self, batch: Batch) -> Tensor | None:
@@ -67,7 +59,9 @@ class Policy(Protocol):
 
 
 class ActingPolicy(Policy, Protocol):
-    """A policy that acts step by step in environments: what `policies/control/policy.py` provides, and `PPO` asks of one."""
+    """A policy that acts step by step in environments: what `policies/control/policy.py` provides, and `PPO`
+    asks of one.
+    """
 
     def prepare(self, observations: Mapping[str, NDArray[Any]], *, learn: bool = False) -> dict[str, Tensor]:
         """Arrays [N, ...] as tensors."""
@@ -110,7 +104,9 @@ class ActingPolicy(Policy, Protocol):
         *,
         noise_from: torch.Generator | None = None,
     ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...] | None]:
-        """Actions [N, ...] and what is remembered, for use outside of training; the likeliest without `noise_from`."""
+        """Actions [N, ...] and what is remembered, for use outside of training; the likeliest without
+        `noise_from`.
+        """
         ...
 
     def load_extras(self, folder: Path) -> None:

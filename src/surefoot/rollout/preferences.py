@@ -65,7 +65,7 @@ class PreferenceRollout:
             [[policy.encode(row.prompt, text, where=row.where) for text in row.texts] for row in part]
             for part in (data.train, data.held_out)
         )
-        self._loss = (
+        self.loss = (
             functools.partial(preference_loss, center=settings.center) if data.of_pairs else rating_loss
         )
         self._mean, self._std = 0.0, 1.0
@@ -88,7 +88,7 @@ class PreferenceRollout:
         indices = [self.data.training_index(number, self.seed) for number in range(first, first + count)]
         labels = self._labels([self.data.train[index] for index in indices])
         rows = [self._train[index] for index in indices]
-        batch = preference_batch(rows, labels, objective=self._loss, device=self.policy.device)
+        batch = preference_batch(rows, labels, device=self.policy.device)
         batch.version = version
         batch.metrics = {
             "reward_model/epoch": (first + count) / len(self._train),
@@ -105,7 +105,7 @@ class PreferenceRollout:
         preferences = self.data.held_out[:episodes]
         scores_BK = self.policy.scores(self._held_out[:episodes], poll)
         labels_B = torch.tensor(self._labels(preferences), dtype=torch.float32)
-        loss = float(self._loss(scores_BK, labels_B).mean())
+        loss = float(self.loss(scores_BK, labels_B).mean())
         metrics = {"eval/loss": loss, "eval/metric": -loss}
         if self.data.of_pairs:
             metrics["eval/accuracy"] = float((0.5 + 0.5 * (scores_BK[:, 0] - scores_BK[:, 1]).sign()).mean())

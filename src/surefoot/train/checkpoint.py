@@ -4,9 +4,9 @@
     checkpoints/latest       name of the newest whole checkpoint
     checkpoints/best         name of the best one by the evaluation metric
 
-A checkpoint is written to a folder aside on the same filesystem, every file is fsynced, the manifest (sizes and
-SHA-256) comes last, then the folder is renamed and the pointer moved. Old ones go only after that. Nothing in it is a
-pickle: tensors are safetensors, the rest is JSON.
+A checkpoint is written to a folder aside on the same filesystem, every file is fsynced, the manifest (sizes
+and SHA-256) comes last, then the folder is renamed and the pointer moved. Old ones go only after that.
+Nothing in it is a pickle: tensors are safetensors, the rest is JSON.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Write checkpoint `number` (updates done): one safetensors file per entry of `tensors`, and `state` as JSON.
+    """Write checkpoint `number` (updates done): one safetensors file per entry of `tensors`, and `state` as
+    JSON.
 
-    Keeps the newest `keep` and the best. Raises InputError when the disk is full or not writable; older checkpoints
-    are untouched then.
+    Keeps the newest `keep` and the best. Raises InputError when the disk is full or not writable; older
+    checkpoints are untouched then.
     """
     path, aside = folder / f"{number:08d}", folder / f"{number:08d}.tmp"
     try:
@@ -89,8 +90,8 @@ def _write(aside: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapp
 
 
 def _put_in_place(aside: Path, path: Path) -> None:
-    """Give a whole checkpoint its name. If that is taken (the same update, saved before a resume), the old one steps
-    aside until the new one stands: at no moment is there none.
+    """Give a whole checkpoint its name. If that is taken (the same update, saved before a resume), the old
+    one steps aside until the new one stands: at no moment is there none.
     """
     old = path.with_name(path.name + ".old")
     if path.exists():
@@ -118,7 +119,8 @@ def point(folder: Path, pointer: str, name: str) -> None:
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that passes its manifest, or None if there is none at all.
 
-    Says on stderr when a newer one was damaged. Raises InputError if none of them is whole. Both name the damaged file.
+    Says on stderr when a newer one was damaged. Raises InputError if none of them is whole. Both name the
+    damaged file.
     """
     damaged: list[InputError] = []
     for path in _numbered(folder):
@@ -311,7 +313,9 @@ def _is_whole(path: Path) -> bool:
 
 
 def _remove_old(folder: Path, number: int, keep: int) -> None:
-    """Remove all but the newest `keep` and the best, and what kills left. Damaged ones newer than `number` don't count."""
+    """Remove all but the newest `keep` and the best, and what kills left. Damaged ones newer than `number`
+    don't count.
+    """
     best = _pointed(folder, "best")
     standing = [
         path for path in _numbered(folder) if not path.name.endswith(".old") and number_of(path) <= number

@@ -1,9 +1,10 @@
-"""THE loop: collect -> advantages -> update -> log -> evaluate -> save, for every kind of policy and environment."""
+"""THE loop: collect -> advantages -> update -> log -> evaluate -> save, for every kind of policy and
+environment.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,20 +15,16 @@ from typing import Any, Protocol
 import torch
 from threadpoolctl import threadpool_limits
 
-from surefoot.config import Config, PPOConfig
-from surefoot.core.kl import adapted_kl_coef
-from surefoot.core.schedules import schedule
+from surefoot.config import Config
 from surefoot.core.seeds import derived_seed
-from surefoot.errors import InputError, Interrupted, NonFiniteError, SurefootError
+from surefoot.errors import GateError, InputError, Interrupted, NonFiniteError, SurefootError
 from surefoot.policies.base import Policy
 from surefoot.rollout.base import Rollout
-from surefoot.rollout.logprobs import sequence_kl
 from surefoot.storage.run_folder import RunFolder
 from surefoot.train import checkpoint
-from surefoot.train.gates import NEGATIVE_KL_LIMIT, check_first_minibatch, check_kl_sign, is_surely_negative
-from surefoot.train.metrics import batch_metrics, measures_of
+from surefoot.train.objective import Moment, Objective, UpdateResult
 from surefoot.train.signals import RolloutAborted, StopRequest
-from surefoot.train.update import TokenBudget, advantages, ptx_coef, update
+from surefoot.train.update import TokenBudget, update
 from surefoot.types import Batch
 
 
@@ -47,12 +44,10 @@ class Observer(Protocol):
 class Progress:
     """How far a run is. Everything here is saved."""
 
-    kl_coef: float
     updates: int = 0
     collected: int = 0  # units of the budget: episodes of a task, timesteps of an environment
     bad_steps: int = 0
     bad_steps_in_a_row: int = 0
-    negative_kl_in_a_row: int = 0  # updates whose KL to the reference was surely below 0
     best_metric: float | None = None
     best_update: int | None = None  # number of updates at the best evaluation
     seconds: float = 0.0
@@ -61,30 +56,24 @@ class Progress:
 
 @dataclass
 class Training:
-    """Everything a run works with. Built by `build.py`."""
+    """Everything a run works with. Built by `build/training.py`."""
 
     config: Config
     policy: Policy
     rollout: Rollout
+    objective: Objective
     optimizer: torch.optim.Adam
     folder: RunFolder
-    progress: Progress
     total: int  # units of the budget
-    schedules: dict[str, Callable[[float], float]] = field(
-        default_factory=dict
-    )  # of Python: share of the run left -> value
+    progress: Progress = field(default_factory=Progress)
+    schedules: dict[str, Callable[[float], float]] = field(default_factory=dict)  # given in Python
+    threads: int | None = None  # that torch and NumPy use; None: as many as they take by themselves
     observers: list[Observer] = field(default_factory=list)
     stop: StopRequest = field(default_factory=StopRequest)
-    on_env_step: Callable[[], None] = lambda: (
-        None
-    )  # called between steps; may raise RolloutAborted to end the run
+    # Called between steps of a rollout; may raise RolloutAborted to end the run.
+    on_env_step: Callable[[], None] = lambda: None
     saved_at: int | None = None  # number of updates in the newest checkpoint
     generators: dict[str, Any] | None = None  # from a checkpoint, put back when the loop starts
-
-    @property
-    def ppo(self) -> PPOConfig:
-        """The algorithm's settings."""
-        return self.config.algorithm.ppo
 
     @property
     def total_updates(self) -> int:
@@ -106,29 +95,29 @@ class Training:
         self.stop.raise_if_set()
         self.on_env_step()
 
-    def tell_phase(self, name: str) -> None:
-        """Tell the observers what the run is at."""
+    def enter(self, phase: str) -> None:
+        """Let the observers know what the run starts on."""
         for observer in self.observers:
-            observer.phase(name)
+            observer.phase(phase)
 
 
 def run(training: Training) -> None:
     """Train until the budget is used up.
 
-    Raises Interrupted after a signal, and whatever is the user's to mend; in each case the state as it was after the
-    last whole update is saved first, and stands in memory too.
+    Raises Interrupted after a signal, and whatever is the user's to fix; in each case the state as it was
+    after the last whole update is saved first, and stands in memory too.
     """
     t = training
     _start_generators(t)
-    budget = TokenBudget(t.ppo.micro_batch_tokens)
-    check_itself = True
-    with t.stop.listening(), _threads(t.policy.threads):
+    budget = TokenBudget(t.objective.settings.micro_batch_tokens)
+    check_first = True
+    with t.stop.listening(), _threads(t.threads):
         while True:
-            before = _undone_by_giving_up(t)
+            before = snapshot(t)
             try:
                 if _evaluation_is_due(t):
                     evaluate(t)
-                    before = _undone_by_giving_up(t)
+                    before = snapshot(t)
                 if _checkpoint_is_due(t):
                     save(t, before)
                 if t.is_done:
@@ -136,12 +125,11 @@ def run(training: Training) -> None:
                 t.poll()
                 batch = collect(t)
                 t.poll()
-                metrics = improve(t, batch, budget=budget, check_itself=check_itself)
+                result, metrics = train_on(t, batch, budget=budget, check_first=check_first)
             except (RolloutAborted, SurefootError) as error:
                 if t.saved_at != t.progress.updates:
                     save(t, before)
-                checkpoint.restore_generators(before["generators"])
-                _put_back(t, before, error)
+                roll_back(t, before, error)
                 if (
                     t.stop.signal_number is not None
                 ):  # whatever else it broke, such as an environment's workers
@@ -149,97 +137,69 @@ def run(training: Training) -> None:
                 if isinstance(error, RolloutAborted):  # a callback has seen enough
                     return
                 raise
-            # Once is enough, but an update of PPO may have had nothing to learn from.
-            check_itself &= batch.objective == "policy" and "ppo/policy_loss" not in metrics
+            check_first &= result.stats is None  # an update may have had nothing to learn from
             log(t, batch, metrics)
-            _stop_if_diverged(t)
+            try:
+                t.objective.finish(batch)
+                _check_bad_steps(t)
+            except (GateError, NonFiniteError):
+                save(t, snapshot(t))
+                raise
 
 
 def collect(t: Training) -> Batch:
     """What the next update learns from."""
-    t.tell_phase("rollout")
+    t.enter("rollout")
     p = t.progress
     return t.rollout.collect(first=p.collected, count=t.rollout.per_update, version=p.updates, poll=t.poll)
 
 
-def scheduled(t: Training, name: str, kind: str) -> float:
-    """`learning_rate` or `clip_range` for the next update, by the schedule of that `kind`."""
-    if kind == "function":
-        if name not in t.schedules:
-            raise InputError(
-                f"ppo.{name} was a Python function; give it again: PPO.load(folder, env, {name}=...)"
-            )
-        return float(t.schedules[name](1.0 - t.progress.collected / t.total))
-    warmup = t.ppo.lr_warmup if name == "learning_rate" else 0.0
-    return float(getattr(t.ppo, name)) * schedule(kind, t.progress.updates, t.total_updates, warmup=warmup)
-
-
-def config_now(t: Training) -> Config:
-    """The configuration with the coefficients as the next update has them."""
-    config, ppo, ptx = t.config.algorithm, t.ppo, t.config.ptx
-    now = {
-        "clip_range": scheduled(t, "clip_range", ppo.clip_schedule),
-        "ent_coef": scheduled(t, "ent_coef", ppo.ent_schedule),
-    }
-    if ptx is not None:
-        coef = ptx.coef * schedule(ptx.schedule, t.progress.updates, t.total_updates)
-        ptx = ptx.model_copy(update={"coef": coef})
-    kl = config.kl.model_copy(update={"coef": t.progress.kl_coef})
-    return config.model_copy(update={"ppo": ppo.model_copy(update=now), "kl": kl, "ptx": ptx})
-
-
-def improve(t: Training, batch: Batch, *, budget: TokenBudget, check_itself: bool) -> dict[str, float]:
-    """Advantages and one update; moves `progress` on and returns the update's metrics."""
-    t.tell_phase("update")
-    p, started = t.progress, time.perf_counter()
-    learning_rate, config = scheduled(t, "learning_rate", t.ppo.lr_schedule), config_now(t)
-    advantages(batch, config)
-    metrics = batch_metrics(batch) | ({"kl/coef": p.kl_coef} if batch.objective == "policy" else {})
-    metrics |= {} if config.ptx is None else {"ptx/coef": ptx_coef(batch, config)}
-    gate = functools.partial(check_first_minibatch, exact=t.policy.exact_logprobs)
+def train_on(
+    t: Training, batch: Batch, *, budget: TokenBudget, check_first: bool
+) -> tuple[UpdateResult, dict[str, float]]:
+    """Prepare the batch and do one update; moves `progress` on. Returns what was done and the update's
+    metrics.
+    """
+    t.enter("update")
+    p, settings, started = t.progress, t.objective.settings, time.perf_counter()
+    moment = Moment(p.updates, t.total_updates, 1.0 - p.collected / t.total, t.schedules)
+    learning_rate = moment.value(
+        "learning_rate", settings.learning_rate, settings.lr_schedule, warmup=settings.lr_warmup
+    )
     result = update(
         t.policy,
-        batch,
+        t.objective.prepare(batch, moment),
+        t.objective,
         optimizer=t.optimizer,
-        config=config,
         learning_rate=learning_rate,
         generator=torch.Generator().manual_seed(derived_seed(t.config.seed, "minibatches", p.updates)),
         budget=budget,
-        before_first_step=gate if check_itself else None,
+        check_first=check_first,
     )
     p.updates += 1
     p.collected += len(batch) if batch.collected is None else batch.collected
-    p.negative_kl_in_a_row = (
-        p.negative_kl_in_a_row + 1 if is_surely_negative(sequence_kl(batch).tolist()) else 0
-    )
     p.bad_steps += result.skipped
     p.bad_steps_in_a_row = result.skipped_in_a_row + (0 if result.steps else p.bad_steps_in_a_row)
-    if (
-        config.kl.target is not None and batch.version >= config.policy.critic.warmup_updates
-    ):  # before, the policy stands still
-        p.kl_coef = adapted_kl_coef(
-            p.kl_coef,
-            metrics["kl/reference"],
-            target=config.kl.target,
-            horizon=config.kl.horizon,
-            episodes=len(batch),
-        )
-    measured = measures_of(batch)
-    metrics |= measured(result, learning_rate=learning_rate, skipped=p.bad_steps) | {
-        t.rollout.unit: float(p.collected)
+    name = t.objective.name
+    metrics = batch.metrics | t.objective.metrics(batch, result)
+    metrics |= {
+        f"{name}/learning_rate": learning_rate,
+        f"{name}/grad_norm": result.grad_norm,
+        f"{name}/skipped_steps": float(p.bad_steps),
+        t.rollout.unit: float(p.collected),
+        "time/update_s": time.perf_counter() - started,
     }
-    metrics["time/update_s"] = time.perf_counter() - started
     seconds = metrics["time/rollout_s"] + metrics["time/score_s"] + metrics["time/update_s"]
     metrics[t.rollout.throughput] = float(batch.mask_BT.sum()) / seconds
     p.seconds += seconds
-    return metrics
+    return result, metrics
 
 
 def evaluate(t: Training) -> None:
     """Measure on held-out episodes; `progress` remembers whether this was the best so far."""
-    t.tell_phase("evaluate")
+    t.enter("evaluate")
     p = t.progress
-    metrics, trajectories = t.rollout.evaluate(t.config.evaluate.episodes, poll=t.stop.raise_if_set)
+    metrics, trajectories = held_out(t, t.config.evaluate.episodes, poll=t.stop.raise_if_set)
     p.evaluated_at = p.updates
     t.saved_at = None  # a checkpoint of this update, from before a resume, doesn't know of it
     t.folder.append("metrics.jsonl", [{"update": p.updates, **metrics}])
@@ -248,6 +208,14 @@ def evaluate(t: Training) -> None:
         observer.log(metrics, p)
     if p.best_metric is None or metrics["eval/metric"] > p.best_metric:
         p.best_metric, p.best_update = metrics["eval/metric"], p.updates
+
+
+def held_out(
+    t: Training, episodes: int, poll: Callable[[], None] | None = None
+) -> tuple[dict[str, float], Sequence[Any]]:
+    """`eval/…` metrics of the policy as it is on `episodes` held-out episodes, and the episodes."""
+    metrics, episodes_seen = t.rollout.evaluate(episodes, poll=poll)
+    return metrics | t.objective.evaluate(episodes, poll=poll), episodes_seen
 
 
 def log(t: Training, batch: Batch, metrics: dict[str, float]) -> None:
@@ -259,10 +227,10 @@ def log(t: Training, batch: Batch, metrics: dict[str, float]) -> None:
         observer.log(metrics, p)
 
 
-def save(t: Training, drawn: dict[str, Any]) -> Path:
-    """Write a checkpoint of everything the run's future depends on; `drawn` is from `_undone_by_giving_up`."""
-    t.tell_phase("save")
-    rollout = dict(drawn["rollout"])
+def save(t: Training, before: dict[str, Any]) -> Path:
+    """Write a checkpoint of everything the run's future depends on; `before` is a `snapshot`."""
+    t.enter("save")
+    rollout = dict(before["rollout"])
     large = {"rollout": rollout.pop("tensors")} if "tensors" in rollout else {}
     path = checkpoint.save_checkpoint(
         t.folder.checkpoints,
@@ -275,7 +243,7 @@ def save(t: Training, drawn: dict[str, Any]) -> Path:
         state={
             "progress": asdict(t.progress),
             "total": t.total,
-            **drawn,
+            **before,
             "rollout": rollout,
             "base_fingerprint": t.policy.fingerprint(),
             "log_sizes": t.folder.log_sizes(),
@@ -297,6 +265,7 @@ def restore(t: Training, path: Path) -> None:
         checkpoint.restore_optimizer(t.policy, t.optimizer, tensors["optimizer"])
         t.progress = Progress(**state["progress"])
         t.total = state["total"]
+        t.objective.restore(state["objective"])
         large = {"tensors": tensors["rollout"]} if "rollout" in tensors else {}
         t.rollout.restore(state["rollout"] | large)
         t.folder.cut_logs(state["log_sizes"])
@@ -336,13 +305,23 @@ def _start_generators(t: Training) -> None:
     t.generators = None
 
 
-def _undone_by_giving_up(t: Training) -> dict[str, Any]:
-    """What a rollout or an evaluation draws on: taken before, so that one that is given up leaves no trace."""
-    return {"rollout": t.rollout.state(), "generators": checkpoint.generator_states()}
+def snapshot(t: Training) -> dict[str, Any]:
+    """What collecting, updating and evaluating move on besides weights: taken before, so that giving up
+    leaves no trace.
+    """
+    return {
+        "rollout": t.rollout.state(),
+        "objective": t.objective.state(),
+        "generators": checkpoint.generator_states(),
+    }
 
 
-def _put_back(t: Training, before: dict[str, Any], error: Exception) -> None:
-    """Let the rollout stand where it was. An environment that has failed may not come back: then `error` is what to say."""
+def roll_back(t: Training, before: dict[str, Any], error: Exception) -> None:
+    """Put back what a `snapshot` holds. An environment that has failed may not come back: then `error` is
+    what to report.
+    """
+    checkpoint.restore_generators(before["generators"])
+    t.objective.restore(before["objective"])
     try:
         t.rollout.restore(before["rollout"])
     except SurefootError:
@@ -363,14 +342,10 @@ def _checkpoint_is_due(t: Training) -> bool:
     return updates > 0 and t.saved_at != updates and is_wanted
 
 
-def _stop_if_diverged(t: Training) -> None:
-    if t.progress.negative_kl_in_a_row >= NEGATIVE_KL_LIMIT:
-        save(t, _undone_by_giving_up(t))
-        check_kl_sign(t.progress.negative_kl_in_a_row)
-    if t.progress.bad_steps_in_a_row >= t.ppo.max_bad_steps:
-        save(t, _undone_by_giving_up(t))
+def _check_bad_steps(t: Training) -> None:
+    if t.progress.bad_steps_in_a_row >= t.objective.settings.max_bad_steps:
         raise NonFiniteError(
-            f"{t.progress.bad_steps_in_a_row} optimiser steps in a row had a non-finite loss or gradient and were skipped; "
+            f"{t.progress.bad_steps_in_a_row} optimizer steps in a row had a non-finite loss or gradient and were skipped; "
             f"stopped with a checkpoint in {t.folder.path}. Try a lower learning_rate or policy.dtype: float32"
         )
 

@@ -1,41 +1,50 @@
-"""The gradient of two small tanh towers written out in NumPy: what autograd would find, without its bookkeeping.
+"""The PPO gradient of two small tanh towers written out in NumPy: what autograd would find, without its
+bookkeeping.
 
 A network of two layers of 64 spends its update on starting operations, not on numbers, and NumPy starts them
 faster; and its dozen small tensors lie end to end while an update lasts, so that norm, clipping and Adam are
-one operation each. It is used where `supports` says so: float32 on a CPU, no parameters before the towers,
-tanh, one choice or Gaussians. Everything else goes through autograd, which is also its slow twin in the
-tests. The loss is the same one (`core/losses.py`).
+one operation each. `build` hands it to the objective where `supports` says so: float32 on a CPU, no
+parameters before the towers, tanh, one choice or Gaussians. Everything else goes through autograd, which is
+also its slow twin in the tests. The loss is a twin of `core/losses.py:ppo_loss`, with its derivative.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from surefoot.core.losses import LossSettings, LossStats, loss_and_gradients
+from surefoot.core.kl import MAX_LOG_RATIO
+from surefoot.core.losses import LossSettings, PPOStats
 from surefoot.policies.control.actions import LOG_2PI, CategoricalHead, GaussianHead, StateDependentHead
 from surefoot.policies.control.networks import Extractor, Tower
 from surefoot.types import ACTION_MASK, Batch
-
-if TYPE_CHECKING:
-    from surefoot.policies.control.policy import ControlPolicy
 
 Array = NDArray[numpy.float32]
 MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch's Adam calls them
 
 
-def supports(policy: ControlPolicy) -> bool:
-    """Whether this policy's gradient is known here."""
-    layers, extractor = policy.layers, policy.extractor
+def accelerator(policy: Any) -> FastMLP | None:
+    """The gradient written out, for a policy that it is written out for."""
+    return FastMLP(policy) if supports(policy) else None
+
+
+def supports(policy: Any) -> bool:
+    """Whether this policy's gradient is known here. Of `ControlPolicy` it reads the parts, which no other
+    policy need have.
+    """
+    layers, extractor = getattr(policy, "layers", None), getattr(policy, "extractor", None)
     return (
-        policy.device.type == "cpu"
+        layers is not None
+        and policy.device.type == "cpu"
         and policy.dtype == torch.float32
         and policy.lstm is None
         and isinstance(extractor, Extractor)
@@ -47,21 +56,22 @@ def supports(policy: ControlPolicy) -> bool:
     )
 
 
-class ClosedForm:
-    """A policy's weights on one vector, and the gradient there of one minibatch.
+class FastMLP:
+    """A policy's weights on one vector, and the gradient there of one minibatch: an `Accelerator` of
+    `train/objective.py`.
 
     `lent` copies weights and Adam's moments in, and out again at the end: outside of it the policy knows
     nothing of this.
     """
 
-    def __init__(self, policy: ControlPolicy):
+    def __init__(self, policy: Any):
         self.extractor: Any = policy.extractor
         self.parameters = [parameter for _, parameter in policy.named_parameters_to_train()]
         self.sizes = [parameter.numel() for parameter in self.parameters]
         self.weights = nn.Parameter(torch.zeros(sum(self.sizes)))
-        self.gradient = torch.zeros_like(self.weights)
+        self.gradient_N = torch.zeros_like(self.weights)
         self.optimizer = torch.optim.Adam([self.weights], fused=True)
-        both = (self.weights.detach().split(self.sizes), self.gradient.split(self.sizes))
+        both = (self.weights.detach().split(self.sizes), self.gradient_N.split(self.sizes))
         slices: dict[Any, _Parameter] = {
             own: _Parameter(values.view_as(own).numpy(), gradient.view_as(own).numpy())
             for own, values, gradient in zip(self.parameters, *both, strict=True)
@@ -73,14 +83,16 @@ class ClosedForm:
             for layers in (actor, critic)
         )
         self.log_std = None if isinstance(policy.head, CategoricalHead) else slices[policy.head.log_std]
-        self.scorer: Any = _Gaussian if isinstance(policy.head, GaussianHead) else _StateDependent
+        self.head: Any = _Gaussian if isinstance(policy.head, GaussianHead) else _StateDependent
 
     @contextlib.contextmanager
-    def lent(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[ClosedForm, torch.optim.Adam]]:
-        """For one update: this, and an Adam on its vector that goes on where `optimizer` is and hands back where it got."""
+    def lent(self, optimizer: torch.optim.Adam) -> Iterator[torch.optim.Adam]:
+        """For one update: an Adam on the vector that goes on where `optimizer` is and hands back where it
+        got.
+        """
         self._copy_in(optimizer)
         try:
-            yield self, self.optimizer
+            yield self.optimizer
         finally:
             self._copy_out(optimizer)
 
@@ -108,32 +120,42 @@ class ClosedForm:
                 }
                 optimizer.state[parameter] = {"step": state["step"].clone(), **own}
 
-    def __call__(
-        self, batch: Batch, advantages_BT: Array, *, denominator: float, settings: LossSettings
-    ) -> LossStats:
-        """Add the gradient of the PPO loss on `batch` ([N, 1] rows) to the vector's `grad`; its statistics."""
+    def gradient(
+        self, batch: Batch, *, settings: LossSettings, normalize: bool, token_budget: int
+    ) -> PPOStats:
+        """Add the gradient of the PPO loss on all of `batch` ([N, 1] rows), divided by its steps, to the
+        vector's `grad`.
+        """
         if self.weights.grad is None:
-            self.gradient.zero_()
-            self.weights.grad = self.gradient
+            self.gradient_N.zero_()
+            self.weights.grad = self.gradient_N
+        assert batch.advantages_BT is not None
+        advantages_BT, mask_BT = batch.advantages_BT.numpy(), batch.mask_BT.numpy()
+        steps = int(mask_BT.sum())
+        if normalize and steps > 1:
+            advantages_BT = _whitened(advantages_BT, mask_BT)
+        pieces = [slice(i, i + token_budget) for i in range(0, len(batch), token_budget)]
+        parts = [batch] if len(pieces) == 1 else [batch.rows(piece) for piece in pieces]
+        found = zip(parts, (advantages_BT[piece] for piece in pieces), strict=True)
+        return functools.reduce(operator.add, (self._add(*part, max(steps, 1), settings) for part in found))
+
+    def _add(self, batch: Batch, advantages_BT: Array, denominator: int, settings: LossSettings) -> PPOStats:
         assert batch.returns_BT is not None
         features = self._features(batch.observations)
         outputs, values = self.actor.forward(features), self.critic.forward(features)
         actions = batch.actions_BT[:, 0].numpy()
         if self.log_std is None:
             mask = batch.observations.get(ACTION_MASK)
-            scored: Any = _Categorical(outputs, actions, None if mask is None else mask[:, 0].numpy())
+            head: Any = _Categorical(outputs, actions, None if mask is None else mask[:, 0].numpy())
         else:
-            scored = self.scorer(outputs, actions, self.log_std, self.actor.hidden[-1])
-        _, stats, (by_logprob, by_value, by_entropy) = loss_and_gradients(
-            (scored.logprobs[:, None], values, scored.entropies[:, None]),
-            (batch.logprobs_BT.numpy(), batch.values_BT.numpy()),
-            (advantages_BT, batch.returns_BT.numpy()),
-            mask_BT=batch.mask_BT.numpy(),
-            denominator=denominator,
-            settings=settings,
+            head = self.head(outputs, actions, self.log_std, self.actor.hidden[-1])
+        new = (head.logprobs[:, None], values, head.entropies[:, None])
+        old = (batch.logprobs_BT.numpy(), batch.values_BT.numpy(), advantages_BT, batch.returns_BT.numpy())
+        stats, by_logprob, by_value, by_entropy = loss_gradient(
+            new, old, batch.mask_BT.numpy(), 1.0 / denominator, settings
         )
         self.critic.backward(by_value)
-        self.actor.backward(scored.backward(by_logprob, by_entropy))
+        self.actor.backward(head.backward(by_logprob, by_entropy))
         return stats
 
     def _features(self, observations: dict[str, Tensor]) -> Array:
@@ -147,6 +169,67 @@ class ClosedForm:
         return features
 
 
+def loss_gradient(
+    new: tuple[Array, Array, Array],
+    old: tuple[Array, Array, Array, Array],
+    mask: NDArray[numpy.bool_],
+    scale: float,
+    settings: LossSettings,
+) -> tuple[PPOStats, Array, Array, Array | None]:
+    """The sums of `ppo_loss`, and the loss's derivatives by log-probs, values and entropies (None without
+    `ent_coef`).
+
+    `new` are these three, `old` log-probs, values, advantages and returns, all [N, 1]. What is masked is
+    replaced last.
+    """
+    (logprobs, values, entropies), (old_logprobs, old_values, advantages, returns) = new, old
+    log_ratio = logprobs - old_logprobs
+    bounded = numpy.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio = numpy.exp(bounded)
+    within = numpy.clip(ratio, *settings.bounds)
+    unclipped, clipped = -advantages * ratio, -advantages * within
+    # d/d log π of -A r is -A r itself, where that branch counts.
+    policy, by_logprob = numpy.maximum(unclipped, clipped), numpy.where(unclipped >= clipped, unclipped, 0.0)
+    if settings.dual_clip is not None:
+        bound = -settings.dual_clip * advantages
+        is_past = (advantages < 0) & (policy > bound)
+        policy, by_logprob = numpy.where(is_past, bound, policy), numpy.where(is_past, 0.0, by_logprob)
+    by_value = values - returns
+    squares, moved = by_value * by_value, numpy.zeros_like(values)
+    if settings.clip_range_vf is not None:
+        near = numpy.clip(values, old_values - settings.clip_range_vf, old_values + settings.clip_range_vf)
+        clipped_squares, moved = (near - returns) ** 2, near != values
+        by_value = numpy.where(squares >= clipped_squares, by_value, 0.0)
+        squares = numpy.maximum(squares, clipped_squares)
+    terms = (
+        policy,
+        0.5 * squares,
+        entropies,
+        ratio,
+        numpy.expm1(bounded) - bounded,
+        ratio != within,
+        moved,
+        mask,
+    )
+    # One sum for all of them: a small network spends more time on starting operations than on numbers.
+    masked = numpy.where(mask, numpy.stack(terms), 0.0)
+    return (
+        PPOStats(*[*masked.sum((1, 2)), masked[3].max()]),
+        numpy.where(mask & (bounded == log_ratio), by_logprob * scale, 0.0),
+        numpy.where(mask, by_value * (settings.vf_coef * scale), 0.0),
+        mask * (-settings.ent_coef * scale) if settings.ent_coef else None,
+    )
+
+
+def _whitened(values: Array, mask: NDArray[numpy.bool_]) -> Array:
+    """`core/masked.py:whiten` of arrays."""
+    count = max(mask.sum(), 1)
+    centered = numpy.where(mask, values - numpy.where(mask, values, 0.0).sum() / count, 0.0)
+    centered = numpy.where(mask, centered - centered.sum() / count, 0.0)
+    whitened: Array = centered / numpy.sqrt((centered * centered).sum() / count + 1e-8)
+    return whitened
+
+
 @dataclass
 class _Parameter:
     """A parameter's part of the vector, and its gradient's."""
@@ -156,7 +239,9 @@ class _Parameter:
 
 
 class _Network:
-    """Linear layers with tanh between them, their gradients, and memory for both: fresh memory costs as much as the sums."""
+    """Linear layers with tanh between them, their gradients, and memory for both: fresh memory costs as much
+    as the sums.
+    """
 
     def __init__(self, layers: list[tuple[_Parameter, _Parameter]]):
         self.layers = layers
@@ -196,7 +281,8 @@ class _Network:
 
 
 class _Categorical:
-    """log softmax of logits [N, A] at the actions [N], and its derivative; `mask` [N, A] names the legal ones.
+    """log softmax of logits [N, A] at the actions [N], and its derivative; `mask` [N, A] names the legal
+    ones.
 
     Worked out as [A, N]: NumPy is slow over short last dimensions.
     """
@@ -233,7 +319,9 @@ class _Gaussian:
         self.entropies = numpy.full(len(means), constant + 0.5 * len(log_std), dtype=numpy.float32)
 
     def backward(self, by_logprob: Array, by_entropy: Array | None) -> Array:
-        """[N, D]: ∂ by the mean is z/σ; the deviation's own gradient, z² - 1 and 1 for the entropy, is added to it."""
+        """[N, D]: ∂ by the mean is z/σ; the deviation's own gradient, z² - 1 and 1 for the entropy, is added
+        to it.
+        """
         by_log_std = (by_logprob * (self.standard**2 - 1.0)).sum(0)
         if by_entropy is not None:
             by_log_std = by_log_std + by_entropy.sum()
@@ -243,7 +331,9 @@ class _Gaussian:
 
 
 class _StateDependent:
-    """The same with a variance of its own for each state, features² [N, F] · σ² [F, D]; no gradient by those features."""
+    """The same with a variance of its own for each state, features² [N, F] · σ² [F, D]; no gradient by those
+    features.
+    """
 
     def __init__(self, means: Array, actions: Array, log_std_parameter: _Parameter, latent: Array):
         self.parameter, self.squares = log_std_parameter, latent * latent

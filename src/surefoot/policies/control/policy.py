@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from surefoot.config import NetworkConfig
-from surefoot.core.losses import LossStats
 from surefoot.core.running import RunningMoments
 from surefoot.errors import InputError
-from surefoot.policies.control import fast_mlp as closed_form
 from surefoot.policies.control.actions import action_head
 from surefoot.policies.control.networks import EpisodicLSTM, Extractor, Layers, is_image, orthogonal
 from surefoot.storage.safetensors import read_tensors
@@ -28,7 +26,6 @@ WEIGHTS, MOMENTS = "policy.safetensors", "normalization.json"
 CLIP_OBSERVATION = 10.0
 # The recurrent state of actor and critic, [N, H]; in a batch [B, 1, H], before each row's first step.
 STATE = ("state/pi_h", "state/pi_c", "state/vf_h", "state/vf_c")
-SMALL = 100_000  # parameters
 State = dict[str, Tensor]
 
 
@@ -55,7 +52,6 @@ class ControlPolicy(nn.Module):
         super().__init__()
         config = config or NetworkConfig()
         self.has_masks = ACTION_MASK in spaces
-        self._closed_form: closed_form.ClosedForm | None = None
         self.spaces = {name: space for name, space in spaces.items() if name != ACTION_MASK}
         self.dtype = dtype
         normalized = {name: space for name, space in self.spaces.items() if normalize and _is_vector(space)}
@@ -101,23 +97,9 @@ class ControlPolicy(nn.Module):
         return self.dtype == torch.float32
 
     @property
-    def threads(self) -> int | None:
-        """One for a small network, whose operations are over before a second thread has begun."""
-        return 1 if sum(p.numel() for p in self.parameters()) < SMALL else None
-
-    @property
     def reads_whole_rows(self) -> bool:
         """With an LSTM, the value of a step depends on the steps before it."""
         return self.lstm is not None
-
-    def closed_form(
-        self, optimizer: torch.optim.Optimizer
-    ) -> contextlib.AbstractContextManager[tuple[Callable[..., LossStats], torch.optim.Adam]] | None:
-        """The gradient written out, for the small networks that it is written out for."""
-        if not closed_form.supports(self):
-            return None
-        self._closed_form = self._closed_form or closed_form.ClosedForm(self)
-        return self._closed_form.lent(optimizer)
 
     @property
     def device(self) -> torch.device:

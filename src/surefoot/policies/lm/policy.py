@@ -36,7 +36,6 @@ class CausalLMPolicy:
     """
 
     reads_whole_rows = True
-    threads: int | None = None
 
     def __init__(
         self,
@@ -131,7 +130,7 @@ class CausalLMPolicy:
         """What policy and critic think of the written tokens, from one forward pass (of each) over the whole
         rows.
 
-        Of demonstrations a critic of its own gives values of 0.
+        Of a batch without old values, such as demonstrations, the values are 0.
         """
         mask_BT = batch.mask_BT
         with self._autocast():
@@ -144,10 +143,10 @@ class CausalLMPolicy:
                 temperature=batch.temperature,
                 entropy_gradient=entropy_gradient,
             )
-            if self.critic is None:
-                values_N = self._values(hidden_ND)
-            elif batch.objective == "imitation":  # nobody asks for them: the critic need not read it
+            if not len(batch.values_BT):  # demonstrations: nothing asks for values
                 values_N = torch.zeros_like(logprobs_N)
+            elif self.critic is None:
+                values_N = self._values(hidden_ND)
             else:
                 values_N = self._values(self._critics_hidden(batch))
         return Evaluation(
@@ -186,10 +185,6 @@ class CausalLMPolicy:
     def drop_reference(self) -> None:
         """Free the frozen copy, for a use without KL."""
         self._reference = None
-
-    def closed_form(self, optimizer: torch.optim.Optimizer) -> None:
-        """Its gradient is autograd's."""
-        return None
 
     @torch.no_grad()
     def fingerprint(self) -> int:

@@ -32,7 +32,6 @@ class RewardModelPolicy:
 
     reads_whole_rows = True
     exact_logprobs = True
-    threads: int | None = None
 
     def __init__(self, trunk: CausalLMPolicy, *, seed: int):
         self.trunk = trunk
@@ -100,10 +99,6 @@ class RewardModelPolicy:
 
     def reference_logprobs(self, batch: Batch) -> Tensor | None:
         """It has none."""
-        return None
-
-    def closed_form(self, optimizer: torch.optim.Optimizer) -> None:
-        """Its gradient is autograd's."""
         return None
 
     def fingerprint(self) -> int:

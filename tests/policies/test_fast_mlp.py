@@ -9,10 +9,11 @@ import torch
 from gymnasium import spaces
 
 from surefoot.config import NetworkConfig
-from surefoot.core.losses import LossSettings, LossStats, ppo_loss
-from surefoot.policies.control import fast_mlp as closed_form
+from surefoot.core.losses import LossSettings, PPOStats, ppo_loss
+from surefoot.policies.control import fast_mlp
 from surefoot.policies.control.policy import ControlPolicy
 from surefoot.train.checkpoint import optimizer_tensors, policy_tensors
+from surefoot.train.ppo_objective import PPOObjective
 from surefoot.train.update import make_optimizer, update
 from surefoot.types import Batch
 from tests.fakes import config_of
@@ -50,25 +51,14 @@ def played(policy: ControlPolicy, action: str) -> Batch:
         legal = torch.rand(ROWS, 1, 5, generator=generator) < 0.5
         last = torch.randint(0, 3, (ROWS, 1), generator=generator)
         observations |= {"last": last, "action_mask": legal.scatter(-1, actions[..., None], True)}
-    zeros = torch.zeros(ROWS, 1)
-    batch = Batch(
-        observations=observations,
-        actions_BT=actions,
-        mask_BT=torch.ones(ROWS, 1, dtype=torch.bool),
-        logprobs_BT=zeros,
-        values_BT=zeros,
-        rewards_BT=zeros,
-        ends_BT=zeros.bool(),
-        bootstrap_BT=zeros,
-        advantages_BT=normal(ROWS, 1),
-        returns_BT=normal(ROWS, 1),
-    )
+    mask = torch.rand(ROWS, 1, generator=generator) < 0.9
+    batch = Batch(observations, mask, actions, values_BT=mask, advantages_BT=normal(ROWS, 1), returns_BT=normal(ROWS, 1))
     with torch.no_grad():
         view = policy.evaluate(batch)
     return replace(batch, logprobs_BT=view.logprobs_BT + 0.3 * normal(ROWS, 1), values_BT=view.values_BT + normal(ROWS, 1))
 
 
-def by_autograd(policy: ControlPolicy, batch: Batch, settings: LossSettings) -> LossStats:
+def by_autograd(policy: ControlPolicy, batch: Batch, settings: LossSettings) -> PPOStats:
     view = policy.evaluate(batch, entropy_gradient=True)
     assert batch.advantages_BT is not None and batch.returns_BT is not None
     loss, stats = ppo_loss(
@@ -77,22 +67,22 @@ def by_autograd(policy: ControlPolicy, batch: Batch, settings: LossSettings) -> 
         advantages_BT=batch.advantages_BT,
         returns_BT=batch.returns_BT,
         mask_BT=batch.mask_BT,
-        denominator=ROWS,
+        scale=1 / int(batch.mask_BT.sum()),
         settings=settings,
     )
     loss.backward()
     return stats
 
 
-def in_closed_form(
-    policy: ControlPolicy, batch: Batch, settings: LossSettings, calls: int = 1
-) -> tuple[LossStats, dict[str, torch.Tensor]]:
-    """Statistics, and the gradient by parameter."""
-    lent = policy.closed_form(make_optimizer(policy, config_of()))
-    assert lent is not None and batch.advantages_BT is not None
-    with lent as (accumulate, optimizer):
+def written_out(
+    policy: ControlPolicy, batch: Batch, settings: LossSettings, *, calls: int = 1, token_budget: int = 1_000
+) -> tuple[PPOStats, dict[str, torch.Tensor]]:
+    """Sums, and the gradient by parameter."""
+    fast = fast_mlp.accelerator(policy)
+    assert fast is not None
+    with fast.lent(make_optimizer(policy)) as optimizer:
         for _ in range(calls):
-            stats = accumulate(batch, batch.advantages_BT.numpy(), denominator=ROWS, settings=settings)
+            stats = fast.gradient(batch, settings=settings, normalize=False, token_budget=token_budget)
         parameters = dict(policy.named_parameters_to_train())
         parts = optimizer.param_groups[0]["params"][0].grad.split([p.numel() for p in parameters.values()])
         return stats, {name: part.reshape(p.shape) for (name, p), part in zip(parameters.items(), parts, strict=True)}
@@ -108,41 +98,38 @@ def in_closed_form(
     ],
     ids=["plain", "value clip and entropy", "asymmetric and dual clip"],
 )
-def test_closed_form_and_autograd_find_the_same_gradient(action: str, settings: LossSettings) -> None:
+def test_written_out_and_autograd_find_the_same_gradient(action: str, settings: LossSettings) -> None:
     policy = policy_for(action)
     batch = played(policy, action)
     expected_stats = by_autograd(policy, batch, settings)
     expected = {name: p.grad.clone() for name, p in policy.named_parameters_to_train() if p.grad is not None}
-    stats, found = in_closed_form(policy, batch, settings)
-    torch.testing.assert_close(torch.from_numpy(stats.sums), expected_stats.sums, rtol=1e-5, atol=1e-5)
-    assert 0 < float(stats.clipped) < ROWS  # both branches were there
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        assert gradient.abs().max() > 0, name
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+    for calls, token_budget in ((1, 1_000), (1, 7), (2, 1_000)):  # in micro-batches, and added up
+        stats, found = written_out(policy, batch, settings, calls=calls, token_budget=token_budget)
+        for name, value in vars(expected_stats).items():
+            assert float(getattr(stats, name)) == pytest.approx(float(value), rel=1e-5, abs=1e-5), name
+        assert 0 < float(stats.clipped) < float(stats.num_tokens) < ROWS  # both branches were there
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert gradient.abs().max() > 0, name
+            near = {"rtol": 1e-4, "atol": 2e-6, "msg": lambda text, name=name: f"{name}: {text}"}
+            torch.testing.assert_close(found[name], calls * gradient, **near)
 
 
-def test_two_calls_add_up() -> None:
-    policy = policy_for("gaussian")
-    batch = played(policy, "gaussian")
-    _, twice = in_closed_form(policy, batch, LossSettings(), calls=2)
-    by_autograd(policy, batch, LossSettings())
-    for name, parameter in policy.named_parameters_to_train():
-        assert parameter.grad is not None
-        torch.testing.assert_close(twice[name], 2 * parameter.grad, rtol=1e-4, atol=1e-6)
-
-
-def test_updates_on_one_vector_are_updates_on_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights and Adam's moments after three updates, clipping included: those of autograd and torch's Adam."""
+def test_updates_on_one_vector_are_updates_on_the_parameters() -> None:
+    """Weights and Adam's moments after three updates, whitening and clipping included: those of autograd and torch's Adam."""
     config = config_of(batch_size=16, n_epochs=2, max_grad_norm=0.2, ent_coef=0.01)
     policies, optimizers = [policy_for("one choice"), policy_for("one choice")], []
     batch = played(policies[0], "one choice")
-    monkeypatch.setattr(policies[1], "closed_form", lambda optimizer: None)
-    for policy in policies:
-        optimizers.append(make_optimizer(policy, config))
+    for policy, accelerator in zip(policies, (fast_mlp.accelerator(policies[0]), None), strict=True):
+        optimizers.append(make_optimizer(policy))
         for number in range(3):
-            generator = torch.Generator().manual_seed(number)
-            result = update(policy, batch, optimizer=optimizers[-1], config=config, generator=generator)
+            result = update(
+                policy,
+                batch,
+                PPOObjective(config, accelerator=accelerator),
+                optimizer=optimizers[-1],
+                generator=torch.Generator().manual_seed(number),
+            )
             assert result.steps == 6 and result.grad_norm > 0.2
     ours, theirs = (
         policy_tensors(policy) | optimizer_tensors(policy, o) for policy, o in zip(policies, optimizers, strict=True)
@@ -155,7 +142,7 @@ def test_updates_on_one_vector_are_updates_on_the_parameters(monkeypatch: pytest
 def test_what_is_not_written_out_goes_through_autograd() -> None:
     space, action = {"obs": spaces.Box(-1.0, 1.0, (3,))}, spaces.Discrete(2)
     mask = {"action_mask": spaces.MultiBinary(2)}
-    assert all(closed_form.supports(ControlPolicy(s, action)) for s in (space, space | mask, {"obs": spaces.Discrete(3)}))
+    assert all(fast_mlp.supports(ControlPolicy(s, action)) for s in (space, space | mask, {"obs": spaces.Discrete(3)}))
     frozen = ControlPolicy(space, action)
     frozen.value_head.requires_grad_(False)
     others = [
@@ -168,4 +155,4 @@ def test_what_is_not_written_out_goes_through_autograd() -> None:
         frozen,
     ]
     for policy in others:
-        assert policy.closed_form(make_optimizer(policy, config_of())) is None
+        assert fast_mlp.accelerator(policy) is None

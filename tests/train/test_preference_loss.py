@@ -10,20 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from surefoot.config import Config, RewardModelConfig
-from surefoot.core.losses import LossStats
-from surefoot.core.preference import preference_loss, rating_loss
+from surefoot.config import RewardModelConfig
+from surefoot.core.preference import PreferenceStats, preference_loss, rating_loss
 from surefoot.data.batches import micro_batches, preference_batch
 from surefoot.policies.lm.reward_model import RewardModelPolicy
-from surefoot.train.metrics import preference_metrics
-from surefoot.train.update import TokenBudget, accumulate_gradient, advantages, make_optimizer, update
+from surefoot.train.objective import OptimizerSettings
+from surefoot.train.supervised_objectives import PreferenceObjective
+from surefoot.train.update import make_optimizer, update
 from surefoot.types import Batch
 from tests.tiny import FAMILIES, random_tokens, tiny_policy
 
-CONFIG = Config(reward_model=RewardModelConfig(batch_size=5)).algorithm
+SETTINGS = OptimizerSettings.of(RewardModelConfig(batch_size=5, learning_rate=1e-3))
 LENGTHS = ((9, 4), (3, 14), (2, 2), (7, 12), (1, 5))
 CPU = torch.device("cpu")
-CENTRED = functools.partial(preference_loss, center=0.1)
+PAIRS = PreferenceObjective(functools.partial(preference_loss, center=0.1), SETTINGS)
+RATINGS = PreferenceObjective(rating_loss)
 
 
 def reward_policy(family: str = "llama", *, adapter: bool = True) -> RewardModelPolicy:
@@ -36,30 +37,25 @@ def texts(row: int) -> list[tuple[int, ...]]:
 
 def pairs(rows: Sequence[int] = range(len(LENGTHS))) -> Batch:
     margins = [0.0, 0.5, 0.0, 1.0, 0.0]
-    return preference_batch([texts(row) for row in rows], [margins[row] for row in rows], objective=CENTRED, device=CPU)
+    return preference_batch([texts(row) for row in rows], [margins[row] for row in rows], device=CPU)
 
 
 def rated() -> Batch:
     ratings = [0.3, -1.0, 2.0, 0.0, -0.5]
-    return preference_batch([texts(row)[:1] for row in range(5)], ratings, objective=rating_loss, device=CPU)
+    return preference_batch([texts(row)[:1] for row in range(5)], ratings, device=CPU)
 
 
 def padded(batch: Batch, columns: int) -> Batch:
     """The same with `columns` more of padding, which hold tokens of no meaning."""
     tokens = torch.nn.functional.pad(batch.observations["tokens"], (0, 0, 0, columns), value=7)
-    changes = {
-        field.name: torch.ones(tokens.shape[:2], dtype=value.dtype)
-        for field in dataclasses.fields(batch)
-        if isinstance(value := getattr(batch, field.name), Tensor) and value.dim() == 2
-    }
-    observations = {"tokens": tokens, "lengths": batch.observations["lengths"]}
-    return dataclasses.replace(batch, **changes, observations=observations)  # type: ignore[arg-type]
+    mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
+    return dataclasses.replace(batch, mask_BT=mask, observations=batch.observations | {"tokens": tokens})
 
 
-def gradients(policy: RewardModelPolicy, batch: Batch, tokens: int = 10**6) -> tuple[dict[str, Tensor], LossStats]:
-    optimizer = make_optimizer(policy, CONFIG)
-    rows = torch.arange(len(batch))
-    stats = accumulate_gradient(policy, batch, rows, config=CONFIG, optimizer=optimizer, budget=TokenBudget(tokens))
+def gradients(policy: RewardModelPolicy, batch: Batch, tokens: int = 10**6) -> tuple[dict[str, Tensor], PreferenceStats]:
+    objective = PAIRS if batch.observations["lengths"].shape[1] == 2 else RATINGS
+    make_optimizer(policy).zero_grad()
+    stats = objective.gradient(policy, batch, torch.arange(len(batch)), token_budget=tokens)
     return {name: p.grad for name, p in policy.named_parameters_to_train() if p.grad is not None}, stats
 
 
@@ -98,11 +94,11 @@ def test_loss_and_gradient_are_the_mean_over_rows_taken_one_by_one(batch, adapte
     total, loss = {name: torch.zeros_like(value) for name, value in found.items()}, 0.0
     for row in range(len(batch)):
         alone, its_stats = gradients(policy, batch.rows(torch.tensor([row])))
-        loss += float(its_stats.policy_loss) / 5
+        loss += float(its_stats.loss) / 5
         for name, value in alone.items():
             total[name] += value / 5
     assert_close(found, total)
-    assert float(stats.policy_loss / stats.steps) == pytest.approx(loss, rel=1e-5) and float(stats.steps) == 5
+    assert float(stats.loss / stats.num_tokens) == pytest.approx(loss, rel=1e-5) and stats.num_tokens == 5
 
 
 @pytest.mark.parametrize("tokens", [1, 12, 30, 60])
@@ -113,7 +109,7 @@ def test_micro_batches_do_not_change_the_gradient(batch, tokens):
     found, split = gradients(policy, batch, tokens)
     assert len(micro_batches(batch, torch.arange(5), tokens // batch.observations["lengths"].shape[1])) > 1 or tokens == 60
     assert_close(found, expected)
-    assert torch.allclose(split.sums, whole.sums, rtol=1e-5)
+    assert float(split.loss) == pytest.approx(float(whole.loss), rel=1e-5)
 
 
 @pytest.mark.parametrize("batch", [pairs(), rated()], ids=["pairs", "ratings"])
@@ -127,19 +123,18 @@ def test_padding_changes_neither_score_nor_gradient(batch):
 
 def test_a_step_lifts_the_chosen_over_the_rejected():
     policy, batch = reward_policy(), pairs()
-    assert advantages(batch) is batch and batch.advantages_BT is None
+    assert PAIRS.prepare(batch) is batch and batch.advantages_BT is None
 
     def lead() -> float:
         with torch.no_grad():
             scores = policy.evaluate(batch).values_BT
         return float((scores[:, 0] - scores[:, 1]).mean())
 
-    before, optimizer = lead(), make_optimizer(policy, CONFIG)
-    first = preference_metrics(
-        update(policy, batch, optimizer=optimizer, config=CONFIG, learning_rate=1e-3), learning_rate=1e-3, skipped=0
-    )
-    again = preference_metrics(update(policy, batch, optimizer=optimizer, config=CONFIG), learning_rate=1e-3, skipped=0)
-    assert lead() > before and again["reward_model/loss"] < first["reward_model/loss"]
+    before, optimizer, losses = lead(), make_optimizer(policy, PAIRS), []
+    for _ in range(2):
+        result = update(policy, batch, PAIRS, optimizer=optimizer)
+        losses.append(PAIRS.metrics(batch, result)["reward_model/loss"])
+    assert lead() > before and losses[1] < losses[0]
 
 
 def test_a_loss_that_is_not_finite_is_skipped():
@@ -147,6 +142,6 @@ def test_a_loss_that_is_not_finite_is_skipped():
     assert batch.labels_B is not None
     batch.labels_B[2] = float("nan")
     before = {name: p.detach().clone() for name, p in policy.named_parameters_to_train()}
-    result = update(policy, batch, config=CONFIG)
+    result = update(policy, batch, PAIRS)
     assert (result.steps, result.skipped) == (0, 1)
     assert all(torch.equal(p, before[name]) for name, p in policy.named_parameters_to_train())

@@ -1,0 +1,202 @@
+"""Objectives of what others wrote or preferred: negative log-likelihood, preferences and ratings, and
+PPO-ptx, a sum of two.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surefoot.core.losses import NLLStats, PPOStats, nll_loss
+from surefoot.core.preference import PreferenceStats, preference_loss
+from surefoot.data.batches import micro_batches
+from surefoot.policies.base import Policy
+from surefoot.rollout.demonstrations import DemonstrationRollout
+from surefoot.train.objective import Moment, Objective, OptimizerSettings, UpdateResult
+from surefoot.train.ppo_objective import PPOObjective
+from surefoot.types import Batch
+
+
+class NLLObjective(Objective):
+    """The negative log-likelihood of demonstrations: cross-entropy on their trained tokens, mean over the
+    minibatch.
+    """
+
+    name = "sft"
+
+    def __init__(self, settings: OptimizerSettings | None = None):
+        self.settings = settings or OptimizerSettings()
+
+    def prepare(self, batch: Batch, moment: Moment | None = None) -> Batch:
+        """Nothing is missing."""
+        return batch
+
+    def gradient(
+        self, policy: Policy, batch: Batch, rows: Tensor, *, token_budget: int, coef: float = 1.0
+    ) -> NLLStats:
+        """Of `coef` times the loss."""
+        denominator, stats = max(int(batch.mask_BT[rows].sum()), 1), []
+        for micro in micro_batches(batch, rows, token_budget):
+            part = batch.rows(micro)
+            new = policy.evaluate(part)
+            loss, sums = nll_loss(
+                new.logprobs_BT, new.entropies_BT, mask_BT=part.mask_BT, denominator=denominator
+            )
+            (coef * loss).backward()
+            stats.append(sums)
+        return functools.reduce(operator.add, stats)
+
+    def metrics(self, batch: Batch, result: UpdateResult) -> dict[str, float]:
+        """Means over the trained tokens."""
+        if (stats := result.stats) is None:
+            return {}
+        tokens = stats.num_tokens
+        return {"sft/nll": float(stats.nll / tokens), "policy/entropy": float(stats.entropy / tokens)}
+
+
+class PreferenceObjective(Objective):
+    """A reward model's loss, (scores [B, K], labels [B]) -> [B], mean over the rows: of pairs
+    `preference_loss`, of ratings `rating_loss`.
+    """
+
+    name = "reward_model"
+
+    def __init__(
+        self,
+        loss: Callable[[Tensor, Tensor], Tensor] = preference_loss,
+        settings: OptimizerSettings | None = None,
+    ):
+        self.loss, self.settings = loss, settings or OptimizerSettings()
+
+    def prepare(self, batch: Batch, moment: Moment | None = None) -> Batch:
+        """Nothing is missing."""
+        return batch
+
+    def gradient(self, policy: Policy, batch: Batch, rows: Tensor, *, token_budget: int) -> PreferenceStats:
+        """A row's texts stay together, so that of two texts a row half as many rows fit."""
+        stats, sides = [], batch.observations["lengths"].shape[1]
+        for micro in micro_batches(batch, rows, token_budget // sides):
+            part = batch.rows(micro)
+            assert part.labels_B is not None
+            losses_B = self.loss(policy.evaluate(part).values_BT, part.labels_B)
+            (losses_B.sum() / len(rows)).backward()
+            stats.append(PreferenceStats.of(losses_B))
+        return functools.reduce(operator.add, stats)
+
+    def metrics(self, batch: Batch, result: UpdateResult) -> dict[str, float]:
+        """Mean over the rows."""
+        if result.stats is None:
+            return {}
+        return {"reward_model/loss": float(result.stats.loss / result.stats.num_tokens)}
+
+
+@dataclass(frozen=True)
+class SumStats:
+    """Those of both parts; `nll` is None where demonstrations have no weight."""
+
+    ppo: PPOStats
+    nll: NLLStats | None
+
+    @property
+    def num_tokens(self) -> Any:
+        """Of the policy's own completions."""
+        return self.ppo.num_tokens
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether both losses are numbers."""
+        return self.ppo.is_finite and (self.nll is None or self.nll.is_finite)
+
+    def __add__(self, other: SumStats) -> SumStats:
+        both = [stats for stats in (self.nll, other.nll) if stats is not None]
+        return SumStats(self.ppo + other.ppo, functools.reduce(operator.add, both) if both else None)
+
+
+class SumObjective(Objective):
+    """PPO + coef · negative log-likelihood of demonstrations: PPO-ptx (Ouyang et al. 2022, arXiv:2203.02155).
+
+    To each minibatch's loss come the next demonstrations, one step for both. Which those are follows from the
+    seed and from how many were taken before, the one counter to save. While the critic alone learns none are
+    taken.
+    """
+
+    name = "ppo"
+
+    def __init__(
+        self,
+        ppo: PPOObjective,
+        demonstrations: DemonstrationRollout,
+        *,
+        coef: float,
+        schedule: str = "constant",
+    ):
+        self.ppo, self.nll, self.demonstrations = ppo, NLLObjective(), demonstrations
+        self.settings = ppo.settings
+        self.highest, self.schedule = coef, schedule
+        self.coef = coef  # as the next update has it
+        self.taken = 0  # demonstrations, counted again in every epoch
+
+        self.notice = demonstrations.notice
+
+    def prepare(self, batch: Batch, moment: Moment | None = None) -> Batch:
+        """PPO's."""
+        self.coef = self.highest if moment is None else moment.value("ptx", self.highest, self.schedule)
+        return self.ppo.prepare(batch, moment)
+
+    def select(self, batch: Batch, rows_per_minibatch: int) -> Batch:
+        """PPO's."""
+        return self.ppo.select(batch, rows_per_minibatch)
+
+    def gradient(self, policy: Policy, batch: Batch, rows: Tensor, *, token_budget: int) -> SumStats:
+        """Of both. If memory runs out in the middle, the same demonstrations are taken again."""
+        ppo = self.ppo.gradient(policy, batch, rows, token_budget=token_budget)
+        if not (coef := self._coef_for(batch)):
+            return SumStats(ppo, None)
+        examples = self.demonstrations.collect(first=self.taken, count=self.demonstrations.per_update)
+        everything = torch.arange(len(examples))
+        nll = self.nll.gradient(policy, examples, everything, token_budget=token_budget, coef=coef)
+        self.taken += self.demonstrations.per_update
+        return SumStats(ppo, nll)
+
+    def _coef_for(self, batch: Batch) -> float:
+        return self.coef if batch.version >= self.ppo.config.policy.critic.warmup_updates else 0.0
+
+    def metrics(self, batch: Batch, result: UpdateResult) -> dict[str, float]:
+        """PPO's, and the demonstrations' loss and weight."""
+        stats = result.stats
+        metrics = self.ppo.metrics(batch, replace(result, stats=None if stats is None else stats.ppo))
+        metrics["ptx/coef"] = self._coef_for(batch)
+        if stats is not None and stats.nll is not None:
+            metrics["ptx/loss"] = float(stats.nll.nll / stats.nll.num_tokens)
+        return metrics
+
+    def gates(self, stats: SumStats, *, is_first: bool, exact: bool) -> bool:
+        """PPO's."""
+        return self.ppo.gates(stats.ppo, is_first=is_first, exact=exact)
+
+    def finish(self, batch: Batch) -> None:
+        """PPO's."""
+        self.ppo.finish(batch)
+
+    def evaluate(self, examples: int, *, poll: Callable[[], None] | None = None) -> dict[str, float]:
+        """The perplexity of the first `examples` held-out demonstrations, if there are any."""
+        if not self.demonstrations.can_evaluate:
+            return {}
+        likelihood, _ = self.demonstrations.evaluate(examples, poll=poll)
+        return {"eval/ptx_perplexity": likelihood["eval/perplexity"]}
+
+    def state(self) -> dict[str, Any]:
+        """PPO's, the counter, and what the demonstrations were."""
+        return {"ppo": self.ppo.state(), "taken": self.taken, **self.demonstrations.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`. Raises InputError for other demonstrations than the run was begun with."""
+        self.demonstrations.restore(state)
+        self.ppo.restore(state["ppo"])
+        self.taken = int(state["taken"])
