@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from surefoot import PPO, InputError
+from surefoot import PPO
 from surefoot.cli.play import MAX_FRAMES, MAX_WIDTH, VideoRecorder, play_run
+from tests.golden import refused
 from tests.inputs import run_cli
 
 SEES_NOTHING = """
 import gymnasium
+from tests.golden import refused
 
 def make(**settings):
     settings.pop("render_mode", None)
@@ -108,12 +110,12 @@ def test_a_language_models_run_is_sent_to_generate(tmp_path):
 def test_an_environment_made_in_python_is_not_made_again(tmp_path):
     env = gymnasium.make("CartPole-v1")
     run = trained(tmp_path / "runs", env)
-    with pytest.raises(InputError, match="made in Python"):
+    with refused("made in Python"):
         play_run(run)
     assert PPO.open(run, env).predict(env.reset(seed=0)[0], deterministic=True)[0] in (0, 1)
 
 
 @pytest.mark.parametrize("episodes", [0, -3])
 def test_there_is_something_to_play(run, episodes):
-    with pytest.raises(InputError, match="--episodes"):
+    with refused("--episodes"):
         play_run(run, episodes=episodes)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Independent, Normal
 
 from surefoot.config import NetworkConfig
-from surefoot.errors import InputError
 from surefoot.policies.control.actions import action_head
 from surefoot.policies.control.networks import Extractor
 from surefoot.policies.control.policy import ControlPolicy
 from surefoot.types import Batch
+from tests.golden import refused
 
 FEATURES = 6
 VECTOR = spaces.Box(-numpy.inf, numpy.inf, (3,))
@@ -300,7 +300,7 @@ def test_a_shared_network_is_one_tower_and_a_separate_one_two(kind: str) -> None
         assert sum(p.numel() for _, p in model.named_parameters_to_train()) == trunks * trunk + (8 * 4 + 4) + (8 + 1)
         both = moved_by("logprobs_BT") & moved_by("values_BT")
         assert bool(both) == share
-    with pytest.raises(InputError, match="one shared trunk cannot have different widths"):
+    with refused("one shared trunk cannot have different widths"):
         ControlPolicy({"obs": VECTOR}, spaces.Discrete(4), config=NetworkConfig(share=True, net_arch={"pi": [4], "vf": [8]}))
 
 
@@ -346,7 +346,7 @@ def test_the_users_network_makes_the_features() -> None:
     policy = ControlPolicy({"obs": VECTOR}, spaces.Discrete(2), extractor=own)
     assert policy.layers.policy[0].in_features == 4
     assert any(parameter is own.layer.weight for _, parameter in policy.named_parameters_to_train())
-    with pytest.raises(InputError, match="your network needs a features_dim"):
+    with refused("your network needs a features_dim"):
         ControlPolicy({"obs": VECTOR}, spaces.Discrete(2), extractor=nn.Identity())
 
 

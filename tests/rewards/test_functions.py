@@ -15,6 +15,7 @@ import torch
 from surefoot.errors import InputError
 from surefoot.rewards.functions import compute_rewards, load_function
 from tests.fakes import trajectory
+from tests.golden import refused
 
 ANSWERS = [trajectory("good"), trajectory("bad"), trajectory("ugly")]
 
@@ -79,7 +80,7 @@ NO_NUMBERS += [torch.tensor([1.0, 2.0]), torch.tensor([])]
 
 @pytest.mark.parametrize("bad", NO_NUMBERS, ids=repr)
 def test_a_reward_that_is_not_a_finite_number_names_the_sample(bad: Any) -> None:
-    with pytest.raises(InputError, match=r"reward function .* for sample 1 \(prompt 'How are you\?', completion 'bad'\)"):
+    with refused("reward function ", " for sample 1 (prompt 'How are you?', completion 'bad')"):
         compute_rewards(returning([0.5, bad, 0.5]), ANSWERS)
 
 
@@ -101,7 +102,7 @@ NO_LISTS: list[Any] = [None, 0.5, "abc", b"abc", (x for x in (0.1, 0.2, 0.3)), {
 
 @pytest.mark.parametrize("result", [*NO_LISTS, np.array(0.5), torch.tensor(0.5)], ids=repr)
 def test_a_result_that_is_not_a_list_is_an_error(result: Any) -> None:
-    with pytest.raises(InputError, match="a list of 3 floats is needed"):
+    with refused("a list of 3 floats is needed"):
         compute_rewards(returning(result), ANSWERS)
 
 
@@ -120,7 +121,7 @@ def test_function_that_cannot_take_the_columns_is_an_error() -> None:
     def reward(prompts: list[str], completions: list[str]) -> list[float]:
         return [0.0] * len(prompts)
 
-    with pytest.raises(InputError, match=r"TypeError.*'answer'"):
+    with refused("TypeError", "'answer'"):
         compute_rewards(reward, [trajectory(columns={"answer": 4})])
 
 
@@ -150,7 +151,7 @@ def test_function_is_found_in_a_module() -> None:
 
 @pytest.mark.parametrize("reference", ["reward.py", "reward", ":reward", "reward.py:", "reward.py:a b", "reward.py:a.b", ""])
 def test_reference_of_another_form_is_refused(reference: str) -> None:
-    with pytest.raises(InputError, match=r"^task\.reward: expected 'file\.py:function' or 'package\.module:function'"):
+    with refused("task.reward: expected 'file.py:function' or 'package.module:function'"):
         load_function(reference, key="task.reward")
 
 

@@ -10,10 +10,10 @@ import torch
 from surefoot import collect
 from surefoot.config import GenerationConfig
 from surefoot.envs.text import TextTask
-from surefoot.errors import InputError
 from surefoot.generation.engine import TokenEngine, generate
 from surefoot.types import Batch, Request, SamplingParams
 from tests.fakes import config_of
+from tests.golden import refused
 from tests.tiny import tiny_policy
 
 PROMPTS = ["the", "a band", "1, 2", "who?", "thin ice"]
@@ -56,7 +56,7 @@ def test_alone_each_answer_is_a_group() -> None:
 
 @pytest.mark.parametrize(("episodes", "first"), [(10, 0), (12, 6)])
 def test_groups_are_never_cut(episodes: int, first: int) -> None:
-    with pytest.raises(InputError, match="no whole groups of group.size"):
+    with refused("no whole groups of group.size"):
         played(episodes=episodes, first_episode=first, group={"size": 4})
 
 

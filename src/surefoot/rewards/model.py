@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from surefoot.errors import InputError
-from surefoot.policies.lm.reward_model import RewardModelPolicy
+
+
+class ScoringPolicy(Protocol):
+    """What is asked of a reward model: tokens of a text, their scores, and what makes scores rewards."""
+
+    shift: float
+    scale: float
+
+    def encode(self, prompt: Any, text: str, *, where: str) -> tuple[int, ...]:
+        """Token ids of a prompt and what continues it. Raises InputError, naming `where`, if too long."""
+
+    def scores(self, rows: Sequence[Sequence[tuple[int, ...]]]) -> Tensor:
+        """Scores of rows of K texts each, [B, K], before `shift` and `scale`."""
 
 
 class RewardScorer:
@@ -18,7 +32,7 @@ class RewardScorer:
     template.
     """
 
-    def __init__(self, policy: RewardModelPolicy):
+    def __init__(self, policy: ScoringPolicy):
         self.policy = policy
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
