@@ -80,7 +80,7 @@ ROOM = CONTEXT - GENERATION.max_new_tokens
 @pytest.mark.parametrize(
     ("env", "said"),
     [
-        (task(["no", "x" * (ROOM + 1)]), f"{ROOM + 1} tokens.*context of {CONTEXT} leaves {ROOM} beside 9"),
+        (task(["no", "x" * (ROOM + 1)]), f"context of {CONTEXT} leaves {ROOM}"),
         (task(["no"], held_out=["x" * CONTEXT]), "tokens"),
         (task(["no", "€"]), "no tokens"),  # a character the tokenizer drops
     ],
