@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from surefoot.config import Config, field_table
+from surefoot.config import Config, default_text, field_table
+from surefoot.config.kinds import SECTIONS
 from surefoot.train.metrics import METRICS
 
+COMMON = ("run", "policy", "evaluate")
 HERE = Path(__file__).parent
 
 CONFIG_INTRO = """\
@@ -14,10 +16,20 @@ CONFIG_INTRO = """\
 
 Written by `make docs` from the models in `src/surefoot/config/`; change it there.
 
-A run is one YAML file, and every field is also a flag (`--kl.coef 0.02`). In Python it is a keyword without its section: fields
-of `ppo` of `PPO(...)`, of `sft` of `SFT(...)`, of `reward_model` of `RewardModel(...)`; those of `run` and `evaluate` keep theirs as a
-prefix (`run_name`, `evaluate_every`). Relative paths in a file are relative to the file. A key that does not
-exist is an error that names the nearest one that does.
+A run is one YAML file, and every field is also a flag (`--kl.coef 0.02`). Relative paths in a file are
+relative to the file. A key that does not exist is an error that names the nearest one that does.
+
+The kind of run follows from one section: `task` (text; also what `PPO` trains a language model on), `env`
+(Gymnasium), `sft` or `reward_model`. Each kind has its own sections, and another's are refused by name:
+
+SECTIONS
+
+In Python a field is a keyword without its section: `PPO(..., learning_rate=1e-4, n_steps=128)`; fields of `run`
+and `evaluate` keep theirs as a prefix (`run_name`, `evaluate_every`). `kl`, `group`, `shaping`, `ptx`,
+`adapter`, `critic`, `network` and `self_play` are given as dictionaries: `kl={"coef": 0.02, "target": 6.0}`.
+`help(PPO)` lists all of them.
+
+Where kinds of run have different defaults, each is shown with its kind; `recurrent` is `env` with an LSTM policy.
 """
 
 METRICS_INTRO = """\
@@ -33,8 +45,12 @@ included; prompt and padding never count. nats are natural-log units: 1 nat is 1
 
 def config_page() -> str:
     """docs/config.md."""
-    lines, section = [CONFIG_INTRO], None
-    for key, kind, default, description in field_table():
+    sections = "\n".join(
+        f"- `{name}`: {', '.join(f'`{other}`' for other in COMMON + others)}"
+        for name, others in SECTIONS.items()
+    )
+    lines, section = [CONFIG_INTRO.replace("SECTIONS", sections)], None
+    for key, kind, _, description in field_table():
         name, dot, _ = key.partition(".")
         if (name if dot else "") != section:
             section = name if dot else ""
@@ -48,7 +64,7 @@ def config_page() -> str:
                 "| field | type | default | meaning |",
                 "|---|---|---|---|",
             ]
-        lines.append(f"| `{key}` | {_cell(kind)} | `{default}` | {description} |")
+        lines.append(f"| `{key}` | {_cell(kind)} | {default_text(key, quote='`')} | {description} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Configurations that must be refused, and what is said; paths, flags and the way back from a written file."""
+"""Configurations that must be refused; kinds of runs and their defaults; paths, flags and the way back from a file."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import shlex
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from surefoot import PPO, SFT, RewardModel, TextTask
 from surefoot.config import (
-    ENV_DEFAULTS,
-    SFT_DEFAULTS,
     AdapterConfig,
     Config,
     GenerationConfig,
@@ -27,8 +27,11 @@ from surefoot.config import (
     setting_keys,
     with_sampling,
 )
-from surefoot.config.checks import foreign_sections
+from surefoot.config.kinds import foreign_sections
+from surefoot.config.tables import LEAST, default_text, defaults_of
 from surefoot.errors import InputError
+from tests.golden import check
+from tests.inputs import model_folder
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,12 +49,11 @@ def written(tmp_path, monkeypatch):
     return write
 
 
-def refusal(path: Path | str, overrides: dict[str, str] | None = None) -> str:
+def refusal(path: Path | str, *names: str, flags: dict[str, str] | None = None) -> str:
     with pytest.raises(InputError) as caught:
-        load_config(path, overrides)
-    message = str(caught.value)
-    assert "\n" not in message and len(message) < 300
-    return message
+        load_config(path, flags)
+    assert len(str(caught.value)) < 300
+    return check(str(caught.value), *names)
 
 
 @pytest.mark.parametrize(
@@ -70,131 +72,114 @@ def refusal(path: Path | str, overrides: dict[str, str] | None = None) -> str:
     ],
 )
 def test_an_unknown_key_at_any_depth_is_named_with_the_nearest_real_one(written, text, wrong, nearest):
-    assert refusal(written(text)) == f"c.yaml: unknown key '{wrong}'; did you mean '{nearest}'?"
+    refusal(written(text), f"c.yaml: unknown key '{wrong}'", f"'{nearest}'")
 
 
 def test_a_key_like_no_other_is_refused_without_a_guess(written):
-    assert refusal(written("zzz: 1")) == "c.yaml: unknown key 'zzz'; surefoot ppo --help lists them"
+    refusal(written("zzz: 1"), "c.yaml: unknown key 'zzz'; surefoot ppo --help lists them")
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "key"),
     [
-        ("seed: -1", "seed: should be greater than or equal to 0, got -1"),
-        ("seed: 9223372036854775808", "seed: should be less than 9223372036854775808"),
-        ("kl: {coef: -0.1}", "kl.coef: should be greater than or equal to 0, got -0.1"),
-        ("ppo: {learning_rate: 0}", "ppo.learning_rate: should be greater than 0, got 0"),
-        ("ppo: {learning_rate: .nan}", "ppo.learning_rate: should be a finite number, got nan"),
-        ("ppo: {clip_range: .inf}", "ppo.clip_range: should be a finite number, got inf"),
-        ("ppo: {gamma: 1.01}", "ppo.gamma: should be less than or equal to 1, got 1.01"),
-        ("ppo: {n_epochs: 0}", "ppo.n_epochs: should be greater than 0, got 0"),
-        ("rollout: {total_episodes: 10000000000}", "rollout.total_episodes: should be less than or equal to 1000000000"),
-        ("run: {keep_checkpoints: 1}", "run.keep_checkpoints: should be greater than or equal to 2, got 1"),
-        ("task: {prompts: p, reward: r, held_out: 1.0}", "task.held_out: should be less than 1, got 1.0"),
-        ("generation: {temperature: 11}", "generation.temperature: should be less than or equal to 10, got 11"),
-        ("generation: {stop_token_ids: [-1]}", "generation.stop_token_ids: should be greater than or equal to 0, got -1"),
-        ("generation: {stop: ['']}", "generation.stop: should not be empty, got ''"),  # would end every answer at once
-        ("device: tpu", "device: should be 'auto', 'cpu', 'cuda' or 'mps', got 'tpu'"),
-    ],
-)
-def test_a_value_out_of_range_is_named(written, text, said):
-    assert said in refusal(written(text))
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
+        ("seed: -1", "seed"),
+        ("seed: 9223372036854775808", "seed"),
+        ("device: tpu", "device"),
+        ("kl: {coef: -0.1}", "kl.coef"),
+        ("ppo: {learning_rate: 0}", "ppo.learning_rate"),
+        ("ppo: {learning_rate: .nan}", "ppo.learning_rate"),
+        ("ppo: {clip_range: .inf}", "ppo.clip_range"),
+        ("ppo: {gamma: 1.01}", "ppo.gamma"),
+        ("ppo: {n_epochs: 0}", "ppo.n_epochs"),
+        ("ppo: {dual_clip: 1.0}", "ppo.dual_clip"),
+        ("rollout: {total_episodes: 10000000000}", "rollout.total_episodes"),
+        ("run: {keep_checkpoints: 1}", "run.keep_checkpoints"),
+        ("task: {prompts: p, reward: r, held_out: 1.0}", "task.held_out"),
+        ("generation: {temperature: 11}", "generation.temperature"),
+        ("generation: {stop_token_ids: [-1]}", "generation.stop_token_ids"),
+        ("generation: {stop: ['']}", "generation.stop"),  # would end every completion at once
+        # Of another type: nothing is coerced.
         ("kl: {coef: low}", "kl.coef: should be a number, got 'low'"),
-        ("kl: {coef: '0.1'}", "kl.coef: should be a number, got '0.1'"),  # nothing is coerced
-        ("kl: {coef: [1, 2]}", "kl.coef: should be a number, got [1, 2]"),
-        ("ppo: {batch_size: 8.0}", "ppo.batch_size: should be a whole number, got 8.0"),
-        ("ppo: {batch_size: true}", "ppo.batch_size: should be a whole number, got True"),
-        ("task: {prompts: p, reward: r, chat: 1}", "task.chat: should be true or false, got 1"),
+        ("kl: {coef: '0.1'}", "kl.coef"),
+        ("kl: {coef: [1, 2]}", "kl.coef"),
+        ("ppo: {batch_size: 8.0}", "ppo.batch_size"),
+        ("ppo: {batch_size: true}", "ppo.batch_size"),
+        ("task: {prompts: p, reward: r, chat: 1}", "task.chat"),
         ("run: {name: 7}", "run.name: should be text, got 7; put it in quotes"),
-        ("run: {name: no}", "run.name: should be text, got False; put it in quotes"),
-        ("run: {name: 2024-01-31}", "run.name: should be text, got datetime.date(2024, 1, 31); put it in quotes"),
+        ("run: {name: no}", "run.name"),
+        ("run: {name: 2024-01-31}", "run.name"),
         ("generation: {stop: x}", "generation.stop: should be a list, got 'x'; write [a, b]"),
-        ("generation: {stop: [a, 1]}", "generation.stop: should be text, got 1"),
-        ("ppo: 3", "ppo: should be a section with settings of its own, got 3"),
-        ("policy: {adapter: lora}", "policy.adapter: should be a section with settings of its own, got 'lora'"),
-        ("policy: {adapter: {targets: q_proj}}", "policy.adapter.targets: write all-linear or a list of module names"),
-        ("policy: {adapter: {targets: []}}", "policy.adapter.targets: write all-linear or a list of module names"),
-        ("policy: {adapter: {targets: [1]}}", "policy.adapter.targets: should be text, got 1"),
+        ("generation: {stop: [a, 1]}", "generation.stop"),
+        ("ppo: 3", "ppo"),
+        ("policy: {adapter: lora}", "policy.adapter"),
+        ("policy: {adapter: {targets: q_proj}}", "policy.adapter.targets"),
+        ("policy: {adapter: {targets: []}}", "policy.adapter.targets"),
+        ("policy: {adapter: {targets: [1]}}", "policy.adapter.targets"),
+        ("task: {prompts: p.jsonl}", "task.reward is missing"),
+        ('run: {folder: "a\\0b"}', "run.folder"),
+        ('policy: {model: "a\\0b"}', "policy.model"),
+        ('task: {prompts: "", reward: r}', "task.prompts"),
+        (f"policy: {{model: {'x' * 300}}}", "policy.model"),
     ],
 )
-def test_a_value_of_another_type_is_named(written, text, said):
-    assert said in refusal(written(text))
+def test_a_value_that_a_field_cannot_have_is_refused_by_name(written, text, key):
+    refusal(written(text), f"c.yaml: {key}")
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "names"),
     [
-        ("generation: {top_p: 0.9}", "generation.top_p contradicts training"),
-        ("generation: {top_k: 50}", "generation.top_k contradicts training"),
-        ("generation: {temperature: 0}", "generation.temperature 0 is greedy and cannot be trained on"),
-        ("kl: {target: 6.0, coef: 0}", "kl.target adapts kl.coef, which is 0 and would stay 0"),
-        (
-            "kl: {target: 6.0, coef: 0.1, horizon: 12.8}",
-            "kl.horizon (12.8) is too short: kl.coef moves by up to 20 % in so many episodes, and an update of 64",
-        ),
-        ("ppo: {batch_size: 24}", "(24) does not divide rollout.episodes_per_update (64); try 16"),
-        ("rollout: {episodes_per_update: 8}", "(16) does not divide rollout.episodes_per_update (8); try 8"),
-        ("group: {size: 12}", "group.size (12) does not divide rollout.episodes_per_update (64); try 8"),
-        *(
-            (f"ppo: {{advantage: {name}}}", f"ppo.advantage: {name} compares the answers to one prompt; give")
-            for name in ("grpo", "dr_grpo", "rloo")
-        ),
-        ("ppo: {advantage: remax, clip_range_vf: 0.2}", "ppo.clip_range_vf is for ppo.advantage: gae; remax has no critic"),
-        ("ppo: {advantage: reinforce_pp}\nshaping: {whiten: true}", "shaping.whiten is for ppo.advantage: gae"),
-        (
-            "ppo: {advantage: remax, gamma: 0.9}",
-            "ppo.gamma is 0.9; with ppo.advantage: remax the tokens of an answer share",
-        ),
-        ("ppo: {clip_range_high: 0.3, clip_schedule: linear}", "ppo.clip_schedule moves ppo.clip_range alone"),
-        ("ppo: {dual_clip: 1.0}", "ppo.dual_clip: should be greater than 1"),
-        ("group: {skip_zero_variance: true}", "group.skip_zero_variance is for ppo.advantage: grpo, dr_grpo, rloo; gae"),
-        ("policy: {critic: {warmup_updates: 5}}", "set policy.critic.stop_gradient: true"),
-        ("policy: {critic: {kind: adapter, model: m}}", "policy.critic: model is for kind: separate, and this is adapter"),
-        ("policy: {critic: {kind: separate, stop_gradient: true}}", "policy.critic: stop_gradient is for kind: shared"),
-        ("policy: {adapter: null, critic: {kind: adapter}}", "policy: critic.kind: adapter needs the frozen base under"),
-        (
-            "ppo: {advantage: remax}\npolicy: {critic: {gae_lambda: 1.0}}",
-            "policy.critic.gae_lambda is for ppo.advantage: gae; remax has no",
-        ),
-        ("env: {id: CartPole-v1}\nppo: {advantage: reinforce_pp}", "ppo.advantage is for text tasks"),
-        ("env: {id: CartPole-v1}\nppo: {loss_aggregation: sequence}", "ppo.loss_aggregation is for text tasks"),
-        ("env: {id: CartPole-v1}\npolicy: {critic: {kind: separate}}", "policy.critic is for text tasks"),
-        ("env: {id: CartPole-v1}\npolicy: {critic: {warmup_updates: 5}}", "policy.critic is for text tasks"),
-        ("sft: {data: x.jsonl}\npolicy: {critic: {kind: separate}}", "policy.critic: a run of sft learns no values"),
-        ("reward_model: {data: x.jsonl}\npolicy: {critic: {kind: adapter}}", "policy.critic: a run of reward_model learns"),
-        *(
-            (f"env: {{id: CartPole-v1}}\n{name}: {{}}", f"{name}: a run with env has no such section; leave it out")
-            for name in ("generation", "rollout", "kl", "group", "shaping", "ptx")
-        ),
-        *(
-            (f"{kind}: {{data: d.jsonl}}\n{name}: {{}}", f"{name}: a run with {kind} has no such section; leave it out")
-            for kind, names in {"sft": ("rollout", "ppo", "kl"), "reward_model": ("ppo", "ptx", "new_model")}.items()
-            for name in names
-        ),
-        ("new_model: {}", "new_model: a text task has no such section; leave it out"),
-        (
-            "env: {id: CartPole-v1}\nsft: {data: d.jsonl}",
-            "a run has one of task, env, sft, reward_model, and here are env and sft",
-        ),
+        ("generation: {top_p: 0.9}", ["generation.top_p"]),
+        ("generation: {top_k: 50}", ["generation.top_k"]),
+        ("generation: {temperature: 0}", ["generation.temperature"]),
+        ("kl: {target: 6.0, coef: 0}", ["kl.target", "kl.coef"]),
+        ("kl: {target: 6.0, coef: 0.1, horizon: 12.8}", ["kl.horizon", "12.8", "64"]),
+        ("ppo: {batch_size: 24}", ["ppo.batch_size (24)", "rollout.episodes_per_update (64)", "try 16"]),
+        ("rollout: {episodes_per_update: 8}", ["ppo.batch_size (16)", "try 8"]),
+        ("group: {size: 12}", ["group.size (12)", "try 8"]),
+        ("ppo: {advantage: grpo}", ["ppo.advantage: grpo", "group.size"]),
+        ("ppo: {advantage: dr_grpo}", ["ppo.advantage: dr_grpo", "group.size"]),
+        ("ppo: {advantage: rloo}", ["ppo.advantage: rloo", "group.size"]),
+        ("ppo: {advantage: remax, clip_range_vf: 0.2}", ["ppo.clip_range_vf", "remax"]),
+        ("ppo: {advantage: remax, gamma: 0.9}", ["ppo.gamma", "remax"]),
+        ("ppo: {advantage: remax}\npolicy: {critic: {gae_lambda: 1.0}}", ["policy.critic.gae_lambda", "remax"]),
+        ("ppo: {advantage: reinforce_pp}\nshaping: {whiten: true}", ["shaping.whiten", "reinforce_pp"]),
+        ("ppo: {clip_range_high: 0.3, clip_schedule: linear}", ["ppo.clip_schedule", "ppo.clip_range_high"]),
+        ("group: {skip_zero_variance: true}", ["group.skip_zero_variance", "ppo.advantage"]),
+        ("policy: {critic: {warmup_updates: 5}}", ["policy.critic.warmup_updates", "policy.critic.stop_gradient"]),
+        ("policy: {critic: {kind: adapter, model: m}}", ["policy.critic: model", "separate"]),
+        ("policy: {critic: {learning_rate: 0.1}}", ["policy.critic: learning_rate"]),
+        ("policy: {critic: {kind: separate, stop_gradient: true}}", ["policy.critic: stop_gradient", "shared"]),
+        ("policy: {adapter: null, critic: {kind: adapter}}", ["critic.kind: adapter", "policy.adapter"]),
+        ("env: {id: x}\nppo: {advantage: reinforce_pp}", ["ppo.advantage", "text"]),
+        ("env: {id: x}\nppo: {loss_aggregation: sequence}", ["ppo.loss_aggregation", "text"]),
+        ("env: {id: x}\npolicy: {critic: {kind: separate}}", ["policy.critic", "policy.network.share"]),
+        ("env: {id: x}\npolicy: {critic: {warmup_updates: 5}}", ["policy.critic"]),
+        ("env: {id: x}\npolicy: {model: gpt2}", ["policy.model", "MlpPolicy"]),
+        ("env: {id: x}\npolicy: {model: MlpLstmPolicy}\nppo: {batch_size: 100}", ["ppo.batch_size (100)", "env.n_steps (128)"]),
+        ("sft: {data: x.jsonl}\npolicy: {critic: {kind: separate}}", ["policy.critic", "sft"]),
+        ("reward_model: {data: x.jsonl}\npolicy: {critic: {kind: adapter}}", ["policy.critic", "reward_model"]),
+        ("new_model: {vocab: 100}\nsft: {data: x.jsonl}", ["new_model: vocab is 100"]),
+        ("env: {id: x}\nsft: {data: d.jsonl}", ["task, env, sft, reward_model", "env and sft"]),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(written, text, said):
-    assert said in refusal(written(text))
+def test_settings_that_contradict_each_other_are_refused(written, text, names):
+    refusal(written(text), *names)
+
+
+@pytest.mark.parametrize("kind", ["task", "env", "sft", "reward_model"])
+def test_a_section_that_a_kind_of_run_does_not_have_is_refused_by_name(written, kind):
+    least = LEAST["text" if kind == "task" else kind]
+    foreign = foreign_sections(kind) - {"task", "env", "sft", "reward_model"}
+    assert foreign and load_config(written(yaml.safe_dump(least))).kind == kind
+    for name in foreign:
+        refusal(written(yaml.safe_dump(least | {name: {}})), f"c.yaml: {name}: ", "leave it out")
 
 
 def test_the_divisor_that_is_proposed_is_found_at_once(written):
     started = time.perf_counter()
-    assert "try 8" in refusal(written("rollout: {episodes_per_update: 1000000000}\nppo: {batch_size: 7}"))
+    refusal(written("rollout: {episodes_per_update: 1000000000}\nppo: {batch_size: 7}"), "try 8")
     assert time.perf_counter() - started < 1
-
-
-def test_a_task_without_a_reward_is_refused(written):
-    assert refusal(written("task: {prompts: p.jsonl}")) == "c.yaml: task.reward is missing"
 
 
 @pytest.mark.parametrize("text", ["3e-4", "3.0e-4", "3E-4", ".3e-3", "+3e-4", "0.0003"])
@@ -216,28 +201,27 @@ def test_3e_minus_4_is_a_number_in_the_file_and_in_a_flag(written, text):
     ],
 )
 def test_yaml_that_would_run_code_is_refused_and_not_run(written, tmp_path, place, bomb):
-    assert "c.yaml, line 1: not valid, safe YAML" in refusal(written(place.format(bomb)))
+    refusal(written(place.format(bomb)), "c.yaml, line 1: not valid, safe YAML")
     assert not (tmp_path / "canary").exists()
 
 
 def test_a_flag_that_would_run_code_is_text(written, tmp_path):
     bomb = "!!python/object/apply:os.system ['touch canary']"
-    assert "--kl.coef: should be a number" in refusal(written(""), {"kl.coef": bomb})
+    refusal(written(""), "--kl.coef: should be a number", flags={"kl.coef": bomb})
     assert not (tmp_path / "canary").exists()
 
 
 def test_a_billion_laughs_are_refused_at_once(written):
     lines = ["a0: &a0 [lol]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
     started = time.perf_counter()
-    message = refusal(written("\n".join(lines)))
+    refusal(written("\n".join(lines)), "c.yaml, line 2", "*a0")
     assert time.perf_counter() - started < 1
-    assert message == "c.yaml, line 2: not valid, safe YAML: the alias *a0 is not allowed; write the value out"
 
 
 @pytest.mark.parametrize("text", ["[" * 20_000, "{a: " * 20_000, "seed: " + "9" * 5_000])
 def test_a_file_made_to_exhaust_the_reader_is_refused(written, text):
     started = time.perf_counter()
-    assert refusal(written(text)).startswith("c.yaml")
+    refusal(written(text), "c.yaml")
     assert time.perf_counter() - started < 5
 
 
@@ -259,12 +243,12 @@ def test_a_file_made_to_exhaust_the_reader_is_refused(written, text):
     ],
 )
 def test_a_file_that_is_no_configuration_is_refused_with_its_line(written, content, said):
-    assert refusal(written(content)).startswith(said)
+    refusal(written(content), said)
 
 
 def test_a_huge_file_is_not_read(written):
     # It might be the prompts, or have no end at all.
-    assert refusal(written("#" * 1_000_000 + "\n")) == "c.yaml: larger than 1,000,000 bytes; this is no configuration"
+    refusal(written("#" * 1_000_000 + "\n"), "c.yaml: larger than 1,000,000 bytes")
     assert load_config(written("#" * 999_999 + "\n")) == Config()
 
 
@@ -273,13 +257,14 @@ def test_a_huge_file_is_not_read(written):
 )
 def test_a_key_said_twice_is_refused_and_not_forgotten(written, text):
     # YAML lets the last one win: a second `ppo:` would throw the first away unseen.
-    assert "is there twice" in refusal(written(text))
+    refusal(written(text), "c.yaml, line", "twice")
 
 
 def test_a_file_that_is_not_there_or_no_file_is_named(tmp_path):
-    assert refusal(tmp_path / "no.yaml") == f"{tmp_path / 'no.yaml'}: no such file"
-    assert refusal(tmp_path) == f"{tmp_path}: cannot be read: Is a directory"
-    assert "cannot be read" in refusal("a\0b.yaml")
+    refusal(tmp_path / "no.yaml", f"{tmp_path / 'no.yaml'}: no such file")
+    refusal(tmp_path, f"{tmp_path}: cannot be read")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_config("a\0b.yaml")
 
 
 @pytest.mark.parametrize("content", ["", "# nothing yet\n", "ppo:\nrun:\n", b"\xef\xbb\xbf", b"\xef\xbb\xbfseed: 0\r\n"])
@@ -289,15 +274,7 @@ def test_an_empty_file_or_section_means_the_defaults(written, content):
 
 @pytest.mark.parametrize("name", ["../up", "..", ".", "a/b", "/abs", "a\\\\b", "a\\0b", "a\\nb", "", "x" * 201, "ä" * 101])
 def test_a_run_name_that_is_no_plain_folder_name_is_refused(written, name):
-    assert "c.yaml: run.name: " in refusal(written(f'run: {{name: "{name}"}}'))
-
-
-@pytest.mark.parametrize(
-    "text",
-    ['run: {folder: "a\\0b"}', 'policy: {model: "a\\0b"}', 'task: {prompts: "", reward: r}', f"policy: {{model: {'x' * 300}}}"],
-)
-def test_a_path_that_cannot_exist_is_refused(written, text):
-    assert "is no name of a file or folder" in refusal(written(text))
+    refusal(written(f'run: {{name: "{name}"}}'), "c.yaml: run.name: ")
 
 
 @pytest.fixture
@@ -413,17 +390,16 @@ def test_a_flag_can_bring_back_a_section_that_the_file_turned_off(written):
         ("kl.coef", "", "--kl.coef: the value is empty; write null for none"),
         ("kl.coef.x", "1", "--kl.coef.x: coef is 0.5 in the file, not a section"),
         ("run.name", "../x", "--run.name: '../x' is not a plain folder name"),
-        ("..", "1", "--.. is no flag; surefoot ppo --help lists them"),
-        ("ppo.", "1", "--ppo. is no flag"),
+        ("..", "1", "--.. is not a flag"),
+        ("ppo.", "1", "--ppo. is not a flag"),
     ],
 )
 def test_a_wrong_flag_is_called_by_its_name_as_a_flag(written, key, text, said):
-    assert refusal(written("kl: {coef: 0.5}"), {key: text}).startswith(said)
+    assert refusal(written("kl: {coef: 0.5}"), flags={key: text}).startswith(said)
 
 
 def test_a_wrong_value_in_the_file_is_not_blamed_on_another_flag(written):
-    message = refusal(written("kl: {coef: -1}"), {"ppo.gamma": "0.5", "seed": "3"})
-    assert message == "c.yaml: kl.coef: should be greater than or equal to 0, got -1"
+    refusal(written("kl: {coef: -1}"), "c.yaml: kl.coef: ", flags={"ppo.gamma": "0.5", "seed": "3"})
 
 
 @pytest.mark.parametrize("name", ["7", "3e-4", "no", "2024-01-31", "a: b", "[x", "0x1f"])
@@ -562,7 +538,7 @@ def test_flat_settings_reach_their_fields():
 def test_an_unknown_setting_is_named_with_the_nearest_real_one(name, said):
     with pytest.raises(InputError) as caught:
         nested({name: 1})
-    assert str(caught.value) == said
+    check(str(caught.value), said)
 
 
 @pytest.mark.parametrize(
@@ -581,7 +557,7 @@ def test_an_unknown_setting_is_named_with_the_nearest_real_one(name, said):
 def test_wrong_sampling_settings_are_refused(changes, said):
     with pytest.raises(InputError) as caught:
         with_sampling(GenerationConfig(), changes)
-    assert str(caught.value).endswith(said)
+    check(str(caught.value), said)
 
 
 def test_writing_text_may_be_greedy_and_truncated():
@@ -617,33 +593,64 @@ def test_every_field_has_a_type_a_default_and_a_description():
         assert "<" not in kind and "\n" not in default, key
     for name, info in Config.model_fields.items():
         assert info.description, name
-    assert {key: default for key, _, default, _ in field_table()}["task.reward"] == "required"
+    assert default_text("task.reward") == "required"
 
 
-def test_every_field_is_a_flag(written):
-    """Each default, written as the table shows it, can be given back as a flag."""
-    text = "{task: {prompts: p.jsonl, reward: 'r:r'}, ptx: {}}"
-    control = "{env: {id: CartPole-v1, self_play: {}}, run: {checkpoint_every: 10}}"
-    supervised, judged = "{sft: {data: d.jsonl}}", "{reward_model: {data: d.jsonl}}"
-    made = "{new_model: {}, sft: {data: d.jsonl}}"
-    # What an environment has as its defaults stands beside the models, not in the table.
-    other = {
-        base: {f"{section}.{name}" for section, values in defaults.items() for name in values}
-        for base, defaults in (
-            (text, {}),
-            (control, ENV_DEFAULTS),
-            (supervised, SFT_DEFAULTS),
-            (made, SFT_DEFAULTS),
-            (judged, SFT_DEFAULTS),
-        )
-    }
-    sections = {text: "task", control: "env", supervised: "sft", judged: "reward_model", made: "new_model"}
-    other[supervised] |= {key for key, *_ in field_table() if key.startswith("new_model.")}
-    for key, _, default, _ in field_table():
-        for base, section in sections.items():
-            own = {*other[base], "env.id", "sft.data", "reward_model.data"}
-            kind = "sft" if section == "new_model" else section
-            is_foreign = key.split(".")[0] in foreign_sections(kind) or key in own
-            if default != "required" and not is_foreign:
-                config = load_config(written(base), {key.replace("_", "-"): default})
-                assert config.model_dump() == load_config(written(base)).model_dump(), (key, base)
+# --- defaults by kind of run ---
+
+
+@pytest.mark.parametrize("kind", LEAST)
+def test_every_default_of_the_table_can_be_given_as_a_flag_and_changes_nothing(written, kind):
+    data = LEAST[kind] | ({"ptx": {}} if kind == "text" else {"new_model": {}} if kind == "sft" else {})
+    data = {name: part | ({"self_play": {}} if name == "env" else {}) for name, part in data.items()}
+    file = written(yaml.safe_dump(data))
+    expected, given = load_config(file).model_dump(), {f"{name}.{leaf}" for name, part in data.items() for leaf in part}
+    for key, *_ in field_table():
+        default = defaults_of(key).get(kind)
+        if default not in (None, "required") and key not in given:
+            assert load_config(file, {key.replace("_", "-"): default}).model_dump() == expected, key
+
+
+def text_run() -> Any:
+    return PPO(
+        model_folder(), TextTask([f"the {number}" for number in range(40)], lambda prompts, completions: [0.0] * len(prompts))
+    )
+
+
+ROWS = [{"chosen": f"good {number}", "rejected": f"bad {number}"} for number in range(60)]
+STARTS = {
+    "text": text_run,
+    "env": lambda: PPO("MlpPolicy", "CartPole-v1"),
+    "recurrent": lambda: PPO("MlpLstmPolicy", "CartPole-v1"),
+    "sft": lambda: SFT(model_folder(), [f"the end {number}" for number in range(40)]),
+    "reward_model": lambda: RewardModel(model_folder(), ROWS),
+}
+
+
+@pytest.mark.parametrize("kind", STARTS)
+def test_a_run_with_nothing_set_has_the_defaults_that_the_table_shows(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = STARTS[kind]()
+    model.evaluate(1)
+    found = yaml.safe_load((model.run_folder / "config.yaml").read_text())
+    assert found.keys() & foreign_sections(model.config.kind) == set()
+    compared = 0
+    for key, *_ in field_table():
+        value: Any = found
+        *path, leaf = key.split(".")
+        for name in path:
+            value = (value or {}).get(name)
+        if value is not None and key not in ("policy.model", "env.id", "run.folder"):  # given, or made absolute
+            defaults = defaults_of(key)
+            assert value[leaf] == yaml.safe_load(defaults.get(kind, defaults.get("env", ""))), key
+            compared += 1
+    assert compared > 40
+
+
+def test_help_names_the_settings_with_their_defaults():
+    for cls, algorithm in ((PPO, "ppo"), (SFT, "sft"), (RewardModel, "reward_model")):
+        lines = [line.strip() for line in (cls.__doc__ or "").splitlines()]
+        settings = lines[lines.index("Settings, and their defaults:") + 2 :]
+        assert [line.partition(": ")[0] for line in settings if line] == list(setting_keys(algorithm))
+        assert max(map(len, settings)) <= 104
+    assert "gamma: Discount per step (of text: per completion token) [1.0 (text); 0.99 (env)]" in str(PPO.__doc__)

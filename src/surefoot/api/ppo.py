@@ -23,7 +23,16 @@ from surefoot.build.control import build_control_policy, build_vector
 from surefoot.build.language import build_demonstrations, build_policy, build_task, probe_functions
 from surefoot.build.preflight import SETTINGS, preflight
 from surefoot.build.training import restore_best
-from surefoot.config import NETWORKS, Config, load_config, make_config, nested, sections_for
+from surefoot.config import (
+    NETWORKS,
+    Config,
+    load_config,
+    make_config,
+    nested,
+    sections_for,
+    setting_keys,
+    with_settings,
+)
 from surefoot.core.seeds import derived_seed
 from surefoot.envs.gym import Vector, made_from
 from surefoot.envs.observations import Checks, batched
@@ -34,6 +43,7 @@ from surefoot.rollout.gym import env_actions
 from surefoot.storage.run_folder import RunFolder
 
 
+@with_settings(setting_keys("ppo"))
 class PPO:
     """Train a policy in an environment with PPO.
 

@@ -19,7 +19,7 @@ from surefoot.api.session import (
 )
 from surefoot.build.language import build_policy, build_preferences, build_reward_policy, load_reward
 from surefoot.build.preflight import preflight
-from surefoot.config import Config
+from surefoot.config import Config, setting_keys, with_settings
 from surefoot.data.preferences import PreferenceDataset
 from surefoot.errors import InputError
 from surefoot.policies.lm.policy import CausalLMPolicy
@@ -30,6 +30,7 @@ from surefoot.storage.files import write_durably
 from surefoot.storage.run_folder import RunFolder
 
 
+@with_settings(setting_keys("reward_model"))
 class RewardModel:
     """Learn to score texts as people judged them, and be the reward of a task: `TextTask(prompts,
     RewardModel.load(folder))`.

@@ -17,11 +17,12 @@ from surefoot.api.session import (
 )
 from surefoot.build.language import build_demonstrations, build_policy
 from surefoot.build.preflight import preflight
-from surefoot.config import Config
+from surefoot.config import Config, setting_keys, with_settings
 from surefoot.policies.lm.policy import CausalLMPolicy
 from surefoot.storage.run_folder import RunFolder
 
 
+@with_settings(setting_keys("sft"))
 class SFT:
     """Fine-tune a language model on examples of what it should write (supervised fine-tuning).
 

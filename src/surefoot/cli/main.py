@@ -250,9 +250,9 @@ class _Parser(argparse.ArgumentParser):
         text = super().format_help()
         if not self.lists_fields:
             return text
-        from surefoot.config import field_table
+        from surefoot.config import default_text, field_table
 
-        rows = [f"  --{key.replace('_', '-'):32} {default}" for key, _, default, _ in field_table()]
+        rows = [f"  --{row.key.replace('_', '-'):32} {default_text(row.key)}" for row in field_table()]
         return f"{text}\nfields and their defaults (docs/config.md explains each):\n" + "\n".join(rows) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""How a problem with a configuration is said: one line with what, where, the nearest real name and how to mend it."""
+"""What is said of a problem with a configuration: one line with what, where, and how to fix it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import difflib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-# pydantic's error type -> what is said instead, and how to mend it.
+# pydantic's error type -> what is said instead, and how to fix it.
 _PLAINER = {
-    "model_type": ("should be a section with settings of its own", ""),
-    "model_attributes_type": ("should be a section with settings of its own", ""),
+    "model_type": ("should be a section with settings", ""),
+    "model_attributes_type": ("should be a section with settings", ""),
     "string_type": ("should be text", "; put it in quotes"),
     "string_too_short": ("should not be empty", ""),
     "list_type": ("should be a list", "; write [a, b]"),
@@ -17,7 +17,7 @@ _PLAINER = {
     "int_from_float": ("should be a whole number", ""),
     "float_type": ("should be a number", ""),
     "bool_type": ("should be true or false", ""),
-    "invalid_key": ("is no name of a setting", ""),
+    "invalid_key": ("is not a valid setting", ""),
 }
 
 
@@ -28,8 +28,8 @@ def first_problem(
     kinds: Mapping[str, str],
     flags: Collection[str] = (),
 ) -> str:
-    """The most telling of pydantic's errors. `kinds` has every real key; `flags` are those that came as flags."""
-    # A misspelt key is also a missing one: say the former. Of the types a value may have, the one it comes nearest to.
+    """The most telling of pydantic's errors. `kinds` has every real key; `flags` those that came as flags."""
+    # A misspelled key is also a missing one: say the former. Of a value's types, the one it comes nearest to.
     problem = min(problems, key=lambda p: (p["type"] != "extra_forbidden", -len(p["loc"])))
     parts = [str(part) for part in problem["loc"]]
     while (
@@ -52,12 +52,12 @@ def first_problem(
         return f"{start}{name} is missing"
     if problem["type"] == "value_error":
         return f"{start}{name}: {message}" if key else f"{start}{message}"
-    message, mend = _PLAINER.get(problem["type"], (message, ""))
-    return f"{start}{name}: {message}, got {short(problem['input'])}{mend}"
+    message, fix = _PLAINER.get(problem["type"], (message, ""))
+    return f"{start}{name}: {message}, got {short(problem['input'])}{fix}"
 
 
 def suggestion(name: str, candidates: Collection[str], otherwise: str) -> str:
-    """'; did you mean …?' with the closest candidate: a very like last part first, then a like whole, then a like last part."""
+    """'; did you mean …?' with the closest candidate, by its last part first, then by the whole."""
     key = MOVED.get(_leaf(name).replace("-", "_"), "")
     if known := next((candidate for candidate in candidates if candidate in (key, as_flag(key))), None):
         return f"; it is {known!r}"
@@ -96,7 +96,7 @@ MOVED = {
 
 
 def new_place(name: str, keys: Mapping[str, str]) -> str:
-    """For an old name of a setting how it is given as a keyword now, for others nothing. `keys`: keyword -> dotted key."""
+    """How a setting with another name is given as a keyword; `keys`: keyword -> dotted key."""
     key = MOVED.get(name, "")
     section, _, leaf = key.rpartition(".")
     if keyword := next((word for word, known in keys.items() if known == section), None):

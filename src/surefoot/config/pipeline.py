@@ -1,4 +1,4 @@
-"""The file of `surefoot pipeline`: stages, each a configuration of its own, that name what earlier ones left."""
+"""The file of `surefoot pipeline`: stages, each a configuration, that name what earlier ones left."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from surefoot.config.fields import PathText
+from surefoot.config.fields import FolderPath, Section, setting
 from surefoot.config.messages import first_problem
-from surefoot.config.sections import Section
 from surefoot.errors import InputError
 
 REFERENCE = "stage:"
@@ -26,13 +25,11 @@ TAKEN_BY: dict[str, tuple[Product, ...]] = {
 class PipelineConfig(Section):
     """Several runs, one after the other."""
 
-    folder: PathText = Field(description="Holds a run folder for each stage, by the stage's name.")
-    common: dict[str, Any] = Field(
-        default_factory=dict, description="Sections that all stages share; a stage's own take precedence."
-    )
+    folder: FolderPath = Field(description="Holds a run folder for each stage, by the stage's name.")
+    common: dict[str, Any] = setting({}, "Sections that all stages share; a stage's own take precedence.")
     stages: dict[str, dict[str, Any]] = Field(
         min_length=1,
-        description="Each stage's name and configuration; `stage:NAME` in place of a path is what an earlier one left.",
+        description="Each stage's name and configuration; `stage:NAME` for a path: what that one left.",
     )
 
 
@@ -46,9 +43,10 @@ def checked(data: Any, where: str) -> PipelineConfig:
 
 
 def with_products(value: Any, left: Mapping[str, tuple[Product, str]], where: str, *, key: str = "") -> Any:
-    """Nested sections with each `stage:NAME` replaced by what that stage left: `left` has its kind and path by NAME.
+    """Nested sections with each `stage:NAME` replaced by what it left: `left` has its kind and path by NAME.
 
-    A part of a reward is then labeled with the stage's name. Raises InputError for what is no earlier stage, or of no use there.
+    A part of a reward is then labeled with the stage's name. Raises InputError for a name that is not an
+    earlier stage, or of no use there.
     """
     if isinstance(value, dict):
         inner = {

@@ -1,4 +1,4 @@
-"""The sections of supervised runs: fine-tuning on examples, a new model to teach, and reward models."""
+"""Learning from examples and preferences: the sections `sft`, `ptx`, `reward_model` and `new_model`."""
 
 from __future__ import annotations
 
@@ -6,65 +6,92 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from surefoot.config.fields import (
-    AdamEpsilon,
-    ExamplesColumns,
-    ExamplesFile,
-    ExamplesMaxTokens,
-    HeldOut,
-    LearningRate,
-    LearningRateSchedule,
-    LearningRateWarmup,
-    MaxBadSteps,
-    MaxGradNorm,
-    MicroBatchTokens,
-    NonNegative,
-    PathText,
-    Positive,
-)
-from surefoot.config.sections import Section
+from surefoot.config import fields as f
+from surefoot.config.fields import Section, setting
 
 MAX_WEIGHTS = 1_000_000_000  # of a new model: 4 GB in float32
 
 
 class SFTConfig(Section):
-    """Supervised fine-tuning on examples, in place of a task: what others wrote is made likelier."""
+    """Supervised fine-tuning on examples, in place of a task: cross-entropy on target completions."""
 
-    data: ExamplesFile = None
-    columns: ExamplesColumns = Field(default_factory=dict)
-    held_out: HeldOut = 0.1
-    max_tokens: ExamplesMaxTokens = None
-    epochs: Positive = Field(3, description="Passes over the examples; rounded up to whole updates.")
-    batch_size: Positive = Field(16, description="Examples in one optimiser step.")
-    learning_rate: LearningRate = 2e-4
-    lr_schedule: LearningRateSchedule = "cosine"
-    lr_warmup: LearningRateWarmup = 0.05
-    adam_epsilon: AdamEpsilon = 1e-8
-    max_grad_norm: MaxGradNorm = 1.0
-    micro_batch_tokens: MicroBatchTokens = 2048
-    max_bad_steps: MaxBadSteps = 5
+    data: f.ExamplesFile = None
+    columns: f.ExamplesColumns = Field(default_factory=dict)
+    held_out: f.HeldOut = 0.1
+    max_tokens: f.ExamplesMaxTokens = None
+    epochs: f.Positive = setting(3, "Passes over the examples; rounded up to whole updates.")
+    batch_size: f.Positive = setting(16, "Examples in one optimizer step.")
+    learning_rate: f.LearningRate = 2e-4
+    lr_schedule: f.LearningRateSchedule = "cosine"
+    lr_warmup: f.LearningRateWarmup = 0.05
+    adam_epsilon: f.AdamEpsilon = 1e-8
+    max_grad_norm: f.MaxGradNorm = 1.0
+    micro_batch_tokens: f.MicroBatchTokens = 2048
+    max_bad_steps: f.MaxBadSteps = 5
 
+
+class PTXConfig(Section):
+    """Demonstrations whose NLL is added to PPO's loss (PPO-ptx; Ouyang et al. 2022, arXiv:2203.02155)."""
+
+    data: f.ExamplesFile = None
+    columns: f.ExamplesColumns = Field(default_factory=dict)
+    held_out: f.HeldOut = 0.1
+    max_tokens: f.ExamplesMaxTokens = None
+    batch_size: f.Positive = setting(16, "Demonstrations added to each minibatch; fewer if there are fewer.")
+    coef: f.NonNegative = setting(0.5, "Weight of their mean NLL per token; 0: they are only evaluated.")
+    schedule: f.Schedule = setting("constant", "Schedule of coef over the run.")
+
+
+class RewardModelConfig(Section):
+    """A reward model from people's preferences, in place of a task: a score for whole texts."""
+
+    data: f.FilePath | None = setting(
+        None,
+        "JSONL file of pairs, `{prompt, chosen, rejected, margin}`, or ratings, `{prompt, text, rating}`, "
+        "one kind per file; prompt and margin are optional; `null`: rows given in Python.",
+    )
+    held_out: f.HeldOut = 0.1
+    rating_range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = setting(
+        None, "Lowest and highest allowed rating, `[-4, 4]`: one outside is refused."
+    )
+    center: f.NonNegative = setting(
+        0.0, "Weight of (r_chosen + r_rejected)², which holds the scores of pairs near 0; 0.01 is usual."
+    )
+    epochs: f.Positive = setting(2, "Passes over the preferences; rounded up to whole updates.")
+    batch_size: f.Positive = setting(32, "Preferences in one optimizer step.")
+    learning_rate: f.LearningRate = 2e-4
+    lr_schedule: f.LearningRateSchedule = "cosine"
+    lr_warmup: f.LearningRateWarmup = 0.05
+    adam_epsilon: f.AdamEpsilon = 1e-8
+    max_grad_norm: f.MaxGradNorm = 1.0
+    micro_batch_tokens: f.MicroBatchTokens = 2048
+    max_bad_steps: f.MaxBadSteps = 5
+
+    @field_validator("rating_range")
+    @classmethod
+    def _ordered(cls, ends: list[float] | None) -> list[float] | None:
+        if ends is not None and not ends[0] < ends[1]:
+            raise ValueError(f"{ends} is not a range; write the lowest rating first, then the highest")
+        return ends
 
 
 class NewModelConfig(Section):
-    """The untaught model that `surefoot new-model` makes for `sft` in the folder `policy.model`, from the examples' text and the seed; at most a billion weights."""
+    """The randomly initialized model that `surefoot new-model` writes to `policy.model` for `sft`."""
 
-    kind: Literal["transformer", "lstm"] = Field(
-        "transformer",
-        description="`transformer`: transformers' Llama, heads of 32 numbers, two and a half times the width inside; `lstm`: embedding, LSTM, output layer.",
+    kind: Literal["transformer", "lstm"] = setting(
+        "transformer", "`transformer`: Llama with heads of width 32 and MLPs 2.5 times the width; `lstm`."
     )
-    vocab: Positive = Field(
-        2048,
-        description="Most tokens: 256 bytes, an end token (and three roles for chats), the rest pieces of the text that stand often (BPE); 257 reads bytes alone.",
+    vocab: f.Positive = setting(
+        2048, "Most tokens: 256 bytes, an end token, roles of chats, the rest by BPE; 257 reads bytes alone."
     )
-    width: Positive = Field(128, description="Numbers in a hidden state; of a transformer a multiple of 32.")
-    layers: int = Field(2, ge=1, le=128, description="Layers one above the other.")
+    width: f.Positive = setting(128, "Width of a hidden state; of a transformer a multiple of 32.")
+    layers: int = setting(2, "Number of layers.", ge=1, le=128)
 
     @model_validator(mode="after")
     def _can_be_made(self) -> NewModelConfig:
         if self.vocab < 257:
             raise ValueError(
-                f"vocab is {self.vocab}; 256 bytes and an end token need 257, and more learn pieces of the text"
+                f"vocab is {self.vocab}; 256 bytes and an end token need 257, more learn pieces of the text"
             )
         if self.kind == "transformer" and self.width % 32:
             raise ValueError(f"width is {self.width}; a transformer's heads take a multiple of 32")
@@ -72,43 +99,7 @@ class NewModelConfig(Section):
         weights = 2 * self.vocab * self.width + 12 * self.layers * self.width**2
         if weights > MAX_WEIGHTS:
             raise ValueError(
-                f"width {self.width}, layers {self.layers} and vocab {self.vocab} make some {weights:.1e} weights; "
-                f"at most {MAX_WEIGHTS:.0e} are made here, so give smaller sizes"
+                f"width {self.width}, layers {self.layers} and vocab {self.vocab} make about {weights:.1e} "
+                f"weights; at most {MAX_WEIGHTS:.0e} are made here, so give smaller sizes"
             )
         return self
-
-
-class RewardModelConfig(Section):
-    """A reward model from people's preferences, in place of a task: a score for whole texts."""
-
-    data: PathText | None = Field(
-        None,
-        description="JSONL file of pairs, `{prompt, chosen, rejected, margin}`, or of ratings, `{prompt, text, rating}` (prompt and margin may be missing), one kind a file; `null`: rows given in Python.",
-    )
-    held_out: HeldOut = 0.1
-    rating_range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
-        None, description="Lowest and highest rating there may be, `[-4, 4]`: one outside is refused."
-    )
-    center: NonNegative = Field(
-        0.0,
-        description="Weight of (r_chosen + r_rejected)², which holds the scores of pairs near 0; 0.01 is usual.",
-    )
-    epochs: Positive = Field(2, description="Passes over the preferences; rounded up to whole updates.")
-    batch_size: Positive = Field(32, description="PreferenceDataset in one optimiser step.")
-    learning_rate: LearningRate = 2e-4
-    lr_schedule: LearningRateSchedule = "cosine"
-    lr_warmup: LearningRateWarmup = 0.05
-    adam_epsilon: AdamEpsilon = 1e-8
-    max_grad_norm: MaxGradNorm = 1.0
-    micro_batch_tokens: Positive = Field(
-        2048,
-        description="Most tokens (texts × longest text) in one forward and backward pass. Speed and memory only.",
-    )
-    max_bad_steps: MaxBadSteps = 5
-
-    @field_validator("rating_range")
-    @classmethod
-    def _ordered(cls, ends: list[float] | None) -> list[float] | None:
-        if ends is not None and not ends[0] < ends[1]:
-            raise ValueError(f"{ends} is no range; write the lowest rating first, then the highest")
-        return ends

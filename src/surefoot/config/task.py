@@ -10,21 +10,17 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from surefoot.config.fields import HeldOut, PathText, Positive
+from surefoot.config.fields import FilePath, HeldOut, Positive, RewardPath, Section, setting
 from surefoot.config.messages import first_problem, short
-from surefoot.config.sections import Section
 
 
 class RewardPart(Section):
     """One of several rewards that are added up."""
 
-    name: PathText = Field(description="Reward function, or a reward model's folder.")
-    weight: float = Field(
-        1.0, description="What its scores count in the sum; below 0 they are a cost, 0 is only logged."
-    )
-    label: str | None = Field(
-        None,
-        description="Its name in metrics and samples; default: the function's, or the folder's last part.",
+    name: RewardPath = Field(description="Reward function, or a reward model's folder.")
+    weight: float = setting(1.0, "Its weight in the sum; below 0 it is a cost, with 0 it is only logged.")
+    label: str | None = setting(
+        None, "Its name in metrics and samples; `null`: the function's, or the folder's last part."
     )
 
     @property
@@ -36,25 +32,23 @@ class RewardPart(Section):
 class TaskConfig(Section):
     """The prompts and the reward."""
 
-    prompts: PathText = Field(description="JSONL file of prompts, or a name `surefoot fetch` knows.")
-    reward: PathText | list[RewardPart] = Field(
-        description="Reward function as `file.py:function` or `package.module:function`, or a reward model's folder; or a list of `{name, weight, label}`, whose weighted sum it is (docs/extending.md)."
+    prompts: FilePath = Field(description="JSONL file of prompts, or a name `surefoot fetch` knows.")
+    reward: RewardPath | list[RewardPart] = Field(
+        description="Reward function as `file.py:function` or `package.module:function`, or a reward model's "
+        "folder; or a list of `{name, weight, label}`, of which it is the weighted sum (docs/extending.md)."
     )
-    metric: PathText | None = Field(
+    metric: RewardPath | None = setting(
         None,
-        description="A task metric apart from the reward, same form and signature; the best checkpoint is kept by it. Default: the reward.",
+        "A metric in the same form, by which the best checkpoint is chosen; `null`: the reward.",
     )
-    prompt_column: str = Field(
-        "prompt",
-        description="Column of the file that holds the prompt; the others go to the reward function.",
+    prompt_column: str = setting(
+        "prompt", "Column with the prompt; the others are passed to the reward function."
     )
-    chat: bool = Field(
+    chat: bool = setting(
         False,
-        description="Put plain-text prompts through the tokenizer's chat template as a user message. Prompts that are message lists always go through it.",
+        "Render plain-text prompts with the chat template, as message lists always are.",
     )
-    prompt_tokens: Positive | None = Field(
-        None, description="Keep only the first so many tokens of each prompt."
-    )
+    prompt_tokens: Positive | None = setting(None, "Keep only the first N tokens of each prompt.")
     held_out: HeldOut = 0.1
 
     @field_validator("reward", mode="before")
@@ -84,7 +78,7 @@ def _part(part: Any, number: int) -> RewardPart:
 
 
 def check_weights(weights: Mapping[str, float]) -> None:
-    """Raise ValueError: weights of a reward's parts, by their labels, that make no reward, or labels that name no metric."""
+    """Raise ValueError: weights of a reward's parts, by label, that make no reward, or unusable labels."""
     for label, weight in weights.items():
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", label):
             raise ValueError(
