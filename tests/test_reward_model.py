@@ -267,7 +267,7 @@ def test_a_group_of_one_is_refused_before_a_model_is_loaded(tmp_path, monkeypatc
     monkeypatch.setattr("surefoot.build.language.load_policy", None)
     project = inputs.write_project(tmp_path)
     said = run_cli("ppo", project, "--ppo.advantage", advantage).complaint
-    assert f"{advantage} compares the answers to one prompt; give group.size, now 1, 2 or more" in said
+    assert f"{advantage} compares completions of one prompt; give group.size 2 or more" in said
 
 
 def test_verbs_and_files_that_do_not_belong_together_are_refused(base):

@@ -291,7 +291,7 @@ def elsewhere(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: ppo("broken.py:make"), "env make cannot be made: the engine is missing"),
         (
             lambda: ppo("CartPole-v1", "MlpLstmPolicy", n_steps=8, batch_size=12),
-            "ppo.batch_size (12) is not a multiple of env.n_steps (8): MlpLstmPolicy is trained on whole sequences; try 16",
+            "ppo.batch_size (12) is not a multiple of env.n_steps (8): recurrent policies are trained on whole sequences; try 16",
         ),
     ],
 )

@@ -121,8 +121,8 @@ def check_environment(env: EnvConfig, ppo: PPOConfig, policy: PolicyConfig) -> N
     multiple = env.n_steps * max(1, round(ppo.batch_size / env.n_steps))
     if "Lstm" in policy.model and ppo.batch_size % env.n_steps:
         raise ValueError(
-            f"ppo.batch_size ({ppo.batch_size}) is not a multiple of env.n_steps ({env.n_steps}): a recurrent "
-            f"policy is trained on whole sequences; try {multiple}"
+            f"ppo.batch_size ({ppo.batch_size}) is not a multiple of env.n_steps ({env.n_steps}): recurrent "
+            f"policies are trained on whole sequences; try {multiple}"
         )
 
 
