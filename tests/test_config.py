@@ -480,7 +480,7 @@ def test_a_section_can_be_left_out_of_what_is_written():
 def test_flat_setting_names_are_unique_across_sections():
     keys = setting_keys()
     assert Counter(keys.values()).most_common(1)[0][1] == 1
-    foreign = {"task", "sft", "new_model", "reward_model"}
+    foreign = {"task", "sft", "new_model", "reward_model", "rejection_sampling"}
     top = {name for name in Config.model_fields if name not in foreign}
     prefixed, too_plain, whole = {"run", "evaluate"}, {"env.id", "env.kwargs"}, {"kl", "group", "shaping", "ptx"}
     plain = [
@@ -601,7 +601,9 @@ def test_every_field_has_a_type_a_default_and_a_description():
 
 @pytest.mark.parametrize("kind", LEAST)
 def test_every_default_of_the_table_can_be_given_as_a_flag_and_changes_nothing(written, kind):
-    data = LEAST[kind] | ({"ptx": {}} if kind == "text" else {"new_model": {}} if kind == "sft" else {})
+    data = LEAST[kind] | (
+        {"ptx": {}, "rejection_sampling": {}} if kind == "text" else {"new_model": {}} if kind == "sft" else {}
+    )
     data = {name: part | ({"self_play": {}} if name == "env" else {}) for name, part in data.items()}
     file = written(yaml.safe_dump(data))
     expected, given = load_config(file).model_dump(), {f"{name}.{leaf}" for name, part in data.items() for leaf in part}

@@ -71,8 +71,8 @@ HeldOut = Annotated[
     Field(
         ge=0,
         lt=1,
-        description="Fraction of rows held out for evaluation, by a hash of the prompt (a demonstration's: of "
-        "all its text); above 0 at least one row where there are others (docs/sft.md#what-is-held-out).",
+        description="Fraction of rows held out for evaluation, by a hash of the prompt (a demonstration's: "
+        "of all its text); above 0 at least one row where there are others (docs/sft.md#what-is-held-out).",
     ),
 ]
 ExamplesFile = Annotated[
