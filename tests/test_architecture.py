@@ -60,7 +60,7 @@ UNSAFE_CALLS = {"torch.load", "torch.save", "eval", "exec", "yaml.unsafe_load", 
 
 FILE_LINES, FUNCTION_LINES, PARAMETERS, COLUMNS = 400, 60, 8, 110
 SOURCE_LINES = 12_800  # not to be raised: something goes out before more comes in
-PAGES = {"examples/own_the_loop.py": 90, "examples/single_file/ppo_lm.py": 350, "examples/single_file/ppo_gym.py": 300}
+PAGES = {"examples/own_the_loop.py": 100, "examples/single_file/ppo_lm.py": 350, "examples/single_file/ppo_gym.py": 300}
 READING = {"language": (14, 3_000), "gym": (12, 2_800)}
 HOPS = 4  # calls from the loop to the surrogate's formula
 
@@ -173,7 +173,9 @@ def test_training_does_not_ask_what_it_trains() -> None:
         for node in ast.walk(sources()[file][1]):
             text = ast.unparse(node) if isinstance(node, (ast.Compare, ast.Call, ast.Name)) else ""
             is_asked = isinstance(node, ast.Name) and node.id in kinds
-            is_asked |= isinstance(node, ast.Compare) and bool(re.search(r"objective(\.name)? (==|!=|is|in) ", text))
+            is_asked |= isinstance(node, ast.Compare) and bool(
+                re.search(r"objective(\.name)? (==|!=|is(?! None)(?! not None)|in) ", text)
+            )
             is_asked |= text.startswith("isinstance(") and bool(re.search(r"isinstance\([^,]*(policy|objective|task)\b", text))
             if is_asked:
                 offenders.append(f"{file}:{node.lineno}: {text}")  # type: ignore[attr-defined]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from surefoot import PPO, InputError, TextTask
 from surefoot.config import field_table, load_config, make_config, strict_yaml
+from surefoot.core.losses import LossSettings, clipped_surrogate
 from surefoot.migrate.trl import settings as table
 from surefoot.migrate.trl.translate import Imported, import_settings, translate
 from surefoot.migrate.trl.value_head import import_value_head
@@ -127,11 +128,10 @@ def trl_loss(ratio: Tensor, advantage: float, low: float, high: float, delta: fl
     return -torch.min(first, torch.clamp(ratio, 1 - low, 1 + high) * advantage)
 
 
-def our_loss(ratio: Tensor, advantage: float, settings: dict[str, Any]) -> Tensor:
-    """The table of docs/algorithm.md: the clipped surrogate, and a worse step's bound."""
-    within = torch.clamp(ratio, 1 - settings["ppo.clip_range"], 1 + settings["ppo.clip_range_high"])
-    loss = torch.max(-advantage * ratio, -advantage * within)
-    return loss if advantage > 0 else torch.min(loss, torch.tensor(settings["ppo.dual_clip"] * -advantage))
+def our_loss(ratio: Tensor, advantage: float, found: dict[str, Any]) -> Tensor:
+    """The package's own loss, under the settings that were written."""
+    names = ("clip_range", "clip_range_high", "dual_clip")
+    return clipped_surrogate(ratio, torch.full_like(ratio, advantage), LossSettings(**{n: found[f"ppo.{n}"] for n in names}))
 
 
 @pytest.mark.parametrize("delta", [1.05, 1.2, 1.28, 1.5, 4.0])
