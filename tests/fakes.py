@@ -144,7 +144,7 @@ def padded(batch: Batch, columns: int, *, poison: float) -> Batch:
     }
     changes["observations"] = {name: wider(value) for name, value in batch.observations.items()}
     wide = dataclasses.replace(batch, **changes)
-    for name in ("logprobs_BT", "values_BT", "rewards_BT", "bootstrap_BT", "reference_logprobs_BT", "behaviour_logprobs_BT"):
+    for name in ("logprobs_BT", "values_BT", "rewards_BT", "bootstrap_BT", "reference_logprobs_BT", "behavior_logprobs_BT"):
         if getattr(wide, name) is not None and len(getattr(wide, name)):
             setattr(wide, name, torch.where(wide.mask_BT, getattr(wide, name), poison))
     return wide

@@ -234,7 +234,7 @@ class Batch:
     groups_B: Tensor | None = None  # int64: rows with the same number continue the same prompt
     baselines_B: Tensor | None = None  # float32: the reward of the greedy completion of the row's prompt
     reference_logprobs_BT: Tensor | None = None  # float32, nats: the frozen reference
-    behaviour_logprobs_BT: Tensor | None = None  # the sampler's own, kept where logprobs_BT was computed again
+    behavior_logprobs_BT: Tensor | None = None  # the sampler's own, kept where logprobs_BT was computed again
     advantages_BT: Tensor | None = None
     returns_BT: Tensor | None = None  # what a critic learns; None where there is none
     trajectories: list[Trajectory] | list[Episode] | list[Demonstration] = field(default_factory=list)

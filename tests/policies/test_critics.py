@@ -217,7 +217,7 @@ def test_the_gradient_does_not_depend_on_how_a_minibatch_is_split(critic):
 def test_a_rollouts_values_are_the_critics_and_the_first_ratio_is_1(critic, adapter, dtype):
     policy = tiny_policy(critic=critic, adapter=adapter, dtype=dtype, moved=True)
     batch = rollout(policy, episodes=32)
-    assert (batch.behaviour_logprobs_BT is None) == (dtype == torch.float32)  # what the sampler gave is not scored again
+    assert (batch.behavior_logprobs_BT is None) == (dtype == torch.float32)  # what the sampler gave is not scored again
     with torch.no_grad():
         expected = policy.compute_values(batch)
     assert expected.abs().max() > 0.1

@@ -82,8 +82,8 @@ def test_in_bfloat16_scoring_again_makes_the_first_ratio_1(family, adapter):
     policy = tiny_policy(family, adapter=adapter, moved=True, dtype=ROUGH)
     assert not policy.exact_logprobs
     batch = rollout(policy, episodes=32)
-    assert batch.behaviour_logprobs_BT is not None
-    assert (batch.behaviour_logprobs_BT - batch.logprobs_BT)[batch.mask_BT].abs().mean() < 0.05  # the sampler's own
+    assert batch.behavior_logprobs_BT is not None
+    assert (batch.behavior_logprobs_BT - batch.logprobs_BT)[batch.mask_BT].abs().mean() < 0.05  # the sampler's own
     seen = first_minibatch(train(policy, batch, PPO))
     assert seen["ratio"] == pytest.approx(1, abs=1e-3)
     assert seen["ratio_max"] == pytest.approx(1, abs=0.05)

@@ -347,10 +347,10 @@ def test_evaluation_reports_the_means_of_its_answers_and_repeats_itself():
 def test_scoring_fills_the_written_tokens_whatever_the_token_budget(dtype, budget):
     policy = tiny_policy(moved=True, dtype=dtype)
     batch = played(policy)
-    written, old = batch.logprobs_BT.clone(), batch.behaviour_logprobs_BT
+    written, old = batch.logprobs_BT.clone(), batch.behavior_logprobs_BT
     exact = dtype == torch.float32
     fill_logprobs(policy, batch, token_budget=budget, exact_logprobs=exact)
-    assert (batch.behaviour_logprobs_BT is None) == exact and (old is None) == exact
+    assert (batch.behavior_logprobs_BT is None) == exact and (old is None) == exact
     whole = policy.evaluate(batch)
     for ours, expected in (
         (batch.logprobs_BT, whole.logprobs_BT),

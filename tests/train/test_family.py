@@ -154,7 +154,7 @@ def sampled_batch(policy: BigramPolicy) -> Batch:
     batch = grouped_batch(BigramPolicy(), drift=0.3)
     batch.reference_logprobs_BT = policy.reference_logprobs(batch)
     noise = torch.randn(batch.logprobs_BT.shape, generator=torch.Generator().manual_seed(7))
-    batch.behaviour_logprobs_BT = batch.logprobs_BT + 0.2 * noise
+    batch.behavior_logprobs_BT = batch.logprobs_BT + 0.2 * noise
     batch.step_limit = 6
     return batch
 
@@ -166,7 +166,7 @@ def test_how_far_the_sampler_was_off_is_measured_by_hand() -> None:
     off_BT[batch.mask_BT] = 0.1
     row, t = batch.mask_BT.nonzero()[0].tolist()
     off_BT[row, t] = -0.4
-    batch.behaviour_logprobs_BT = batch.logprobs_BT + off_BT
+    batch.behavior_logprobs_BT = batch.logprobs_BT + off_BT
     metrics, tokens = batch_metrics(batch), int(batch.mask_BT.sum())
     assert metrics["sampler/mismatch_mean"] == pytest.approx((0.4 + 0.1 * (tokens - 1)) / tokens, abs=1e-6)
     assert metrics["sampler/mismatch_max"] == pytest.approx(0.4, abs=1e-6)
@@ -185,7 +185,7 @@ def test_gradient_equals_a_token_by_token_twin(aggregation: str) -> None:
             before, action = int(batch.observations["tokens"][row, t - 1]), int(batch.actions_BT[row, t])
             logprob, old = torch.log_softmax(policy.logits_VV[before], dim=0)[action], batch.logprobs_BT[row, t]
             ratio = torch.exp(logprob - old)
-            advantage = float(batch.advantages_BT[row, t]) * min(math.exp(old - batch.behaviour_logprobs_BT[row, t]), 1.1)
+            advantage = float(batch.advantages_BT[row, t]) * min(math.exp(old - batch.behavior_logprobs_BT[row, t]), 1.1)
             objective = min(ratio * advantage, ratio.clamp(0.8, 1.3) * advantage)
             objective = max(objective, torch.tensor(1.3 * advantage)) if advantage < 0 else objective
             off = logprob - batch.reference_logprobs_BT[row, t]
@@ -256,7 +256,7 @@ def test_a_sampler_that_is_the_trainer_needs_no_weights() -> None:
     for config, has_sampler in ((capped, False), (plain, False), (plain, True)):
         policy = BigramPolicy()
         batch = sampled_batch(BigramPolicy(reference=reference_table()))
-        batch.behaviour_logprobs_BT = batch.behaviour_logprobs_BT if has_sampler else None
+        batch.behavior_logprobs_BT = batch.behavior_logprobs_BT if has_sampler else None
         train(policy, advantages(batch, config), config)
         weights.append(policy.weights()[0])
     assert torch.equal(weights[0], weights[1]) and torch.equal(weights[1], weights[2])

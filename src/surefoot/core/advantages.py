@@ -70,9 +70,9 @@ def group_advantages(scores_B: Tensor, groups_B: Tensor, *, acted_B: Tensor, kin
     def mean(values_B: Tensor) -> Tensor:
         return torch.where(same_BB, values_B, 0.0).sum(1) / size_B
 
-    centred_B = scores_B - mean(scores_B)
+    centered_B = scores_B - mean(scores_B)
     # Once more: the mean of equal large scores is rounded, and what is left would be scaled up.
-    centred_B = torch.where(acted_B, centred_B - mean(centred_B), 0.0)
+    centered_B = torch.where(acted_B, centered_B - mean(centered_B), 0.0)
     if kind == "grpo":
-        return centred_B / ((mean(centred_B**2) * size_B / others_B).sqrt() + 1e-4)
-    return centred_B * size_B / others_B if kind == "rloo" else centred_B
+        return centered_B / ((mean(centered_B**2) * size_B / others_B).sqrt() + 1e-4)
+    return centered_B * size_B / others_B if kind == "rloo" else centered_B

@@ -167,14 +167,14 @@ def scaled_sum(terms_BT: Tensor, logprobs_BT: Tensor, scale: float | Tensor) -> 
     return (terms_BT.detach() * scale).sum() + through_logprobs.sum()
 
 
-def truncated_ratio(logprobs: Tensor, behaviour_logprobs: Tensor, *, cap: float) -> Tensor:
+def truncated_ratio(logprobs: Tensor, behavior_logprobs: Tensor, *, cap: float) -> Tensor:
     """min(π / μ, cap) per token, same shape: what a sample of the sampler μ counts for the trainer's π.
 
     Both are log-probs before the update, nats: the ratio corrects for two programs that compute one policy,
     not for its training (Ionides 2008, "Truncated importance sampling"; Yao et al. 2025, "On the
     rollout-training mismatch in modern RL systems", openreview.net/forum?id=xsonlP8DRV).
     """
-    return torch.exp((logprobs - behaviour_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)).clamp(max=cap)
+    return torch.exp((logprobs - behavior_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)).clamp(max=cap)
 
 
 @dataclass(frozen=True)

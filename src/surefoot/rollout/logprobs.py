@@ -31,7 +31,7 @@ def fill_logprobs(
     rescore = batch.needs_logprobs or not exact_logprobs
     references: list[tuple[Tensor, Tensor]] = []
     if rescore:
-        batch.behaviour_logprobs_BT = None if batch.needs_logprobs else batch.logprobs_BT
+        batch.behavior_logprobs_BT = None if batch.needs_logprobs else batch.logprobs_BT
         batch.logprobs_BT, batch.values_BT = batch.logprobs_BT.clone(), batch.values_BT.clone()
     for rows in micro_batches(batch, torch.arange(len(batch)), token_budget):
         part = batch.rows(rows)

@@ -103,8 +103,8 @@ def batch_metrics(batch: Batch) -> dict[str, float]:
     if batch.groups_B is not None and len(groups := batch.groups_B.unique()) < len(batch):
         varying = len(batch.groups_B[has_reward_variance(batch)].unique())
         metrics["reward/zero_variance_groups"] = float(len(groups) - varying)
-    if batch.behaviour_logprobs_BT is not None:
-        difference = torch.where(mask_BT, batch.logprobs_BT - batch.behaviour_logprobs_BT, 0.0).abs()
+    if batch.behavior_logprobs_BT is not None:
+        difference = torch.where(mask_BT, batch.logprobs_BT - batch.behavior_logprobs_BT, 0.0).abs()
         metrics["sampler/mismatch_mean"] = float(difference.sum() / mask_BT.sum().clamp(min=1))
         metrics["sampler/mismatch_max"] = float(difference.max())
     return metrics

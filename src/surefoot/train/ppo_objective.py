@@ -172,10 +172,10 @@ class PPOObjective(Objective):
                 whitened_BT[rows] = whiten(advantages_BT[rows], mask_BT[rows])
                 advantages_BT = whitened_BT
         cap = self.config.generation.tis_cap
-        if cap is not None and batch.behaviour_logprobs_BT is not None:
+        if cap is not None and batch.behavior_logprobs_BT is not None:
             # The clipped loss is proportional to the advantage: a weight of one is a weight of the other.
             advantages_BT = advantages_BT * truncated_ratio(
-                batch.logprobs_BT, batch.behaviour_logprobs_BT, cap=cap
+                batch.logprobs_BT, batch.behavior_logprobs_BT, cap=cap
             )
         return advantages_BT
 
