@@ -43,7 +43,9 @@ def test_every_metric_that_is_logged_is_defined_and_every_defined_one_is_logged(
     assert named <= METRICS.keys()
     for name in METRICS:
         is_built = f'"{{name}}/{name.partition("/")[2]}"' in source  # of every objective's name
-        assert is_built or source.count(f'"{name}"') + source.count("'" + name + "'") >= 2, f"{name} is defined but never logged"
+        assert is_built or source.count(f'"{name}"') + source.count("'" + name + "'") >= 2, (
+            f"{name} is defined but never logged"
+        )
 
 
 def algorithm_rows() -> list[list[str]]:
