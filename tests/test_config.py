@@ -237,9 +237,9 @@ def test_a_file_made_to_exhaust_the_reader_is_refused(written, text):
         ("seed: 1\nkl: {coef: 1", "c.yaml, line 2: not valid, safe YAML"),
         ("seed: 1\n---\nseed: 2", "c.yaml, line 2: not valid, safe YAML"),
         ("run: {name: 2024-02-30}", "c.yaml: not valid, safe YAML: day is out of range for month"),
-        ("1: 2", "c.yaml, line 1: not valid, safe YAML: a key here is no name"),
-        ("ppo: {no: 2}", "c.yaml, line 1: not valid, safe YAML: a key here is no name"),
-        ("? [a]\n: 3", "c.yaml, line 1: not valid, safe YAML: a key here is no name"),
+        ("1: 2", "c.yaml, line 1: not valid, safe YAML: a key here is not a name"),
+        ("ppo: {no: 2}", "c.yaml, line 1: not valid, safe YAML: a key here is not a name"),
+        ("? [a]\n: 3", "c.yaml, line 1: not valid, safe YAML: a key here is not a name"),
     ],
 )
 def test_a_file_that_is_no_configuration_is_refused_with_its_line(written, content, said):

@@ -21,7 +21,7 @@ import torch
 
 from surefoot.build.training import build_training
 from surefoot.config import field_table, make_config, nested, set_field, setting_keys
-from surefoot.config.messages import MOVED
+from surefoot.config.moved import MOVED
 from surefoot.envs.text import TextTask
 from surefoot.policies.lm.policy import CausalLMPolicy, wrap_policy
 from surefoot.storage.run_folder import RunFolder

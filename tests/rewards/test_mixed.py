@@ -169,7 +169,7 @@ def test_paths_of_parts_are_the_files_and_survive_a_round_trip(tmp_path, monkeyp
         ([{"name": "reward.py:long", "weight": "x"}], "task.reward: part 1: weight: should be a number, got 'x'"),
         (
             [{"name": "reward.py:long"}, {"name": "other.py:long"}],
-            "task.reward: two parts are called 'long'; give each a label of its own",
+            "task.reward: two parts are called 'long'; give each a different label",
         ),
         ([{"name": "reward.py:long", "weight": 0}], "task.reward: no part has a weight other than 0; give one"),
         ([{"name": "reward.py:long", "weight": math.inf}], "task.reward: part 1: weight: should be a finite number, got inf"),

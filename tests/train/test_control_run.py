@@ -152,7 +152,9 @@ def test_in_an_environment_that_cannot_be_saved_new_episodes_begin() -> None:
 def test_before_the_first_step_old_and_new_policy_are_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, env, settings = RUNS[kind]
     seen = []
-    monkeypatch.setattr("surefoot.train.ppo_objective.check_first_minibatch", lambda stats, *, exact: seen.append((stats, exact)))
+    monkeypatch.setattr(
+        "surefoot.train.ppo_objective.check_first_minibatch", lambda stats, *, exact: seen.append((stats, exact))
+    )
     model = small(policy, env, **settings).learn(2 * BATCH)
     ((stats, exact),) = seen  # once a run
     assert exact and float(stats.approx_kl) < 1e-10

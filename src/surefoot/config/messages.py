@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from surefoot.config.moved import MOVED
+
 # pydantic's error type -> what is said instead, and how to fix it.
 _PLAINER = {
     "model_type": ("should be a section with settings", ""),
@@ -72,27 +74,6 @@ def suggestion(name: str, candidates: Collection[str], otherwise: str) -> str:
 
     close = like_leaf(0.75) or difflib.get_close_matches(name, candidates, n=1) or like_leaf(0.6)
     return f"; did you mean {close[0]!r}?" if close else f"; {otherwise}"
-
-
-# Old and others' names of settings -> where they stand.
-MOVED = {
-    "kl_coef": "kl.coef",
-    "kl_in": "kl.placement",
-    "kl_target": "kl.target",
-    "kl_horizon": "kl.horizon",
-    "samples_per_prompt": "group.size",
-    "skip_equal_groups": "group.skip_zero_variance",
-    "missing_eos_penalty": "shaping.missing_eos_penalty",
-    "reward_scale": "shaping.scale",
-    "reward_clip": "shaping.clip",
-    "whiten_rewards": "shaping.whiten",
-    "gae_lambda_critic": "policy.critic.gae_lambda",
-    "critic_warmup_updates": "policy.critic.warmup_updates",
-    "sampler_ratio_cap": "generation.tis_cap",
-    "newest": "env.self_play.latest",
-    "add_every": "env.self_play.snapshot_every",
-    "blunders": "env.self_play.random_move_prob",
-}
 
 
 def new_place(name: str, keys: Mapping[str, str]) -> str:

@@ -33,7 +33,7 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if key.tag != "tag:yaml.org,2002:str":
-                raise yaml.MarkedYAMLError(problem="a key here is no name", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem="a key here is not a name", problem_mark=key.start_mark)
             # YAML lets the last one win, and a whole section can vanish that way.
             if key.value in seen:
                 raise yaml.MarkedYAMLError(

@@ -59,7 +59,7 @@ class TaskConfig(Section):
         parts = [_part(part, number) for number, part in enumerate(reward, start=1)]
         labels = [part.called for part in parts]
         if twice := next((label for label in labels if labels.count(label) > 1), None):
-            raise ValueError(f"two parts are called {twice!r}; give each a label of its own")
+            raise ValueError(f"two parts are called {twice!r}; give each a different label")
         check_weights(dict(zip(labels, (part.weight for part in parts), strict=True)))
         return parts
 
