@@ -210,7 +210,7 @@ def test_data_that_changed_under_a_run_is_refused(tmp_path: Path, base: Path, wa
     assert warm.run(tmp_path, KINDS[kind].verb, "ppo.yaml", strikes=[strike]).code == -KILL
     write_rows(tmp_path / "data.jsonl", KINDS[kind].data[::-1])
     ended = warm.run(tmp_path, "resume", "runs/run")
-    assert ended.code == 2 and ".data: these are not" in ended.stderr and ended.stderr.count("\n") == 1
+    assert ended.code == 2 and ".data: not the" in ended.stderr and ended.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", ["ppo", "sft", "cartpole"])

@@ -1,6 +1,4 @@
-"""Advantages over the steps the policy itself took: with a critic (GAE), or by comparing answers to one
-prompt.
-"""
+"""Advantages over the steps the policy took: with a critic (GAE), or within a group of completions."""
 
 from __future__ import annotations
 
@@ -49,18 +47,18 @@ def gae(
     return advantages_BT, returns_BT
 
 
-def group_advantages(scores_B: Tensor, groups_B: Tensor, *, acted_B: Tensor, kind: str) -> Tensor:
-    """How much better each answer is than the others to its prompt; [B] float32, 0 where nothing was written.
+def group_advantages(rewards_B: Tensor, groups_B: Tensor, *, acted_B: Tensor, kind: str) -> Tensor:
+    """How much better each completion is than the others of its prompt; [B] float32, 0 where there is none.
 
-    `scores_B` are the rewards of whole answers, `groups_B` (int64) tells which rows answer the same prompt,
-    `acted_B` (bool) which rows count. With r the scores of a group of G:
+    `rewards_B` are the rewards of whole completions, `groups_B` (int64) says which rows share a prompt,
+    `acted_B` (bool) which rows count. With r the rewards of a group of G:
 
         dr_grpo    A = r - mean(r)                        (Liu et al. 2025, arXiv:2503.20783, §3.2)
         grpo       A = (r - mean(r)) / (std(r) + 1e-4)    (Shao et al. 2024, arXiv:2402.03300, §4.1.2)
         rloo       A = r - mean of the other G - 1        (Ahmadian et al. 2024, arXiv:2402.14740)
                      = G / (G - 1) · (r - mean(r))
 
-    std divides by G - 1, and the 1e-4 keeps equal scores at 0: both as TRL's `GRPOTrainer` has them.
+    std divides by G - 1, and the 1e-4 keeps equal rewards at 0: both as TRL's `GRPOTrainer` has them.
     """
     # Pairs instead of a scatter: a group's sum is the same to the bit on every device.
     same_BB = (groups_B[:, None] == groups_B) & acted_B
@@ -70,8 +68,8 @@ def group_advantages(scores_B: Tensor, groups_B: Tensor, *, acted_B: Tensor, kin
     def mean(values_B: Tensor) -> Tensor:
         return torch.where(same_BB, values_B, 0.0).sum(1) / size_B
 
-    centered_B = scores_B - mean(scores_B)
-    # Once more: the mean of equal large scores is rounded, and what is left would be scaled up.
+    centered_B = rewards_B - mean(rewards_B)
+    # Once more: the mean of equal large rewards is rounded, and what is left would be scaled up.
     centered_B = torch.where(acted_B, centered_B - mean(centered_B), 0.0)
     if kind == "grpo":
         return centered_B / ((mean(centered_B**2) * size_B / others_B).sqrt() + 1e-4)

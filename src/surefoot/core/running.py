@@ -24,7 +24,7 @@ class RunningStats:
 
     @property
     def std(self) -> float:
-        """Population standard deviation; 1 before two different values were seen, so dividing by it is safe."""
+        """Population standard deviation; 1 until two different values were seen, so that dividing is safe."""
         std = (self.squared_deviations / self.count) ** 0.5 if self.count else 0.0
         # Equal values have a spread too, of rounding errors: dividing by that would blow them up.
         return std if std > 1e-9 * abs(self.mean) else 1.0
@@ -73,7 +73,7 @@ class RunningMoments:
         self.mean, self.variance, self.count = self.mean + delta * (n / total), deviations / total, total
 
     def normalized(self, values: Tensor, *, clip: float) -> Tensor:
-        """(values - mean) / deviation, within ± clip; float32."""
+        """(values - mean) / std, within ± clip; float32."""
         return ((values - self.mean) * torch.rsqrt(self.variance + 1e-8)).clamp(-clip, clip).float()
 
     def state(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the training loop asks of a policy, and what acting in environments asks besides."""
+"""What the training loop asks of a policy, and what acting in environments asks in addition."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Policy(Protocol):
         ...
 
     def fingerprint(self) -> int:
-        """A checksum of the weights that are not trained: a checkpoint fits only the base it was trained on."""
+        """A checksum of the frozen weights: a checkpoint fits only the base it was trained on."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -87,7 +87,7 @@ class ActingPolicy(Policy, Protocol):
         episode_starts: Tensor,
         noise: Any = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Actions [N, ...] and what is remembered after them; without noise the likeliest."""
+        """Actions [N, ...] and what is remembered after them; without noise the greedy ones."""
         ...
 
     def values(

@@ -1,1 +1,1 @@
-"""Training: the loop, the update, checkpoints, metrics. Knows policies and rollouts by their protocols alone."""
+"""The loop, updates of an objective, checkpoints, gates and metrics. Knows no task and no kind of policy."""

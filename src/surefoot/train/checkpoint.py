@@ -172,7 +172,7 @@ def check(path: Path) -> list[str]:
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Tensors by file and the state of a whole checkpoint. Raises InputError naming a file that is damaged."""
+    """Tensors by file and the state of a whole checkpoint. Raises InputError naming a damaged file."""
     names = check(path)
     tensors = {Path(name).stem: read_tensors(path / name) for name in names if name.endswith(".safetensors")}
     try:
@@ -214,7 +214,7 @@ def optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[
 def restore_optimizer(
     policy: Policy, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put Adam's state back, moments on the parameter's device. Raises InputError if it is not this policy's."""
+    """Put Adam's state back, on the parameter's device. Raises InputError if it is not this policy's."""
     parameters = dict(policy.named_parameters_to_train())
     states: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -286,7 +286,7 @@ def _decoded(text: str) -> Tensor:
 
 
 def _numbered(folder: Path) -> list[Path]:
-    """Checkpoint folders, newest first; one that was stepping aside for its own new version comes after that."""
+    """Checkpoint folders, newest first; one stepping aside for its new version comes after that."""
     found = [
         p
         for p in folder.glob("[0-9]*")

@@ -28,10 +28,10 @@ def check_kl_sign(negative_in_a_row: int) -> None:
     """Raise GateError once the KL to the reference was surely negative for three updates in a row."""
     if negative_in_a_row >= NEGATIVE_KL_LIMIT:
         raise GateError(
-            f"the KL to the reference has been surely negative for {negative_in_a_row} updates, which no policy's "
-            "own samples give: the log-probs are not those of the distribution sampled from. Likely causes: sampler and "
-            "trainer differ (temperature, a truncated distribution, dropout); a reference that is quantized or not the "
-            "model the adapter started from."
+            f"the KL to the reference has been surely negative for {negative_in_a_row} updates, which no "
+            "policy's own samples give: the log-probs are not those of the distribution sampled from. Likely "
+            "causes: sampler and trainer differ (temperature, a truncated distribution, dropout); a "
+            "reference that is quantized or not the model the adapter started from."
         )
 
 
@@ -53,14 +53,11 @@ def check_first_minibatch(stats: PPOStats, *, exact: bool) -> None:
         bound = 1e-3 + 0.2 / tokens**0.5  # the second is what independent rounding averages to
         passed = abs(ratio - 1) < bound and abs(ratio_max - 1) < 0.5 and approx_kl < 5e-3 and clipped < 0.01
     if not passed:
+        hint = "; a low-precision kernel that depends on the batch (try policy.dtype: float32)"
         raise GateError(
-            f"the policy that is trained is not the one that wrote the samples: before any step the ratio is "
-            f"{ratio:.7f} (largest {ratio_max:.5f}), KL(old‖new) {approx_kl:.2e}, clip fraction {clipped:.3f}; they must be "
-            "1, 0 and 0. Likely causes: dropout or another random layer left on; a temperature on one side only; a model "
-            "whose positions or attention depend on padding; weights changed between rollout and update"
-            + (
-                "."
-                if exact
-                else "; a low-precision kernel that depends on the batch (try policy.dtype: float32)."
-            )
+            "the policy that is trained is not the one that wrote the samples: before any step the ratio "
+            f"is {ratio:.7f} (largest {ratio_max:.5f}), KL(old‖new) {approx_kl:.2e}, clip fraction "
+            f"{clipped:.3f}; they must be 1, 0 and 0. Likely causes: dropout or another random layer on; "
+            "a temperature on one side only; a model whose positions or attention depend on padding; weights "
+            f"changed between rollout and update{'' if exact else hint}."
         )

@@ -306,9 +306,7 @@ def _start_generators(t: Training) -> None:
 
 
 def snapshot(t: Training) -> dict[str, Any]:
-    """What collecting, updating and evaluating move on besides weights: taken before, so that giving up
-    leaves no trace.
-    """
+    """What collecting, updating and evaluating change, other than weights: to be rolled back to."""
     return {
         "rollout": t.rollout.state(),
         "objective": t.objective.state(),
@@ -345,8 +343,9 @@ def _checkpoint_is_due(t: Training) -> bool:
 def _check_bad_steps(t: Training) -> None:
     if t.progress.bad_steps_in_a_row >= t.objective.settings.max_bad_steps:
         raise NonFiniteError(
-            f"{t.progress.bad_steps_in_a_row} optimizer steps in a row had a non-finite loss or gradient and were skipped; "
-            f"stopped with a checkpoint in {t.folder.path}. Try a lower learning_rate or policy.dtype: float32"
+            f"{t.progress.bad_steps_in_a_row} optimizer steps in a row had a non-finite loss or gradient and "
+            f"were skipped; stopped with a checkpoint in {t.folder.path}. Try a lower learning_rate or "
+            "policy.dtype: float32"
         )
 
 
@@ -358,7 +357,8 @@ def _interrupted(t: Training) -> Interrupted:
     named = env.id if env is not None else supervised.data if supervised is not None else t.config.task
     ptx_rows = ", ptx_data=rows" if (ptx := t.config.ptx) is not None and ptx.data is None else ""
     is_in_config = named is not None and not ptx_rows
-    again = f"{t.config.opener}.load({path!r}, {'data' if supervised else 'task' if env is None else 'env'}{ptx_rows})"
+    source = "data" if supervised else "task" if env is None else "env"
+    again = f"{t.config.opener}.load({path!r}, {source}{ptx_rows})"
     how = f"surefoot resume {shlex.quote(path)}" if is_in_config else f"{again}.learn()"
     return Interrupted(
         t.stop.signal_number, f"stopped after update {t.progress.updates}, saved; continue with: {how}"

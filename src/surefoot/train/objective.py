@@ -91,7 +91,7 @@ class Moment:
     )  # of `left`, given in Python
 
     def value(self, name: str, highest: float, kind: str, *, warmup: float = 0.0) -> float:
-        """A setting as the update has it. Raises InputError for a Python function that was not given again."""
+        """A setting as the update has it. Raises InputError for a function that was not given again."""
         if kind != "function":
             return float(highest) * schedule(kind, self.update, self.total_updates, warmup=warmup)
         if name not in self.functions:
@@ -116,9 +116,7 @@ class Accelerator(Protocol):
 
 
 class Objective(Protocol):
-    """What training lowers. An objective writes the first five; the others have an answer here that does
-    nothing.
-    """
+    """What training lowers. An objective writes the first members; the others do nothing by default."""
 
     name: str
     """What the names of its metrics begin with: `ppo/grad_norm`."""

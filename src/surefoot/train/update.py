@@ -22,7 +22,7 @@ CRITIC_NAMES = ("critic.", "value_head.")
 def make_optimizer(
     policy: Policy, objective: Objective | None = None, *, critic_learning_rate: float | None = None
 ) -> torch.optim.Adam:
-    """Adam over everything the policy trains, by the objective's settings; a separate critic may have its own step size."""
+    """Adam over all that the policy trains; a separate critic may have its own step size."""
     settings = OptimizerSettings() if objective is None else objective.settings
     groups: dict[bool, list[torch.nn.Parameter]] = {False: [], True: []}
     for name, parameter in policy.named_parameters_to_train():
@@ -35,7 +35,7 @@ def make_optimizer(
 
 
 class TokenBudget:
-    """Most tokens in one micro-batch; halves itself when memory runs out. The gradient does not depend on it."""
+    """Most tokens in one micro-batch; halves when memory runs out. The gradient does not depend on it."""
 
     def __init__(self, tokens: int):
         self.tokens = tokens

@@ -60,7 +60,7 @@ class FastMLP:
     """A policy's weights on one vector, and the gradient there of one minibatch: an `Accelerator` of
     `train/objective.py`.
 
-    `lent` copies weights and Adam's moments in, and out again at the end: outside of it the policy knows
+    `lent` moves weights and Adam's moments in, and out again at the end: outside of it the policy knows
     nothing of this.
     """
 
@@ -319,7 +319,7 @@ class _Gaussian:
         self.entropies = numpy.full(len(means), constant + 0.5 * len(log_std), dtype=numpy.float32)
 
     def backward(self, by_logprob: Array, by_entropy: Array | None) -> Array:
-        """[N, D]: ∂ by the mean is z/σ; the deviation's own gradient, z² - 1 and 1 for the entropy, is added
+        """[N, D]: ∂ by the mean is z/σ; log σ's gradient, z² - 1 and 1 for the entropy, is added
         to it.
         """
         by_log_std = (by_logprob * (self.standard**2 - 1.0)).sum(0)
@@ -331,7 +331,7 @@ class _Gaussian:
 
 
 class _StateDependent:
-    """The same with a variance of its own for each state, features² [N, F] · σ² [F, D]; no gradient by those
+    """The same with a variance for each state, features² [N, F] · σ² [F, D]; no gradient by those
     features.
     """
 
@@ -345,7 +345,7 @@ class _StateDependent:
         self.entropies = (logs + 0.5).sum(1)
 
     def backward(self, by_logprob: Array, by_entropy: Array | None) -> Array:
-        """[N, D]: ∂ by the mean is (a - μ)/v; by the variance ½ ((a - μ)²/v - 1)/v, and ½/v for the entropy."""
+        """[N, D]: ∂ by the mean (a - μ)/v; by the variance ½ ((a - μ)²/v - 1)/v, and ½/v for the entropy."""
         by_variance = by_logprob * (self.off**2 / self.variance - 1.0)
         if by_entropy is not None:
             by_variance = by_variance + by_entropy
