@@ -186,7 +186,7 @@ def test_learning_more_and_going_on_in_another_process():
         ({"reward_model": {"data": "no.jsonl"}}, (), "data: no file no.jsonl; "),
         ({}, ("--reward-model.epochs", "0"), "--reward-model.epochs: should be greater than 0, got 0"),
         ({}, ("--reward-model.centre", "1"), "unknown flag '--reward-model.centre'; did you mean '--reward-model.center'?"),
-        ({}, ("--reward-model.rating-range", "[4, -4]"), "--reward-model.rating-range: [4.0, -4.0] is no range; write the"),
+        ({}, ("--reward-model.rating-range", "[4, -4]"), "--reward-model.rating-range: [4.0, -4.0] is not a range; write the"),
         ({}, ("--kl.coef", "0.1"), "reward.yaml: kl: a run with reward_model has no such section"),
         (
             {},
