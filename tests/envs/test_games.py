@@ -236,7 +236,7 @@ def test_max_moves_cuts_a_game_off_on_the_learners_turn():
         (lambda: GameVectorEnv(TICTACTOE, 0), "num_envs >= 1"),
         (lambda: GameVectorEnv(TICTACTOE, 2).reset(seed=[1]), "1 seeds for 2 games"),
         (lambda: GameVectorEnv(TICTACTOE, 2).reset(options={"reset_mask": np.array([1, 0])}), "expected bool"),
-        (lambda: GameVectorEnv(game_factory("classic/rps-v2"), 1), "observation and action_mask"),
+        (lambda: GameVectorEnv(game_factory("classic/rps-v2"), 1), "observation (a Box) and action_mask"),
     ],
 )
 def test_bad_input_gets_one_line(make, named):

@@ -17,7 +17,8 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from surefoot import PPO, advantages
 from surefoot.config import EnvConfig, NetworkConfig, PPOConfig
-from surefoot.envs.gym import Vector, make_vector, wrap_vector
+from surefoot.envs.gym import Vector
+from surefoot.envs.make import make_vector, wrap_vector
 from surefoot.policies.control.policy import ControlPolicy
 from surefoot.rollout.gym import GymRollout, run_episodes
 from surefoot.types import Batch

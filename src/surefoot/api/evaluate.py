@@ -8,7 +8,7 @@ import torch
 
 from surefoot.api.ppo import PPO
 from surefoot.build.control import build_vector
-from surefoot.envs.gym import make_vector, share_envs, wrap_vector
+from surefoot.envs.make import make_vector, share_envs, wrap_vector
 from surefoot.errors import InputError
 from surefoot.rollout.gym import run_episodes
 

@@ -34,7 +34,8 @@ from surefoot.config import (
     with_settings,
 )
 from surefoot.core.seeds import derived_seed
-from surefoot.envs.gym import Vector, made_from
+from surefoot.envs.gym import Vector
+from surefoot.envs.make import made_from
 from surefoot.envs.observations import Checks, batched
 from surefoot.envs.text import TextTask
 from surefoot.errors import InputError

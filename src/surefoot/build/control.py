@@ -11,8 +11,8 @@ from surefoot.build.preflight import build_device
 from surefoot.config import Config, EnvConfig
 from surefoot.core.seeds import derived_seed
 from surefoot.envs.games import make_games
-from surefoot.envs.gym import Vector, make_vector, wrap_vector
-from surefoot.envs.record import Frame, recorded_vector
+from surefoot.envs.gym import Vector
+from surefoot.envs.make import Frame, make_vector, recorded_vector, wrap_vector
 from surefoot.errors import InputError
 from surefoot.policies.base import ActingPolicy, Policy
 from surefoot.policies.control.policy import ControlPolicy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -39,15 +40,11 @@ class VideoRecorder:
 
             image = Image.fromarray(numpy.ascontiguousarray(frame))
             # Small pictures are enlarged by a whole factor: players blur what they enlarge themselves.
-            factor = (
-                max(1, 336 // image.width)
-                if image.width < MAX_WIDTH // 2
-                else min(1.0, MAX_WIDTH / image.width)
-            )
+            is_small = image.width < MAX_WIDTH // 2
+            factor = max(1, 336 // image.width) if is_small else min(1.0, MAX_WIDTH / image.width)
             size = (round(image.width * factor), round(image.height * factor))
-            image = image.convert("RGB").resize(
-                size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS
-            )
+            smooth = Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS
+            image = image.convert("RGB").resize(size, smooth)
             self.frames.append(image.quantize(256, dither=Image.Dither.NONE))
         self.seen, self.fps = self.seen + 1, fps
         if len(self.frames) > MAX_FRAMES:
@@ -76,8 +73,7 @@ class VideoRecorder:
 def play_run(
     source: str | Path, *, episodes: int = 10, output: str | Path | None = None, kind: str = "gif"
 ) -> list[Episode]:
-    """Play a run's best policy on `episodes` evaluation episodes with greedy actions; print and draw the
-    outcome.
+    """Play a run's best policy on evaluation episodes with greedy actions; print and draw the outcome.
 
     Writes `episode.gif` (or .mp4, by `kind`) of the first episode and `returns.png` into `output` (default:
     `play/` in the run). Raises InputError for a run that has no environment, or where a library is missing.
@@ -85,9 +81,7 @@ def play_run(
     run = RunFolder.open(source)
     config = run.config()
     if config.env is None:
-        raise InputError(
-            f'{source} trained a language model, which writes: surefoot generate {source} "your text"'
-        )
+        raise InputError(f'{source} trained a language model: surefoot generate {source} "your text"')
     if config.env.id is None:
         raise InputError(
             f"{source} has an environment made in Python; there: evaluate_policy(PPO.open(run, env), env)"
@@ -96,7 +90,10 @@ def play_run(
         raise InputError(f"--episodes: expected a whole number above 0, got {episodes}")
     _check_libraries(kind)
     folder = Path(output) if output is not None else run.path / "play"
-    _make_folder(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder {folder} cannot be made: {error.strerror}") from error
     model, video = PPO.open(source), VideoRecorder()
     model.env.close()
     played = _play(model, episodes, video)
@@ -112,23 +109,21 @@ def play_run(
 def _play(model: PPO, episodes: int, video: VideoRecorder) -> list[Episode]:
     """The episodes; the first is recorded."""
     assert model.config.env is not None
-    vector = build_vector(model.config, for_evaluation=True)
-    space = vector.observation_spaces.get(OBSERVATION)
-    sees_pictures = model.config.env.vectorization == "native" and space is not None and len(space.shape) == 3
     fps = ATARI_FPS / float(model.config.env.kwargs.get("frameskip", 4))
+    is_over = False
 
     def on_step(step: VectorStep) -> None:
-        # A vectorised Atari game cannot be rendered, but what the policy sees of it are pictures: the newest
-        # of the stack.
-        if sees_pictures and not is_over[0]:
+        nonlocal is_over
+        if not is_over:
             video.show(step.observations[OBSERVATION][0][-1], fps)
-            is_over[0] = bool(step.terminated[0] | step.truncated[0])
+            is_over = bool(step.ended[0])
 
-    is_over = [False]
-    try:
-        played = run_episodes(model.policy, vector, episodes, on_step=on_step)
-    finally:
-        vector.close()
+    with contextlib.closing(build_vector(model.config, for_evaluation=True)) as vector:
+        # A vectorized Atari game cannot be rendered, but the policy sees pictures: the newest of the stack.
+        space = vector.observation_spaces.get(OBSERVATION)
+        is_native = model.config.env.vectorization == "native"
+        sees_pictures = is_native and space is not None and len(space.shape) == 3
+        played = run_episodes(model.policy, vector, episodes, on_step=on_step if sees_pictures else None)
     if not sees_pictures:
         _record(model, video)
     return played
@@ -139,11 +134,8 @@ def _record(model: PPO, video: VideoRecorder) -> None:
     if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
         os.environ.setdefault("SDL_VIDEODRIVER", "offscreen")  # else pygame complains of the missing screen
     try:
-        vector = build_recorded(model.config, video.show)
-        try:
+        with contextlib.closing(build_recorded(model.config, video.show)) as vector:
             run_episodes(model.policy, vector, 1)
-        finally:
-            vector.close()
     except InputError as error:
         video.frames = []
         print(f"no video: {error}")
@@ -165,9 +157,7 @@ def _summary(name: str, played: list[Episode]) -> list[str]:
 
 
 def draw(path: Path, name: str, rows: list[dict[str, Any]], played: list[Episode]) -> None:
-    """Write a PNG: the learning curve from the rows of metrics.jsonl, beside a histogram of the played
-    returns.
-    """
+    """Write a PNG: the learning curve from metrics.jsonl, beside a histogram of the played returns."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.4), dpi=120, layout="constrained")
@@ -177,14 +167,11 @@ def draw(path: Path, name: str, rows: list[dict[str, Any]], played: list[Episode
     returns = numpy.array([episode.total for episode in played])
     around = max(1.0, 0.05 * abs(returns.mean()), float(numpy.ptp(returns)) / 2)  # all may be alike
     middle = (returns.min() + returns.max()) / 2
-    bins = min(20, max(5, len(returns) // 2))
-    histogram.hist(
-        returns, bins=bins, range=(middle - around, middle + around), color="tab:blue", edgecolor="white"
-    )
+    span, bins = (middle - around, middle + around), min(20, max(5, len(returns) // 2))
+    histogram.hist(returns, bins=bins, range=span, color="tab:blue", edgecolor="white")
     histogram.axvline(returns.mean(), color="black", linestyle="--")
-    histogram.set_title(f"{len(returns)} episodes played: {returns.mean():.1f} ± {returns.std():.1f}")
-    histogram.set_xlabel("return of an episode")
-    histogram.set_ylabel("episodes")
+    title = f"{len(returns)} episodes played: {returns.mean():.1f} ± {returns.std():.1f}"
+    histogram.set(title=title, xlabel="return of an episode", ylabel="episodes")
     histogram.yaxis.get_major_locator().set_params(integer=True)
     for axes in (curve, histogram):
         axes.spines[["top", "right"]].set_visible(False)
@@ -195,11 +182,8 @@ def _draw_curve(axes: Any, rows: list[dict[str, Any]]) -> None:
     """Returns over timesteps, in training and in evaluation."""
     steps = {0: 0.0} | {row["update"]: row["timesteps"] for row in rows if "timesteps" in row}
     train = [(row["timesteps"], row["rollout/ep_rew_mean"]) for row in rows if "rollout/ep_rew_mean" in row]
-    tests = [
-        (steps[row["update"]], row["eval/reward"], row["eval/reward_std"])
-        for row in rows
-        if "eval/reward" in row
-    ]
+    evaluated = [row for row in rows if "eval/reward" in row]
+    tests = [(steps[row["update"]], row["eval/reward"], row["eval/reward_std"]) for row in evaluated]
     if train:
         label = "training, mean of the last 100 episodes"
         axes.plot(*zip(*train, strict=True), color="tab:blue", label=label)
@@ -208,9 +192,7 @@ def _draw_curve(axes: Any, rows: list[dict[str, Any]]) -> None:
         style = "o-" if len(x) > 2 else "o"  # a line from start to end would show what nobody measured
         label = "evaluation, mean ± std"
         axes.errorbar(x, mean, yerr=std, fmt=style, color="tab:orange", capsize=3, label=label)
-    axes.set_title("learning curve")
-    axes.set_xlabel("timesteps")
-    axes.set_ylabel("return of an episode")
+    axes.set(title="learning curve", xlabel="timesteps", ylabel="return of an episode")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}".replace(",", " "))
     axes.grid(alpha=0.3)
     if train or tests:
@@ -218,19 +200,7 @@ def _draw_curve(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def _check_libraries(kind: str) -> None:
-    missing = [module for module in ("PIL", "matplotlib") if importlib.util.find_spec(module) is None]
-    if missing:
-        raise InputError(
-            "play draws with Pillow and matplotlib, which are not installed: pip install 'surefoot[play]'"
-        )
+    if not all(importlib.util.find_spec(module) for module in ("PIL", "matplotlib")):
+        raise InputError("play needs Pillow and matplotlib: pip install 'surefoot[play]'")
     if kind == "mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
-        raise InputError(
-            "--format mp4 needs imageio-ffmpeg, which is not installed: pip install imageio-ffmpeg"
-        )
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"the folder {folder} cannot be made: {error.strerror}") from error
+        raise InputError("--format mp4 needs imageio-ffmpeg: pip install imageio-ffmpeg")

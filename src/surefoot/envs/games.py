@@ -28,9 +28,9 @@ opponent moves, and the indices [M] of those games, to one legal action for each
 def game_factory(name: str, **kwargs: Any) -> Callable[[], AECEnv]:
     """What makes one game of PettingZoo's registry: `game_factory("classic/go-v5", board_size=5, komi=0.5)`.
 
-    It has none of PettingZoo's checking wrappers: `GameVectorEnv` checks the moves of a whole batch at once,
-    and is up to three times as fast. A process can hold Go boards of one size only: PettingZoo keeps the size
-    in a global. Raises InputError for an unknown game, a missing library, or a wrong argument.
+    Without PettingZoo's checking wrappers: `GameVectorEnv` checks a whole batch at once, up to three times as
+    fast. A process can hold Go boards of one size only: PettingZoo keeps the size in a global. Raises
+    InputError for an unknown game, a missing library, or a wrong argument.
     """
 
     def make() -> AECEnv:
@@ -81,11 +81,9 @@ class GameVectorEnv(VectorEnv[Observations, Array, Array]):
     side. A game that is over stays so until `reset` (autoreset is disabled), and its mask is all ones.
 
     `max_moves` counts the moves of both players; a game that has had that many is truncated when it is the
-    learner's turn, so that the value of the last observation can be bootstrapped (its mask holds the legal
-    moves). Go needs it: PettingZoo's ends only by two passes in a row and forbids just the simple ko, so that
-    it can go on for ever.
-
-    Raises InputError for a game that is not of this kind, an illegal action, or a mask without a legal move.
+    learner's turn, so that the value of the last observation can be bootstrapped. Go needs it: PettingZoo's
+    forbids just the simple ko and ends only by two passes in a row. Raises InputError for a game of another
+    kind, an illegal action, or a mask without a legal move.
     """
 
     def __init__(
@@ -124,16 +122,20 @@ class GameVectorEnv(VectorEnv[Observations, Array, Array]):
 
         Game i is seeded by seed[i], or by seed + i where `seed` is one number.
         """
-        chosen = _reset_mask(options, self.num_envs)
-        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, (int, np.integer)) else seed
-        if seeds is not None and len(seeds) != self.num_envs:
+        chosen = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool)))
+        if chosen.shape != (self.num_envs,) or chosen.dtype != np.bool_:
+            got = f"{chosen.dtype} of shape {chosen.shape}"
+            raise InputError(f"reset_mask: expected bool of shape ({self.num_envs},), got {got}")
+        if seed is None or isinstance(seed, (int, np.integer)):
+            seed = [None if seed is None else seed + i for i in range(self.num_envs)]
+        if len(seed) != self.num_envs:
             raise InputError(
-                f"reset: {len(seeds)} seeds for {self.num_envs} games; give one each, or a number"
+                f"reset: {len(seed)} seeds for {self.num_envs} games; give one each, or a number"
             )
         for per_game in (self._moves, self._rewards, self._returns, self._terminated, self._truncated):
             per_game[chosen] = 0
         for i in np.flatnonzero(chosen).tolist():
-            game_seed = None if seeds is None else seeds[i]
+            game_seed = seed[i]
             self.seats[i] = 1 - self.seats[i] if game_seed is None else game_seed % 2
             if game_seed is not None:  # another stream than the one the game may draw from
                 self.rngs[i] = np.random.default_rng([game_seed, 1])
@@ -144,10 +146,9 @@ class GameVectorEnv(VectorEnv[Observations, Array, Array]):
     def step(self, actions: Array) -> tuple[Observations, Array, Array, Array, dict[str, Any]]:
         """Make the learner's moves [N], then the opponents', until each game is over or the learner's turn.
 
-        Returns observations, rewards float64 [N] (the learner's, over its move and the reply), terminations
-        and truncations bool [N], and infos. Where some game has ended, infos hold "seat" and "outcome" (1
-        won, 0 drawn or truncated, -1 lost) as int [N], valid where "_seat" and "_outcome" bool [N] are true;
-        and "opponent" alike where `opponents` has numbers of those who play, `playing` int [N].
+        Rewards float64 [N] are the learner's, over its move and the reply. Where a game has ended, infos hold
+        "seat" and "outcome" (1 won, 0 drawn or truncated, -1 lost) int [N], valid where "_seat" and
+        "_outcome" are true; and "opponent" alike where `opponents` has the numbers of those `playing`.
         """
         if (over := self._terminated | self._truncated).any():
             raise InputError(f"games {np.flatnonzero(over).tolist()} are over: reset them first")
@@ -201,8 +202,8 @@ class GameVectorEnv(VectorEnv[Observations, Array, Array]):
 
     def _waiting(self, indices: Array) -> Array:
         """Those of these games that go on and in which it is the opponent's turn."""
-        going_on = indices[~(self._terminated | self._truncated)[indices]]
-        return going_on[[self._games[i].agent_selection != self._learner(i) for i in going_on]]
+        over = self._terminated | self._truncated
+        return indices[[not over[i] and self._games[i].agent_selection != self._learner(i) for i in indices]]
 
     def _observe(self, index: int, agent: str) -> None:
         """Take what this player sees of a game into the buffers."""
@@ -232,25 +233,15 @@ class GameVectorEnv(VectorEnv[Observations, Array, Array]):
 
 def _spaces(game: AECEnv) -> tuple[spaces.Dict, spaces.Discrete]:
     """The learner's observation and action space; both players must have the same."""
-    if len(game.possible_agents) != 2:
-        raise InputError(f"game {game} has {len(game.possible_agents)} players, not two")
-    first, second = ((game.observation_space(a), game.action_space(a)) for a in game.possible_agents)
-    view, actions = first
-    if first != second or not isinstance(view, spaces.Dict) or set(view) != {"observation", "action_mask"}:
-        raise InputError(f"game {game}: both players need the same observations, observation and action_mask")
-    if not isinstance(actions, spaces.Discrete) or actions.start != 0:
-        raise InputError(f"game {game}: actions must be Discrete(n), got {actions}")
-    board = view["observation"]
-    if not isinstance(board, spaces.Box):
-        raise InputError(f"game {game}: 'observation' must be a Box, got {board}")
+    kinds = [(game.observation_space(a), game.action_space(a)) for a in game.possible_agents]
+    view, actions = kinds[0]
+    board = view.spaces.get("observation") if isinstance(view, spaces.Dict) else None
+    is_counted = isinstance(actions, spaces.Discrete) and actions.start == 0
+    if len(kinds) != 2 or kinds[0] != kinds[1] or not isinstance(board, spaces.Box) or not is_counted:
+        raise InputError(
+            f"game {game}: two players need the same observations, observation (a Box) and action_mask, and "
+            f"actions Discrete(n); it has {len(kinds)} players, {view} and {actions}"
+        )
     observed = spaces.Box(board.low.astype(np.float32), board.high.astype(np.float32), dtype=np.float32)
     n = int(actions.n)
     return spaces.Dict({"observation": observed, "action_mask": spaces.MultiBinary(n)}), spaces.Discrete(n)
-
-
-def _reset_mask(options: Mapping[str, Any] | None, num_envs: int) -> Array:
-    mask = np.asarray((options or {}).get("reset_mask", np.ones(num_envs, dtype=bool)))
-    if mask.shape != (num_envs,) or mask.dtype != np.bool_:
-        got = f"{mask.dtype} of shape {mask.shape}"
-        raise InputError(f"reset_mask: expected bool of shape ({num_envs},), got {got}")
-    return mask

@@ -7,13 +7,7 @@ seed and actions repeat an episode exactly, and that is how a resumed run finds 
 
 from __future__ import annotations
 
-import difflib
-import functools
 import json
-import math
-import multiprocessing
-import signal
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,11 +27,6 @@ from surefoot.types import ACTION_MASK
 
 Flags: TypeAlias = NDArray[numpy.bool_]
 
-# What an id begins with -> the module that registers it, and our extra that brings it.
-PROVIDERS = {"ALE/": ("ale_py", "atari")} | {
-    f"{name}-": ("highway_env", "driving")
-    for name in ("highway", "merge", "parking", "roundabout", "intersection", "racetrack")
-}
 REWARD_STATS = "reward_normalization.json"
 LONGEST_REPLAY = 20_000  # steps of an episode that are kept so that a resumed run can repeat it
 
@@ -62,24 +51,21 @@ class Vector:
 
     `observation_spaces` (the leaves of the space by name) and `action_space` are those of one
     sub-environment. Raises InputError for spaces that cannot be trained on, and, while stepping, for an
-    observation that is not finite or not in a space of counts, for a mask without a legal action, and for an
-    environment that fails. Box values beyond their bounds are warned of once: published environments have
-    them.
+    environment that fails and for what `Checks` refuses.
     """
 
-    def __init__(self, env: Any, *, seed: int, has_masks: bool = False, name: str | None = None):
+    def __init__(self, env: Any, *, seed: int, name: str | None = None):
         self.env, self.seed, self.num_envs = env, seed, env.num_envs
         self.name = name or env_name(env)
         self.mode = env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
         self.observation_spaces = leaves(env.single_observation_space)
         self.action_space = env.single_action_space
-        self._masks_by_call = has_masks and ACTION_MASK not in self.observation_spaces
+        self._masks_by_call = ACTION_MASK not in self.observation_spaces and self._has_action_masks()
         if self._masks_by_call:
             self.observation_spaces[ACTION_MASK] = spaces.MultiBinary(mask_width(self.action_space))
         self.checks = Checks(self.observation_spaces, self.action_space, name=self.name)
-        self.episodes = numpy.zeros(
-            self.num_envs, dtype=numpy.int64
-        )  # how many each sub-environment has begun
+        # How many episodes each sub-environment has begun.
+        self.episodes = numpy.zeros(self.num_envs, dtype=numpy.int64)
         self.actions: list[list[Any]] = [[] for _ in range(self.num_envs)]  # of the episodes under way
         self._just_ended = numpy.zeros(self.num_envs, dtype=numpy.bool_)
         self.position: Any = None  # where a rollout stands here (rollout/gym.py); None: at no episode
@@ -103,12 +89,12 @@ class Vector:
 
     def reset(self) -> Arrays:
         """Begin an episode in every sub-environment."""
+        if self.repeats_itself:
+            return self._reset_where(numpy.ones(self.num_envs, dtype=numpy.bool_))
         self.episodes += 1
-        self.actions = [[] for _ in range(self.num_envs)]
         self._just_ended[:] = False
         # An environment's native vectorized form takes one number, from which it counts up.
-        seeds = [self._seed_of(i) for i in range(self.num_envs)] if self.repeats_itself else self._seed_of(0)
-        return self._arrays(self._guarded(lambda: self.env.reset(seed=seeds))[0])
+        return self._arrays(self._guarded(self.env.reset, seed=self._seed_of(0))[0])
 
     def step(self, actions: NDArray[Any]) -> VectorStep:
         """Act in every sub-environment. `actions` [N, ...] must lie in the action space."""
@@ -117,9 +103,7 @@ class Vector:
                 if len(history) <= LONGEST_REPLAY:
                     history.append(action)
         # Copied: an environment may change what it is given, and these are in the batch and in the history.
-        observations, rewards, terminated, truncated, infos = self._guarded(
-            lambda: self.env.step(actions.copy())
-        )
+        observations, rewards, terminated, truncated, infos = self._guarded(self.env.step, actions.copy())
         valid = ~self._just_ended
         ended = (terminated | truncated) & valid
         starts, final = ended, None
@@ -133,17 +117,18 @@ class Vector:
             else:
                 final = self._final_observations(arrays, infos, ended)
         rewards = numpy.where(valid, numpy.asarray(rewards, dtype=numpy.float64), 0.0)
-        if not math.isfinite(rewards.sum()) and not numpy.isfinite(rewards).all():
+        if not numpy.isfinite(rewards).all():
             index = int(numpy.argmin(numpy.isfinite(rewards)))
             raise InputError(f"env: the reward of sub-environment {index} is not a finite number")
-        cut = truncated & valid
-        return VectorStep(arrays, rewards, terminated & valid, cut, ended, valid, starts, final, infos)
+        return VectorStep(
+            arrays, rewards, terminated & valid, truncated & valid, ended, valid, starts, final, infos
+        )
 
     def state(self) -> dict[str, Any]:
         """Seeds and actions of the episodes under way, if they can be repeated: JSON, but for arrays."""
         is_kept = self.repeats_itself and max(map(len, self.actions)) <= LONGEST_REPLAY
-        histories = [history[:] for history in self.actions] if is_kept else None
-        return {"episodes": self.episodes.copy(), "actions": histories}
+        actions = [history[:] for history in self.actions] if is_kept else None
+        return {"episodes": self.episodes.copy(), "actions": actions}
 
     def restore(self, state: dict[str, Any]) -> Arrays | None:
         """Repeat the episodes under way; the observations to act on, or None if new ones have to begin.
@@ -160,21 +145,18 @@ class Vector:
         longest = max(map(len, self.actions))
         # All end their replay together: one with a short history waits, acting anyhow, until its reset.
         begins = numpy.array([longest - len(history) for history in self.actions])
-        observations = self._reset_raw(numpy.ones(self.num_envs, dtype=numpy.bool_))
-        for t in range(longest):
-            ready = begins == t
-            if t and ready.any():
-                observations = self._reset_raw(ready)
+        to_reset = numpy.ones(self.num_envs, dtype=numpy.bool_)
+        for t in range(longest + 1):
+            if to_reset.any():
+                observations = self._reset_raw(to_reset)
+            if t == longest:
+                break
             actions = [
                 history[t - begin] if t >= begin else self._any_action(observations, i)
                 for i, (history, begin) in enumerate(zip(self.actions, begins, strict=True))
             ]
-            step = functools.partial(self.env.step, numpy.stack(actions))
-            observations, _, terminated, truncated, _ = self._guarded(step)
-            if (over := (terminated | truncated)).any():  # of one that waits
-                observations = self._reset_raw(over)
-        if (begins == longest).any() and longest:
-            observations = self._reset_raw(begins == longest)
+            observations, _, terminated, truncated, _ = self._guarded(self.env.step, numpy.stack(actions))
+            to_reset = terminated | truncated | (begins == t + 1)  # the ends are of those that wait
         return self._arrays(observations)
 
     def save(self, folder: Path) -> None:
@@ -194,40 +176,33 @@ class Vector:
 
     def _end(self) -> None:
         """Close what has failed. Gymnasium's `close` would wait for the reply that a dead worker owes."""
-        env = self.env.unwrapped
-        if not isinstance(env, gymnasium.vector.AsyncVectorEnv):
-            self.env.close()
-            return
-        for worker in env.processes:
-            worker.kill()
-            worker.join()
-        env.closed = True
+        if isinstance(env := self.env.unwrapped, gymnasium.vector.AsyncVectorEnv):
+            for worker in env.processes:
+                worker.kill()
+                worker.join()
+            env.closed = True
+        self.env.close()
 
     def _any_action(self, observations: Any, index: int) -> NDArray[Any]:
         """Some legal action: what a sub-environment that waits for its replay does."""
         if ACTION_MASK not in self.observation_spaces:
             return numpy.asarray(self.action_space.sample())
         mask = self._arrays(observations, numpy.ones(self.num_envs, dtype=numpy.bool_))[ACTION_MASK][index]
-        legal = numpy.array([part.argmax() for part in choices(self.action_space, mask)])
-        first = getattr(self.action_space, "start", 0)
-        return numpy.asarray(
-            (legal if self.action_space.shape else legal[0]) + first, dtype=self.action_space.dtype
-        )
+        parts = tuple(choices(self.action_space, mask.astype(numpy.int8)))
+        return numpy.asarray(self.action_space.sample(parts if self.action_space.shape else parts[0]))
 
     def _seed_of(self, index: int) -> int:
         # Below 2**31: some environments are written in C.
         return derived_seed(self.seed, f"episodes of copy {index}", int(self.episodes[index])) % 2**31
 
     def _reset_where(self, ended: Flags) -> Arrays:
-        for i in ended.nonzero()[0]:
-            self.actions[i] = []
-            self.episodes[i] += 1
+        self.episodes += ended
+        self.actions = [[] if over else history for history, over in zip(self.actions, ended, strict=True)]
         return self._arrays(self._reset_raw(ended))
 
     def _reset_raw(self, where: Flags) -> Any:
         seeds = [self._seed_of(i) if is_reset else None for i, is_reset in enumerate(where)]
-        options = {"reset_mask": where.copy()}
-        return self._guarded(lambda: self.env.reset(seed=seeds, options=options))[0]
+        return self._guarded(self.env.reset, seed=seeds, options={"reset_mask": where.copy()})[0]
 
     def _final_observations(self, arrays: Arrays, infos: Mapping[str, Any], ended: Flags) -> Arrays:
         final = {name: values.copy() for name, values in arrays.items()}
@@ -236,9 +211,9 @@ class Vector:
             raise InputError(
                 "env: it resets within the step but gives no info['final_obs']; use AutoresetMode.NEXT_STEP"
             )
-        by_name = flat(given) if isinstance(given, Mapping) else None
+        by_name = flat(given) if isinstance(given, Mapping) else {}
         for i in ended.nonzero()[0]:
-            row = flat(given[i]) if by_name is None else {name: values[i] for name, values in by_name.items()}
+            row = {name: values[i] for name, values in by_name.items()} or flat(given[i])
             for name, value in row.items():
                 final[name][i] = value
         self.checks.are_finite(final)
@@ -249,14 +224,20 @@ class Vector:
         # Copied: some environments write each step's into the same memory.
         arrays = {name: numpy.array(values) for name, values in flat(observations).items()}
         if self._masks_by_call:
-            arrays[ACTION_MASK] = numpy.stack(self._guarded(lambda: self.env.call("action_masks")))
+            arrays[ACTION_MASK] = numpy.stack(self._guarded(self.env.call, "action_masks"))
         self.checks(arrays, is_over)
         return arrays
 
-    def _guarded(self, call: Callable[[], Any]) -> Any:
+    def _has_action_masks(self) -> bool:
+        """Whether the sub-environments name their legal actions as sb3-contrib has it."""
+        if not isinstance(self.env, (gymnasium.vector.SyncVectorEnv, gymnasium.vector.AsyncVectorEnv)):
+            return False
+        return all(self._guarded(self.env.call, "has_wrapper_attr", "action_masks"))
+
+    def _guarded(self, call: Callable[..., Any], *args: Any, **settings: Any) -> Any:
         """An environment is the user's code: what it raises is one line with the environment's name."""
         try:
-            return call()
+            return call(*args, **settings)
         except (InputError, KeyboardInterrupt):
             raise
         except Exception as error:
@@ -267,114 +248,7 @@ class Vector:
             raise InputError(f"env {self.name} failed: {message}") from error
 
 
-def make_vector(
-    make: Callable[[], gymnasium.Env[Any, Any]] | str,
-    *,
-    n_envs: int,
-    vectorization: str = "sync",
-    kwargs: Mapping[str, Any] | None = None,
-    seed: int,
-) -> Vector:
-    """`n_envs` of an id or of what a function makes. Raises InputError for an id that does not exist."""
-    kwargs = kwargs or {}
-    name = make if isinstance(make, str) else getattr(make, "__name__", "env")
-    if vectorization == "native":
-        if not isinstance(make, str):
-            raise InputError("env.vectorization: native is for Gymnasium ids; use sync or async")
-        native = _made(lambda: gymnasium.make_vec(make, n_envs, "vector_entry_point", **kwargs), name)
-        return Vector(native, seed=seed)
-    maker: Any = functools.partial(gymnasium.make, make) if isinstance(make, str) else make
-    maker = functools.partial(maker, **kwargs)
-    probe = _made(maker, name)  # here, not in a worker: its error is then the user's to read
-    has_masks = probe.has_wrapper_attr("action_masks")  # sb3-contrib's way to name the legal actions
-    probe.close()
-    kind: Any = gymnasium.vector.SyncVectorEnv
-    if vectorization == "async":
-        kind, maker = gymnasium.vector.AsyncVectorEnv, functools.partial(_in_worker, maker)
-    env = _made(lambda: kind([maker] * n_envs, autoreset_mode=AutoresetMode.DISABLED), name)
-    return Vector(env, seed=seed, has_masks=has_masks, name=name)
-
-
-def wrap_vector(env: Any, *, seed: int) -> Vector:
-    """An environment or vector environment that the user has made. Raises InputError for anything else."""
-    if isinstance(env, Vector):
-        return env
-    if isinstance(env, gymnasium.vector.VectorEnv):
-        return Vector(env, seed=seed, has_masks=_have_masks_by_call(env))
-    if not isinstance(env, gymnasium.Env):
-        kind = type(env).__name__
-        raise InputError(f"env: expected a Gymnasium id, environment or vector environment, got {kind}")
-    vector = gymnasium.vector.SyncVectorEnv([lambda: env], autoreset_mode=AutoresetMode.DISABLED)
-    return Vector(vector, seed=seed, has_masks=env.has_wrapper_attr("action_masks"), name=env_name(env))
-
-
-def _in_worker(make: Callable[[], Any]) -> Any:
-    """Ctrl-C reaches every process of a terminal; the run alone handles it, and ends its workers."""
-    if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return make()
-
-
-def made_from(vector: Vector) -> tuple[str, dict[str, Any]] | None:
-    """Id and arguments with which `gymnasium.make` alone made the first sub-environment, or None."""
-    spec = getattr(getattr(vector.env, "envs", [vector.env])[0], "spec", None)
-    if spec is None or spec.additional_wrappers or not isinstance(spec.id, str):
-        return None
-    kwargs = {name: value for name, value in spec.kwargs.items() if name != "render_mode"}
-    registered = gymnasium.registry.get(spec.id)
-    is_plain = all(isinstance(value, (bool, int, float, str, type(None))) for value in kwargs.values())
-    if registered is None or not is_plain:
-        return None
-    if spec.max_episode_steps != registered.max_episode_steps:
-        kwargs["max_episode_steps"] = spec.max_episode_steps
-    return spec.id, kwargs
-
-
-def share_envs(one: Vector, other: Vector) -> bool:
-    """Whether stepping one of them moves the other."""
-    mine, others = ({id(env.unwrapped) for env in getattr(v.env, "envs", [v.env])} for v in (one, other))
-    return not mine.isdisjoint(others)
-
-
 def env_name(env: Any) -> str:
     """The id of an environment, or its class."""
     spec = getattr(env, "spec", None)
     return spec.id if spec is not None else type(getattr(env, "unwrapped", env)).__name__
-
-
-def _made(make: Callable[[], Any], name: str) -> Any:
-    try:
-        with warnings.catch_warnings():
-            # That there is a newer version, once for each sub-environment.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            return make()
-    except gymnasium.error.UnregisteredEnv as error:
-        why = " ".join(str(error).split()).partition(". Did you mean")[0].rstrip(".")
-        raise InputError(f"env.id: {why}{_hint(name)}") from None
-    except Exception as error:  # what makes an environment is the user's code
-        extras = [extra for module, extra in PROVIDERS.values() if name.startswith(f"{module}:")]
-        hint = f" (pip install 'surefoot[{extras[0]}]')" if extras and isinstance(error, ImportError) else ""
-        raise InputError(f"env {name} cannot be made{hint}: {' '.join(str(error).split())[:300]}") from error
-
-
-def _hint(name: str) -> str:
-    """What somebody who asked for an unknown id may have meant."""
-    for prefix, (module, extra) in PROVIDERS.items():
-        if name.startswith(prefix):
-            return f"; write {module}:{name} (pip install 'surefoot[{extra}]')"
-    module, colon, _ = name.rpartition(":")
-    known = [f"{module}{colon}{one}" for one in gymnasium.registry]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _have_masks_by_call(env: Any) -> bool:
-    """Whether the sub-environments of a vector environment have sb3-contrib's `action_masks`."""
-    if isinstance(env, gymnasium.vector.SyncVectorEnv):
-        return bool(env.envs[0].has_wrapper_attr("action_masks"))
-    if isinstance(env, gymnasium.vector.AsyncVectorEnv):
-        probe = env.env_fns[0]()
-        has_masks = probe.has_wrapper_attr("action_masks")
-        probe.close()
-        return bool(has_masks)
-    return False

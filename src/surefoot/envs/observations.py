@@ -38,11 +38,8 @@ def flat(observations: Any, prefix: str = "") -> dict[str, Any]:
     """Values as `leaves` names them."""
     if not isinstance(observations, Mapping):
         return {prefix.removesuffix(".") or OBSERVATION: observations}
-    return {
-        name: leaf
-        for key, part in observations.items()
-        for name, leaf in flat(part, f"{prefix}{key}.").items()
-    }
+    parts = {f"{prefix}{name}": part for name, part in observations.items()}
+    return {name: leaf for key, part in parts.items() for name, leaf in flat(part, f"{key}.").items()}
 
 
 def batched(spaces_by_name: Mapping[str, Any], observation: Any, masks: Any = None) -> tuple[Arrays, bool]:
@@ -60,14 +57,15 @@ def batched(spaces_by_name: Mapping[str, Any], observation: Any, masks: Any = No
     is_one = arrays[first].shape == expected[first].shape
     if is_one:
         arrays = {name: values[None] for name, values in arrays.items()}
+    rows = len(arrays[first])
     for name, space in expected.items():
-        if arrays[name].shape != (len(arrays[first]), *space.shape):
+        if arrays[name].shape != (rows, *space.shape):
             shape, one = list(arrays[name].shape[is_one:]), list(space.shape)
             raise InputError(
                 f"predict: the observation {name} has shape {shape}; one is {one}, N are {['N', *one]}"
             )
     if ACTION_MASK in spaces_by_name:
-        given, wanted = arrays.get(ACTION_MASK), (len(arrays[first]), *spaces_by_name[ACTION_MASK].shape)
+        given, wanted = arrays.get(ACTION_MASK), (rows, *spaces_by_name[ACTION_MASK].shape)
         if given is None or given.shape != wanted:
             shape = list(wanted[is_one:])
             raise InputError(f"predict: this policy was trained with action masks; give action_masks {shape}")
@@ -88,54 +86,53 @@ class Checks:
         self.spaces, self.action_space, self.name, self.where = spaces_by_name, action_space, name, where
         self.row = "sub-environment" if where == "env" else "row"
         if ACTION_MASK in spaces_by_name:
-            _check_mask_space(spaces_by_name[ACTION_MASK], action_space)
-        self._bounded = {n: space for n, space in spaces_by_name.items() if _can_be_exceeded(space)}
+            if not isinstance(action_space, (spaces.Discrete, spaces.MultiDiscrete)):
+                kind = type(action_space).__name__
+                raise InputError(f"env: action masks are for Discrete and MultiDiscrete actions, not {kind}")
+            self._check_mask_shape(spaces_by_name[ACTION_MASK].shape)
+        limits = {n: _limits(space) for n, space in spaces_by_name.items() if n != ACTION_MASK}
+        self._limits = {n: both for n, both in limits.items() if both is not None}
 
     def __call__(self, arrays: Arrays, is_over: NDArray[numpy.bool_] | None = None) -> None:
         """Check all; where `is_over` [N], no action need be legal."""
         self.are_finite(arrays)
-        for name, values in arrays.items():
-            if name == ACTION_MASK:
-                self._check_mask(values, is_over)
-            elif not _are_counts_within(self.spaces[name], values):
+        if (masks := arrays.get(ACTION_MASK)) is not None:
+            self._check_mask_shape(masks.shape[1:])
+            can_act = [choice.any(-1) for choice in choices(self.action_space, masks)]
+            stuck = ~numpy.logical_and.reduce(can_act)
+            if place := self._first(stuck if is_over is None else stuck & ~is_over):
+                raise InputError(
+                    f"{self.where}: {place} has no legal action in its action_mask; end the episode there"
+                )
+        for name, (low, high) in list(self._limits.items()):
+            if not ((values := arrays[name]) < low).any() and not (values > high).any():
+                continue
+            if not isinstance(self.spaces[name], spaces.Box):
                 space = self.spaces[name]
                 raise InputError(f"{self.where}: the observation {name} lies outside its space {space}")
-            elif name in self._bounded:
-                self._warn_of_bounds(name, values)
+            del self._limits[name]
+            far = f"{numpy.maximum(low - values, values - high).max():.3g}"
+            where = f"env {self.name}: the observation {name}"
+            print(f"surefoot: {where} lies up to {far} outside its space; used as it is", file=sys.stderr)
 
     def are_finite(self, arrays: Arrays) -> None:
         """Check that alone."""
         for name, values in arrays.items():
             # The sum first: one number to look at, and where it is finite so are all the others.
-            if values.dtype.kind != "f" or math.isfinite(values.sum()):
-                continue
-            finite = numpy.isfinite(values.reshape(len(values), -1)).all(1)
-            if not finite.all():
-                place = f"{self.row} {int(numpy.argmin(finite))}"
-                raise InputError(
-                    f"{self.where}: the observation {name} of {place} is not finite; fix the environment"
-                )
+            if values.dtype.kind == "f" and not math.isfinite(values.sum()):
+                finite = numpy.isfinite(values.reshape(len(values), -1)).all(1)
+                if place := self._first(~finite):
+                    raise InputError(
+                        f"{self.where}: the observation {name} of {place} is not finite; fix the environment"
+                    )
 
-    def _check_mask(self, masks: NDArray[Any], is_over: NDArray[numpy.bool_] | None) -> None:
-        if masks.ndim != 2 or masks.shape[1] != mask_width(self.action_space):
-            raise InputError(_mask_shape(self.where, "action masks have", masks.shape[1:], self.action_space))
-        can_act = numpy.all([choice.any(-1) for choice in choices(self.action_space, masks)], axis=0)
-        if is_over is not None:
-            can_act |= is_over
-        if not can_act.all():
-            place = f"{self.row} {int(numpy.argmin(can_act))}"
-            raise InputError(
-                f"{self.where}: {place} has no legal action in its action_mask; end the episode there"
-            )
+    def _first(self, is_wrong: Any) -> str:
+        return f"{self.row} {int(numpy.argmax(is_wrong))}" if is_wrong.any() else ""
 
-    def _warn_of_bounds(self, name: str, values: NDArray[Any]) -> None:
-        """Warn once of values beyond the bounds of their Box; they are used as they are."""
-        space = self._bounded[name]
-        if ((values < space.low) | (values > space.high)).any():
-            del self._bounded[name]
-            far = f"{numpy.maximum(space.low - values, values - space.high).max():.3g}"
-            where = f"env {self.name}: the observation {name}"
-            print(f"surefoot: {where} lies up to {far} outside its space; used as it is", file=sys.stderr)
+    def _check_mask_shape(self, shape: tuple[int, ...]) -> None:
+        if tuple(shape) != (width := mask_width(self.action_space),):
+            has = f"shape {list(shape)}; {self.action_space} has {width} actions to name"
+            raise InputError(f"{self.where}: the action_mask has {has}")
 
 
 def mask_width(action_space: Any) -> int:
@@ -149,33 +146,14 @@ def choices(action_space: Any, masks: NDArray[Any]) -> list[NDArray[Any]]:
     return numpy.split(masks, numpy.cumsum(sizes)[:-1], axis=-1)
 
 
-def _are_counts_within(space: Any, values: NDArray[Any]) -> bool:
+def _limits(space: Any) -> tuple[Any, Any] | None:
+    """The lowest and the highest values of a space; None where the type of its values allows no others."""
     if isinstance(space, spaces.MultiBinary):
-        return bool(((values == 0) | (values == 1)).all())
-    if not isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
-        return True
-    first, count = space.start, space.n if isinstance(space, spaces.Discrete) else space.nvec
-    return bool(((values >= first) & (values < first + count)).all())
-
-
-def _can_be_exceeded(space: Any) -> bool:
-    """Whether values of a Box's type can lie beyond its bounds."""
-    if not isinstance(space, spaces.Box) or space.dtype.kind not in "fiu":
-        return False
-    if space.dtype.kind == "f":
-        return bool(numpy.isfinite(space.low).any() or numpy.isfinite(space.high).any())
-    limits = numpy.iinfo(space.dtype)
-    return bool((space.low > limits.min).any() or (space.high < limits.max).any())
-
-
-def _check_mask_space(mask: Any, action_space: Any) -> None:
-    if not isinstance(action_space, (spaces.Discrete, spaces.MultiDiscrete)):
-        kind = type(action_space).__name__
-        raise InputError(f"env: action masks are for Discrete and MultiDiscrete actions, not {kind}")
-    if tuple(mask.shape) != (mask_width(action_space),):
-        raise InputError(_mask_shape("env", "the action_mask has", mask.shape, action_space))
-
-
-def _mask_shape(where: str, what: str, shape: Any, action_space: Any) -> str:
-    width = mask_width(action_space)
-    return f"{where}: {what} shape {list(shape)}; {action_space} has {width} actions to name"
+        return 0, 1
+    if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
+        return space.start, space.start + (space.n if isinstance(space, spaces.Discrete) else space.nvec) - 1
+    if space.dtype.kind not in "fiu":
+        return None
+    types = numpy.iinfo(space.dtype) if space.dtype.kind in "iu" else None
+    least, most = (-numpy.inf, numpy.inf) if types is None else (types.min, types.max)
+    return (space.low, space.high) if (space.low > least).any() or (space.high < most).any() else None

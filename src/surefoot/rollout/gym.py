@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from typing import Any, TypeAlias
 
 import numpy
@@ -27,6 +28,7 @@ from surefoot.rollout.opponents import OpponentPool
 from surefoot.types import EPISODE_STARTS, Batch, Episode
 
 Array: TypeAlias = NDArray[Any]
+Tensors: TypeAlias = dict[str, Tensor]
 CLIP_REWARD = 10.0
 LONGEST_EPISODE = 100_000  # steps of an evaluation: what has not ended by then never will
 UNDER_WAY = ("returns", "discounted", "lengths")  # of a position, in a checkpoint
@@ -44,12 +46,11 @@ class Position:
         self.lengths = numpy.zeros(num_envs, dtype=numpy.int64)
 
     def advance(
-        self, policy: ActingPolicy, env: Vector, prepared: dict[str, Tensor], noise: Any
+        self, policy: ActingPolicy, env: Vector, prepared: Tensors, noise: Any
     ) -> tuple[Tensor, VectorStep, dict[int, Episode]]:
         """Act everywhere: the actions, what came of them, and the episodes that ended, by sub-environment."""
-        actions, self.state = policy.act(
-            prepared, self.state, episode_starts=self.episode_starts, noise=noise
-        )
+        starts = self.episode_starts
+        actions, self.state = policy.act(prepared, self.state, episode_starts=starts, noise=noise)
         step = env.step(env_actions(env.action_space, actions.cpu().numpy()))
         self.observations = step.observations
         self.episode_starts = torch.from_numpy(step.episode_starts).to(policy.device)
@@ -63,6 +64,7 @@ class Position:
         return actions, step, finished
 
 
+@dataclass(eq=False)
 class GymRollout:
     """Collects batches of one policy in one vector environment, and evaluates it in another.
 
@@ -74,22 +76,17 @@ class GymRollout:
     throughput = "throughput/steps_per_s"
     notice = ""
 
-    def __init__(
-        self,
-        policy: ActingPolicy,
-        env: Vector,
-        *,
-        settings: EnvConfig,
-        ppo: PPOConfig,
-        seed: int,
-        make_evaluation: Callable[[], Vector] | None = None,
-        opponents: OpponentPool | None = None,
-    ):
-        self.policy, self.env, self.settings, self.ppo, self.seed = policy, env, settings, ppo, seed
-        self.make_evaluation, self.opponents = make_evaluation, opponents
-        self.finished: deque[Episode] = deque(maxlen=WINDOW)
-        self.latest: VectorStep | None = None
-        self._is_collecting = False
+    policy: ActingPolicy
+    env: Vector
+    _: KW_ONLY
+    settings: EnvConfig
+    ppo: PPOConfig
+    seed: int
+    make_evaluation: Callable[[], Vector] | None = None
+    opponents: OpponentPool | None = None
+    finished: deque[Episode] = field(default_factory=lambda: deque(maxlen=WINDOW), init=False)
+    latest: VectorStep | None = field(default=None, init=False)
+    _is_collecting: bool = field(default=False, init=False)
 
     @property
     def per_update(self) -> int:
@@ -108,11 +105,11 @@ class GymRollout:
         started, steps = time.perf_counter(), count // self.env.num_envs
         if self.opponents is not None:
             self.opponents.begin(version)
-        is_new = self.env.position is None
-        at = self.env.position = self.env.position or self._position(self.env.reset())
+        is_new, n = self.env.position is None, self.env.num_envs
+        at = self.env.position = self.env.position or Position(self.policy, self.env.reset(), n)
         generator = torch.Generator().manual_seed(derived_seed(self.seed, "actions", version))
-        noise = self.policy.noise(steps, self.env.num_envs, generator)
-        buffer, episodes = RolloutBuffer(at.state), list[Episode]()
+        noise = self.policy.noise(steps, n, generator)
+        buffer = RolloutBuffer(at.state)
         prepared = self.policy.prepare(at.observations, learn=is_new)
         self._is_collecting = True
         try:
@@ -120,21 +117,21 @@ class GymRollout:
                 for t in range(steps):
                     if poll is not None:
                         poll()
-                    prepared = self._step(at, prepared, noise[t], buffer, episodes)
+                    prepared = self._step(at, buffer, prepared, noise[t])
         finally:
             self._is_collecting = False
         # Where the rollout cuts an episode, what would have come is worth V(next observation).
         last_values = self.policy.values(prepared, at.state, episode_starts=at.episode_starts)
         batch = buffer.batch(last_values, version=version, recurrent=self.policy.reads_whole_rows)
-        del buffer  # its steps are in the batch now
+        buffer.steps.clear()  # they are in the batch now
         rolled = time.perf_counter()
         exact = self.policy.exact_logprobs
         fill_logprobs(self.policy, batch, token_budget=self.ppo.micro_batch_tokens, exact_logprobs=exact)
-        self.finished.extend(episodes)
-        batch.trajectories = episodes
+        self.finished.extend(buffer.episodes)
+        batch.trajectories = buffer.episodes
         batch.metrics = episode_metrics(list(self.finished), "rollout") if self.finished else {}
         if self.opponents is not None:
-            batch.metrics |= self.opponents.count(episodes)
+            batch.metrics |= self.opponents.count(buffer.episodes)
         batch.metrics |= {"time/rollout_s": rolled - started, "time/score_s": time.perf_counter() - rolled}
         return batch
 
@@ -143,11 +140,8 @@ class GymRollout:
     ) -> tuple[dict[str, float], list[Episode]]:
         """Run whole episodes with greedy actions, from the same seeds every time."""
         assert self.make_evaluation is not None
-        env = self.make_evaluation()
-        try:
+        with contextlib.closing(self.make_evaluation()) as env:
             finished = run_episodes(self.policy, env, episodes, poll=poll)
-        finally:
-            env.close()
         return episode_metrics(finished, "eval"), finished
 
     def start_over(self) -> None:
@@ -188,34 +182,22 @@ class GymRollout:
             return
         if observations is None or _digest(observations) != state["observations"]:
             why = "does not repeat itself from its seed and actions"
-            if not self.env.repeats_itself:
-                why = "cannot be put back"
-            elif env["actions"] is None:
-                why = f"is too far into an episode to repeat it (over {LONGEST_REPLAY} steps)"
+            if observations is None:
+                why = f"cannot be put back: not begun from a seed, or over {LONGEST_REPLAY} steps ago"
             print(f"surefoot: env {self.env.name} {why}; new episodes begin", file=sys.stderr)
             return
-        at = self.env.position = self._position(observations)
+        at = self.env.position = Position(self.policy, observations, self.env.num_envs)
         for name in UNDER_WAY:
             setattr(at, name, numpy.array(state[name]))
         at.episode_starts = torch.from_numpy(at.lengths == 0).to(self.policy.device)
         at.state = {n: torch.as_tensor(v, device=self.policy.device) for n, v in state["state"].items()}
 
-    def _position(self, observations: Arrays) -> Position:
-        return Position(self.policy, observations, self.env.num_envs)
-
-    def _step(
-        self,
-        at: Position,
-        prepared: dict[str, Tensor],
-        noise: Any,
-        buffer: RolloutBuffer,
-        episodes: list[Episode],
-    ) -> dict[str, Tensor]:
-        """One step everywhere, added to `buffer`, and what ended to `episodes`; what to act on next."""
+    def _step(self, at: Position, buffer: RolloutBuffer, prepared: Tensors, noise: Any) -> Tensors:
+        """One step everywhere, added to `buffer`; what to act on next."""
         starts = at.episode_starts
         actions, step, finished = at.advance(self.policy, self.env, prepared, noise)
         self.latest = step
-        episodes += finished.values()
+        buffer.episodes += finished.values()
         if step.final_observations is not None and step.truncated.any():
             # A time limit is not an end: what would have come is worth V(final observation).
             final = self.policy.prepare(step.final_observations)
@@ -232,35 +214,30 @@ class GymRollout:
         at.discounted = at.discounted * self.ppo.gamma + step.rewards
         stats = self.env.reward_stats = self.env.reward_stats.updated(at.discounted[step.valid].tolist())
         at.discounted[step.ended] = 0
-        scaled: NDArray[Any] = numpy.clip(step.rewards / (stats.std + 1e-8), -CLIP_REWARD, CLIP_REWARD)
-        return scaled
+        return numpy.clip(step.rewards / (stats.std + 1e-8), -CLIP_REWARD, CLIP_REWARD)
 
 
 class RolloutBuffer:
     """The steps of a rollout."""
 
-    def __init__(self, state: dict[str, Tensor]):
+    def __init__(self, state: Tensors):
         self.state = state  # recurrent, before the first step
-        # Observations, actions, where an episode began with them, rewards, which of them are valid, which
-        # ended.
-        self.steps: list[tuple[dict[str, Tensor], Tensor, Tensor, Array, Array, Array]] = []
+        # Observations, actions, where an episode began with them, rewards, which are valid, which ended.
+        self.steps: list[tuple[Tensors, Tensor, Tensor, Array, Array, Array]] = []
+        self.episodes: list[Episode] = []  # that ended
         self.bootstraps: dict[int, Tensor] = {}  # by step, where a time limit ended an episode
 
     def batch(self, last_values_B: Tensor, *, version: int, recurrent: bool) -> Batch:
         """All [B, T], log-probs and values still 0. Where it cuts episodes, `last_values_B` follow."""
         observed, actions, starts, *arrays = zip(*self.steps, strict=True)
-        steps, num_envs, device = len(actions), len(actions[0]), actions[0].device
-        rewards_TB, valid_TB, ends_TB = (torch.from_numpy(numpy.stack(column)) for column in arrays)
-        bootstrap_TB = torch.zeros(steps, num_envs)
+        device, steps_T = actions[0].device, torch.arange(len(actions))
+        rewards_BT, valid_BT, ends_BT = (torch.from_numpy(numpy.stack(column, 1)) for column in arrays)
+        bootstrap_BT = torch.zeros(valid_BT.shape)
         for t, values_B in self.bootstraps.items():
-            bootstrap_TB[t] = values_B
-        last_B = torch.where(valid_TB, torch.arange(steps)[:, None], -1).amax(0)
-        cut_TB = (torch.arange(steps)[:, None] == last_B) & ~ends_TB
-        bootstrap_TB = torch.where(cut_TB, last_values_B.cpu(), bootstrap_TB)
-
-        def transposed(values_TB: Tensor) -> Tensor:
-            return values_TB.transpose(0, 1).contiguous().to(device)
-
+            bootstrap_BT[:, t] = values_B
+        last_B = torch.where(valid_BT, steps_T, -1).amax(1)
+        cut_BT = (steps_T == last_B[:, None]) & ~ends_BT
+        bootstrap_BT = torch.where(cut_BT, last_values_B.cpu()[:, None], bootstrap_BT)
         observations = {name: torch.stack([each[name] for each in observed], 1) for name in observed[0]}
         if recurrent:
             observations |= {name: values[:, None] for name, values in self.state.items()}
@@ -268,15 +245,15 @@ class RolloutBuffer:
         return Batch(
             observations=observations,
             actions_BT=torch.stack(actions, 1),
-            mask_BT=transposed(valid_TB),
-            logprobs_BT=torch.zeros(num_envs, steps, device=device),
-            values_BT=torch.zeros(num_envs, steps, device=device),
-            rewards_BT=transposed(rewards_TB.float()),
-            ends_BT=transposed(ends_TB | cut_TB),
-            bootstrap_BT=transposed(bootstrap_TB),
+            mask_BT=valid_BT.to(device),
+            logprobs_BT=torch.zeros(valid_BT.shape, device=device),
+            values_BT=torch.zeros(valid_BT.shape, device=device),
+            rewards_BT=rewards_BT.float().to(device),
+            ends_BT=(ends_BT | cut_BT).to(device),
+            bootstrap_BT=bootstrap_BT.to(device),
             needs_logprobs=True,
-            row_size=steps,
-            collected=steps * num_envs,
+            row_size=len(actions),
+            collected=valid_BT.numel(),
             version=version,
         )
 
@@ -299,7 +276,7 @@ def run_episodes(
     shares = [episodes // n + (i < episodes % n) for i in range(n)]
     finished: list[list[Episode]] = [[] for _ in range(n)]
     at = Position(policy, env.reset(), n)
-    while any(len(own) < share for own, share in zip(finished, shares, strict=True)):
+    while sum(map(len, finished)) < episodes:
         if poll is not None:
             poll()
         noise = None if seed is None else policy.noise(1, n, generator)[0]
@@ -307,8 +284,7 @@ def run_episodes(
         if on_step is not None:
             on_step(step)
         for i, episode in ended.items():
-            if len(finished[i]) < shares[i]:
-                finished[i].append(episode)
+            finished[i] = [*finished[i], episode][: shares[i]]
         if at.lengths.max() > LONGEST_EPISODE:
             raise InputError(
                 f"env {env.name}: an episode has not ended after {LONGEST_EPISODE} steps; give it a time "
@@ -327,8 +303,7 @@ def _digest(observations: Arrays) -> str:
 def env_actions(space: Any, actions: NDArray[Any]) -> NDArray[Any]:
     """Actions as the environment takes them: clipped to their bounds, or counted from the space's start."""
     if type(space).__name__ == "Box":
-        clipped: NDArray[Any] = numpy.clip(actions, space.low, space.high).astype(space.dtype)
-        return clipped
+        return numpy.asarray(numpy.clip(actions, space.low, space.high), dtype=space.dtype)
     start = getattr(space, "start", 0)
     return actions + start if numpy.any(start) else actions
 

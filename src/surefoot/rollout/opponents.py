@@ -24,13 +24,9 @@ class OpponentPool:
     """Moves for the opponents of N games (`GameVectorEnv.opponents`), and keeps everyone's Elo.
 
     A snapshot is a frozen copy of the policy, named by the number of updates it had seen. A game's opponent
-    is drawn from the game's own generator at its first move and stays to the end, also when the learner goes
-    on to learn: a snapshot of the pool, the latest (the learner as it was when the rollout began), or the
-    random player (`RANDOM`).
-
-    Elo is anchored at 0 for the random player. Learner and pool take points from one another, so that their
-    sum moves by games against the random player alone; games against the latest, who is the learner, count
-    for nothing.
+    is drawn from the game's own generator at its first move and stays to the end: a snapshot of the pool, the
+    latest (the learner as it was when the rollout began), or the random player (`RANDOM`). Elo is anchored at
+    0 for the random player, whose rating stays; games against the latest, who is the learner, do not count.
     """
 
     def __init__(self, policy: ActingPolicy, env: Any, settings: SelfPlayConfig):
@@ -47,7 +43,7 @@ class OpponentPool:
         self.playing = np.full(env.num_envs, RANDOM)  # the opponents, int [N]
         self._rngs: Sequence[np.random.Generator] = env.rngs
         # A game's generator is new where the game is.
-        self._known: list[np.random.Generator | None] = [None] * env.num_envs
+        self._known: list[Any] = [None] * env.num_envs
         self._moves: list[list[int]] = [[] for _ in range(env.num_envs)]  # the opponents', in games under way
         self._replayed: list[int] | None = None  # while games are repeated: how many of those moves were
         env.opponents = self
@@ -69,8 +65,7 @@ class OpponentPool:
             if self._known[i] is not self._rngs[i]:
                 self._begin_game(int(i))
         masks = observations["action_mask"].astype(bool)
-        # Random play and sampling draw alike: the largest of Gumbel noise is uniform, of logits + noise
-        # softmax.
+        # Random play and sampling draw alike: argmax of Gumbel noise is uniform, of logits + noise softmax.
         noise = np.stack([self._rngs[i].gumbel(size=masks.shape[1]) for i in indices]).astype(np.float32)
         at_random = np.array([self._rngs[i].random() for i in indices]) < self.settings.random_move_prob
         if self._replayed is not None:
@@ -112,7 +107,7 @@ class OpponentPool:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """The weights of all snapshots as `<number>/<parameter>`. They are frozen: no copies are made."""
+        """The weights of all snapshots as `<number>/<parameter>`; they are frozen, so not copied."""
         return {
             f"{number}/{name}": parameter.data
             for number, policy in self.snapshots.items()
@@ -140,39 +135,33 @@ class OpponentPool:
 
     def _begin_game(self, game: int) -> None:
         self._known[game] = self._rngs[game]
-        drawn = self._rngs[game].random()
-        if self._replayed is None:
-            self.playing[game], self._moves[game] = self._opponent(drawn), []
-        else:
+        drawn, latest, random = self._rngs[game].random(), self.settings.latest, self.settings.random
+        if self._replayed is not None:
             self._replayed[game] = 0
-
-    def _opponent(self, drawn: float) -> int:
-        """The opponent of a game, by one number drawn uniformly from [0, 1)."""
-        latest, random = self.settings.latest, self.settings.random
-        if drawn < random:
-            return RANDOM
-        if drawn < random + latest or not self.pool:
-            return self.latest
-        share = (drawn - random - latest) / (1.0 - random - latest)
-        return self.pool[min(int(share * len(self.pool)), len(self.pool) - 1)]
+            return
+        self._moves[game] = []
+        if drawn < random or drawn < random + latest or not self.pool:
+            self.playing[game] = RANDOM if drawn < random else self.latest
+        else:
+            share = (drawn - random - latest) / (1.0 - random - latest)
+            self.playing[game] = self.pool[min(int(share * len(self.pool)), len(self.pool) - 1)]
 
     def _repeated(self, masks: NDArray[np.bool_], indices: NDArray[Any]) -> NDArray[Any]:
         """The moves that were made. A game that waits for its reset (`Vector.restore`) gets any legal one."""
         assert self._replayed is not None
-        actions = masks.argmax(1)
+        actions: NDArray[Any] = masks.argmax(1)
         for row, i in enumerate(indices.tolist()):
             moves, at = self._moves[i], self._replayed[i]
             if at < len(moves) and masks[row, moves[at]]:
                 actions[row] = moves[at]
             self._replayed[i] += 1
-        return np.asarray(actions)
+        return actions
 
 
 def thinned(numbers: list[int], size: int) -> list[int]:
-    """`numbers` (rising), down to `size` without those that crowd most; the last and the first stay.
+    """`numbers` (rising) down to `size`, without those that crowd most; the last and the first stay longest.
 
-    Self-play goes in circles: snapshots spread over the whole past keep it from forgetting. With `size` 1 the
-    last stays.
+    Self-play goes in circles: snapshots spread over the whole past keep it from forgetting.
     """
     while len(numbers) > size:
         inner = range(1, len(numbers) - 1)

@@ -4,14 +4,13 @@ A head holds the last linear layer and the distribution. `noise` draws the rando
 entry t for step t, so that sampling is a few cheap operations and follows from one seed. `sample` turns
 latent features [N, F] and one entry of the noise into an action for each row, or, without noise, into the
 greedy one; a mask [N, A] (bool) names the legal actions. `evaluate_actions` gives log-prob and entropy [N],
-float32, in nats; over several action dimensions they add up, and the entropy is differentiable only on
-request.
+float32, in nats; over several action dimensions they add up.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,8 @@ from torch.nn import functional
 from surefoot.errors import InputError
 
 LOG_2PI = math.log(2.0 * math.pi)
+Mask: TypeAlias = Tensor | None
+Evaluated: TypeAlias = tuple[Tensor, Tensor]
 
 
 class CategoricalHead(nn.Module):
@@ -33,15 +34,13 @@ class CategoricalHead(nn.Module):
         """Gumbel noise [steps, envs, n]: the largest logit plus noise is a draw from the softmax."""
         return _gumbel((steps, envs, self.linear.out_features), generator)
 
-    def sample(self, latent_NF: Tensor, noise: Tensor | None, mask: Tensor | None) -> Tensor:
+    def sample(self, latent_NF: Tensor, noise: Tensor | None, mask: Mask) -> Tensor:
         """Actions [N]."""
         return _masked(_noisy(self.linear(latent_NF), noise), mask).argmax(-1)
 
-    def evaluate_actions(
-        self, latent_NF: Tensor, actions: Tensor, mask: Tensor | None, *, entropy_gradient: bool = True
-    ) -> tuple[Tensor, Tensor]:
+    def evaluate_actions(self, latent_NF: Tensor, actions: Tensor, mask: Mask) -> Evaluated:
         """Log-prob and entropy [N]."""
-        return _categorical(_masked(self.linear(latent_NF).float(), mask), actions, entropy_gradient)
+        return _categorical(_masked(self.linear(latent_NF).float(), mask), actions)
 
 
 class MultiCategoricalHead(nn.Module):
@@ -56,17 +55,15 @@ class MultiCategoricalHead(nn.Module):
         """Gumbel noise [steps, envs, sum(sizes)]."""
         return _gumbel((steps, envs, sum(self.sizes)), generator)
 
-    def sample(self, latent_NF: Tensor, noise: Tensor | None, mask: Tensor | None) -> Tensor:
+    def sample(self, latent_NF: Tensor, noise: Tensor | None, mask: Mask) -> Tensor:
         """Actions [N, len(sizes)]."""
         logits = _masked(_noisy(self.linear(latent_NF), noise), mask)
         return torch.stack([part.argmax(-1) for part in logits.split(self.sizes, -1)], -1)
 
-    def evaluate_actions(
-        self, latent_NF: Tensor, actions: Tensor, mask: Tensor | None, *, entropy_gradient: bool = True
-    ) -> tuple[Tensor, Tensor]:
+    def evaluate_actions(self, latent_NF: Tensor, actions: Tensor, mask: Mask) -> Evaluated:
         """Log-prob and entropy [N], summed over the choices."""
         logits = _masked(self.linear(latent_NF).float(), mask).split(self.sizes, -1)
-        parts = [_categorical(part, actions[..., i], entropy_gradient) for i, part in enumerate(logits)]
+        parts = [_categorical(part, actions[..., i]) for i, part in enumerate(logits)]
         return torch.stack([p[0] for p in parts]).sum(0), torch.stack([p[1] for p in parts]).sum(0)
 
 
@@ -82,13 +79,11 @@ class BernoulliHead(nn.Module):
         uniform = torch.rand((steps, envs, self.linear.out_features), generator=generator)
         return torch.logit(uniform.clamp(1e-7, 1 - 1e-7))
 
-    def sample(self, latent_NF: Tensor, noise: Tensor | None, mask: Tensor | None) -> Tensor:
+    def sample(self, latent_NF: Tensor, noise: Tensor | None, mask: Mask) -> Tensor:
         """Actions [N, n]."""
         return (_noisy(self.linear(latent_NF), noise) > 0).long()
 
-    def evaluate_actions(
-        self, latent_NF: Tensor, actions: Tensor, mask: Tensor | None, *, entropy_gradient: bool = True
-    ) -> tuple[Tensor, Tensor]:
+    def evaluate_actions(self, latent_NF: Tensor, actions: Tensor, mask: Mask) -> Evaluated:
         """Log-prob and entropy [N], summed over the switches."""
         logits = self.linear(latent_NF).float()
         on, off = functional.logsigmoid(logits), functional.logsigmoid(-logits)
@@ -108,13 +103,11 @@ class GaussianHead(nn.Module):
         """Standard normal noise [steps, envs, n]."""
         return torch.randn((steps, envs, self.linear.out_features), generator=generator)
 
-    def sample(self, latent_NF: Tensor, noise: Tensor | None, mask: Tensor | None) -> Tensor:
+    def sample(self, latent_NF: Tensor, noise: Tensor | None, mask: Mask) -> Tensor:
         """Actions [N, n], not clipped to the space."""
         return _noisy(self.linear(latent_NF), None if noise is None else self.log_std.exp() * noise)
 
-    def evaluate_actions(
-        self, latent_NF: Tensor, actions: Tensor, mask: Tensor | None, *, entropy_gradient: bool = True
-    ) -> tuple[Tensor, Tensor]:
+    def evaluate_actions(self, latent_NF: Tensor, actions: Tensor, mask: Mask) -> Evaluated:
         """Log-density and differential entropy [N]."""
         return _gaussian(self.linear(latent_NF).float(), self.log_std, actions)
 
@@ -138,15 +131,13 @@ class StateDependentHead(nn.Module):
         drawn = [torch.randn(shape, generator=generator) for _ in range(0, steps, every)]
         return [drawn[t // every] for t in range(steps)]
 
-    def sample(self, latent_NF: Tensor, noise: Tensor | None, mask: Tensor | None) -> Tensor:
+    def sample(self, latent_NF: Tensor, noise: Tensor | None, mask: Mask) -> Tensor:
         """Actions [N, n], not clipped to the space."""
         if noise is not None:
             noise = torch.bmm(latent_NF[:, None], self.log_std.exp() * noise).squeeze(1)
         return _noisy(self.linear(latent_NF), noise)
 
-    def evaluate_actions(
-        self, latent_NF: Tensor, actions: Tensor, mask: Tensor | None, *, entropy_gradient: bool = True
-    ) -> tuple[Tensor, Tensor]:
+    def evaluate_actions(self, latent_NF: Tensor, actions: Tensor, mask: Mask) -> Evaluated:
         """Log-density and differential entropy [N]."""
         variance = latent_NF.detach().float() ** 2 @ self.log_std.exp() ** 2
         return _gaussian(self.linear(latent_NF).float(), 0.5 * torch.log(variance + 1e-6), actions)
@@ -162,15 +153,15 @@ def action_head(
     kind = type(space).__name__
     if kind == "Discrete":
         return CategoricalHead(features, int(space.n))
-    if kind == "MultiDiscrete" and len(space.shape) == 1:
+    is_flat = len(space.shape or ()) == 1
+    if kind == "MultiDiscrete" and is_flat:
         return MultiCategoricalHead(features, [int(n) for n in space.nvec])
-    if kind == "MultiBinary" and len(space.shape) == 1:
-        return BernoulliHead(features, int(space.shape[0]))
-    if kind == "Box" and len(space.shape) == 1:
-        n = int(space.shape[0])
-        if use_sde:
-            return StateDependentHead(features, n, log_std=log_std, sample_freq=sde_sample_freq)
-        return GaussianHead(features, n, log_std=log_std)
+    if kind == "MultiBinary" and is_flat:
+        return BernoulliHead(features, space.shape[0])
+    if kind == "Box" and is_flat and use_sde:
+        return StateDependentHead(features, space.shape[0], log_std=log_std, sample_freq=sde_sample_freq)
+    if kind == "Box" and is_flat:
+        return GaussianHead(features, space.shape[0], log_std=log_std)
     raise InputError(
         f"env: the action space {space} is not supported; Discrete, MultiDiscrete, MultiBinary and Box of "
         "one dimension are (gymnasium.wrappers.FlattenAction or your own wrapper can make it one)"
@@ -181,7 +172,7 @@ def _noisy(outputs: Tensor, noise: Tensor | None) -> Tensor:
     return outputs if noise is None else outputs + noise
 
 
-def _masked(logits: Tensor, mask: Tensor | None) -> Tensor:
+def _masked(logits: Tensor, mask: Mask) -> Tensor:
     return logits if mask is None else logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
 
 
@@ -189,16 +180,13 @@ def _gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return -torch.empty(shape).exponential_(generator=generator).log()
 
 
-def _categorical(logits: Tensor, actions: Tensor, entropy_gradient: bool) -> tuple[Tensor, Tensor]:
+def _categorical(logits: Tensor, actions: Tensor) -> Evaluated:
     logprobs = torch.log_softmax(logits, -1)
-    taken = logprobs.gather(-1, actions[..., None]).squeeze(-1)
-    of_entropy = logprobs if entropy_gradient else logprobs.detach()
     # An illegal action has probability 0; 0 · log 0 is 0, and its log-prob is finite.
-    return taken, -(of_entropy.exp() * of_entropy).sum(-1)
+    return logprobs.gather(-1, actions[..., None]).squeeze(-1), -(logprobs.exp() * logprobs).sum(-1)
 
 
-def _gaussian(mean: Tensor, log_std: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+def _gaussian(mean: Tensor, log_std: Tensor, actions: Tensor) -> Evaluated:
     squares = ((actions - mean) * torch.exp(-log_std)) ** 2
     logprobs = (-0.5 * squares - log_std - 0.5 * LOG_2PI).sum(-1)
-    entropy = (0.5 + 0.5 * LOG_2PI + log_std).sum(-1)
-    return logprobs, entropy.expand_as(logprobs)
+    return logprobs, (0.5 + 0.5 * LOG_2PI + log_std).sum(-1).expand_as(logprobs)

@@ -36,20 +36,17 @@ class Extractor(nn.Module):
             if images and (is_image(space) or is_board(space)):
                 cnn = NatureCNN(space.shape, is_bytes) if is_image(space) else BoardCNN(space.shape)
                 self.cnns[name.replace(".", "_")] = self.parts[name] = cnn
-                width = cnn.features_dim
-            elif kind == "Discrete":
-                width, self.parts[name] = int(space.n), [int(space.n)]
-            elif kind == "MultiDiscrete":
-                sizes = [int(n) for n in space.nvec.flatten()]
-                width, self.parts[name] = sum(sizes), sizes
+                self.features_dim += cnn.features_dim
+            elif kind in ("Discrete", "MultiDiscrete"):
+                self.parts[name] = [int(space.n)] if kind == "Discrete" else space.nvec.flatten().tolist()
+                self.features_dim += sum(self.parts[name])
             elif kind in ("Box", "MultiBinary"):
-                # Bytes are divided by 255, as a CNN does.
-                width, self.parts[name] = math.prod(space.shape), 1.0 / 255.0 if is_bytes else None
+                self.parts[name] = 1.0 / 255.0 if is_bytes else None  # bytes as a CNN takes them
+                self.features_dim += math.prod(space.shape)
             else:
                 raise InputError(
                     f"env: the observation space {kind} ({name}) is not supported; flatten it with a wrapper"
                 )
-            self.features_dim += width
         if needs_images and not self.cnns:
             raise InputError(
                 "policy.model: CnnPolicy needs images (Box of 3 dimensions, at least 36 × 36) or boards "
@@ -62,12 +59,11 @@ class Extractor(nn.Module):
         return features[0] if len(features) == 1 else torch.cat(features, -1)
 
     def _features(self, values: Tensor, part: Any) -> Tensor:
-        if part is None:
-            return values.reshape(len(values), -1).float()
-        if isinstance(part, float):
-            return values.reshape(len(values), -1).float() * part
         if isinstance(part, nn.Module):
             return part(values)  # type: ignore[no-any-return]
+        if not isinstance(part, list):
+            numbers = values.reshape(len(values), -1).float()
+            return numbers if part is None else numbers * part
         columns = values.long().reshape(len(values), len(part)).unbind(-1)
         hot = [functional.one_hot(column, size) for column, size in zip(columns, part, strict=True)]
         return torch.cat(hot, -1).float()
@@ -100,15 +96,14 @@ class NatureCNN(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Features [N, 512]."""
         images = images.permute(0, 3, 1, 2) if self.channels_last else images
-        # One copy of the images, straight to what the convolutions compute in: bytes are exact in bfloat16
-        # too. The scale goes into the first weights, of which there are fewer.
+        # One copy, straight to what the convolutions compute in: bytes are exact in bfloat16 too. The scale
+        # goes into the first weights, of which there are fewer.
         device = images.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
         values = images.to(dtype, memory_format=torch.channels_last)
         first: Any = self.layers[0]
         hidden = functional.conv2d(values, first.weight * self.scale, first.bias, first.stride)
-        hidden = self.layers[1:](hidden)
-        return torch.relu(self.linear(hidden.flatten(1)))
+        return torch.relu(self.linear(self.layers[1:](hidden).flatten(1)))
 
 
 class BoardCNN(nn.Module):
@@ -119,9 +114,8 @@ class BoardCNN(nn.Module):
     def __init__(self, shape: tuple[int, ...]):
         super().__init__()
         height, width, channels = shape
-        self.layers = nn.Sequential(
-            *(part for wide in (channels, 32, 32) for part in (nn.Conv2d(wide, 32, 3, padding=1), nn.ReLU()))
-        )
+        pairs = [(nn.Conv2d(wide, 32, 3, padding=1), nn.ReLU()) for wide in (channels, 32, 32)]
+        self.layers = nn.Sequential(*(part for pair in pairs for part in pair))
         self.linear = nn.Linear(32 * height * width, self.features_dim)
 
     def forward(self, boards: Tensor) -> Tensor:
@@ -175,8 +169,7 @@ class EpisodicLSTM(nn.Module):
 class Tower(nn.Sequential):
     """Linear layers with an activation after each, [N, width] -> [N, last width].
 
-    Without gradient, with tanh on a CPU in float32, tanh is NumPy's, which is several times as fast as
-    torch's.
+    Without gradient, in float32 on a CPU, tanh is NumPy's, which is several times as fast as torch's.
     """
 
     def __init__(self, width: int, widths: list[int], activation: type[nn.Module]):

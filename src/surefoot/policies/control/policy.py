@@ -33,8 +33,7 @@ class ControlPolicy(nn.Module):
     """Policy and critic over one or two networks, trained by the same loop as a language model.
 
     `extractor` turns observations by name ([N, ...]) into features [N, features_dim]: ours, or any
-    `nn.Module` with a `features_dim`. Weights are float32; with `dtype` bfloat16 the networks compute under
-    autocast.
+    `nn.Module` with a `features_dim`. Weights are float32; with `dtype` bfloat16 it computes under autocast.
     """
 
     def __init__(
@@ -58,16 +57,16 @@ class ControlPolicy(nn.Module):
         self.moments = {name: RunningMoments.of(space.shape) for name, space in normalized.items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            is_cnn = "Cnn" in kind
             if extractor is None:
-                images = is_cnn or "MultiInput" in kind
-                extractor = Extractor(self.spaces, images=images, needs_images=is_cnn)
+                images = "Cnn" in kind or "MultiInput" in kind
+                extractor = Extractor(self.spaces, images=images, needs_images="Cnn" in kind)
             self.extractor = extractor
             width = int(getattr(self.extractor, "features_dim", 0))
             if not width:
                 raise InputError("policy: your network needs a features_dim, the width of what it returns")
             self._build(width, action_space, config, kind)
-        self._check_features(width)
+        if not isinstance(self.extractor, Extractor):
+            self._check_features(width)
         self.eval()
 
     def _build(self, width: int, action_space: Any, config: NetworkConfig, kind: str) -> None:
@@ -77,13 +76,8 @@ class ControlPolicy(nn.Module):
             self.critic_lstm = self.lstm if config.share else EpisodicLSTM(width, config.lstm_hidden_size)
             width = config.lstm_hidden_size
         self.layers = Layers(width, config, default=[] if "Cnn" in kind else [64, 64])
-        self.head = action_head(
-            action_space,
-            self.layers.latent_dim_pi,
-            log_std=config.log_std_init,
-            use_sde=config.use_sde,
-            sde_sample_freq=config.sde_sample_freq,
-        )
+        sde: dict[str, Any] = {"use_sde": config.use_sde, "sde_sample_freq": config.sde_sample_freq}
+        self.head = action_head(action_space, self.layers.latent_dim_pi, log_std=config.log_std_init, **sde)
         self.value_head = nn.Linear(self.layers.latent_dim_vf, 1)
         if config.ortho_init:
             if isinstance(self.extractor, Extractor):  # the user's network may have been trained
@@ -116,8 +110,7 @@ class ControlPolicy(nn.Module):
         for name, values in observations.items():
             first = getattr(self.spaces.get(name), "start", 0)  # of a count
             tensor = torch.from_numpy(numpy.ascontiguousarray(values - first if numpy.any(first) else values))
-            moments = self.moments.get(name)
-            if moments is not None:
+            if (moments := self.moments.get(name)) is not None:
                 if learn:
                     moments.update(tensor)
                 tensor = moments.normalized(tensor, clip=CLIP_OBSERVATION)
@@ -146,10 +139,9 @@ class ControlPolicy(nn.Module):
     def act(
         self, observations: dict[str, Tensor], state: State, *, episode_starts: Tensor, noise: Any = None
     ) -> tuple[Tensor, State]:
-        """An action for each row, and the recurrent state after it. Without `noise` the greedy action.
+        """An action for each row, and the recurrent state after it; the greedy action without `noise`.
 
-        `episode_starts` [N] (bool): an episode begins with this observation, so the state before it is not
-        read.
+        Where `episode_starts` [N] (bool), an episode begins with this observation: the state is not read.
         """
         with self._autocast():
             features = self._features(observations)
@@ -177,10 +169,9 @@ class ControlPolicy(nn.Module):
             both, _ = self._recur(self._features(flat), state, starts, critic=True)
             latent, value_latent = self.layers(*both)
         actions = batch.actions_BT.flatten(0, 1)
-        logprobs, entropies = self.head.evaluate_actions(
-            latent.float(), actions, flat.get(ACTION_MASK), entropy_gradient=entropy_gradient
-        )
+        logprobs, entropies = self.head.evaluate_actions(latent.float(), actions, flat.get(ACTION_MASK))
         values = self.value_head(value_latent.float()).squeeze(-1)
+        entropies = entropies if entropy_gradient else entropies.detach()
         return Evaluation(*(part.reshape(rows, steps) for part in (logprobs, values, entropies)))
 
     def reference_logprobs(self, batch: Batch) -> Tensor | None:
@@ -221,13 +212,11 @@ class ControlPolicy(nn.Module):
         rows = len(next(iter(prepared.values())))
         recurrent = self.initial_state(rows)
         if state is not None:
-            if [part.shape for part in state] != [tuple(part.shape) for part in recurrent.values()]:
-                raise InputError(
-                    f"predict: the state is not one that predict gave for {rows} observations of this policy"
-                )
-            parts = (torch.as_tensor(part, device=self.device) for part in state)
+            parts = [torch.as_tensor(part, device=self.device) for part in state]
+            if [part.shape for part in parts] != [part.shape for part in recurrent.values()]:
+                raise InputError(f"predict: the state is not one that predict gave for {rows} observations")
             recurrent = dict(zip(recurrent, parts, strict=True))
-        given = numpy.zeros(rows, dtype=bool) if episode_start is None else episode_start
+        given = numpy.zeros(rows) if episode_start is None else episode_start
         starts = torch.as_tensor(given).bool().reshape(rows).to(self.device)
         noise = None if noise_from is None else self.noise(1, rows, noise_from)[0]
         actions, recurrent = self.act(prepared, recurrent, episode_starts=starts, noise=noise)
@@ -243,22 +232,17 @@ class ControlPolicy(nn.Module):
     @torch.no_grad()
     def _check_features(self, width: int) -> None:
         """Raise InputError if the user's network fails, or returns something else than it says."""
-        if isinstance(self.extractor, Extractor):
-            return
         arrays = {name: numpy.zeros((2, *space.shape), space.dtype) for name, space in self.spaces.items()}
         device = next((parameter.device for parameter in self.extractor.parameters()), "cpu")
-        observations = {name: values.to(device) for name, values in self.prepare(arrays).items()}
         try:
-            shape = tuple(self._features(observations).shape)
+            shape = [*self._features({name: v.to(device) for name, v in self.prepare(arrays).items()}).shape]
         except Exception as error:
-            message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise InputError(
-                f"policy: your network fails on observations of this environment: {message}"
+                f"policy: your network fails on observations of this environment: {why}"
             ) from error
-        if shape != (2, width):
-            raise InputError(
-                f"policy: your network returns {list(shape)} for 2 observations; not [2, {width}]"
-            )
+        if shape != [2, width]:
+            raise InputError(f"policy: your network returns {shape} for 2 observations; not [2, {width}]")
 
     def _features(self, observations: dict[str, Tensor]) -> Tensor:
         """The user's network gets what the environment gives: a tensor, or a dict of them."""
@@ -274,13 +258,16 @@ class ControlPolicy(nn.Module):
             return (features, features), state
         starts_BT = starts if starts.dim() == 2 else starts[:, None]
         features_BTF = features.reshape(*starts_BT.shape, -1)
-        actor, after = self.lstm(features_BTF, (state[STATE[0]], state[STATE[1]]), starts_BT)
-        new = {} if after is None else dict(zip(STATE[:2], after, strict=True))
-        value = actor
-        if critic and self.critic_lstm is not self.lstm:
-            value, after = self.critic_lstm(features_BTF, (state[STATE[2]], state[STATE[3]]), starts_BT)
-            new |= {} if after is None else dict(zip(STATE[2:], after, strict=True))
-        return (actor.flatten(0, 1), value.flatten(0, 1)), new
+
+        def after(lstm: EpisodicLSTM, names: tuple[str, ...]) -> Tensor:
+            output_BTF, last = lstm(features_BTF, tuple(state[name] for name in names), starts_BT)
+            new.update({} if last is None else zip(names, last, strict=True))
+            return torch.flatten(output_BTF, 0, 1)
+
+        new: State = {}
+        actor = after(self.lstm, STATE[:2])
+        has_two = critic and self.critic_lstm is not self.lstm
+        return (actor, after(self.critic_lstm, STATE[2:]) if has_two else actor), new
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.dtype != torch.bfloat16:
