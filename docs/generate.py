@@ -38,7 +38,7 @@ METRICS_INTRO = """\
 Written by `make docs` from `METRICS` in `src/surefoot/train/metrics.py`; change it there.
 
 Each update writes one line to `metrics.jsonl` in the run folder and one point per metric to TensorBoard. Evaluations on
-held-out prompts write a line of their own (`eval/…`). "Written tokens" are those the policy itself wrote, the end token
+held-out prompts write a separate line (`eval/…`). "Completion tokens" are those the policy itself wrote, the end token
 included; prompt and padding never count. nats are natural-log units: 1 nat is 1.44 bits.
 """
 
