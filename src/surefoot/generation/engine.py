@@ -1,8 +1,7 @@
 """The Engine protocol, and ours: batched decoding with continuous batching (admit, prefill, decode, retire).
 
 Rows that finish leave the batch at once and waiting prompts take their place. A row's tokens depend on its
-prompt, its seed and the weights alone (exactly so in float32, up to rounding at the boundary between two
-tokens).
+prompt, its seed and the weights alone (in float32, up to rounding at the boundary between two tokens).
 """
 
 from __future__ import annotations
@@ -23,24 +22,19 @@ from surefoot.types import Completion, Request, SamplingParams, StopReason
 class Engine(Protocol):
     """Whatever continues prompts: requests go in, completions come out as they finish, in any order."""
 
-    exact_logprobs: bool
-    """Whether its log-probs and values are the trainer's to rounding, and so serve as the old ones."""
+    exact_logprobs: bool  # its log-probs and values are the trainer's to rounding: they serve as the old ones
 
     def submit(self, requests: Sequence[Request]) -> list[int]:
         """Queue `requests`; the number of each, which its completion names too."""
-        ...
 
     def poll(self) -> list[Completion]:
         """Go on for a while; the completions that finished since the last call, each handed out once."""
-        ...
 
     def abort(self) -> None:
         """Forget every request whose completion was not handed out."""
-        ...
 
     def sync(self, policy: Any, version: int) -> None:
         """Write with the weights that `policy` has now; completions begun from here on carry `version`."""
-        ...
 
 
 class TokenModel(Protocol):
@@ -51,33 +45,27 @@ class TokenModel(Protocol):
     @property
     def device(self) -> torch.device:
         """Where its inputs must be."""
-        ...
 
     @property
     def model_end_tokens(self) -> frozenset[int]:
         """Tokens that end a completion."""
-        ...
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Tokens as text, in which stop strings are looked for."""
-        ...
 
     def new_cache(self, *, slots: int, columns: int) -> Any:
         """An empty cache: `window`, `move_rows`, `copy_from` and `shift_to` (policies/lm/kv_cache.py)."""
-        ...
 
     def step(
         self, tokens_BT: Tensor, positions_BT: Tensor, attention_BS: Tensor, cache: Any
     ) -> tuple[Tensor, Tensor]:
         """Feed tokens; logits [B, V] float32 and values [B] float32 at the last column."""
-        ...
 
 
 def generate(
     engine: Engine, requests: Sequence[Request], *, poll: Callable[[], None] | None = None
 ) -> list[Completion]:
-    """Continue every request with an engine that has nothing else to do; completions in the order of
-    `requests`.
+    """The completion of every request, in their order, by an engine that has nothing else to do.
 
     `poll` is called after each of the engine's steps and may raise to abandon the work.
     """
@@ -96,22 +84,23 @@ def generate(
 
 @dataclass
 class _Row:
-    """One sequence being written. `length` counts the tokens in the cache, prompt included."""
-
     request: Request
     uniforms: list[float]
     completion: Completion
-    length: int
-    pending: int = 0  # sampled, not yet in the cache
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache, prompt included; the last one sampled is not there yet."""
+        return len(self.request.prompt) + len(self.completion.tokens) - 1
 
 
 class TokenEngine:
     """Decodes at most `slots` rows at once with a model in this process, whose weights it shares.
 
     Requests are admitted in the order of submission, as soon as places are free. The cache is made for what
-    waits when decoding begins: a request that comes later and does not fit into it (a longer prompt, more new
-    tokens) or is sampled otherwise waits, and those after it too, until the rows before it are done and a new
-    cache is made. `end_tokens` replaces the model's.
+    waits when decoding begins: a later request that does not fit into it (a longer prompt, more new tokens)
+    or is sampled differently waits, and those after it too, until the rows before it are done and a new cache
+    is made. `end_tokens` replaces the model's.
     """
 
     def __init__(self, model: TokenModel, *, slots: int = 64, end_tokens: frozenset[int] | None = None):
@@ -140,9 +129,8 @@ class TokenEngine:
         """Write one token of every row; the completions that finished."""
         self._admit()
         self._retire()
-        if self._rows:
-            self._decode()
-            self._retire()
+        self._decode()
+        self._retire()
         if not self._rows and not self._waiting:
             self._cache = None
         finished, self._finished = self._finished, []
@@ -154,16 +142,16 @@ class TokenEngine:
         self._rows, self._finished, self._cache = [], [], None
 
     def sync(self, policy: Any, version: int) -> None:
-        """Stamp what is begun from here on with `version`; the weights are shared, so that none are copied.
+        """Stamp what is begun from here on with `version`; the weights are shared, so none are copied.
 
-        Raises RuntimeError while rows are being written, for a completion is one version's; ValueError for a
-        policy that is not the engine's model.
+        Raises RuntimeError while rows are being written, ValueError for a policy that isn't the engine's.
         """
         if policy is not self.model:
             raise ValueError("sync: a TokenEngine writes with the model that it was made for")
         if self._rows:
-            count = len(self._rows)
-            raise RuntimeError(f"sync: {count} completions are being written; poll or abort them first")
+            raise RuntimeError(
+                f"sync: {len(self._rows)} completions are being written; poll or abort them first"
+            )
         self._version = version
 
     def _fits(self, request: Request) -> bool:
@@ -172,7 +160,6 @@ class TokenEngine:
         return self._cache is not None and is_short and _are_alike(request.params, self._params)
 
     def _make_cache(self) -> None:
-        """A cache for the requests at the head of the queue that are sampled alike."""
         params = self._waiting[0][1].params
         requests = (request for _, request in self._waiting)
         alike = list(itertools.takewhile(lambda request: _are_alike(request.params, params), requests))
@@ -180,8 +167,7 @@ class TokenEngine:
         self._params = replace(params, max_new_tokens=limit)
         self._places = min(self.slots, len(alike))
         self._longest_prompt = max(len(request.prompt) for request in alike)
-        # Room to move on by a whole completion before columns are shifted back; none is needed if nobody has
-        # to wait.
+        # Room to move on by a whole completion before columns are shifted back, needed where requests wait.
         columns = self._longest_prompt + limit + (limit if len(alike) > self._places else 0)
         self._cache = self.model.new_cache(slots=self._places, columns=columns)
 
@@ -195,41 +181,43 @@ class TokenEngine:
             return
         rows: list[_Row] = []
         while self._waiting and len(rows) < free and self._fits(self._waiting[0][1]):
-            rows.append(self._new_row(*self._waiting.popleft()))
+            number, request = self._waiting.popleft()
+            uniforms = request_uniforms(request.seed, request.params.max_new_tokens).tolist()
+            begun = Completion([], [], [], [], StopReason.LENGTH, request_id=number, version=self._version)
+            rows.append(_Row(request, uniforms, begun))
         if not rows:
             return
         if not self._rows:
             self._cache.window.begin = self._cache.window.end = self._longest_prompt
-        width = max(row.length for row in rows)
+        prompts = [row.request.prompt for row in rows]
+        width = max(map(len, prompts))
         scratch = self.model.new_cache(slots=len(rows), columns=width)
-        tokens = torch.tensor([[0] * (width - row.length) + [*row.request.prompt] for row in rows])
-        offsets_BT = torch.arange(width) - torch.tensor([[width - row.length] for row in rows])
+        tokens = torch.tensor([[0] * (width - len(prompt)) + [*prompt] for prompt in prompts])
+        offsets_BT = torch.arange(width) - torch.tensor([[width - len(prompt)] for prompt in prompts])
         self._step(rows, tokens, offsets_BT.clamp(min=0), (offsets_BT >= 0).long(), scratch)
         scratch.window.end = width
         self._cache.copy_from(scratch, len(self._rows), len(rows))
         self._rows += rows
 
     def _decode(self) -> None:
-        """Put every row's pending token into the cache and sample the next one."""
+        """Put every row's last token into the cache and sample the next one."""
+        if not self._rows:
+            return
         window = self._cache.window
         if window.end == window.columns:
             self._cache.shift_to(max(self._longest_prompt, window.end - window.begin))
         lengths_B1 = torch.tensor([[row.length] for row in self._rows])
         attention_BS = (torch.arange(window.begin, window.end + 1) >= window.end - lengths_B1).long()
-        tokens = torch.tensor([[row.pending] for row in self._rows])
+        tokens = torch.tensor([[row.completion.tokens[-1]] for row in self._rows])
         self._step(self._rows, tokens, lengths_B1, attention_BS, self._cache)
         window.end += 1
-        for row in self._rows:
-            row.length += 1
 
     def _retire(self) -> None:
         """Let finished rows go: rows from the end move into their places."""
-        finished = {i for i, row in enumerate(self._rows) if self._is_finished(row)}
-        if not finished:
-            return
-        self._finished += [self._rows[i].completion for i in sorted(finished)]
+        finished = [i for i, row in enumerate(self._rows) if self._is_finished(row)]
+        self._finished += [self._rows[i].completion for i in finished]
         left = len(self._rows) - len(finished)
-        targets = [i for i in sorted(finished) if i < left]
+        targets = [i for i in finished if i < left]
         sources = [i for i in range(left, len(self._rows)) if i not in finished]
         if targets:
             self._cache.move_rows(sources, targets)
@@ -239,33 +227,19 @@ class TokenEngine:
         if self._rows:
             self._cache.window.begin = self._cache.window.end - max(row.length for row in self._rows)
 
-    def _new_row(self, number: int, request: Request) -> _Row:
-        return _Row(
-            request=request,
-            uniforms=request_uniforms(request.seed, request.params.max_new_tokens).tolist(),
-            completion=Completion(
-                [], [], [], [], StopReason.LENGTH, request_id=number, version=self._version
-            ),
-            length=len(request.prompt),
-        )
-
     def _step(
         self, rows: list[_Row], tokens: Tensor, positions: Tensor, attention: Tensor, cache: Any
     ) -> None:
         """Feed tokens, sample the next of each row and record it with its log-prob, entropy and value."""
-        device = self.model.device
-        logits_BV, values_B = self.model.step(
-            tokens.to(device), positions.to(device), attention.to(device), cache
-        )
+        inputs = (tensor.to(self.model.device) for tensor in (tokens, positions, attention))
+        logits_BV, values_B = self.model.step(*inputs, cache)
         uniforms = [row.uniforms[len(row.completion.tokens)] for row in rows]
         drawn = sample(logits_BV, torch.tensor(uniforms, dtype=torch.float64), self._params)
-        columns = [values.tolist() for values in (*drawn, values_B)]
-        for row, token, logprob, entropy, value in zip(rows, *columns, strict=True):
-            row.pending = token
-            row.completion.tokens.append(token)
-            row.completion.logprobs.append(logprob)
-            row.completion.entropies.append(entropy)
-            row.completion.values.append(value)
+        for name, values in zip(
+            ("tokens", "logprobs", "entropies", "values"), (*drawn, values_B), strict=True
+        ):
+            for row, value in zip(rows, values.tolist(), strict=True):
+                getattr(row.completion, name).append(value)
 
     def _is_finished(self, row: _Row) -> bool:
         tokens, stop = row.completion.tokens, row.request.stop
@@ -279,5 +253,4 @@ class TokenEngine:
 
 
 def _are_alike(one: SamplingParams, other: SamplingParams) -> bool:
-    """Whether rows of the two can be sampled together."""
     return replace(one, max_new_tokens=other.max_new_tokens) == other

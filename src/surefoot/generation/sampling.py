@@ -23,10 +23,10 @@ def sample(logits_BV: Tensor, uniforms_B: Tensor, params: SamplingParams) -> tup
     distribution's entropies [B] in nats. Greedy (temperature 0) reports the undivided distribution's.
     """
     logits_BV = logits_BV.float()
+    if params.temperature not in (0, 1):
+        logits_BV = logits_BV / params.temperature
     if params.temperature > 0:
-        logits_BV = _truncated(
-            logits_BV / params.temperature if params.temperature != 1 else logits_BV, params
-        )
+        logits_BV = _truncated(logits_BV, params)
     top_B1 = logits_BV.amax(-1, keepdim=True)
     weights_BV = torch.exp(logits_BV - top_B1)
     tokens_B = logits_BV.argmax(-1) if params.temperature == 0 else _invert(weights_BV, uniforms_B)
@@ -42,9 +42,8 @@ def sample(logits_BV: Tensor, uniforms_B: Tensor, params: SamplingParams) -> tup
 def _invert(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     """The first token whose cumulative weight passes `uniforms_B` of the total, [B].
 
-    In float64, since in float32 rounding would decide rare tokens of a large vocabulary; in two steps, first
-    the block of tokens, then the token in it, since a float64 sum over the whole vocabulary costs as much as
-    the model.
+    In float64, since float32 rounding would decide rare tokens of a large vocabulary; in two steps, first the
+    block, then the token in it, since a float64 sum over the whole vocabulary costs as much as the model.
     """
     if weights_BV.device.type == "mps":  # it has no float64
         return _invert(weights_BV.cpu(), uniforms_B).to(weights_BV.device)
@@ -55,21 +54,17 @@ def _invert(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     block_cumulative = padded.sum(-1).to(torch.float64).cumsum(-1)
     wanted = (uniforms_B * block_cumulative[:, -1])[:, None]
     block = torch.searchsorted(block_cumulative, wanted, right=True).clamp(max=blocks - 1)
-    before = torch.where(
-        block > 0, block_cumulative.gather(-1, (block - 1).clamp(min=0)), torch.zeros_like(wanted)
-    )
+    before = torch.nn.functional.pad(block_cumulative, (1, 0)).gather(-1, block)
     inside = padded.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1)
     cumulative = inside.to(torch.float64).cumsum(-1)
     # The block's float32 sum and this float64 one differ by rounding: stay on a token that has weight.
     last_weighted = (BLOCK - 1) - (inside > 0).flip(-1).to(torch.int8).argmax(-1)
     within = torch.searchsorted(cumulative, wanted - before, right=True).squeeze(-1)
-    # NaN weights would lead past the end; a token that exists, with log-prob NaN, lets the update skip it and
-    # say so.
+    # NaN weights would lead past the end; a token that exists, with log-prob NaN, lets the update skip it.
     return (block.squeeze(-1) * BLOCK + torch.minimum(within, last_weighted)).clamp(max=vocabulary - 1)
 
 
 def _truncated(logits_BV: Tensor, params: SamplingParams) -> Tensor:
-    """Logits with everything outside top-k and top-p at -inf."""
     if params.top_k is not None and params.top_k < logits_BV.shape[-1]:
         kth = logits_BV.topk(params.top_k, dim=-1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < kth, float("-inf"))

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol, cast
 
 from surefoot.config.messages import short
@@ -17,16 +18,16 @@ from surefoot.types import Trajectory
 
 
 class RewardFunction(Protocol):
-    """Plain Python, with the signature TRL users already have.
-
-    Prompts and completions are strings, or message lists where the prompt was one; each further column of the
-    task comes as a keyword, a list with one entry a sample.
-    """
+    """Plain Python, with the signature TRL users already have."""
 
     def __call__(
         self, *, prompts: list[Any], completions: list[Any], **columns: list[Any]
     ) -> Sequence[float]:
-        """One float per completion."""
+        """One float per completion.
+
+        Prompts and completions are strings, or message lists where the prompt was one; each further column of
+        the task comes as a keyword, a list with one entry a sample.
+        """
         ...
 
 
@@ -38,88 +39,73 @@ def is_function(reference: str) -> bool:
 
 def load_function(reference: str, *, key: str) -> RewardFunction:
     """The function named `file.py:function` or `package.module:function`. InputError names `key`."""
-    place, separator, name = reference.rpartition(":")
-    if not separator or not place or not name.isidentifier():
+    if not is_function(reference):
         raise InputError(
             f"{key}: expected 'file.py:function' or 'package.module:function', got {reference!r}"
         )
+    place, _, name = reference.rpartition(":")
+    path, is_file = Path(place), place.endswith(".py")
+    if is_file and not path.is_file():
+        raise InputError(f"{key}: no file {place}")
     # Its folder, or for a module the working directory, as if it were run there: siblings can be imported.
-    folder = str(Path(place).resolve().parent) if place.endswith(".py") else os.getcwd()
+    folder = str(path.resolve().parent) if is_file else os.getcwd()
     if folder not in sys.path:
         sys.path.append(folder)
-    if place.endswith(".py"):
-        path = Path(place)
-        if not path.is_file():
-            raise InputError(f"{key}: no file {place}")
-        spec = importlib.util.spec_from_file_location(f"surefoot_reward_{path.stem}", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        try:
-            spec.loader.exec_module(module)
-        except (
-            Exception,
-            SystemExit,
-        ) as error:  # a script that ends itself must not end the run, and with code 0
-            raise InputError(f"{key}: {place} cannot be imported: {type(error).__name__}: {error}") from error
-    else:
-        try:
-            module = importlib.import_module(place)
-        except (Exception, SystemExit) as error:
-            raise InputError(f"{key}: {place} cannot be imported: {type(error).__name__}: {error}") from error
+    try:
+        module = _executed(path) if is_file else importlib.import_module(place)
+    except (Exception, SystemExit) as error:  # a script that ends itself must not end the run with code 0
+        raise InputError(f"{key}: {place} cannot be imported: {type(error).__name__}: {error}") from error
     function: Any = getattr(module, name, None)
     if not callable(function):
         raise InputError(f"{key}: {place} has no function {name!r}")
     return cast(RewardFunction, function)
 
 
+def _executed(file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"surefoot_reward_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def compute_rewards(
     function: RewardFunction, trajectories: Sequence[Trajectory], *, name: str = "reward"
 ) -> list[float]:
-    """Call `function` on the trajectories and return one finite float for each.
+    """What `function` gives for the trajectories, one finite float for each.
 
     Raises InputError for a function that raises, returns the wrong count, or anything but finite numbers; the
     message names the sample.
     """
-    prompts = [t.prompt for t in trajectories]
-    completions = [
-        t.completion_text
-        if isinstance(t.prompt, str)
-        else [{"role": "assistant", "content": t.completion_text}]
-        for t in trajectories
-    ]
-    columns: dict[str, list[Any]] = {
-        column: [t.columns.get(column) for t in trajectories]
-        for column in sorted({c for t in trajectories for c in t.columns})
+    samples: dict[str, list[Any]] = {
+        "prompts": [t.prompt for t in trajectories],
+        "completions": [_completion(t) for t in trajectories],
     }
+    for column in sorted({column for t in trajectories for column in t.columns}):
+        samples[column] = [t.columns.get(column) for t in trajectories]
     folder = os.getcwd()
     try:
-        rewards = function(prompts=prompts, completions=completions, **columns)
+        rewards = function(**samples)
     except InputError:  # a reward model's, which says in one line what is wrong
         raise
     except (Exception, SystemExit) as error:
-        where = (
-            _where_raised(error)
-            or f"; it is called with the keywords {', '.join(('prompts', 'completions', *columns))}"
-        )
+        where = _where_raised(error) or f"; it is called with the keywords {', '.join(samples)}"
         raise InputError(f"the {name} function raised {type(error).__name__}: {error}{where}") from error
     finally:
         os.chdir(folder)  # relative paths of the run must go on meaning the same
-    # Of a dict the keys would be taken for rewards, and a set has no order; an array of no dimension has no
-    # length.
-    if (
-        isinstance(rewards, (str, bytes, Mapping, Set))
-        or not hasattr(rewards, "__len__")
-        or getattr(rewards, "shape", None) == ()
-    ):
-        raise InputError(
-            f"the {name} function returned {short(rewards)}; a list of {len(prompts)} floats is needed"
-        )
-    if len(rewards) != len(prompts):
-        raise InputError(
-            f"the {name} function returned {len(rewards)} rewards for {len(prompts)} completions"
-        )
+    count = len(trajectories)
+    # Of a dict the keys would be taken for rewards, a set has no order, and a 0-d array no length.
+    is_list = hasattr(rewards, "__len__") and not isinstance(rewards, (str, bytes, Mapping, Set))
+    if not is_list or getattr(rewards, "shape", None) == ():
+        raise InputError(f"the {name} function returned {short(rewards)}; a list of {count} floats is needed")
+    if len(rewards) != count:
+        raise InputError(f"the {name} function returned {len(rewards)} rewards for {count} completions")
     return [_checked(value, i, trajectories[i], name) for i, value in enumerate(rewards)]
+
+
+def _completion(trajectory: Trajectory) -> Any:
+    text = trajectory.completion_text
+    return text if isinstance(trajectory.prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def _checked(value: Any, index: int, trajectory: Trajectory, name: str) -> float:

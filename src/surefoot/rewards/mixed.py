@@ -22,13 +22,9 @@ class MixedReward:
 
     def __init__(self, parts: Mapping[str, tuple[RewardFunction, float]]):
         for label, part in parts.items():
-            is_pair = (
-                isinstance(label, str)
-                and isinstance(part, (tuple, list))
-                and len(part) == 2
-                and callable(part[0])
-            )
-            if not is_pair or isinstance(part[1], bool) or not isinstance(part[1], (int, float)):
+            is_pair = isinstance(label, str) and isinstance(part, (tuple, list)) and len(part) == 2
+            is_number = is_pair and isinstance(part[1], (int, float)) and not isinstance(part[1], bool)
+            if not is_number or not callable(part[0]):
                 found = f"{label!r:.60}: {part!r:.60}"
                 raise InputError(f"reward: expected a label with a function and its weight, got {found}")
         try:
@@ -39,26 +35,21 @@ class MixedReward:
 
 
 def assign_rewards(reward: RewardFunction | MixedReward, trajectories: Sequence[Trajectory]) -> None:
-    """Fill `reward` and `reward_parts` of every trajectory: `reward`, and of a mixed one what each part gave,
-    unweighted.
+    """Fill `reward` and `reward_parts` of every trajectory; of a mixed one with each part, unweighted.
 
     Raises InputError as `compute_rewards` does, naming the part, and for a sum that is not finite.
     """
-    mixed = reward.parts if isinstance(reward, MixedReward) else {}
-    given = {
+    if not isinstance(reward, MixedReward):
+        for t, value in zip(trajectories, compute_rewards(reward, trajectories), strict=True):
+            t.reward, t.reward_parts = value, {"reward": value}
+        return
+    parts = {
         label: compute_rewards(function, trajectories, name=f"reward {label}")
-        for label, (function, _) in mixed.items()
+        for label, (function, _) in reward.parts.items()
     }
-    if isinstance(reward, MixedReward):
-        totals = [
-            math.fsum(mixed[label][1] * given[label][i] for label in mixed) for i in range(len(trajectories))
-        ]
-    else:
-        totals = compute_rewards(reward, trajectories)
-    for i, (t, total) in enumerate(zip(trajectories, totals, strict=True)):
-        if not math.isfinite(total):
-            raise InputError(
-                f"the parts of the reward add up to {total} for sample {i}; make their weights smaller"
-            )
-        t.reward = total
-        t.reward_parts = {"reward": total} | {PART + label: values[i] for label, values in given.items()}
+    for i, t in enumerate(trajectories):
+        t.reward = math.fsum(reward.parts[label][1] * values[i] for label, values in parts.items())
+        if not math.isfinite(t.reward):
+            found = f"the parts of the reward add up to {t.reward} for sample {i}"
+            raise InputError(f"{found}; make their weights smaller")
+        t.reward_parts = {"reward": t.reward} | {PART + label: values[i] for label, values in parts.items()}

@@ -13,8 +13,7 @@ from surefoot.types import Batch, Trajectory
 
 
 def text_batch(trajectories: Sequence[Trajectory], *, device: torch.device) -> Batch:
-    """Right-padded [B, T] batch over all turns, up to the last token that the policy wrote; there the
-    trajectory ends.
+    """Right-padded [B, T] batch over all turns, up to the last token that the policy wrote, where rows end.
 
     The mask has the policy's tokens, by turns and never by comparing tokens with a pad id. A turn's reward
     goes on the policy's last token up to the turn's end. In each row the policy must have written a token,
@@ -51,9 +50,8 @@ def _columns(trajectory: Trajectory) -> tuple[list[Any], ...]:
     end = 0
     for turn in trajectory.turns:
         nothing = [0.0] * len(turn.tokens)
-        logprobs, values = (turn.logprobs, turn.values) if turn.by_policy else (nothing, nothing)
-        mask = [turn.by_policy] * len(turn.tokens)
-        more: tuple[Sequence[Any], ...] = (turn.tokens, mask, logprobs, values, nothing)
+        measured = (turn.logprobs, turn.values) if turn.by_policy else (nothing, nothing)
+        more = (turn.tokens, [turn.by_policy] * len(turn.tokens), *measured, nothing)
         for column, added in zip(columns, more, strict=True):
             column.extend(added)
         if turn.by_policy and turn.tokens:
@@ -67,8 +65,7 @@ def _columns(trajectory: Trajectory) -> tuple[list[Any], ...]:
 def has_reward_variance(batch: Batch) -> Tensor:
     """[B] bool: whether the rewards in the row's group differ, so that comparing them says something.
 
-    Rewards are those of whole episodes, after shaping and before the KL penalty; rows that wrote nothing do
-    not count.
+    Rewards are whole episodes', after shaping and before the KL penalty; rows without an action don't count.
     """
     assert batch.groups_B is not None
     acted_B = batch.mask_BT.any(1)

@@ -22,23 +22,23 @@ def fill_logprobs(
     exact_logprobs: bool,
     values: Callable[[Batch], Tensor] | None = None,
 ) -> None:
-    """Fill `reference_logprobs_BT`, and where the sampler's log-probs are not the trainer's to rounding
-    (`exact_logprobs`: bfloat16's are not), the old log-probs and values too: they must come from the code
-    that will compute the new ones, or the first ratio isn't 1. A batch whose sampler wrote no log-probs at
-    all (`needs_logprobs`) gets them here; one whose sampler had no values gets them from `values`, which must
-    be the code that trains them too.
+    """Fill `reference_logprobs_BT`, and the old log-probs and values where the sampler's don't serve.
+
+    They must come from the code that will compute the new ones, or the first ratio isn't 1. Log-probs that
+    are the trainer's to rounding (`exact_logprobs`; bfloat16's are not) are kept, unless there are none
+    (`needs_logprobs`). Where the sampler had no values alone, `values` gives them.
     """
     rescore = batch.needs_logprobs or not exact_logprobs
-    references: list[tuple[Tensor, Tensor]] = []
     if rescore:
         batch.behavior_logprobs_BT = None if batch.needs_logprobs else batch.logprobs_BT
         batch.logprobs_BT, batch.values_BT = batch.logprobs_BT.clone(), batch.values_BT.clone()
     for rows in micro_batches(batch, torch.arange(len(batch)), token_budget):
         part = batch.rows(rows)
         length = part.mask_BT.shape[1]
-        reference = policy.reference_logprobs(part)
-        if reference is not None:
-            references.append((rows, reference))
+        if (reference := policy.reference_logprobs(part)) is not None:
+            if batch.reference_logprobs_BT is None:
+                batch.reference_logprobs_BT = torch.zeros_like(batch.logprobs_BT)
+            batch.reference_logprobs_BT[rows, :length] = reference
         if rescore:
             view = policy.evaluate(part)
             batch.logprobs_BT[rows, :length] = view.logprobs_BT
@@ -46,15 +46,10 @@ def fill_logprobs(
         elif values is not None:
             batch.values_BT[rows, :length] = values(part)
     batch.needs_logprobs = False
-    if references:
-        batch.reference_logprobs_BT = torch.zeros_like(batch.logprobs_BT)
-        for rows, reference in references:
-            batch.reference_logprobs_BT[rows, : reference.shape[1]] = reference
 
 
 def sequence_kl(batch: Batch) -> Tensor:
     """Each row's KL to the reference, [B] nats: k1 summed over its completion; 0 without a reference."""
     if batch.reference_logprobs_BT is None:
         return torch.zeros(len(batch), device=batch.mask_BT.device)
-    per_token = k1(batch.logprobs_BT, batch.reference_logprobs_BT)
-    return torch.where(batch.mask_BT, per_token, torch.zeros_like(per_token)).sum(1)
+    return torch.where(batch.mask_BT, k1(batch.logprobs_BT, batch.reference_logprobs_BT), 0.0).sum(1)

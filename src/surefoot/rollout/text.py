@@ -34,30 +34,19 @@ class LanguagePolicy(Policy, TokenModel, Protocol):
     @property
     def compute_values(self) -> Callable[[Batch], torch.Tensor] | None:
         """What gives values [B, T] after the rollout, where `step` has none to give."""
-        ...
 
     @property
     def context_length(self) -> int:
         """Most tokens of prompt and completion together."""
-        ...
 
 
 class TextRollout:
     """Collects training batches and evaluations of one policy, for which `engine` writes, on one task.
 
-    Everything random in it follows from `seed` and the episode's number, so the only state to save is the
-    running statistics of the rewards.
+    All its randomness follows from `seed` and the episode's number: only the rewards' statistics are state.
     """
 
-    def __init__(
-        self,
-        policy: LanguagePolicy,
-        task: TextTask,
-        *,
-        engine: Engine,
-        config: Config,
-        seed: int,
-    ):
+    def __init__(self, policy: LanguagePolicy, task: TextTask, *, engine: Engine, config: Config, seed: int):
         generation = config.generation
         if generation.top_k is not None or generation.top_p is not None:
             raise InputError(
@@ -66,9 +55,7 @@ class TextRollout:
         self.policy, self.task, self.engine, self.seed = policy, task, engine, seed
         self.config, self.generation, self.ppo = config, generation, config.ppo
         self.reward_stats = RunningStats()
-        self.params = SamplingParams(
-            max_new_tokens=generation.max_new_tokens, temperature=generation.temperature
-        )
+        self.params = SamplingParams(generation.max_new_tokens, generation.temperature)
         for example in (*task.train, *task.held_out):
             self.encode(example)
 
@@ -97,18 +84,20 @@ class TextRollout:
         trajectories = self.play(examples, seeds, poll)
         greedy: list[Trajectory] = []  # one a prompt: what ReMax compares with, and not trained on
         if self.ppo.advantage == "remax":
-            greedy = self.play(
-                examples[::group], seeds[::group], poll, params=replace(self.params, temperature=0.0)
-            )
+            params = replace(self.params, temperature=0.0)
+            greedy = self.play(examples[::group], seeds[::group], poll, params=params)
         played = time.perf_counter()
         assign_rewards(self.task.reward, trajectories + greedy)
         self.reward_stats = shape_rewards(trajectories + greedy, self.config.shaping, self.reward_stats)
         for trajectory in trajectories:
             trajectory.turns[-1].reward = trajectory.reward_parts["shaped"]
-        batch = text_batch(trajectories, device=self.policy.device)
+        device = self.policy.device
+        batch = text_batch(trajectories, device=device)
         batch.step_limit = self.params.max_new_tokens
-        batch.groups_B = torch.tensor([number // group for number in numbers], device=self.policy.device)
-        batch.baselines_B = _totals(greedy, self.policy.device).repeat_interleave(group) if greedy else None
+        batch.groups_B = torch.tensor([number // group for number in numbers], device=device)
+        if greedy:
+            baselines = torch.tensor([t.reward_parts["shaped"] for t in greedy], device=device)
+            batch.baselines_B = baselines.repeat_interleave(group)
         self._fill_logprobs(batch, values=self.policy.compute_values if self.ppo.has_critic else None)
         batch.metrics = episode_metrics(batch)
         batch.metrics |= {"time/rollout_s": played - started, "time/score_s": time.perf_counter() - played}
@@ -127,8 +116,7 @@ class TextRollout:
         assign_rewards(self.task.reward, trajectories)
         batch = text_batch(trajectories, device=self.policy.device)
         self._fill_logprobs(batch)
-        rewards = [t.reward for t in trajectories]
-        measured = rewards
+        rewards = measured = [t.reward for t in trajectories]
         if self.task.metric is not None:
             measured = compute_rewards(self.task.metric, trajectories, name="metric")
         n = len(trajectories)
@@ -161,22 +149,19 @@ class TextRollout:
             for example, seed in zip(examples, seeds, strict=True)
         ]
         completions = generate(self.engine, requests, poll=poll)
-        return [
-            Trajectory(
-                self._shown_prompt(example, request),
-                [Turn(request.prompt), self._policys_turn(completion)],
-                completion.stop_reason,
-                columns=example.columns,
-            )
-            for example, request, completion in zip(examples, requests, completions, strict=True)
-        ]
+        trajectories = []
+        for example, request, completion in zip(examples, requests, completions, strict=True):
+            turns = [Turn(request.prompt), self._policys_turn(completion)]
+            shown = self._shown_prompt(example, request)
+            trajectories.append(Trajectory(shown, turns, completion.stop_reason, example.columns))
+        return trajectories
 
     def encode(self, example: Example) -> tuple[int, ...]:
         """The prompt as tokens. Raises InputError for one that is empty or longer than the context."""
         tokens = encode_prompt(self.policy.tokenizer, example.prompt, chat=self.task.chat)
         tokens = tokens[: self.task.prompt_tokens]
-        context, new_tokens = self.policy.context_length, self.generation.max_new_tokens
-        check_length(tokens, example.text, context=context, new_tokens=new_tokens)
+        limits = {"context": self.policy.context_length, "new_tokens": self.generation.max_new_tokens}
+        check_length(tokens, example.text, **limits)
         return tokens
 
     def start_over(self) -> None:
@@ -192,13 +177,8 @@ class TextRollout:
 
     def _fill_logprobs(self, batch: Batch, *, values: Callable[[Batch], torch.Tensor] | None = None) -> None:
         batch.temperature = self.params.temperature
-        fill_logprobs(
-            self.policy,
-            batch,
-            token_budget=self.ppo.micro_batch_tokens,
-            exact_logprobs=self.engine.exact_logprobs,
-            values=values,
-        )
+        budget, is_exact = self.ppo.micro_batch_tokens, self.engine.exact_logprobs
+        fill_logprobs(self.policy, batch, token_budget=budget, exact_logprobs=is_exact, values=values)
         for trajectory, kl in zip(batch.trajectories, sequence_kl(batch).tolist(), strict=True):
             assert isinstance(trajectory, Trajectory)
             trajectory.kl = kl
@@ -215,11 +195,6 @@ class TextRollout:
         return self.policy.decode(request.prompt)
 
 
-def _totals(trajectories: Sequence[Trajectory], device: torch.device) -> torch.Tensor:
-    """[B] float32: what each episode is paid, after shaping."""
-    return torch.tensor([t.reward_parts["shaped"] for t in trajectories], device=device)
-
-
 @torch.no_grad()
 def episode_metrics(batch: Batch) -> dict[str, float]:
     """What the episodes of a text batch were like: their rewards and lengths."""
@@ -229,7 +204,7 @@ def episode_metrics(batch: Batch) -> dict[str, float]:
     totals_B = torch.where(mask_BT, batch.rewards_BT, 0.0).sum(1)
     trajectories = [t for t in batch.trajectories if isinstance(t, Trajectory)]
     rewards = torch.tensor([t.reward for t in trajectories])
-    ended = [t.stop_reason is not StopReason.LENGTH for t in trajectories]
+    ended = [t.stop_reason.ended_by_itself for t in trajectories]
     return {
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std(unbiased=False)),
@@ -244,11 +219,8 @@ def _part_means(trajectories: Sequence[Trajectory], name: str) -> dict[str, floa
     """Mean of each part of a mixed reward, by the metric's `name` with the part's label put in."""
     labels = [key for key in trajectories[0].reward_parts if key.startswith(PART)] if trajectories else []
     n = len(trajectories)
-    return {
-        name.replace("<label>", label.removeprefix(PART)): sum(t.reward_parts[label] for t in trajectories)
-        / n
-        for label in labels
-    }
+    means = {label: sum(t.reward_parts[label] for t in trajectories) / n for label in labels}
+    return {name.replace("<label>", label.removeprefix(PART)): mean for label, mean in means.items()}
 
 
 def text_engine(policy: LanguagePolicy, generation: GenerationConfig) -> TokenEngine:

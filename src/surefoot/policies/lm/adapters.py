@@ -28,10 +28,8 @@ def add_adapter(lm: Any, config: AdapterConfig, seed: int) -> Any:
     from transformers.pytorch_utils import Conv1D
 
     if not any(isinstance(module, (nn.Linear, Conv1D)) for module in lm.base_model.modules()):
-        name = type(lm).__name__
-        raise InputError(
-            f"policy.adapter: {name} has no linear layers to adapt; train all: policy.adapter: null"
-        )
+        found = f"{type(lm).__name__} has no linear layers to adapt"
+        raise InputError(f"policy.adapter: {found}; train all: policy.adapter: null")
     settings = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -65,7 +63,7 @@ def using(adapter: Any, *names: str) -> Iterator[None]:
     """Compute with the adapters of these names, or with the bare base; afterwards with the policy's again.
 
     Every adapter goes on being trained: peft's own switches freeze those that are not in use, and a gradient
-    that is still to come would not reach them.
+    still to come would not reach them.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -1,7 +1,6 @@
 """Critics with separate weights: an adapter on the policy's frozen base, or a whole transformer.
 
-Their values cost one more forward pass. While the policy writes there are none: they come after the rollout,
-from one pass over the whole rows (`rollout/logprobs.py`).
+Their values cost one more forward pass: they come after the rollout, over whole rows (`rollout/logprobs.py`).
 """
 
 from __future__ import annotations
@@ -24,24 +23,15 @@ from surefoot.storage.safetensors import read_tensors
 
 
 class Critic:
-    """The trunk whose last hidden state the value head reads.
+    """The trunk whose last hidden state the value head reads: `body`, `lm` without its output layer.
 
-    `body` is a transformer without its output layer, of `width` hidden units and at most `context_length`
-    tokens. With `adapter` (peft's model) it is the policy's, and the critic is the adapter of that name.
-    `head` is what the value head starts from, weight [1, D] and bias [1]; without one it starts at 0.
+    With `adapter` (peft's model) it is the policy's, and the critic is the adapter of that name. `head` is
+    what the value head starts from, weight [1, D] and bias [1]; without one it starts at 0.
     """
 
-    def __init__(
-        self,
-        body: Any,
-        *,
-        width: int,
-        context_length: int,
-        adapter: Any = None,
-        head: dict[str, Tensor] | None = None,
-    ):
-        self.body, self.width, self.context_length, self.head = body, width, context_length, head
-        self.adapter = adapter
+    def __init__(self, lm: Any, *, adapter: Any = None, head: dict[str, Tensor] | None = None):
+        self.body, self.adapter, self.head = lm.base_model, adapter, head
+        self.width, self.context_length = _width(lm), context_length(lm)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained, by name; float32."""
@@ -58,8 +48,7 @@ class Critic:
 def adapter_critic(adapter: Any, *, seed: int) -> Critic:
     """A second adapter over the base of peft's model `adapter`, of the same shape as the policy's."""
     adapters.add_critic_adapter(adapter, derived_seed(seed, "critic", 0))
-    lm = adapter.get_base_model()
-    return Critic(lm.base_model, width=_width(lm), context_length=context_length(lm), adapter=adapter)
+    return Critic(adapter.get_base_model(), adapter=adapter)
 
 
 def separate_critic(lm: Any, tokenizer: Any, config: CriticConfig, *, dtype: torch.dtype) -> Critic:
@@ -79,13 +68,15 @@ def separate_critic(lm: Any, tokenizer: Any, config: CriticConfig, *, dtype: tor
         if dtype == torch.bfloat16 and lm.device.type == "cpu":
             source.set_attn_implementation("eager")  # as the policy's: see `wrap_policy`
         _check_causal(config.model, source.base_model)
-    width = _width(source)
-    if head is not None and head["weight"].shape != (1, width):
-        sizes = f"the head in {REWARD} is {list(head['weight'].shape)}, and the model wants [1, {width}]"
+    critic = Critic(source, head=head)
+    if head is not None and head["weight"].shape != (1, critic.width):
+        sizes = (
+            f"the head in {REWARD} is {list(head['weight'].shape)}, and the model wants [1, {critic.width}]"
+        )
         raise InputError(f"policy.critic.model {config.model}: {sizes}")
-    body = copy.deepcopy(source.base_model) if source is lm else source.base_model
-    body = body.float().eval().requires_grad_(True)
-    return Critic(body, width=width, context_length=context_length(source), head=head)
+    body = copy.deepcopy(critic.body) if source is lm else critic.body
+    critic.body = body.float().eval().requires_grad_(True)
+    return critic
 
 
 def context_length(lm: Any) -> int:
@@ -118,11 +109,10 @@ def _check_vocabulary(name: str, tokenizer: Any, other: Any, critic: Any, lm: An
             f"policy.critic.model {name}: its tokenizer is not the policy's ({odd!r} is {its.get(odd)} in "
             f"one and {own.get(odd)} in the other); a critic reads the tokens that the policy writes"
         )
-    rows, wanted = (len(model.get_input_embeddings().weight) for model in (critic, lm))
-    if rows < wanted:
-        raise InputError(
-            f"policy.critic.model {name}: it has embeddings for {rows} tokens; the policy may write {wanted}"
-        )
+    rows, needed = (len(model.get_input_embeddings().weight) for model in (critic, lm))
+    if rows < needed:
+        found = f"it has embeddings for {rows} tokens; the policy may write {needed}"
+        raise InputError(f"policy.critic.model {name}: {found}")
 
 
 @torch.no_grad()
@@ -135,6 +125,5 @@ def _check_causal(name: str, body: Any) -> None:
         problem = f"policy.critic.model {name}: it gives no hidden states here: {one_line(error)}"
         raise InputError(problem) from error
     if (longer[:, :3] - shorter).abs().max() > 1e-3 * shorter.abs().max():
-        raise InputError(
-            f"policy.critic.model {name}: it looks ahead, and a value must not know what comes after it"
-        )
+        reason = "it looks ahead, and a value must not know what comes after it"
+        raise InputError(f"policy.critic.model {name}: {reason}")

@@ -24,18 +24,16 @@ HEAD = 32  # width of a transformer's attention head
 
 
 def learn_tokenizer(texts: Iterable[str], vocab: int, *, chat: bool = False) -> Any:
-    """Byte-level BPE (Sennrich, Haddow & Birch 2015, arXiv:1508.07909) with at most `vocab` tokens, the end
-    token the first.
+    """Byte-level BPE (Sennrich et al. 2015, arXiv:1508.07909) with at most `vocab` tokens, the first the end.
 
-    Every byte is a token, so that any text comes back from its tokens as it was. With `chat` it has roles and
-    a template. Raises InputError where `vocab` has no room for what every tokenizer has.
+    Every byte is a token: any text comes back from its tokens as it was. With `chat` it has roles and a
+    template. Raises InputError where `vocab` has no room for what every tokenizer has.
     """
     special = [END, *(ROLES if chat else ())]
     least = len(special) + 256
     if vocab < least:
-        raise InputError(
-            f"new_model.vocab is {vocab}; 256 bytes, an end token and the roles of chats need {least}"
-        )
+        needed = f"256 bytes, an end token and the roles of chats need {least}"
+        raise InputError(f"new_model.vocab is {vocab}; {needed}")
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

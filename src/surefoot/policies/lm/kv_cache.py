@@ -2,8 +2,8 @@
 
 Rows are right-aligned: whatever its length, a row's newest token stands in column `end - 1`, so a decoding
 step writes one column for all rows and ragged prompts cost no gather. Columns before a row's first token are
-hidden by the attention mask. A finished row's place is taken by moving the last row into it; a new prompt's
-keys and values are copied in so that they end at `end`.
+hidden by the attention mask. The last row moves into a finished one's place; a new prompt is copied in so
+that it ends at `end`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ class _Layer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         slots, columns = self.window.slots, self.window.columns
         # Zeros, not empty: a masked column is multiplied by probability 0, and 0 times a stray NaN is NaN.
-        self.keys = key_states.new_zeros((slots, key_states.shape[1], columns, key_states.shape[3]))
-        self.values = value_states.new_zeros((slots, value_states.shape[1], columns, value_states.shape[3]))
+        self.keys, self.values = (
+            states.new_zeros((slots, states.shape[1], columns, states.shape[3]))
+            for states in (key_states, value_states)
+        )
         self.is_initialized = True
 
     def update(
@@ -34,11 +36,11 @@ class _Layer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        window, new = self.window, key_states.shape[2]
-        rows, end = key_states.shape[0], window.end
-        self.keys[:rows, :, end : end + new] = key_states
-        self.values[:rows, :, end : end + new] = value_states
-        return self.keys[:rows, :, window.begin : end + new], self.values[:rows, :, window.begin : end + new]
+        rows, begin, end = key_states.shape[0], self.window.begin, self.window.end
+        new_end = end + key_states.shape[2]
+        self.keys[:rows, :, end:new_end] = key_states
+        self.values[:rows, :, end:new_end] = value_states
+        return self.keys[:rows, :, begin:new_end], self.values[:rows, :, begin:new_end]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0

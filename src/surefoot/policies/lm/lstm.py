@@ -1,8 +1,8 @@
 """An LSTM language model: embedding, LSTM (Hochreiter & Schmidhuber 1997), softmax, in the shape of a
 transformers model.
 
-Imported where it is needed, for it brings transformers; on import the Auto classes learn its kind, so that
-folders of it open like any other. Its recurrent state is one (h, c) a layer and row, however long the row.
+On import the Auto classes learn its kind, so that folders of it open like any other. Its recurrent state is
+one (h, c) a layer and row, however long the row.
 """
 
 from __future__ import annotations
@@ -25,15 +25,13 @@ class LstmConfig(PreTrainedConfig):
     vocab_size: int = 257
     hidden_size: int = 128
     num_hidden_layers: int = 2
-    # An LSTM has no longest context; rows longer than this are refused, as any model's are.
-    max_position_embeddings: int = 4096
+    max_position_embeddings: int = 4096  # an LSTM has no longest context, but longer rows are refused
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 
 
 class StateCache:
-    """(h, c) of every slot, [2, layers, slots, width] float32, in the place of keys and values
-    (`generation/engine.py`).
+    """(h, c) of every slot, [2, layers, slots, width] float32, in the place of keys and values.
 
     A state holds a row's whole past: the window only says how many columns the engine's attention mask has.
     """
@@ -57,19 +55,15 @@ class StateCache:
 
 
 class _Body(nn.Module):
-    """Tokens to hidden states."""
-
     def __init__(self, config: LstmConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.lstm = nn.LSTM(
-            config.hidden_size, config.hidden_size, config.num_hidden_layers, batch_first=True
-        )
+        sizes = (config.hidden_size, config.hidden_size, config.num_hidden_layers)
+        self.lstm = nn.LSTM(*sizes, batch_first=True)
 
     def train(self, mode: bool = True) -> _Body:
         super().train(mode)
-        # cuDNN goes backward through an LSTM in training mode alone. There is no dropout: the mode changes
-        # nothing else.
+        # cuDNN goes backward through an LSTM in training mode alone; without dropout it changes nothing else.
         self.lstm.train()
         return self
 
@@ -83,15 +77,12 @@ class _Body(nn.Module):
         """Hidden states [B, T, D] float32. Where the mask [B, S] is 0, a state stays as it was."""
         rows, steps = input_ids.shape
         mask_BT = None if attention_mask is None else attention_mask[:, -steps:].bool()
-        # In float32 always: in bfloat16 the state's rounding errors would add up over a row, and would not be
-        # the same ones when a row is written one token at a time and when it is read at once.
+        states = self._zeros(rows) if past_key_values is None else past_key_values.states
+        state = states[:, :, :rows].contiguous()
+        # In float32 always: in bfloat16 the state's rounding errors would add up over a row, and differ
+        # between a row written one token at a time and one read at once.
         with torch.autocast(input_ids.device.type, enabled=False):
             embedded_BTD = self.embed_tokens(input_ids)
-            state = (
-                self._zeros(rows)
-                if past_key_values is None
-                else past_key_values.states[:, :, :rows].contiguous()
-            )
             if mask_BT is None or bool(mask_BT.all()):
                 hidden_BTD, (h, c) = self.lstm(embedded_BTD, (state[0], state[1]))
                 state = torch.stack([h, c])
@@ -124,9 +115,7 @@ class LstmForCausalLM(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Embedding, nn.LSTM)):
-            # torch's own: transformers' narrow embeddings are for layers that normalise; gates would hardly
-            # see them.
-            module.reset_parameters()
+            module.reset_parameters()  # torch's: gates would hardly see transformers' narrow embeddings
         else:
             super()._init_weights(module)
 

@@ -25,11 +25,11 @@ def load_pretrained(source: str, *, dtype: torch.dtype, key: str = "policy.model
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     importlib.import_module("surefoot.policies.lm.lstm")  # by which the Auto classes know it
-    part = "configuration"
+    safe, part = {"trust_remote_code": False}, "configuration"
     try:
-        model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        model_config = AutoConfig.from_pretrained(source, **safe)
         part = "tokenizer"
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, **safe)
         part = "causal language model"
         with silence_transformers():
             lm, report = AutoModelForCausalLM.from_pretrained(
@@ -37,13 +37,11 @@ def load_pretrained(source: str, *, dtype: torch.dtype, key: str = "policy.model
                 config=model_config,
                 dtype=dtype,
                 use_safetensors=True,
-                trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, with their names
+                **safe,
             )
-    except (
-        Exception
-    ) as error:  # what a broken folder makes transformers raise can be anything, a KeyError too
+    except Exception as error:  # a broken folder can make transformers raise anything, a KeyError too
         raise InputError(f"{key} {source}: no {part} that can be loaded: {one_line(error)}") from error
     if report["mismatched_keys"]:
         name, found, expected = sorted(report["mismatched_keys"])[0]
@@ -51,9 +49,8 @@ def load_pretrained(source: str, *, dtype: torch.dtype, key: str = "policy.model
     if report["missing_keys"]:
         # transformers fills the gap with random numbers and goes on.
         missing = sorted(report["missing_keys"])
-        raise InputError(
-            f"{key} {source}: {len(missing)} weights of the model are not in the folder, such as {missing[0]}"
-        )
+        found = f"{len(missing)} weights of the model are not in the folder, such as {missing[0]}"
+        raise InputError(f"{key} {source}: {found}")
     return lm, tokenizer
 
 
@@ -74,9 +71,8 @@ def check_model_folder(source: str, *, key: str = "policy.model") -> None:
             raise InputError(f"{index}: damaged; fetch or save the model again") from None
         for name in shards:
             if Path(name).name != name:
-                raise InputError(
-                    f"{index}: names {name!r}, which is not in the folder; fetch or save the model again"
-                )
+                found = f"{index}: names {name!r}, which is not in the folder"
+                raise InputError(f"{found}; fetch or save the model again")
             if not (folder / name).is_file():
                 raise InputError(f"{key} {source}: half-written, {name} is missing")
             check_safetensors(folder / name)

@@ -14,7 +14,7 @@ from surefoot.data.batches import micro_batches, preference_batch
 from surefoot.data.render import encode_scored_text
 from surefoot.errors import InputError
 from surefoot.policies.lm.policy import CausalLMPolicy
-from surefoot.policies.lm.pretrained import REWARD
+from surefoot.policies.lm.pretrained import REWARD, one_line
 from surefoot.storage.safetensors import read_tensors
 from surefoot.types import Batch, Evaluation
 
@@ -25,9 +25,9 @@ class RewardModelPolicy:
     """A reward model that `train/` can train: `evaluate` gives scores in place of log-probs.
 
     `trunk` is taken over, its value head initialized to N(0, 1/(D + 1)) of `seed` (Stiennon et al. 2020,
-    arXiv:2009.01325): with unit hidden states its scores start near variance 1. `shift` and `scale` make them
-    rewards of mean 0 and standard deviation 1 on reference texts, (score - shift) / scale (Ziegler et al.
-    2019, arXiv:1909.08593, §2); they are set after training and don't enter the loss.
+    arXiv:2009.01325): with unit hidden states scores start near variance 1. `shift` and `scale`, set after
+    training, make them rewards of mean 0 and standard deviation 1 on reference texts, (score - shift) / scale
+    (Ziegler et al. 2019, arXiv:1909.08593, §2).
     """
 
     reads_whole_rows = True
@@ -39,16 +39,14 @@ class RewardModelPolicy:
         trunk.drop_reference()
         width = trunk.value_head.in_features
         generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            trunk.value_head.weight.copy_(torch.randn(1, width, generator=generator) / (width + 1) ** 0.5)
-            trunk.value_head.bias.zero_()
-        self.tokenizer = trunk.tokenizer
-        self.context_length = trunk.context_length
+        trunk.value_head.weight.data.copy_(torch.randn(1, width, generator=generator) / (width + 1) ** 0.5)
+        trunk.value_head.bias.data.zero_()
+        self.tokenizer, self.context_length = trunk.tokenizer, trunk.context_length
         self.model_end_tokens = trunk.model_end_tokens
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The trunk's."""
         return self.trunk.device
 
     def named_parameters_to_train(self) -> Iterable[tuple[str, nn.Parameter]]:
@@ -56,8 +54,7 @@ class RewardModelPolicy:
         return self.trunk.named_parameters_to_train()
 
     def evaluate(self, batch: Batch, *, entropy_gradient: bool = False) -> Evaluation:
-        """Scores before `shift` and `scale` as the evaluation's values: one for each of a row's K texts, [B,
-        K] float32.
+        """Scores before `shift` and `scale` as the evaluation's values, [B, K] float32: one a text.
 
         Of `batch` it reads the observations `tokens` [B, T, K], right-padded, and `lengths` [B, K].
         """
@@ -73,13 +70,11 @@ class RewardModelPolicy:
         Raises InputError, naming `where`, for more of them than the model's context, or messages it has no
         template for.
         """
-        tokens = encode_scored_text(
-            self.tokenizer, prompt, text, end_tokens=self.model_end_tokens, where=where
-        )
-        if len(tokens) > self.context_length:
+        ends, context = self.model_end_tokens, self.context_length
+        tokens = encode_scored_text(self.tokenizer, prompt, text, end_tokens=ends, where=where)
+        if (n := len(tokens)) > context:
             raise InputError(
-                f"{where}: has {len(tokens)} tokens, more than the model's context of {self.context_length}; "
-                "shorten it"
+                f"{where}: has {n} tokens, more than the model's context of {context}; shorten it"
             )
         return tokens
 
@@ -119,6 +114,4 @@ class RewardModelPolicy:
             self.shift, self.scale = float(tensors.pop("shift")), float(tensors.pop("scale"))
             self.trunk.value_head.load_state_dict(tensors)
         except (KeyError, RuntimeError) as error:  # torch's, for other names or shapes
-            raise InputError(
-                f"{folder / REWARD} does not fit this model: {' '.join(str(error).split())}"
-            ) from None
+            raise InputError(f"{folder / REWARD} does not fit this model: {one_line(error)}") from None

@@ -7,14 +7,14 @@ recomputation otherwise.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Tokens at once: 64 x 49,152 float32 logits are 12 MB and stay in the last-level cache between the passes
-# over them.
+# Tokens at once: 64 x 49,152 float32 logits are 12 MB and stay in the last-level cache between passes.
 CHUNK = 64
 
 
@@ -36,20 +36,16 @@ def action_logprobs(
         logprobs_N, entropies_N = _FrozenHead.apply(hidden_ND, head.weight, actions_N, temperature)
         return logprobs_N, entropies_N
 
-    def logprobs_of(hidden: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    def chunk(hidden: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         logprobs_NV = torch.log_softmax(logits(hidden, head, cap) / temperature, dim=-1)
         entropy = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
         return logprobs_NV.gather(-1, actions[:, None]).squeeze(-1), entropy
 
-    chunks = []
-    for hidden, actions in zip(hidden_ND.split(8 * CHUNK), actions_N.split(8 * CHUNK), strict=True):
-        if torch.is_grad_enabled():
-            # Made again in the backward pass rather than kept.
-            chunks.append(checkpoint(logprobs_of, hidden, actions, use_reentrant=False))
-        else:
-            chunks.append(logprobs_of(hidden, actions))
-    logprobs, entropies = zip(*chunks, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies) if entropy_gradient else torch.cat(entropies).detach()
+    # With a gradient, computed again in the backward pass rather than kept.
+    run = functools.partial(checkpoint, chunk, use_reentrant=False) if torch.is_grad_enabled() else chunk
+    chunks = map(run, hidden_ND.split(8 * CHUNK), actions_N.split(8 * CHUNK))
+    logprobs_N, entropies_N = map(torch.cat, zip(*chunks, strict=True))
+    return logprobs_N, entropies_N if entropy_gradient else entropies_N.detach()
 
 
 def logits(hidden: Tensor, head: nn.Module, cap: float | None) -> Tensor:
@@ -61,8 +57,8 @@ def logits(hidden: Tensor, head: nn.Module, cap: float | None) -> Tensor:
 class _FrozenHead(torch.autograd.Function):
     """Log-prob and entropy of a linear head that is not trained.
 
-    ∂ log p(y) / ∂ h = (W_y - Σ_v p_v W_v) / temperature needs only what the forward pass has at hand, so it
-    is computed there and [N, D] is kept instead of [N, V].
+    ∂ log p(y) / ∂ h = (W_y - Σ_v p_v W_v) / temperature needs only what the forward pass has at hand: it is
+    computed there, and [N, D] is kept instead of [N, V].
     """
 
     @staticmethod
