@@ -28,9 +28,13 @@ def policy_of(family: str) -> CausalLMPolicy:
     return tiny_policy(family, moved=True)
 
 
-def run(policy, requests=REQUESTS, *, params=PARAMS, ends=ENDS, slots=3, poll=None) -> list[Completion]:
+def run(policy, requests=REQUESTS, *, params=PARAMS, ends=ENDS, slots=3) -> list[Completion]:
     engine = TokenEngine(policy, slots=slots, end_tokens=ends)
-    return generate(engine, [replace(request, params=params) for request in requests], poll=poll)
+    return generate(engine, [replace(request, params=params) for request in requests])
+
+
+def texts(completions: list[Completion]) -> list[list[int]]:
+    return [completion.tokens for completion in completions]
 
 
 def naive_twin(policy, request: Request, params: SamplingParams = PARAMS, ends: frozenset[int] = ENDS) -> list[int]:
@@ -47,7 +51,7 @@ def naive_twin(policy, request: Request, params: SamplingParams = PARAMS, ends: 
 
 
 class Watched(CausalLMPolicy):
-    """A policy that counts what the engine asks of it."""
+    """A policy that counts what the engine asks of it, and whose text is a stroke for every token."""
 
     @classmethod
     def of(cls, policy: CausalLMPolicy) -> Watched:
@@ -61,6 +65,9 @@ class Watched(CausalLMPolicy):
         (self.prefills if is_prefill else self.decoded_rows).append(len(tokens_BT))
         return super().step(tokens_BT, positions_BT, attention_BS, cache)
 
+    def decode(self, tokens):
+        return "|" * len(tokens)
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_the_engine_reports_is_what_a_full_forward_pass_computes(family):
@@ -73,9 +80,8 @@ def test_what_the_engine_reports_is_what_a_full_forward_pass_computes(family):
         for name in ("logprobs", "values", "entropies"):
             ours = torch.tensor(getattr(completion, name))
             assert torch.allclose(ours, plain[name], atol=1e-4), f"{name} of request {row}, transformers"
-            assert torch.allclose(ours, getattr(view, f"{name}_BT")[row, written], atol=1e-4), (
-                f"{name} of request {row}, evaluate"
-            )
+            evaluated = getattr(view, f"{name}_BT")[row, written]
+            assert torch.allclose(ours, evaluated, atol=1e-4), f"{name} of request {row}, evaluate"
 
 
 @pytest.mark.parametrize(("family", "kind"), [("llama", SlotCache), (LSTM, StateCache)])
@@ -91,16 +97,13 @@ def test_the_requests_above_exercise_every_move_of_the_cache(monkeypatch, family
 
         monkeypatch.setattr(kind, name, watched)
 
+    def widens(cache, other, first, rows):
+        return first > 0 and other.window.end > cache.window.end - cache.window.begin
+
     watch("move_rows", "moved", lambda cache, sources, targets: sources)
     watch("shift_to", "shifted", lambda cache, end: cache.window.end > end)
     watch("copy_from", "reused", lambda cache, other, first, rows: cache.window.begin < cache.window.end)
-    copy_and_count = kind.copy_from
-
-    def widening(cache, other, first, rows):
-        seen["widened"] += first > 0 and other.window.end > cache.window.end - cache.window.begin
-        return copy_and_count(cache, other, first, rows)
-
-    monkeypatch.setattr(kind, "copy_from", widening)
+    watch("copy_from", "widened", widens)
     completions = run(policy_of(family))
     assert all(seen.values()), seen
     assert len({len(c.tokens) for c in completions}) > 3
@@ -113,7 +116,7 @@ def test_a_request_gets_the_same_tokens_whatever_its_neighbours_order_and_slots(
     expected = run(policy)
     backwards = run(policy, REQUESTS[::-1], slots=4)[::-1]
     for others in (run(policy, slots=1), run(policy, slots=64), backwards):
-        assert [c.tokens for c in others] == [c.tokens for c in expected]
+        assert texts(others) == texts(expected)
         assert [c.stop_reason for c in others] == [c.stop_reason for c in expected]
         for one, other in zip(expected, others, strict=True):
             assert other.logprobs == pytest.approx(one.logprobs, abs=1e-4)
@@ -121,24 +124,19 @@ def test_a_request_gets_the_same_tokens_whatever_its_neighbours_order_and_slots(
     assert run(policy, REQUESTS[8:9])[0].tokens == expected[8].tokens
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "phi", LSTM])
-def test_a_twin_without_cache_or_batch_writes_the_same(family):
-    policy = policy_of(family)
-    assert [c.tokens for c in run(policy)] == [naive_twin(policy, request) for request in REQUESTS]
-
-
-def test_a_twin_at_another_temperature_writes_the_same():
-    policy, params = policy_of("qwen3"), replace(PARAMS, temperature=0.6)
-    twins = [naive_twin(policy, request, params) for request in REQUESTS]
-    assert [c.tokens for c in run(policy, params=params)] == twins
-    assert twins != [c.tokens for c in run(policy)]
+@pytest.mark.parametrize(
+    ("family", "temperature"), [(family, 1.0) for family in ("llama", "gpt2", "mistral", "phi", LSTM)] + [("qwen3", 0.6)]
+)
+def test_a_twin_without_cache_or_batch_writes_the_same(family, temperature):
+    policy, params = policy_of(family), replace(PARAMS, temperature=temperature)
+    assert texts(run(policy, params=params)) == [naive_twin(policy, request, params) for request in REQUESTS]
 
 
 def test_truncated_sampling_stays_in_the_kept_set_and_reports_its_log_probs():
-    policy, params = policy_of("llama"), replace(PARAMS, top_k=2)
+    policy = policy_of("llama")
     greedy = run(policy, params=replace(PARAMS, temperature=0.0))
-    assert [c.tokens for c in run(policy, params=replace(PARAMS, top_k=1))] == [c.tokens for c in greedy]
-    for request, completion in zip(REQUESTS, run(policy, params=params), strict=True):
+    assert texts(run(policy, params=replace(PARAMS, top_k=1))) == texts(greedy)
+    for request, completion in zip(REQUESTS, run(policy, params=replace(PARAMS, top_k=2)), strict=True):
         full = plain_scores(policy, request.prompt, completion.tokens)["logprobs"]
         assert (torch.tensor(completion.logprobs) > full).all()  # of two tokens, not of all
         assert max(completion.entropies) <= torch.tensor(2.0).log()
@@ -167,16 +165,11 @@ def test_generation_stops_at_the_end_token_and_not_at_the_limit():
     assert policy.decoded_rows == []  # nothing is computed after the end
 
 
-def test_no_forward_pass_is_spent_on_rows_that_have_ended():
-    policy = Watched.of(policy_of("llama"))
-    completions = run(policy)
-    assert sum(policy.prefills) == len(REQUESTS)
+def test_each_of_several_end_tokens_ends_its_row_and_no_forward_pass_is_spent_after_it():
+    policy, requests = Watched.of(policy_of("llama")), [Request((9, 8), seed) for seed in range(60)]
+    completions = run(policy, requests, slots=16)
+    assert sum(policy.prefills) == len(requests) and max(policy.decoded_rows) <= 16
     assert sum(policy.decoded_rows) == sum(len(c.tokens) - 1 for c in completions)
-    assert max(policy.decoded_rows) <= 3
-
-
-def test_each_of_several_end_tokens_ends_an_answer_and_stays_its_last_token():
-    completions = run(policy_of("llama"), [Request((9, 8), seed) for seed in range(60)], slots=16)
     ended = [c for c in completions if c.stop_reason is StopReason.END_TOKEN]
     assert len({c.tokens[-1] for c in ended}) > 1
     for completion in completions:
@@ -185,36 +178,26 @@ def test_each_of_several_end_tokens_ends_an_answer_and_stays_its_last_token():
 
 
 @pytest.mark.parametrize("limit", [1, 2, 9])
-def test_without_an_end_token_every_answer_has_the_length_limit(limit):
-    completions = run(policy_of("gpt2"), params=SamplingParams(max_new_tokens=limit), ends=frozenset())
-    for completion in completions:
+def test_without_an_end_token_every_completion_has_the_length_limit(limit):
+    for completion in run(policy_of("gpt2"), params=SamplingParams(max_new_tokens=limit), ends=frozenset()):
         columns = (completion.tokens, completion.logprobs, completion.values, completion.entropies)
         assert [len(column) for column in columns] == [limit] * 4
         assert completion.stop_reason is StopReason.LENGTH
 
 
-class Strokes(Watched):
-    """A policy whose text is a stroke for every token."""
-
-    def decode(self, tokens):
-        return "|" * len(tokens)
-
-
 def test_a_stop_string_is_looked_for_in_the_text_so_far_and_ends_only_its_own_row():
     requests = [replace(r, stop=("never", "|" * 4) if i % 2 else ()) for i, r in enumerate(REQUESTS)]
-    completions = run(Strokes.of(policy_of("llama")), requests, ends=frozenset())
+    completions = run(Watched.of(policy_of("llama")), requests, ends=frozenset())
     free = run(policy_of("llama"), ends=frozenset())
     for i, completion in enumerate(completions):
         expected = (4, StopReason.STOP_STRING) if i % 2 else (9, StopReason.LENGTH)
         assert (len(completion.tokens), completion.stop_reason) == expected
         assert completion.tokens == free[i].tokens[: expected[0]]
-
-
-def test_a_stop_at_the_very_last_token_counts_as_a_stop_and_an_end_token_takes_precedence():
+    # At the very last token it still counts, and an end token takes precedence.
     at_limit, at_once = ([replace(r, stop=("|" * n,)) for r in REQUESTS] for n in (9, 1))
-    stopped = run(Strokes.of(policy_of("llama")), at_limit, ends=frozenset())
+    stopped = run(Watched.of(policy_of("llama")), at_limit, ends=frozenset())
     assert {c.stop_reason for c in stopped} == {StopReason.STOP_STRING}
-    assert {c.stop_reason for c in run(Strokes.of(certain_end_policy()), at_once)} == {StopReason.END_TOKEN}
+    assert {c.stop_reason for c in run(Watched.of(certain_end_policy()), at_once)} == {StopReason.END_TOKEN}
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", LSTM])
@@ -229,11 +212,11 @@ def test_what_is_submitted_while_others_are_written_is_written_the_same(family, 
         numbers += engine.submit([late])
     while len(found) < len(REQUESTS):
         found |= {c.request_id: c for c in engine.poll()}
-    assert [found[number].tokens for number in numbers] == [c.tokens for c in expected]
+    assert [found[number].tokens for number in numbers] == texts(expected)
     assert engine.poll() == []
 
 
-def test_requests_that_are_sampled_otherwise_wait_for_their_turn():
+def test_requests_that_are_sampled_differently_wait_for_their_turn():
     engine = TokenEngine(policy_of("llama"), slots=4, end_tokens=ENDS)
     kinds = [replace(PARAMS, max_new_tokens=3), PARAMS, replace(PARAMS, temperature=0.0)]
     mixed = generate(engine, [replace(r, params=kinds[i % 3]) for i, r in enumerate(REQUESTS)])
@@ -250,34 +233,21 @@ def test_a_completion_carries_the_version_of_the_weights_that_wrote_it():
     engine.submit(REQUESTS[:2])
     engine.sync(policy, 4)  # none is begun yet
     engine.poll()
-    with pytest.raises(RuntimeError, match="2 completions are being written"):
-        engine.sync(policy, 5)
-    with pytest.raises(ValueError, match="the model that it was made for"):
-        engine.sync(policy_of("gpt2"), 5)
+    for other, error in ((policy, RuntimeError), (policy_of("gpt2"), ValueError)):
+        with pytest.raises(error, match="sync: "):
+            engine.sync(other, 5)
     engine.abort()
     engine.sync(policy, 5)
     assert engine.poll() == []
     assert {c.version for c in generate(engine, REQUESTS)} == {5}
 
 
-def test_poll_can_abandon_the_work_between_two_steps():
-    calls = []
-
-    def poll():
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-
-    engine = TokenEngine(policy_of("llama"))
-    with pytest.raises(KeyboardInterrupt):
-        generate(engine, REQUESTS, poll=poll)
-    assert len(calls) == 3
-    assert (
-        [c.tokens for c in generate(engine, REQUESTS[:2])]
-        == [  # nothing is left of what was abandoned
-            c.tokens for c in generate(TokenEngine(policy_of("llama")), REQUESTS[:2])
-        ]
-    )
+def test_poll_can_abandon_the_work_between_two_steps_and_nothing_is_left_of_it():
+    poll = iter([None, None])
+    engine, fresh = (TokenEngine(policy_of("llama")) for _ in range(2))
+    with pytest.raises(StopIteration):
+        generate(engine, REQUESTS, poll=lambda: next(poll))
+    assert texts(generate(engine, REQUESTS[:2])) == texts(generate(fresh, REQUESTS[:2]))
 
 
 def test_an_empty_prompt_is_refused_and_no_request_is_no_work():
@@ -286,12 +256,12 @@ def test_an_empty_prompt_is_refused_and_no_request_is_no_work():
     assert run(policy_of("llama"), []) == []
 
 
-def test_a_context_of_exactly_prompt_and_answer_is_enough():
+def test_a_context_of_exactly_prompt_and_completion_is_enough():
     # Learned positions end where the context ends; the last token written is never fed and needs none.
     policy = tiny_policy("gpt2", max_position_embeddings=12)
     assert policy.context_length == 12
     completions = run(policy, [Request(random_tokens(n, seed=n), n) for n in (3, 1, 2, 3)], ends=frozenset(), slots=2)
-    assert [len(c.tokens) for c in completions] == [9] * 4
+    assert [len(tokens) for tokens in texts(completions)] == [9] * 4
 
 
 def test_memory_that_was_never_written_does_not_leak_into_attention(monkeypatch):

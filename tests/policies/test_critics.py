@@ -1,4 +1,4 @@
-"""Critics with weights of their own: what their values are, what reaches their weights, what is kept of them."""
+"""Separate critics: what their values are, what reaches their weights, what is kept of them."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from surefoot.types import Batch
 from tests.fakes import config_of, gradient_of, train
 from tests.inputs import model_folder, refusal
 from tests.policies.test_training import first_minibatch, rollout
-from tests.tiny import FAMILIES, LSTM, move, random_tokens, tiny_lm, tiny_policy, tiny_tokenizer, written_batch
+from tests.tiny import FAMILIES, LSTM, random_tokens, tiny_lm, tiny_policy, tiny_tokenizer, written_batch
 from tests.train.small_run import rows
 
 ADAPTER, SEPARATE = CriticConfig(kind="adapter"), CriticConfig(kind="separate")
 KINDS = pytest.mark.parametrize("critic", [ADAPTER, SEPARATE], ids=["adapter", "separate"])
-# What is trained beside it: only a critic of its own weights can go with either.
+# What is trained beside it: only a separate critic can go with either.
 SETTINGS = pytest.mark.parametrize(
     ("critic", "adapter"),
     [(ADAPTER, True), (SEPARATE, True), (SEPARATE, False)],
@@ -58,13 +58,22 @@ def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reward")
     pairs = [{"prompt": f"film {n}", "chosen": " is good", "rejected": f" is bad {n}"} for n in range(20)]
     settings = {"dtype": "float32", "verbose": 0, "epochs": 2, "learning_rate": 0.01, "batch_size": 8, "held_out": 0.3}
-    RewardModel(model_folder(), pairs, run_folder=str(folder / "runs"), run_name="run", **settings).learn().save(
-        folder / "saved"
-    )
+    model = RewardModel(model_folder(), pairs, run_folder=str(folder / "runs"), run_name="run", **settings)
+    model.learn().save(folder / "saved")
     return folder / "saved"
 
 
 TRANSFORMERS = [family for family in FAMILIES if family != LSTM]
+
+
+def loaded(critic: CriticConfig, **settings: Any) -> CausalLMPolicy:
+    return load_policy(str(model_folder()), PolicyConfig(critic=critic, dtype="float32", **settings))
+
+
+def other_model(folder: str, *, lm: Any = None, tokenizer: Any = None, **overrides: Any) -> str:
+    (lm or tiny_lm(seed=3, **overrides)).save_pretrained(folder)
+    (tokenizer or tiny_tokenizer()).save_pretrained(folder)
+    return folder
 
 
 def critics_own(name: str) -> bool:
@@ -100,15 +109,14 @@ def plain_values(policy: CausalLMPolicy, rows: Any = PAIRS, *, family: str = "ll
 def gradients(policy: CausalLMPolicy, loss: Tensor) -> set[str]:
     """Names of the parameters that the loss reaches."""
     named = dict(policy.named_parameters_to_train())
-    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True, retain_graph=True)
     return {name for name, gradient in zip(named, found, strict=True) if gradient is not None and gradient.abs().max() > 0}
 
 
 @pytest.mark.parametrize("family", TRANSFORMERS)
 @KINDS
 def test_values_are_those_of_the_critics_own_model(family, critic):
-    policy = tiny_policy(family, critic=critic)
-    move(policy)
+    policy = tiny_policy(family, critic=critic, moved=True)
     batch = written_batch(PAIRS)
     assert policy.compute_values is not None
     with torch.no_grad():
@@ -119,8 +127,7 @@ def test_values_are_those_of_the_critics_own_model(family, critic):
 
 @KINDS
 def test_the_critic_does_not_read_demonstrations(monkeypatch, critic):
-    policy = tiny_policy(critic=critic)
-    move(policy)
+    policy = tiny_policy(critic=critic, moved=True)
     batch = written_batch(PAIRS)
     expected = policy.evaluate(batch)
     monkeypatch.setattr(policy, "_critics_hidden", lambda batch: pytest.fail("the critic read them"))
@@ -138,7 +145,6 @@ def test_the_value_loss_reaches_the_critic_alone_and_the_policy_loss_the_policy_
     own = {name for name in names if critics_own(name)}
     view = policy.evaluate(batch, entropy_gradient=True)
     assert gradients(policy, view.values_BT.square().sum()) == own and len(own) > 10
-    view = policy.evaluate(batch, entropy_gradient=True)
     assert gradients(policy, view.logprobs_BT.sum()) == names - own and len(names - own) > 10
     view = policy.evaluate(batch, entropy_gradient=True)
     policy.compute_values(batch)  # a switch between forward and backward loses nothing
@@ -172,7 +178,7 @@ def test_policy_and_reference_are_what_they_are_without_the_critic(critic, adapt
     assert saved.keys() == expected.keys() and all(torch.equal(saved[name], expected[name]) for name in saved)
 
 
-def test_the_critics_adapter_starts_at_0_from_a_seed_of_its_own():
+def test_the_critics_adapter_starts_at_0_from_its_seed_alone():
     torch.manual_seed(3)
     named, again = (dict(tiny_policy(critic=ADAPTER).named_parameters_to_train()) for _ in range(2))
     for name, parameter in named.items():
@@ -183,27 +189,10 @@ def test_the_critics_adapter_starts_at_0_from_a_seed_of_its_own():
 
 
 @KINDS
-@pytest.mark.parametrize("columns", [1, 7])
-def test_padding_and_neighbours_change_no_value(critic, columns):
-    from tests.policies.test_lm import padded
-
-    policy = tiny_policy(critic=critic, moved=True)
-    batch = padded(written_batch(PAIRS), columns, filler=5)
-    with torch.no_grad():
-        together = policy.compute_values(batch)
-        for row, pair in enumerate(PAIRS):
-            alone = written_batch([pair])
-            expected = policy.compute_values(alone)[alone.mask_BT]
-            assert torch.allclose(together[row][batch.mask_BT[row]], expected, atol=1e-5)
-
-
-@KINDS
 def test_the_gradient_does_not_depend_on_how_a_minibatch_is_split(critic):
     def gradient(tokens: int) -> dict[str, Tensor]:
-        policy = tiny_policy(critic=critic, moved=True)
-        batch = rollout(policy)
-        config = config_of(batch_size=12, n_epochs=1, vf_coef=1.0)
-        gradient_of(PPOObjective(config), policy, advantages(batch, config), tokens=tokens)
+        policy, config = tiny_policy(critic=critic, moved=True), config_of(batch_size=12, n_epochs=1, vf_coef=1.0)
+        gradient_of(PPOObjective(config), policy, advantages(rollout(policy), config), tokens=tokens)
         return {name: p.grad.clone() for name, p in policy.named_parameters_to_train() if p.grad is not None}
 
     whole, split = gradient(10**6), gradient(60)
@@ -217,7 +206,7 @@ def test_the_gradient_does_not_depend_on_how_a_minibatch_is_split(critic):
 def test_a_rollouts_values_are_the_critics_and_the_first_ratio_is_1(critic, adapter, dtype):
     policy = tiny_policy(critic=critic, adapter=adapter, dtype=dtype, moved=True)
     batch = rollout(policy, episodes=32)
-    assert (batch.behavior_logprobs_BT is None) == (dtype == torch.float32)  # what the sampler gave is not scored again
+    assert (batch.behavior_logprobs_BT is None) == (dtype == torch.float32)  # what the sampler gave is kept
     with torch.no_grad():
         expected = policy.compute_values(batch)
     assert expected.abs().max() > 0.1
@@ -238,47 +227,31 @@ def test_where_no_values_are_learned_none_are_computed():
 
 
 def test_a_critic_may_start_as_another_model():
-    tiny_lm(seed=3, hidden_size=16, num_hidden_layers=3).save_pretrained("smaller")
-    tiny_tokenizer().save_pretrained("smaller")
-    critic = CriticConfig(kind="separate", model="smaller")
-    policy = load_policy(str(model_folder()), PolicyConfig(critic=critic, dtype="float32"))
-    other = tiny_lm(seed=3, hidden_size=16, num_hidden_layers=3)
+    policy = loaded(CriticConfig(kind="separate", model=other_model("smaller", hidden_size=16, num_hidden_layers=3)))
+    other = tiny_lm(seed=3, hidden_size=16, num_hidden_layers=3).base_model.state_dict()
     assert policy.critic is not None and policy.value_head.weight.shape == (1, 16)
     own = policy.critic.body.state_dict()
-    assert all(torch.equal(value, other.base_model.state_dict()[name]) for name, value in own.items())
-    assert len(policy.critic.body.layers) == 3
-
-
-# --- a reward model as critic ---
+    assert own.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in own.items())
 
 
 @pytest.mark.parametrize("adapter", [AdapterConfig(rank=2), None], ids=["LoRA", "all weights"])
 def test_a_reward_model_is_a_critic_whose_value_at_the_end_token_is_the_calibrated_reward(reward_folder, adapter):
-    critic = CriticConfig(kind="separate", model=str(reward_folder))
-    policy = load_policy(str(model_folder()), PolicyConfig(critic=critic, adapter=adapter, dtype="float32"))
+    policy = loaded(CriticConfig(kind="separate", model=str(reward_folder)), adapter=adapter)
     judge = RewardModel.load(reward_folder)
     assert judge.policy.shift != 0 and judge.policy.scale != 1
     texts = ["film 3 is good", "film 8 is bad", "the end"]
-    end = tiny_tokenizer().eos_token_id
-    rows = [
-        ((*tiny_tokenizer()(text)["input_ids"], end), (7,)) for text in texts
-    ]  # the value before 7 is read at the end token
-    batch = written_batch(rows)
+    tokenizer = tiny_tokenizer()
+    encoded = [(*tokenizer(text)["input_ids"], tokenizer.eos_token_id) for text in texts]
+    batch = written_batch((tokens, (7,)) for tokens in encoded)  # the value before 7 is read at the end token
     with torch.no_grad():
         values = policy.evaluate(batch).values_BT[batch.mask_BT]
     assert values.tolist() == pytest.approx(judge.score(["", "", ""], texts), abs=1e-5)
     assert max(values) - min(values) > 0.1
-
-
-def test_a_reward_models_run_folder_names_its_model(reward_folder):
-    policy = load_policy(str(model_folder()), PolicyConfig(critic=CriticConfig(kind="separate", model=str(reward_folder))))
-    run = str(reward_folder.parent / "runs" / "run")
-    shutil.copytree(reward_folder, Path(run) / "model", dirs_exist_ok=True)
-    model = PPO(model_folder(), verbose=0, critic=CriticConfig(kind="separate", model=run))
+    # Its run folder names it too.
+    run = reward_folder.parent / "runs" / "run"
+    shutil.copytree(reward_folder, run / "model", dirs_exist_ok=True)
+    model = PPO(model_folder(), verbose=0, critic=CriticConfig(kind="separate", model=str(run)))
     assert torch.equal(model.policy.value_head.weight, policy.value_head.weight)
-
-
-# --- what is kept ---
 
 
 def vowels(prompts: list[str], completions: list[str]) -> list[float]:
@@ -299,20 +272,13 @@ def test_save_and_load_keep_the_critic(critic):
     assert before.keys() == after.keys() and len(kept) == len(before)
     assert all(torch.equal(parameter, after[name]) for name, parameter in before.items())
     assert model.policy.value_head.weight.abs().max() > 0
-    batch = written_batch(PAIRS)
-    if critic.kind == "separate":
-        assert torch.equal(again.policy.compute_values(batch), model.policy.compute_values(batch))
-    opened = PPO.open("out")
-    assert opened.policy.critic is None  # to write with, it needs none
+    assert PPO.open("out").policy.critic is None  # to write with, it needs none
     again.learn(8)
-
-
-def test_a_saved_critic_of_another_kind_is_refused():
-    PPO(model_folder(), critic=SEPARATE, dtype="float32", verbose=0).save("out")
-    text = Path("out/surefoot.yaml").read_text()
-    Path("out/surefoot.yaml").write_text(text.replace("kind: separate", "kind: adapter"))
-    said = refusal(lambda: PPO.load("out", task()))
-    assert said.startswith("out/surefoot_critic.safetensors does not fit this model and its policy.critic: trunk.")
+    # As a critic of another kind it is refused.
+    kinds, text = ("separate", "adapter"), Path("out/surefoot.yaml").read_text()
+    now, other = kinds if critic.kind == "separate" else kinds[::-1]
+    Path("out/surefoot.yaml").write_text(text.replace(f"kind: {now}", f"kind: {other}"))
+    refusal(lambda: PPO.load("out", task()), "out/surefoot_critic.safetensors does not fit", "policy.critic: trunk.")
 
 
 @pytest.mark.parametrize("advantage", ["grpo", "reinforce_pp"])
@@ -321,12 +287,14 @@ def test_without_values_no_critic_is_built(advantage):
     model = PPO(model_folder(), task(), critic=SEPARATE, **settings).learn()
     assert model.policy.critic is None
     assert PPO.load(model.run_folder, task(), verbose=0).is_finished
-    loaded = load_policy(str(model_folder()), PolicyConfig(critic=SEPARATE, dtype="float32"))
-    said = "policy: it has a separate critic, which this run would not train; load it with critic.kind: shared"
-    assert refusal(lambda: PPO(copy.deepcopy(loaded), task(), **settings).learn()) == said
-    assert refusal(lambda: SFT(copy.deepcopy(loaded), ["a b", "the end"], held_out=0.0, verbose=0).learn()) == said
+    policy = loaded(SEPARATE)
     pairs = [{"chosen": "good", "rejected": "bad"}, {"chosen": "fine", "rejected": "poor"}]
-    assert refusal(lambda: RewardModel(loaded, pairs, held_out=0.0, verbose=0)) == said
+    for unfit in (
+        lambda: PPO(copy.deepcopy(policy), task(), **settings).learn(),
+        lambda: SFT(copy.deepcopy(policy), ["a b", "the end"], held_out=0.0, verbose=0).learn(),
+        lambda: RewardModel(policy, pairs, held_out=0.0, verbose=0),
+    ):
+        refusal(unfit, "policy: it has a separate critic", "critic.kind: shared")
 
 
 def test_while_the_critic_warms_up_the_policy_stays():
@@ -348,24 +316,13 @@ def test_the_kl_coefficient_waits_for_the_critic():
 
 @pytest.mark.parametrize("asked", [ADAPTER, SEPARATE, CriticConfig(stop_gradient=True)], ids=["adapter", "separate", "stopped"])
 def test_a_loaded_policy_without_the_critic_that_is_asked_for_is_refused(asked):
-    loaded = load_policy(str(model_folder()), PolicyConfig(dtype="float32"))
-    said = "policy: it was loaded without what policy.critic asks for; give load_policy the same PolicyConfig(critic=...)"
-    assert refusal(lambda: PPO(loaded, task(), critic=asked, **RUN).learn()) == said
+    policy = loaded(CriticConfig())
+    refusal(lambda: PPO(policy, task(), critic=asked, **RUN).learn(), "policy.critic", "load_policy")
     if asked.stop_gradient:
         pairs = [{"chosen": f"good {n}", "rejected": "bad"} for n in range(4)]
-        settings = {"held_out": 0.0, "verbose": 0}
-        assert refusal(lambda: RewardModel(loaded, pairs, critic={"stop_gradient": True}, **settings)) == said
-    own = load_policy(str(model_folder()), PolicyConfig(critic=asked, dtype="float32"))
-    PPO(own, task(), critic=asked, **RUN).learn()
-
-
-# --- bad input ---
-
-
-def other_model(folder: str, *, tokenizer: Any = None, **overrides: Any) -> str:
-    tiny_lm(seed=3, **overrides).save_pretrained(folder)
-    (tokenizer or tiny_tokenizer()).save_pretrained(folder)
-    return folder
+        settings = {"held_out": 0.0, "verbose": 0, "critic": {"stop_gradient": True}}
+        refusal(lambda: RewardModel(policy, pairs, **settings), "policy.critic", "load_policy")
+    PPO(loaded(asked), task(), critic=asked, **RUN).learn()
 
 
 def other_tokenizer() -> Any:
@@ -380,41 +337,32 @@ def without_calibration(reward: Path) -> str:
     return "odd"
 
 
-CASES: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
-    "no folder": (lambda _: {"model": "./none"}, "policy.critic.model: no folder ./none"),
-    "no model": (lambda _: {"model": str(Path())}, "policy.critic.model .: no config.json there; is it a whole model folder?"),
+def bert() -> str:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.BertConfig(vocab_size=61, is_decoder=False, initializer_range=0.5, **sizes)
+    return other_model("bert", lm=transformers.AutoModelForCausalLM.from_config(config))
+
+
+CASES: dict[str, tuple[Callable[[Path], str], list[str]]] = {
+    "no folder": (lambda _: "./none", ["policy.critic.model: no folder ./none"]),
+    "no model": (lambda _: ".", ["policy.critic.model .", "config.json"]),
     "other tokenizer": (
-        lambda _: {"model": other_model("other", tokenizer=other_tokenizer())},
-        "policy.critic.model other: its tokenizer is not the policy's ('film' is 57 in one and None in the other); a critic",
+        lambda _: other_model("other", tokenizer=other_tokenizer()),
+        ["policy.critic.model other", "'film' is 57"],
     ),
-    "fewer embeddings": (
-        lambda _: {"model": other_model("other", vocab_size=58)},
-        "policy.critic.model other: it has embeddings for 58 tokens; the policy may write 61",
-    ),
-    "a damaged reward model": (
-        lambda reward: {"model": without_calibration(reward)},
-        "odd/surefoot_reward.safetensors is not a",
-    ),
+    "fewer embeddings": (lambda _: other_model("other", vocab_size=58), ["policy.critic.model other", "58", "61"]),
+    "a damaged reward model": (without_calibration, ["odd/surefoot_reward.safetensors"]),
+    "it looks ahead": (lambda _: bert(), ["policy.critic.model bert", "looks ahead"]),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_critic_that_does_not_fit_is_refused_in_one_line(case, reward_folder):
-    make, said = CASES[case]
-    critic = CriticConfig(kind="separate", **make(reward_folder))
-    assert refusal(lambda: load_policy(str(model_folder()), PolicyConfig(critic=critic, dtype="float32"))).startswith(said)
-    assert refusal(lambda: PPO(model_folder(), task(), critic=critic, **RUN)).startswith(said)
+    make, named = CASES[case]
+    critic = CriticConfig(kind="separate", model=make(reward_folder))
+    refusal(lambda: loaded(critic), *named)
+    refusal(lambda: PPO(model_folder(), task(), critic=critic, **RUN), *named)
     assert not Path("runs").exists()
-
-
-def test_a_critic_that_looks_ahead_is_refused():
-    settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.BertConfig(vocab_size=61, is_decoder=False, initializer_range=0.5, **settings)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained("bert")
-    tiny_tokenizer().save_pretrained("bert")
-    critic = CriticConfig(kind="separate", model="bert")
-    said = refusal(lambda: load_policy(str(model_folder()), PolicyConfig(critic=critic, dtype="float32")))
-    assert said == "policy.critic.model bert: it looks ahead, and a value must not know what comes after it"
 
 
 def test_a_configs_critic_lies_beside_the_file(tmp_path, monkeypatch):
@@ -441,8 +389,8 @@ def test_the_batch_of_a_rollout_is_scored_by_micro_batches():
     assert torch.allclose(whole.values_BT, split.values_BT, atol=1e-5) and whole.values_BT.abs().max() > 0
 
 
-def test_a_critic_has_a_step_size_of_its_own_which_the_schedule_moves_too():
-    policy = tiny_policy(critic=CriticConfig(kind="separate"))
+def test_a_critic_has_a_learning_rate_which_the_schedule_moves_too():
+    policy = tiny_policy(critic=SEPARATE)
     before = {name: p.detach().clone() for name, p in policy.named_parameters_to_train()}
     config = config_of(learning_rate=0.01, n_epochs=1, batch_size=100, max_grad_norm=1e9)
     optimizer = make_optimizer(policy, PPOObjective(config), critic_learning_rate=0.001)
@@ -451,13 +399,12 @@ def test_a_critic_has_a_step_size_of_its_own_which_the_schedule_moves_too():
     for name, parameter in policy.named_parameters_to_train():
         is_critics = critics_own(name)
         largest[is_critics] = max(largest[is_critics], float((parameter.detach() - before[name]).abs().max()))
-    # Adam's first step is its step size, but for ε, whatever the gradient.
+    # Adam's first step is its learning rate, but for ε, whatever the gradient.
     assert largest == {True: pytest.approx(0.0005, rel=0.02), False: pytest.approx(0.005, rel=0.02)}
 
 
-def test_an_lstm_has_a_separate_critic_but_not_the_other_kinds():
-    policy = tiny_policy(LSTM, critic=CriticConfig(kind="separate"))
-    move(policy)
+def test_an_lstm_has_a_separate_critic():
+    policy = tiny_policy(LSTM, critic=SEPARATE, moved=True)
     assert policy.critic is not None and policy.compute_values is not None
     lm = tiny_lm(LSTM)
     lm.base_model.load_state_dict({name: p.detach() for name, p in policy.critic.parameters().items()})

@@ -1,4 +1,4 @@
-"""Several answers to one prompt: who belongs together, and the greedy answer they may be compared with."""
+"""Several completions of one prompt: which belong together, and the greedy one they may be compared with."""
 
 from __future__ import annotations
 
@@ -25,15 +25,12 @@ def letters(prompts: list[str], completions: list[str]) -> list[float]:
 
 
 def played(*, episodes: int = 12, first_episode: int = 0, **settings: Any) -> Batch:
-    ppo = config_of(**settings)
+    config = config_of(**settings).model_copy(update={"generation": GENERATION})
     task = TextTask(PROMPTS, letters, held_out=0.0)
-    policy = tiny_policy(moved=True)
-    return collect(
-        policy, task, episodes=episodes, first_episode=first_episode, config=ppo.model_copy(update={"generation": GENERATION})
-    )
+    return collect(tiny_policy(moved=True), task, episodes=episodes, first_episode=first_episode, config=config)
 
 
-def test_each_prompt_is_answered_so_many_times_in_a_row_with_randomness_of_its_own() -> None:
+def test_the_completions_of_a_prompt_stand_in_a_row_and_differ() -> None:
     batch = played(group={"size": 4})
     prompts = [t.prompt for t in batch.trajectories]
     assert prompts == [prompt for prompt in dict.fromkeys(prompts) for _ in range(4)]
@@ -48,10 +45,7 @@ def test_the_next_update_goes_on_with_the_next_prompts() -> None:
         (t.prompt, t.completion_tokens) for t in whole.trajectories[8:]
     ]
     assert later.groups_B.tolist() == whole.groups_B.tolist()[8:] == [4, 4, 5, 5]
-
-
-def test_alone_each_answer_is_a_group() -> None:
-    assert played(episodes=7).groups_B.tolist() == list(range(7))
+    assert played(episodes=7).groups_B.tolist() == list(range(7))  # alone each completion is a group
 
 
 @pytest.mark.parametrize(("episodes", "first"), [(10, 0), (12, 6)])
@@ -61,7 +55,7 @@ def test_groups_are_never_cut(episodes: int, first: int) -> None:
 
 
 @pytest.mark.parametrize("clip", [None, 30.0])
-def test_the_greedy_answers_reward_stands_beside_its_group_and_its_tokens_do_not(clip: float | None) -> None:
+def test_the_greedy_completions_reward_stands_beside_its_group_and_its_tokens_do_not(clip: float | None) -> None:
     batch = played(group={"size": 4}, advantage="remax", shaping={"clip": clip})
     plain = played(group={"size": 4}, shaping={"clip": clip})
     assert [t.completion_tokens for t in batch.trajectories] == [t.completion_tokens for t in plain.trajectories]

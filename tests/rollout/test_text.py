@@ -1,4 +1,4 @@
-"""From prompts to a scored batch: what the policy wrote, and nothing else, is what is trained."""
+"""From prompts to a batch with rewards: what the policy wrote, and nothing else, is what is trained."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from surefoot.core.kl import kl_penalized_rewards
 from surefoot.core.losses import LossSettings, ppo_loss
 from surefoot.data.render import encode_prompt
 from surefoot.envs.text import TextTask
+from surefoot.generation.engine import TokenEngine
 from surefoot.rollout.logprobs import fill_logprobs, sequence_kl
 from surefoot.rollout.text import TextRollout, completion_text, distinct_2, text_engine
 from surefoot.types import Batch, Completion, StopReason
@@ -35,20 +36,14 @@ def task(prompts: Any = PROMPTS, reward=letters, **settings: Any) -> TextTask:
 
 
 def played(policy=None, env=None, *, episodes=16, first_episode=0, seed=0, generation=GENERATION, ppo=PPO) -> Batch:
-    policy = policy or tiny_policy(moved=True)
-    return collect(
-        policy,
-        env or task(),
-        episodes=episodes,
-        first_episode=first_episode,
-        seed=seed,
-        config=ppo.model_copy(update={"generation": generation}),
-    )
+    config = ppo.model_copy(update={"generation": generation})
+    counted = {"episodes": episodes, "first_episode": first_episode, "seed": seed}
+    return collect(policy or tiny_policy(moved=True), env or task(), config=config, **counted)
 
 
-def text_rollout(policy, env, *, seed=0) -> TextRollout:
-    engine = text_engine(policy, GENERATION)
-    return TextRollout(policy, env, engine=engine, config=PPO.model_copy(update={"generation": GENERATION}), seed=seed)
+def text_rollout(policy, env, *, seed=0, engine=None) -> TextRollout:
+    config, engine = PPO.model_copy(update={"generation": GENERATION}), engine or text_engine(policy, GENERATION)
+    return TextRollout(policy, env, engine=engine, config=config, seed=seed)
 
 
 def end_often(lm=None, bias: float = 3.0):
@@ -66,12 +61,9 @@ def test_chat_prompts_go_through_the_template_with_the_assistants_turn_opened_an
     assert encode_prompt(tokenizer, [{"role": "user", "content": "no"}]) == expected
     assert encode_prompt(tokenizer, "no", chat=True) == expected
     assert encode_prompt(tokenizer, "no") == encode_prompt(tiny_tokenizer(), "no") == no
-
-
-@pytest.mark.parametrize(("prompt", "chat"), [([{"role": "user", "content": "no"}], False), ("no", True)])
-def test_chat_without_a_template_is_refused(prompt, chat):
-    with refused("chat template"):
-        encode_prompt(tiny_tokenizer(), prompt, chat=chat)
+    for prompt, chat in (([{"role": "user", "content": "no"}], False), ("no", True)):
+        with refused("chat template"):
+            encode_prompt(tiny_tokenizer(), prompt, chat=chat)
 
 
 ROOM = CONTEXT - GENERATION.max_new_tokens
@@ -93,11 +85,8 @@ def test_prompts_that_cannot_be_continued_are_refused_at_the_start(env, said):
 
 
 def test_distinct_2_counts_bigrams_of_tokens_over_all_sequences():
-    assert distinct_2([[1, 2, 3], [1, 2]]) == 2 / 3
-    assert distinct_2([[7, 7, 7]]) == 1 / 2
-    assert distinct_2([[1, 2], [2, 1]]) == 1.0
-    assert distinct_2([[5], []]) == 0.0
-    assert distinct_2([]) == 0.0
+    cases = ([[1, 2, 3], [1, 2]], [[7, 7, 7]], [[1, 2], [2, 1]], [[5], []], [])
+    assert [distinct_2(case) for case in cases] == [2 / 3, 1 / 2, 1.0, 0.0, 0.0]
 
 
 def test_the_completions_text_has_neither_end_token_nor_other_special_ones():
@@ -144,34 +133,21 @@ def test_trained_tokens_are_the_sampled_ones_though_their_text_encodes_to_others
     for row, t in enumerate(batch.trajectories):
         assert batch.actions_BT[row][batch.mask_BT[row]].tolist() == t.completion_tokens
         assert batch.observations["tokens"][row][: len(t.prompt_tokens)].tolist() == list(t.prompt_tokens)
+        plain = plain_scores(policy, t.prompt_tokens, t.completion_tokens)
+        for name in ("logprobs", "values"):
+            assert torch.allclose(getattr(batch, f"{name}_BT")[row][batch.mask_BT[row]], plain[name], atol=1e-4)
         encoded_otherwise += tokenizer(t.completion_text)["input_ids"] != [i for i in t.completion_tokens if i >= len(SPECIAL)]
     assert encoded_otherwise > 3  # the trap is there
 
 
-def test_log_probs_and_values_in_the_batch_are_the_models_own_for_those_tokens():
-    policy = tiny_policy("gpt2", moved=True)
-    batch = played(policy)
-    for row, t in enumerate(batch.trajectories):
-        plain = plain_scores(policy, t.prompt_tokens, t.completion_tokens)
-        assert torch.allclose(batch.logprobs_BT[row][batch.mask_BT[row]], plain["logprobs"], atol=1e-4)
-        assert torch.allclose(batch.values_BT[row][batch.mask_BT[row]], plain["values"], atol=1e-4)
-
-
-def test_the_reward_lands_on_the_last_written_token_whatever_the_length():
-    batch = played(tiny_policy(lm=end_often(bias=6.0)), episodes=40)
-    lengths = batch.mask_BT.sum(1)
-    assert {1, 9} <= set(lengths.tolist())  # answers of one token, and cut off ones
+def test_the_reward_lands_on_the_last_completion_token_and_a_row_sums_to_it_less_beta_times_its_kl():
+    batch = played(tiny_policy(lm=end_often(bias=6.0), moved=True), episodes=40)
+    assert {1, 9} <= set(batch.mask_BT.sum(1).tolist())  # completions of one token, and cut off ones
     assert torch.equal(batch.ends_BT.sum(1), torch.ones(40, dtype=torch.long))
     for row, t in enumerate(batch.trajectories):
-        last = len(t.prompt_tokens) + len(t.completion_tokens) - 1
         expected = torch.zeros(batch.mask_BT.shape[1])
-        expected[last] = len(t.prompt) + 10 * len(t.completion_text)
-        assert torch.equal(batch.rewards_BT[row], expected)
-        assert batch.mask_BT[row].nonzero().max() == last
-
-
-def test_a_rows_rewards_sum_to_its_score_less_beta_times_its_kl():
-    batch = played(tiny_policy(lm=end_often(), moved=True), episodes=24)
+        expected[len(t.prompt_tokens) + len(t.completion_tokens) - 1] = len(t.prompt) + 10 * len(t.completion_text)
+        assert torch.equal(batch.rewards_BT[row], expected) and batch.ends_BT[row].equal(expected > 0)
     assert batch.reference_logprobs_BT is not None
     rewards = kl_penalized_rewards(batch.rewards_BT, batch.logprobs_BT, batch.reference_logprobs_BT, batch.mask_BT, coef=0.3)
     kl = sequence_kl(batch)
@@ -196,7 +172,7 @@ def test_an_end_token_that_is_also_the_pad_token_is_trained_like_any_other(pad_i
     assert (batch.logprobs_BT[at_end] < 0).all() and (batch.values_BT[at_end] != 0).all()
     assert ((batch.logprobs_BT - batch.reference_logprobs_BT)[at_end] != 0).all()
     assert int(batch.mask_BT.sum()) == sum(len(t.completion_tokens) for t in batch.trajectories)
-    # An advantage on the end tokens alone gives the policy a gradient, and a step along it makes the end likelier.
+    # An advantage on the end tokens alone gives the policy a gradient, and a step along it makes the end more probable.
     view = policy.evaluate(batch)
     loss, stats = ppo_loss(
         (view.logprobs_BT, view.values_BT, view.entropies_BT),
@@ -217,11 +193,8 @@ def test_an_end_token_that_is_also_the_pad_token_is_trained_like_any_other(pad_i
 
 
 def test_the_pad_token_of_the_tokenizer_changes_nothing():
-    batches = [
-        played(tiny_policy(lm=end_often(), tokenizer=tiny_tokenizer(pad_is_eos=pad_is_eos), moved=True))
-        for pad_is_eos in (True, False)
-    ]
-    assert_same(*batches)
+    tokenizers = (tiny_tokenizer(pad_is_eos=pad_is_eos) for pad_is_eos in (True, False))
+    assert_same(*(played(tiny_policy(lm=end_often(), tokenizer=tokenizer, moved=True)) for tokenizer in tokenizers))
 
 
 def assert_same(one: Batch, other: Batch) -> None:
@@ -252,7 +225,7 @@ def test_episodes_do_not_depend_on_how_they_are_grouped_or_on_the_speed_settings
         assert torch.allclose(again.reference_logprobs_BT, whole.reference_logprobs_BT, atol=1e-4)
 
 
-def test_every_pass_over_the_prompts_is_a_permutation_of_its_own():
+def test_every_pass_over_the_prompts_is_another_permutation():
     env = task(PROMPTS)
 
     def one_pass(number: int, seed: int) -> list[str]:
@@ -283,9 +256,8 @@ def test_truncated_sampling_is_refused_in_training(name, value):
         make_config({"generation": {"temperature": 0.0}}, where="test")
 
 
-def test_a_stop_string_ends_the_answer_and_stays_part_of_it():
-    free = played(episodes=40)
-    stop = "e"
+def test_a_stop_string_ends_the_completion_and_stays_part_of_it():
+    free, stop = played(episodes=40), "e"
     batch = played(episodes=40, generation=GENERATION.model_copy(update={"stop": [stop, "never written"]}))
     stopped = [t for t in batch.trajectories if t.stop_reason is StopReason.STOP_STRING]
     assert 0 < len(stopped) < 40
@@ -294,17 +266,15 @@ def test_a_stop_string_ends_the_answer_and_stays_part_of_it():
         assert t.completion_tokens == unstopped.completion_tokens[:length]
         assert (stop in t.completion_text) == (t.stop_reason is StopReason.STOP_STRING)
         assert stop not in tiny_policy().decode(t.completion_tokens[:-1])
-
-
-def test_a_stop_string_is_looked_for_in_the_text_as_it_will_be_shown():
+    # It is looked for in the text as it will be shown.
     policy = tiny_policy()
     tokens = policy.tokenizer.convert_tokens_to_ids(["a", "t", "h", "e", "n"])
     assert ["then" in policy.decode(tokens[: i + 1]) for i in range(5)] == [False, False, False, False, True]
     assert policy.decode([USER]) == ""  # the name of a special token is no text
 
 
-def test_the_penalty_for_a_missing_end_is_for_cut_off_answers_alone_with_custom_end_tokens_too():
-    # A visible end token besides the model's own must count as an end.
+def test_the_penalty_for_a_missing_end_is_for_cut_off_completions_alone_with_custom_end_tokens_too():
+    # A visible end token in addition to the model's must count as an end.
     question = tiny_tokenizer().convert_tokens_to_ids("?")
     generation = GENERATION.model_copy(update={"stop_token_ids": [question, 20, 30, 40]})
     ppo = config_of(PPO, shaping={"missing_eos_penalty": 100.0})
@@ -317,34 +287,43 @@ def test_the_penalty_for_a_missing_end_is_for_cut_off_answers_alone_with_custom_
         assert batch.rewards_BT[row].sum().item() == pytest.approx(t.reward - 100 * was_cut)
 
 
-def test_evaluation_reports_the_means_of_its_answers_and_repeats_itself():
+class CountingEngine(TokenEngine):
+    """Remembers the versions that it was synced to."""
+
+    def sync(self, policy, version):
+        self.synced = [*getattr(self, "synced", []), version]
+        super().sync(policy, version)
+
+
+def test_evaluation_reports_the_means_of_its_completions_and_repeats_itself_with_the_weights_of_now():
     env = task(["no"], held_out=PROMPTS, metric=lambda prompts, completions, **columns: [2.0] * len(prompts))
-    rollout = text_rollout(tiny_policy(lm=end_often(), moved=True), env, seed=1)
+    policy = tiny_policy(lm=end_often(), moved=True)
+    engine = CountingEngine(policy, slots=3)
+    rollout = text_rollout(policy, env, seed=1, engine=engine)
     assert rollout.can_evaluate and not text_rollout(tiny_policy(), task()).can_evaluate
-    metrics, trajectories = rollout.evaluate(6)
-    assert [t.prompt for t in trajectories] == PROMPTS[:6]
-    lengths = [len(t.completion_tokens) for t in trajectories]
-    plain = [plain_scores(rollout.policy, t.prompt_tokens, t.completion_tokens)["logprobs"] for t in trajectories]
-    with rollout.policy.adapter.disable_adapter():
-        base = [plain_scores(rollout.policy, t.prompt_tokens, t.completion_tokens)["logprobs"] for t in trajectories]
-    kl = sum(float((p - b).sum()) for p, b in zip(plain, base, strict=True)) / 6
+    metrics, trajectories = rollout.evaluate(6, version=4)
+    assert [t.prompt for t in trajectories] == PROMPTS[:6] and {t.turns[1].version for t in trajectories} == {4}
+    pairs = [(t.prompt_tokens, t.completion_tokens) for t in trajectories]
+    plain = [plain_scores(policy, *pair)["logprobs"] for pair in pairs]
+    with policy.adapter.disable_adapter():
+        base = [plain_scores(policy, *pair)["logprobs"] for pair in pairs]
+    rewards = letters([t.prompt for t in trajectories], [t.completion_text for t in trajectories])
     assert metrics == {
-        "eval/reward": pytest.approx(
-            sum(letters([t.prompt for t in trajectories], [t.completion_text for t in trajectories])) / 6
-        ),
+        "eval/reward": pytest.approx(sum(rewards) / 6),
         "eval/metric": 2.0,
-        "eval/kl": pytest.approx(kl, abs=1e-3),
-        "eval/distinct_2": distinct_2([t.completion_tokens for t in trajectories]),
-        "eval/length": sum(lengths) / 6,
-        "eval/end_rate": sum(t.completion_tokens[-1] == END for t in trajectories) / 6,
+        "eval/kl": pytest.approx(sum(float((p - b).sum()) for p, b in zip(plain, base, strict=True)) / 6, abs=1e-3),
+        "eval/distinct_2": distinct_2([tokens for _, tokens in pairs]),
+        "eval/length": sum(len(tokens) for _, tokens in pairs) / 6,
+        "eval/end_rate": sum(tokens[-1] == END for _, tokens in pairs) / 6,
     }
-    rollout.collect(first=0, count=4)
-    assert rollout.evaluate(6)[0] == metrics
+    rollout.collect(first=0, count=4, version=4)
+    assert rollout.evaluate(6, version=5)[0] == metrics
+    assert engine.synced == [4, 4, 5]  # an engine elsewhere would evaluate stale weights
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("budget", [1, 50, 10_000])
-def test_scoring_fills_the_written_tokens_whatever_the_token_budget(dtype, budget):
+def test_log_probs_are_filled_in_whatever_the_token_budget(dtype, budget):
     policy = tiny_policy(moved=True, dtype=dtype)
     batch = played(policy)
     written, old = batch.logprobs_BT.clone(), batch.behavior_logprobs_BT

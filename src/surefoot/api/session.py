@@ -180,7 +180,7 @@ class Session:
             if self.config.env is not None:
                 what = "evaluate needs an environment id; without one use evaluate_policy(model, env)"
             raise InputError(what)
-        metrics, _ = rollout.evaluate(count)
+        metrics, _ = rollout.evaluate(count, version=self.updates)
         assert self._objective is not None
         return metrics | self._objective.evaluate(count)
 

@@ -231,8 +231,8 @@ class TokenEngine:
         self, rows: list[_Row], tokens: Tensor, positions: Tensor, attention: Tensor, cache: Any
     ) -> None:
         """Feed tokens, sample the next of each row and record it with its log-prob, entropy and value."""
-        inputs = (tensor.to(self.model.device) for tensor in (tokens, positions, attention))
-        logits_BV, values_B = self.model.step(*inputs, cache)
+        tokens, positions, attention = (x.to(self.model.device) for x in (tokens, positions, attention))
+        logits_BV, values_B = self.model.step(tokens, positions, attention, cache)
         uniforms = [row.uniforms[len(row.completion.tokens)] for row in rows]
         drawn = sample(logits_BV, torch.tensor(uniforms, dtype=torch.float64), self._params)
         for name, values in zip(

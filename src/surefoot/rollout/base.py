@@ -36,9 +36,9 @@ class Rollout(Protocol):
         """`count` units as a batch with rewards and reference log-probs. `poll` may raise to abandon it."""
 
     def evaluate(
-        self, episodes: int, *, poll: Callable[[], None] | None = None
+        self, episodes: int, *, version: int = 0, poll: Callable[[], None] | None = None
     ) -> tuple[dict[str, float], Sequence[Trajectory | Episode | Demonstration | Preference]]:
-        """`eval/…` metrics on held-out episodes, and the episodes."""
+        """`eval/…` metrics of the weights of `version` on held-out episodes, and the episodes."""
 
     def start_over(self) -> None:
         """Begin new episodes, because somebody else has used the environment."""

@@ -77,7 +77,7 @@ class DemonstrationRollout:
 
     @torch.no_grad()
     def evaluate(
-        self, episodes: int, *, poll: Callable[[], None] | None = None
+        self, episodes: int, *, version: int = 0, poll: Callable[[], None] | None = None
     ) -> tuple[dict[str, float], list[Demonstration]]:
         """NLL and perplexity of the first `episodes` held-out demonstrations, over all their tokens."""
         batch = self._batch(self._held_out[:episodes])

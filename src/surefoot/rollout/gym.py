@@ -136,7 +136,7 @@ class GymRollout:
         return batch
 
     def evaluate(
-        self, episodes: int, *, poll: Callable[[], None] | None = None
+        self, episodes: int, *, version: int = 0, poll: Callable[[], None] | None = None
     ) -> tuple[dict[str, float], list[Episode]]:
         """Run whole episodes with greedy actions, from the same seeds every time."""
         assert self.make_evaluation is not None

@@ -99,7 +99,7 @@ class PreferenceRollout:
         return batch
 
     def evaluate(
-        self, episodes: int, *, poll: Callable[[], None] | None = None
+        self, episodes: int, *, version: int = 0, poll: Callable[[], None] | None = None
     ) -> tuple[dict[str, float], list[Preference]]:
         """Loss on the first `episodes` held-out preferences, and how far the scores agree with them."""
         preferences = self.data.held_out[:episodes]

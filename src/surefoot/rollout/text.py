@@ -104,12 +104,14 @@ class TextRollout:
         return batch
 
     def evaluate(
-        self, episodes: int, *, poll: Callable[[], None] | None = None
+        self, episodes: int, *, version: int = 0, poll: Callable[[], None] | None = None
     ) -> tuple[dict[str, float], list[Trajectory]]:
         """A completion of each of the first `episodes` held-out prompts, with the same seeds every time.
 
-        Returns metrics named as in `docs/metrics.md`, and the trajectories.
+        Written with the weights that the policy has now, number `version`. Returns metrics named as in
+        `docs/metrics.md`, and the trajectories.
         """
+        self.engine.sync(self.policy, version)
         examples = self.task.held_out[:episodes]
         seeds = [derived_seed(self.seed, "evaluation", number) for number in range(len(examples))]
         trajectories = self.play(examples, seeds, poll)

@@ -214,7 +214,7 @@ def held_out(
     t: Training, episodes: int, poll: Callable[[], None] | None = None
 ) -> tuple[dict[str, float], Sequence[Any]]:
     """`eval/…` metrics of the policy as it is on `episodes` held-out episodes, and the episodes."""
-    metrics, episodes_seen = t.rollout.evaluate(episodes, poll=poll)
+    metrics, episodes_seen = t.rollout.evaluate(episodes, version=t.progress.updates, poll=poll)
     return metrics | t.objective.evaluate(episodes, poll=poll), episodes_seen
 
 

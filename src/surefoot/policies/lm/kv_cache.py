@@ -25,10 +25,8 @@ class _Layer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         slots, columns = self.window.slots, self.window.columns
         # Zeros, not empty: a masked column is multiplied by probability 0, and 0 times a stray NaN is NaN.
-        self.keys, self.values = (
-            states.new_zeros((slots, states.shape[1], columns, states.shape[3]))
-            for states in (key_states, value_states)
-        )
+        self.keys = key_states.new_zeros((slots, key_states.shape[1], columns, key_states.shape[3]))
+        self.values = value_states.new_zeros((slots, value_states.shape[1], columns, value_states.shape[3]))
         self.is_initialized = True
 
     def update(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,9 @@ class CausalLMPolicy:
     """Policy, critic and reference over one set of weights.
 
     `lm` is any transformers causal LM, in evaluation mode for good: dropout would make old and new log-probs
-    differ before the first step. With an adapter the reference is the same model with the adapter off;
-    without one it is a frozen copy. The batch's temperature divides the logits wherever a log-prob is
-    computed, the reference's too. Without `critic` the value head reads the policy's own last hidden state.
+    differ before the first step. The reference is the same model with the adapter off, or without an adapter
+    a frozen copy. The batch's temperature divides the logits of policy and reference. Without `critic` the
+    value head reads the policy's last hidden state.
     """
 
     reads_whole_rows = True
@@ -51,25 +51,19 @@ class CausalLMPolicy:
         self.adapter = adapter  # the PeftModel around `lm`, or None
         self.dtype, self.exact_logprobs = dtype, dtype == torch.float32
         self.critic, self.stop_gradient = critic, stop_gradient
-        self._body = lm.base_model
-        self._head = lm.get_output_embeddings()
         self._cap = getattr(lm.config, "final_logit_softcapping", None)
-        width = self._head.weight.shape[1] if critic is None else critic.width
+        width = lm.get_output_embeddings().weight.shape[1] if critic is None else critic.width
+        place = {"device": self.device, "dtype": torch.float32}
+        self.value_head: nn.Linear = nn.utils.skip_init(nn.Linear, width, 1, **place)
         # Zero, so that the first values are 0 and the first advantages are the rewards' own.
-        self.value_head: nn.Linear = nn.utils.skip_init(
-            nn.Linear, width, 1, device=self.device, dtype=torch.float32
-        )
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
-        if critic is not None and critic.head is not None:
-            self.value_head.load_state_dict(critic.head)
+        zero = {"weight": torch.zeros(1, width), "bias": torch.zeros(1)}
+        self.value_head.load_state_dict((critic and critic.head) or zero)
         self._reference = None if adapter is not None else copy.deepcopy(lm).requires_grad_(False)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        device: torch.device = next(self.lm.parameters()).device
-        return device
+        return torch.device(next(self.lm.parameters()).device)
 
     @property
     def context_length(self) -> int:
@@ -115,45 +109,25 @@ class CausalLMPolicy:
         A separate critic has no cache: its values come afterwards, from `compute_values`, and are 0 here.
         """
         with self._autocast():
-            hidden = self._body(
-                input_ids=tokens_BT,
-                attention_mask=attention_BS,
-                position_ids=positions_BT,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            last_BD = hidden.last_hidden_state[:, -1]
+            inputs = {"attention_mask": attention_BS, "position_ids": positions_BT, "past_key_values": cache}
+            hidden_BTD = self.lm.base_model(input_ids=tokens_BT, use_cache=True, **inputs).last_hidden_state
+            last_BD = hidden_BTD[:, -1]
             values_B = last_BD.new_zeros(len(last_BD)) if self.critic is not None else self._values(last_BD)
-            return head.logits(last_BD, self._head, self._cap), values_B.float()
+            return head.logits(last_BD, self.lm.get_output_embeddings(), self._cap), values_B.float()
 
     def evaluate(self, batch: Batch, *, entropy_gradient: bool = False) -> Evaluation:
-        """What policy and critic think of the written tokens, from one forward pass (of each) over the whole
-        rows.
+        """Log-probs, values and entropies of the completion tokens, from one forward pass over whole rows.
 
-        Of a batch without old values, such as demonstrations, the values are 0.
+        Values take another pass where the critic is separate, and are 0 of a batch without old ones, such as
+        demonstrations.
         """
-        mask_BT = batch.mask_BT
         with self._autocast():
-            hidden_ND = _hidden_before(self._body, batch.observations, mask_BT)
-            logprobs_N, entropies_N = head.action_logprobs(
-                hidden_ND,
-                batch.actions_BT[mask_BT],
-                head=self._head,
-                cap=self._cap,
-                temperature=batch.temperature,
-                entropy_gradient=entropy_gradient,
-            )
-            if not len(batch.values_BT):  # demonstrations: nothing asks for values
+            hidden_ND, logprobs_N, entropies_N = self._logprobs(self.lm, batch, entropy_gradient)
+            if not len(batch.values_BT):
                 values_N = torch.zeros_like(logprobs_N)
-            elif self.critic is None:
-                values_N = self._values(hidden_ND)
             else:
-                values_N = self._values(self._critics_hidden(batch))
-        return Evaluation(
-            logprobs_BT=_scatter(logprobs_N, mask_BT),
-            values_BT=_scatter(values_N, mask_BT),
-            entropies_BT=_scatter(entropies_N, mask_BT),
-        )
+                values_N = self._values(hidden_ND if self.critic is None else self._critics_hidden(batch))
+        return Evaluation(*(_scatter(found, batch.mask_BT) for found in (logprobs_N, values_N, entropies_N)))
 
     @property
     def compute_values(self) -> Callable[[Batch], Tensor] | None:
@@ -166,20 +140,12 @@ class CausalLMPolicy:
         reference = self.lm if self._reference is None else self._reference
         without_adapter = contextlib.nullcontext() if self.adapter is None else adapters.using(self.adapter)
         with without_adapter, self._autocast():
-            hidden_ND = _hidden_before(reference.base_model, batch.observations, batch.mask_BT)
-            logprobs_N, _ = head.action_logprobs(
-                hidden_ND,
-                batch.actions_BT[batch.mask_BT],
-                head=reference.get_output_embeddings(),
-                cap=self._cap,
-                temperature=batch.temperature,
-            )
-        return _scatter(logprobs_N, batch.mask_BT)
+            return _scatter(self._logprobs(reference, batch)[1], batch.mask_BT)
 
     def value_at_end(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """What the value head gives at the last of each right-padded row's tokens, [B] float32."""
         with self._autocast():
-            hidden_BTD = _hidden(self._body, tokens_BT)
+            hidden_BTD = _hidden(self.lm.base_model, tokens_BT)
             return self._values(hidden_BTD[torch.arange(len(tokens_BT), device=self.device), lengths_B - 1])
 
     def drop_reference(self) -> None:
@@ -205,7 +171,9 @@ class CausalLMPolicy:
 
     def save_model(self, folder: Path) -> None:
         """Write the tokenizer and plain transformers weights, the policy's adapter merged in."""
-        plain = self.lm if self.adapter is None else self._merged()
+        plain = self.lm
+        if self.adapter is not None:
+            plain = copy.deepcopy(self.adapter).float().merge_and_unload(adapter_names=[adapters.POLICY])
         with silence_transformers():
             plain.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
@@ -222,16 +190,21 @@ class CausalLMPolicy:
             for name, parameter in own.items():
                 parameter.copy_(saved[name])
 
-    def _merged(self) -> Any:
-        merged = copy.deepcopy(self.adapter).float()
-        return merged.merge_and_unload(adapter_names=[adapters.POLICY])
+    def _logprobs(self, lm: Any, batch: Batch, entropy_gradient: bool = False) -> tuple[Tensor, ...]:
+        """Hidden states [N, D] before the completion tokens, and the tokens' log-probs and entropies [N]."""
+        hidden_ND = _hidden_before(lm.base_model, batch)
+        return hidden_ND, *head.action_logprobs(
+            hidden_ND,
+            batch.actions_BT[batch.mask_BT],
+            head=lm.get_output_embeddings(),
+            cap=self._cap,
+            temperature=batch.temperature,
+            entropy_gradient=entropy_gradient,
+        )
 
-    @contextlib.contextmanager
-    def _autocast(self) -> Iterator[None]:
+    def _autocast(self) -> torch.autocast:
         # One autocast region per forward pass: its cast-weight cache must not outlive an optimizer step.
-        enabled = self.dtype == torch.bfloat16
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
-            yield
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def _critics_parameters(self) -> dict[str, nn.Parameter]:
         trunk = {} if self.critic is None else self.critic.parameters()
@@ -240,7 +213,7 @@ class CausalLMPolicy:
     def _critics_hidden(self, batch: Batch) -> Tensor:
         assert self.critic is not None
         with self.critic.in_use():
-            return _hidden_before(self.critic.body, batch.observations, batch.mask_BT)
+            return _hidden_before(self.critic.body, batch)
 
     def _critics_values(self, batch: Batch) -> Tensor:
         with self._autocast():
@@ -253,9 +226,9 @@ class CausalLMPolicy:
             return values.squeeze(-1)
 
 
-def _hidden_before(body: nn.Module, observations: dict[str, Tensor], mask_BT: Tensor) -> Tensor:
-    """Last hidden states [N, D] at the position before each masked token: what that token was drawn from."""
-    return _hidden(body, observations["tokens"])[:, :-1][mask_BT[:, 1:]]
+def _hidden_before(body: nn.Module, batch: Batch) -> Tensor:
+    """Last hidden states [N, D] at the position before each completion token, from which it was drawn."""
+    return _hidden(body, batch.observations["tokens"])[:, :-1][batch.mask_BT[:, 1:]]
 
 
 def _hidden(body: nn.Module, tokens_BT: Tensor) -> Tensor:
@@ -273,10 +246,10 @@ def _scatter(values_N: Tensor, mask_BT: Tensor) -> Tensor:
 def load_policy(
     source: str, config: PolicyConfig | None = None, *, device: str = "cpu", seed: int = 0
 ) -> CausalLMPolicy:
-    """A policy over the causal LM of a local folder or hub id (`assets.resolve` turns names into folders).
+    """A policy over the causal LM of a local folder or hub id.
 
-    Raises InputError for a folder that is missing, half-written, holds pickle weights, or is not a causal LM;
-    checks that the head found is the whole path from hidden state to logits.
+    Raises InputError for a folder that is missing, half-written, holds pickle weights, or is not a causal LM,
+    and for a model that computes its logits in a way that would be trained wrongly.
     """
     config = config or PolicyConfig()
     check_model_folder(source)
@@ -296,7 +269,7 @@ def wrap_policy(
     seed: int = 0,
 ) -> CausalLMPolicy:
     """Put adapter and critic on a transformers model that is already in memory."""
-    config, critic = config or PolicyConfig(), None
+    config, critic, adapter = config or PolicyConfig(), None, None
     if dtype == torch.bfloat16 and lm.device.type == "cpu":
         # The fused kernel rounds differently for every row length: old and new log-probs of the same tokens
         # would differ by several percent. The plain one gives the same bits whatever the padding, as fast.
@@ -304,7 +277,6 @@ def wrap_policy(
     if config.critic.kind == "separate":
         critic = separate_critic(lm, tokenizer, config.critic, dtype=dtype)
     if config.adapter is None:
-        adapter = None
         lm.requires_grad_(True)
     else:
         adapter = adapters.add_adapter(lm, config.adapter, seed)
@@ -319,12 +291,12 @@ def wrap_policy(
 
 @torch.no_grad()
 def _check_model(policy: CausalLMPolicy) -> None:
-    """What we compute, padded and token by token, must be what the model computes in one pass.
+    """Raise InputError unless what we compute, padded and token by token, is what the model does in one pass.
 
     Some models change logits after the head, some keep a state other than keys and values, some look ahead.
     """
     tokens = torch.arange(4, device=policy.device)
-    padded, positions = tokens[[0, 0, 1, 2]], tokens[[0, 0, 1, 2]]
+    padded = positions = tokens[[0, 0, 1, 2]]
     attention = torch.tensor([[0, 1, 1, 1, 1]], device=policy.device)
     cache = policy.new_cache(slots=1, columns=5)
     name = type(policy.lm).__name__
@@ -348,9 +320,9 @@ def _check_model(policy: CausalLMPolicy) -> None:
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:
     """The arithmetic `policy.dtype` means on this device; `auto` is bfloat16 only where hardware has it."""
+    is_fast = name == "bfloat16"
     if name == "auto" and device == "cuda":
-        name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    elif name == "auto":
-        is_fast = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
-        name = "bfloat16" if is_fast else "float32"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+        is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif name == "auto" and device == "cpu":
+        is_fast = torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if is_fast else torch.float32
