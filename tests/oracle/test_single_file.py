@@ -1,6 +1,6 @@
 """The page `examples/single_file/ppo_lm.py` and the package are two programs for one algorithm: their numbers are equal.
 
-The page reads one answer at a time, without cache, padding, mask or micro-batch, and sums up advantages as they are
+The page reads one completion at a time, without cache, padding, mask or micro-batch, and sums up advantages as they are
 defined; whatever the package does for speed must not show.
 """
 
@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -32,12 +33,12 @@ PAGE = Path(__file__).parents[2] / "examples" / "single_file" / "ppo_lm.py"
 
 # Prompts of several lengths, five of them: passes over the prompts and updates begin at different episodes.
 PROMPTS = ["abc the ", "hello you ", "x", "the end and then ", "why: 1"]
-END_TOKENS = [1, 8, 20, 33, 47, 60]  # so many that about half of the answers end before the limit of 7 tokens
+END_TOKENS = [1, 8, 20, 33, 47, 60]  # so many that about half of the completions end before the limit of 7 tokens
 RUN = {"seed": 3, "total_episodes": 48, "episodes_per_update": 12, "batch_size": 4, "n_epochs": 2, "learning_rate": 3e-4}
 SAMPLING = {"max_new_tokens": 7, "temperature": 1.0}
 
 # The page's name -> the package's, and the absolute part of the tolerance; the relative part is 1e-5 for all. Log-probs
-# near -4 are known to half a unit of their last place, 2.4e-7. `kl` sums their differences over an answer; the policy
+# near -4 are known to half a unit of their last place, 2.4e-7. `kl` sums their differences over a completion; the policy
 # loss is a mean of terms of size one that nearly cancel; `approx_kl` is about the square of such a difference, halved.
 COMPARED = {
     "reward": ("reward/mean", 1e-6),
@@ -82,12 +83,9 @@ def page() -> ModuleType:
 
 
 def reward(prompts: list[str], completions: list[str]) -> list[float]:
-    """Differs between answers, and between prompts in its sign: values rise and fall."""
-    pairs = zip(prompts, completions, strict=True)
-    return [
-        0.4 * text.count("the") + 0.3 * sum(map(text.count, "aeiou")) - 0.15 * len(text) + 0.1 * (len(p) - 7)
-        for p, text in pairs
-    ]
+    """Differs between completions, and between prompts in its sign: values rise and fall."""
+    by_text = [0.4 * text.count("the") + 0.3 * sum(map(text.count, "aeiou")) - 0.15 * len(text) for text in completions]
+    return [value + 0.1 * (len(prompt) - 7) for prompt, value in zip(prompts, by_text, strict=True)]
 
 
 def language_model(family: str) -> Any:
@@ -97,26 +95,13 @@ def language_model(family: str) -> Any:
     return lm
 
 
-class Recorder:
-    """Keeps the metrics of a run."""
-
-    def __init__(self) -> None:
-        self.rows: Metrics = []
-
-    def phase(self, name: str) -> None:
-        pass
-
-    def log(self, metrics: dict[str, float], progress: loop.Progress) -> None:
-        self.rows.append(metrics)
-
-
 def packages_key(name: str) -> str:
     """The package's dotted key of a setting of the page."""
     return MOVED.get(name) or setting_keys()[name]
 
 
 def package_run(lm: Any, settings: dict[str, Any], folder: Path) -> tuple[CausalLMPolicy, Metrics]:
-    """The package's own loop, with five cache slots for twelve episodes and two answers or so in a micro-batch."""
+    """The package's own loop, with five cache slots for twelve episodes and two completions or so in a micro-batch."""
     ours = {"run_folder": str(folder), "run_name": "oracle", "adapter": None, "dtype": "float32"}
     data = nested({"device": "cpu", "slots": 5, "micro_batch_tokens": 40, **ours})
     for name, value in settings.items():
@@ -125,10 +110,10 @@ def package_run(lm: Any, settings: dict[str, Any], folder: Path) -> tuple[Causal
     policy = wrap_policy(lm, tiny_tokenizer(), config=config.policy)
     task = TextTask(PROMPTS, reward, held_out=[])
     training = build_training(config, policy, task, RunFolder.create(config))
-    recorder = Recorder()
-    training.observers = [recorder]
+    observer = Mock()
+    training.observers = [observer]
     loop.run(training)
-    return policy, recorder.rows
+    return policy, [call.args[0] for call in observer.log.call_args_list]
 
 
 def largest_difference(some_parameters: Any, others: Any) -> float:
@@ -174,13 +159,9 @@ def test_every_case_changes_the_run(page: ModuleType) -> None:
 
 def test_the_page_is_a_page_and_needs_no_other() -> None:
     source = PAGE.read_text()
-    imported = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 and node.module is not None
-            imported.add(node.module.split(".")[0])
+    nodes = list(ast.walk(ast.parse(source)))
+    imported = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {str(node.module).split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
     assert {"torch", "transformers"} <= imported
     assert imported <= {"torch", "transformers", *sys.stdlib_module_names}
 
@@ -191,20 +172,14 @@ def test_its_settings_are_the_packages(page: ModuleType) -> None:
 
 def script(*arguments: str) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, str(PAGE), *arguments], capture_output=True, text=True, check=False, env=environment, timeout=300
-    )
+    command = [sys.executable, str(PAGE), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
-def test_help_tells_what_it_does() -> None:
-    told = script("--help")
-    for words in ("PPO for a language model", "--model", "--episodes", "--kl-coef", "(default 0.05)"):
-        assert words in told
-
-
-def test_the_script_learns_without_a_model() -> None:
+def test_the_script_explains_itself_and_learns_without_a_model() -> None:
+    assert all(flag in script("--help") for flag in ("--model", "--episodes", "--kl-coef", "(default 0.05)"))
     rewards = [float(line.split()[3]) for line in script("--episodes", "384").splitlines() if line.startswith("update")]
     assert len(rewards) == 24
     # Untrained, 5 of 27 letters are vowels: the first means lie near 0.17, each within 0.04 or so (128 letters).

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import pytest
@@ -12,6 +11,7 @@ import transformers
 from surefoot.config import AdapterConfig, PolicyConfig
 from surefoot.policies.lm.policy import wrap_policy
 from surefoot.types import Batch
+from tests.fakes import padded
 from tests.golden import refused
 from tests.tiny import (
     CONTEXT,
@@ -27,16 +27,16 @@ from tests.tiny import (
     written_batch,
 )
 
-# Prompts and answers of several lengths; longer than the sliding windows.
+# Prompts and completions of several lengths; longer than the sliding windows.
 PAIRS = [(random_tokens(p, seed=p), random_tokens(a, seed=40 + a)) for p, a in ((3, 5), (1, 1), (9, 4), (2, 12))]
 KINDS = ("logprobs", "values", "entropies")
+ADAPTER = pytest.mark.parametrize("adapter", [True, False], ids=["LoRA", "all weights"])
 
 
 def brute_force(policy, prompt, answer, *, temperature: float = 1.0) -> dict[str, torch.Tensor]:
     """Scores of each token from a forward pass over nothing but what stood before it."""
-    steps = [
-        plain_scores(policy, (*prompt, *answer[:t]), answer[t : t + 1], temperature=temperature) for t in range(len(answer))
-    ]
+    before = [(*prompt, *answer[:t]) for t in range(len(answer))]
+    steps = [plain_scores(policy, row, [token], temperature=temperature) for row, token in zip(before, answer, strict=True)]
     return {kind: torch.cat([step[kind] for step in steps]) for kind in KINDS}
 
 
@@ -45,21 +45,6 @@ def assert_scores_match(view, batch: Batch, expected, *, tolerance: float = 1e-4
         found = getattr(view, f"{kind}_BT")
         assert torch.allclose(found[batch.mask_BT], torch.cat([row[kind] for row in expected]), atol=tolerance), kind
         assert (found[~batch.mask_BT] == 0).all(), kind
-
-
-def padded(batch: Batch, columns: int, filler: int) -> Batch:
-    """The same batch with `columns` more to the right, holding `filler` and NaN."""
-    wide = copy.copy(batch)
-    rows = len(batch)
-    for name in ("mask_BT", "ends_BT"):
-        setattr(wide, name, torch.cat([getattr(batch, name), torch.zeros(rows, columns, dtype=torch.bool)], 1))
-    for name in ("logprobs_BT", "values_BT", "rewards_BT"):
-        setattr(wide, name, torch.cat([getattr(batch, name), torch.full((rows, columns), float("nan"))], 1))
-    tokens = torch.cat([batch.actions_BT, torch.full((rows, columns), filler)], 1)
-    tokens = torch.where(torch.arange(tokens.shape[1]) >= batch.observations["lengths"][:, None], filler, tokens)
-    wide.actions_BT = tokens
-    wide.observations = {"tokens": tokens, "lengths": batch.observations["lengths"]}
-    return wide
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -73,27 +58,24 @@ def test_scores_of_a_token_depend_on_what_stood_before_it_and_on_nothing_else(fa
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("columns", [0, 1, 7])
 def test_padding_and_neighbours_change_nothing(family, columns):
-    policy = tiny_policy(family, moved=True)
-    batch = written_batch(PAIRS)
+    policy, batch = tiny_policy(family, moved=True), padded(written_batch(PAIRS), columns, poison=float("nan"))
+    tokens = batch.observations["tokens"]
+    tokens[torch.arange(tokens.shape[1]) >= batch.observations["lengths"][:, None]] = VOCABULARY - 1
     with torch.no_grad():
-        together = policy.evaluate(padded(batch, columns, filler=VOCABULARY - 1))
+        view, reference = policy.evaluate(batch), policy.reference_logprobs(batch)
         for row, pair in enumerate(PAIRS):
-            alone_batch = written_batch([pair])
-            alone = policy.evaluate(alone_batch)
+            single = written_batch([pair])
+            alone = policy.evaluate(single)
             for kind in KINDS:
-                expected = getattr(alone, f"{kind}_BT")[alone_batch.mask_BT]
-                found = getattr(together, f"{kind}_BT")[row][: alone_batch.mask_BT.shape[1]][alone_batch.mask_BT[0]]
-                assert torch.allclose(found, expected, atol=1e-4), kind
-            assert torch.allclose(
-                policy.reference_logprobs(padded(alone_batch, columns, filler=5))[:, : alone_batch.mask_BT.shape[1]],
-                policy.reference_logprobs(alone_batch),
-                atol=1e-4,
-            )
+                expected = getattr(alone, f"{kind}_BT")[single.mask_BT]
+                assert torch.allclose(getattr(view, f"{kind}_BT")[row][batch.mask_BT[row]], expected, atol=1e-4), kind
+            expected = policy.reference_logprobs(single)[single.mask_BT]
+            assert torch.allclose(reference[row][batch.mask_BT[row]], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_to_the_left_changes_no_logits(family):
-    # Learned positions (GPT-2) count from the first real token, not from the first column.
+    # Learned positions (GPT-2) count from the prompt's first token, not from the first column.
     policy = tiny_policy(family, moved=True)
     prompt = torch.tensor(random_tokens(8, seed=3))
     results = []
@@ -109,11 +91,10 @@ def test_padding_to_the_left_changes_no_logits(family):
         assert torch.allclose(values, results[0][1], atol=1e-5)
 
 
-@pytest.mark.parametrize("adapter", [True, False], ids=["LoRA", "all weights"])
+@ADAPTER
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "phi"])
 def test_temperature_divides_the_logits_of_policy_and_reference(family, adapter):
     policy = tiny_policy(family, adapter=adapter)
-    base = copy.deepcopy(tiny_lm(family)).eval()
     batch = replace(written_batch(PAIRS), temperature=0.6)
     # With all weights trained, the two take different paths through the head and may differ by rounding.
     kl = policy.evaluate(batch).logprobs_BT - policy.reference_logprobs(batch)
@@ -121,6 +102,7 @@ def test_temperature_divides_the_logits_of_policy_and_reference(family, adapter)
     move(policy)
     with torch.no_grad():
         assert_scores_match(policy.evaluate(batch), batch, [brute_force(policy, *pair, temperature=0.6) for pair in PAIRS])
+    base = tiny_lm(family).eval()
     reference = torch.cat([plain_scores(policy, *pair, lm=base, temperature=0.6)["logprobs"] for pair in PAIRS])
     assert torch.allclose(policy.reference_logprobs(batch)[batch.mask_BT], reference, atol=1e-4)
 
@@ -147,7 +129,7 @@ DROPOUT = {
 }
 
 
-@pytest.mark.parametrize("adapter", [True, False], ids=["LoRA", "all weights"])
+@ADAPTER
 @pytest.mark.parametrize("family", DROPOUT)
 def test_dropout_of_the_model_is_off(family, adapter):
     lm = tiny_lm(family, **DROPOUT[family])
@@ -163,18 +145,18 @@ def test_dropout_of_the_model_is_off(family, adapter):
     assert torch.equal(policy.reference_logprobs(batch), policy.reference_logprobs(batch))
 
 
-def test_the_value_head_is_float32_and_zero_at_the_start():
-    for dtype in (torch.float32, torch.bfloat16):
-        policy = tiny_policy(dtype=dtype)
-        assert {p.dtype for p in policy.value_head.parameters()} == {torch.float32}
-        assert (policy.evaluate(written_batch(PAIRS)).values_BT == 0).all()
-        move(policy)
-        values = policy.evaluate(written_batch(PAIRS)).values_BT
-        assert values.dtype == torch.float32
-        assert len(set(values[values != 0].tolist())) == sum(len(answer) for _, answer in PAIRS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_value_head_is_float32_and_zero_at_the_start(dtype):
+    policy, batch = tiny_policy(dtype=dtype), written_batch(PAIRS)
+    assert {p.dtype for p in policy.value_head.parameters()} == {torch.float32}
+    assert (policy.evaluate(batch).values_BT == 0).all()
+    move(policy)
+    values = policy.evaluate(batch).values_BT
+    assert values.dtype == torch.float32
+    assert len(set(values[values != 0].tolist())) == int(batch.mask_BT.sum())
 
 
-@pytest.mark.parametrize("adapter", [True, False], ids=["LoRA", "all weights"])
+@ADAPTER
 @pytest.mark.parametrize("stop_gradient", [True, False])
 def test_stop_gradient_keeps_the_value_loss_out_of_the_trunk(adapter, stop_gradient):
     policy = tiny_policy(adapter=adapter, stop_gradient=stop_gradient, moved=True)
@@ -204,26 +186,19 @@ def test_the_gradient_through_the_frozen_head_is_the_gradient_of_the_plain_model
         assert torch.allclose(one, other, atol=1e-5 * max(1.0, float(other.abs().max())))
 
 
-def test_what_is_trained_is_float32_and_the_reference_is_not_trained():
-    for adapter in (True, False):
-        for dtype in (torch.float32, torch.bfloat16):
-            policy = tiny_policy(adapter=adapter, dtype=dtype)
-            names, parameters = zip(*policy.named_parameters_to_train(), strict=True)
-            assert {p.dtype for p in parameters} == {torch.float32}
-            assert len(set(names)) == len(names)
-            assert all("lora" in name or name.startswith("value_head") for name in names) == adapter
-            assert names == tuple(name for name, _ in policy.named_parameters_to_train())
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("adapter", [True, False], ids=["LoRA", "all weights"])
-def test_bfloat16_stays_close_to_float32(family, adapter):
-    batch = written_batch(PAIRS)
-    with torch.no_grad():
-        exact = tiny_policy(family, adapter=adapter).evaluate(batch).logprobs_BT
-        rough = tiny_policy(family, adapter=adapter, dtype=torch.bfloat16).evaluate(batch).logprobs_BT
-    assert rough.dtype == torch.float32
-    assert not torch.equal(rough, exact)
+@ADAPTER
+def test_bfloat16_stays_close_to_float32_and_trains_in_it(family, adapter):
+    batch, seen = written_batch(PAIRS), []
+    for dtype in (torch.float32, torch.bfloat16):
+        policy = tiny_policy(family, adapter=adapter, dtype=dtype)
+        names, parameters = zip(*policy.named_parameters_to_train(), strict=True)
+        assert {p.dtype for p in parameters} == {torch.float32} and len(set(names)) == len(names)
+        is_lora = adapter and family != LSTM
+        assert all("lora" in name or name.startswith("value_head") for name in names) == is_lora
+        seen.append(policy.evaluate(batch).logprobs_BT.detach())
+    exact, rough = seen
+    assert rough.dtype == torch.float32 and not torch.equal(rough, exact)
     assert (rough - exact).abs().mean() < 0.1
 
 
@@ -235,7 +210,7 @@ def test_end_tokens_are_the_tokenizers_and_the_generation_configs_and_the_contex
     assert [tiny_policy(family).context_length for family in ("llama", "gpt2", "gpt_neox")] == [CONTEXT] * 3
 
 
-@pytest.mark.parametrize("adapter", [True, False], ids=["LoRA", "all weights"])
+@ADAPTER
 def test_the_fingerprint_knows_the_base_and_not_what_is_trained(adapter):
     policy = tiny_policy(adapter=adapter)
     before = policy.fingerprint()
@@ -246,13 +221,6 @@ def test_the_fingerprint_knows_the_base_and_not_what_is_trained(adapter):
     with torch.no_grad():
         lm.model.layers[1].mlp.up_proj.weight[3, 4] += 1e-6
     assert tiny_policy(lm=lm, adapter=adapter).fingerprint() != before
-
-
-def transformers_lm(name: str, **settings):
-    config = getattr(transformers, name)(vocab_size=VOCABULARY, initializer_range=0.5, **settings)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return transformers.AutoModelForCausalLM.from_config(config)
 
 
 DECODER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -272,7 +240,10 @@ IDS = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_that_would_be_trained_wrongly_is_refused(name, settings, dtype):
-    lm = transformers_lm(name, **settings)
+    config = getattr(transformers, name)(vocab_size=VOCABULARY, initializer_range=0.5, **settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        lm = transformers.AutoModelForCausalLM.from_config(config)
     with refused(type(lm).__name__):
         tiny_policy(lm=lm, adapter=False, dtype=dtype)
 

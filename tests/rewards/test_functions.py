@@ -7,6 +7,7 @@ from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -40,17 +41,8 @@ def test_a_function_gets_prompts_completions_and_columns_in_order_messages_where
     assert (seen["answer"], seen["level"]) == ([4, 5], ["easy", None])
 
 
-NUMBERS: list[Any] = [
-    [1.5, -2, True],
-    (1.5, -2.0, 1.0),
-    np.array([1.5, -2.0, 1.0]),
-    np.array([1.5, -2.0, 1.0], dtype=np.float32),
-]
-NUMBERS += [
-    [np.float32(1.5), np.int64(-2), np.bool_(True)],
-    [np.array(1.5), np.array([-2.0]), 1],
-    torch.tensor([1.5, -2.0, 1.0]),
-]
+NUMBERS: list[Any] = [[1.5, -2, True], (1.5, -2.0, 1.0), np.array([1.5, -2.0, 1.0], dtype=np.float32)]
+NUMBERS += [[np.float32(1.5), np.int64(-2), np.bool_(True)], [np.array(1.5), np.array([-2.0]), 1]]
 NUMBERS += [[torch.tensor(1.5), torch.tensor([-2.0]), torch.tensor(1)], torch.tensor([1.5, -2.0, 1.0], dtype=torch.bfloat16)]
 
 
@@ -61,21 +53,9 @@ def test_numbers_of_every_library_become_floats(numbers: Any) -> None:
     assert all(type(value) is float for value in checked)
 
 
-NO_NUMBERS: list[Any] = [
-    None,
-    float("nan"),
-    float("inf"),
-    -float("inf"),
-    "0.5",
-    "nan",
-    b"1",
-    [0.5],
-    {"score": 1.0},
-    1 + 2j,
-    10**400,
-]
-NO_NUMBERS += [Decimal("0.5"), np.float32("nan"), np.str_("0.5"), np.array([1.0, 2.0]), torch.tensor(float("inf"))]
-NO_NUMBERS += [torch.tensor([1.0, 2.0]), torch.tensor([])]
+NO_NUMBERS: list[Any] = [None, float("nan"), -float("inf"), "0.5", b"1", [0.5], {"score": 1.0}, 1 + 2j, 10**400]
+NO_NUMBERS += [Decimal("0.5"), np.float32("nan"), np.str_("0.5"), np.array([1.0, 2.0])]
+NO_NUMBERS += [torch.tensor([1.0, 2.0]), torch.tensor([]), torch.tensor(float("inf"))]
 
 
 @pytest.mark.parametrize("bad", NO_NUMBERS, ids=repr)
@@ -92,7 +72,7 @@ def test_a_bad_reward_is_quoted_short() -> None:
 
 @pytest.mark.parametrize("rewards", [[], [0.1], [0.1, 0.2], [0.1] * 4, np.zeros(2), torch.zeros(4)])
 def test_wrong_count_is_an_error_and_not_filled_up(rewards: Any) -> None:
-    with pytest.raises(InputError, match=rf"the metric function returned {len(rewards)} rewards for 3 completions"):
+    with refused(f"the metric function returned {len(rewards)} rewards for 3 completions"):
         compute_rewards(returning(rewards), ANSWERS, name="metric")
 
 
@@ -110,27 +90,15 @@ def test_function_that_raises_is_an_error_and_not_a_zero() -> None:
     def reward(prompts: list[str], completions: list[str]) -> list[float]:
         return [1.0 / (len(completion) - 3) for completion in completions]
 
-    with pytest.raises(
-        InputError, match=r"the reward function raised ZeroDivisionError.*test_functions\.py, line \d+"
-    ) as caught:
+    with refused("the reward function raised ZeroDivisionError", "test_functions.py, line "):
         compute_rewards(reward, ANSWERS)
-    assert isinstance(caught.value.__cause__, ZeroDivisionError)
-
-
-def test_function_that_cannot_take_the_columns_is_an_error() -> None:
-    def reward(prompts: list[str], completions: list[str]) -> list[float]:
-        return [0.0] * len(prompts)
-
-    with refused("TypeError", "'answer'"):
+    with refused("TypeError", "'answer'"):  # it cannot take the columns
         compute_rewards(reward, [trajectory(columns={"answer": 4})])
 
 
 def test_interrupt_inside_a_reward_function_is_not_swallowed() -> None:
-    def reward(**_: Any) -> list[float]:
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        compute_rewards(reward, ANSWERS)
+        compute_rewards(Mock(side_effect=KeyboardInterrupt), ANSWERS)
 
 
 def test_two_files_of_one_name_keep_their_own_functions(tmp_path: Path) -> None:
@@ -138,14 +106,9 @@ def test_two_files_of_one_name_keep_their_own_functions(tmp_path: Path) -> None:
     for value in (1, 2):
         folder = tmp_path / str(value)
         folder.mkdir()
-        (folder / "reward.py").write_text(
-            f"SCORE = {value}\ndef reward(prompts, completions):\n    return [SCORE] * len(prompts)\n"
-        )
+        (folder / "reward.py").write_text(f"SCORE = {value}\ndef reward(prompts, completions): return [SCORE] * len(prompts)\n")
         functions.append(load_function(f"{folder}/reward.py:reward", key="task.reward"))
     assert [compute_rewards(function, ANSWERS[:1]) for function in functions] == [[1.0], [2.0]]
-
-
-def test_function_is_found_in_a_module() -> None:
     assert load_function("builtins:len", key="task.reward") is builtins.len
 
 
@@ -156,9 +119,9 @@ def test_reference_of_another_form_is_refused(reference: str) -> None:
 
 
 NOT_SERVING = {
-    "def reward(:": "cannot be imported: SyntaxError",
-    "raise ValueError('broken inside')": "cannot be imported: ValueError: broken inside",
-    "import no_such_package_anywhere": "cannot be imported: ModuleNotFoundError",
+    "def reward(:": "SyntaxError",
+    "raise ValueError('broken inside')": "ValueError: broken inside",
+    "import no_such_package_anywhere": "ModuleNotFoundError",
     "other = 1": "has no function 'reward'",
     "reward = 0.5": "has no function 'reward'",
 }
@@ -172,13 +135,12 @@ def test_a_file_or_module_that_cannot_serve_is_named_with_the_key(
     if source is not None:
         (tmp_path / f"{name}.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    for place, missing in ((f"{tmp_path}/{name}.py", "no file"), (name, "cannot be imported: ModuleNotFoundError")):
-        said = missing if source is None else NOT_SERVING[source]
-        with pytest.raises(InputError, match=rf"^task\.metric: (.*{name}.*{said}|{said}.*{name})"):
+    for place, missing in ((f"{tmp_path}/{name}.py", "no file"), (name, "ModuleNotFoundError")):
+        with refused("task.metric: ", name, missing if source is None else NOT_SERVING[source]):
             load_function(f"{place}:reward", key="task.metric")
 
 
 @pytest.mark.parametrize("reference", ["math:no_such_function", "math:pi", "..rewards:reward"])
 def test_a_module_without_the_function_is_refused(reference: str) -> None:
-    with pytest.raises(InputError, match=r"^task\.reward: .*(has no function|cannot be imported)"):
+    with refused("task.reward: "):
         load_function(reference, key="task.reward")

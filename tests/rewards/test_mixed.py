@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from surefoot import PPO, InputError, RewardModel, TextTask
+from surefoot import PPO, RewardModel, TextTask
 from surefoot.build.language import build_task
 from surefoot.config import ShapingConfig, absolute_paths, load_config
 from surefoot.core.running import RunningStats
@@ -50,14 +50,8 @@ def test_the_sum_by_hand_and_what_shaping_adds():
     assert [t.reward for t in answers] == [-0.5 * 4 + 2 * 2, -0.5 * 10 + 2 * 4]
     assert answers[1].reward_parts == {"reward": 3.0, "part/long": 10.0, "part/vowels": 4.0, "part/unused": 10.0}
     shape_rewards(answers, ShapingConfig(missing_eos_penalty=1.0, clip=1.5), RunningStats())
-    assert answers[1].record()["reward"] == {
-        "reward": 3.0,
-        "part/long": 10.0,
-        "part/vowels": 4.0,
-        "part/unused": 10.0,
-        "shaped": 1.5,
-        "missing_eos_penalty": -1.0,
-    }
+    shaped = {"shaped": 1.5, "missing_eos_penalty": -1.0}
+    assert answers[1].record()["reward"] == answers[1].reward_parts and answers[1].reward_parts.items() >= shaped.items()
     assign_rewards(long, answers)
     assert [t.reward_parts for t in answers] == [{"reward": 4.0}, {"reward": 10.0}]
 
@@ -71,34 +65,29 @@ def test_each_part_gets_what_a_function_gets_and_is_checked_as_one():
 
     assign_rewards(MixedReward({"a": (recording, 1), "b": (recording, 1)}), [trajectory("x", columns={"answer": 4})])
     assert seen[0] == seen[1] and seen[0]["answer"] == [4] and seen[0]["completions"] == ["x"]
-    for bad, said in (
-        (lambda **given: [math.nan], "the reward b function returned nan for sample 0"),
-        (lambda **given: [1.0, 2.0], "the reward b function returned 2 rewards for 1 completions"),
-        (lambda **given: 1 / 0, "the reward b function raised ZeroDivisionError"),
-    ):
-        with refused(said):
+    for bad in (lambda **given: [math.nan], lambda **given: [1.0, 2.0], lambda **given: 1 / 0):
+        with refused("the reward b function"):
             assign_rewards(MixedReward({"a": (long, 1), "b": (bad, 1)}), [trajectory("x")])
     with refused("add up to inf for sample 0"):
         assign_rewards(MixedReward({"a": (lambda **given: [1e300], 1e300)}), [trajectory("x")])
 
 
 @pytest.mark.parametrize(
-    ("parts", "said"),
+    ("parts", "named"),
     [
-        ({}, "reward: no part has a weight other than 0"),
-        ({"a": (long, 0.0)}, "reward: no part has a weight other than 0"),
-        ({"a": (long, math.nan)}, "reward: the weight of a is nan; give a finite number"),
-        ({"a": (long, True)}, "reward: expected a label with a function and its weight, got 'a'"),
-        ({"a": long}, "reward: expected a label with a function and its weight, got 'a'"),
-        ({"a": (1.0, long)}, "reward: expected a label with a function and its weight, got 'a'"),
-        ({"a/b": (long, 1.0)}, "reward: 'a/b' cannot name a metric; give a label of letters"),
-        ([long], "reward: expected a function of"),
+        ({}, "weight"),
+        ({"a": (long, 0.0)}, "weight"),
+        ({"a": (long, math.nan)}, "the weight of a is nan"),
+        ({"a": (long, True)}, "got 'a'"),
+        ({"a": long}, "got 'a'"),
+        ({"a": (1.0, long)}, "got 'a'"),
+        ({"a/b": (long, 1.0)}, "'a/b'"),
+        ([long], "function"),
     ],
 )
-def test_what_is_no_reward_in_python_is_one_line(parts, said):
-    with pytest.raises(InputError) as caught:
+def test_what_is_not_a_reward_in_python_is_one_line(parts, named):
+    with refused("reward: ", named):
         TextTask(["a"], parts)
-    assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -150,57 +139,50 @@ def test_a_file_names_parts_which_are_logged_evaluated_and_resumed(tmp_path, mon
 
 def test_paths_of_parts_are_the_files_and_survive_a_round_trip(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    project = write_project(tmp_path / "project", reward=TWO, task={"reward": [*PARTS, {"name": "judge", "weight": 1}]})
-    (tmp_path / "project" / "judge").mkdir()
-    config = load_config(project)
-    assert config.task is not None
     folder = tmp_path / "project"
+    config = load_config(write_project(folder, reward=TWO, task={"reward": [*PARTS, {"name": "judge", "weight": 1}]}))
+    (folder / "judge").mkdir()
     names = [f"{folder / 'reward.py'}:long", f"{folder / 'reward.py'}:vowels", str(folder / "judge")]
-    assert [part.name for part in config.task.reward] == names  # type: ignore[union-attr]
-    assert [part.name for part in absolute_paths(config).task.reward] == names  # type: ignore[union-attr]
+    for found in (config, absolute_paths(config)):
+        assert [part.name for part in found.task.reward] == names  # type: ignore[union-attr]
     assert [part.called for part in absolute_paths(config).task.reward] == ["long", "aeiou", "judge"]  # type: ignore[union-attr]
 
 
+LONG = {"name": "reward.py:long"}
+
+
 @pytest.mark.parametrize(
-    ("reward", "said"),
+    ("reward", "named"),
     [
-        ([{"name": "reward.py:long", "wieght": 1}], "task.reward: part 1: unknown key 'wieght'; did you mean 'weight'?"),
-        ([{"weight": 1}], "task.reward: part 1: name is missing"),
-        ([{"name": "reward.py:long", "weight": "x"}], "task.reward: part 1: weight: should be a number, got 'x'"),
-        (
-            [{"name": "reward.py:long"}, {"name": "other.py:long"}],
-            "task.reward: two parts are called 'long'; give each a different label",
-        ),
-        ([{"name": "reward.py:long", "weight": 0}], "task.reward: no part has a weight other than 0; give one"),
-        ([{"name": "reward.py:long", "weight": math.inf}], "task.reward: part 1: weight: should be a finite number, got inf"),
-        ([{"name": "reward.py:long", "label": "a b"}], "task.reward: 'a b' cannot name a metric; give a label of letters"),
-        (["reward.py:long"], "task.reward: part 1 is 'reward.py:long'; write {name: …, weight: 1.0}"),
-        ([], "task.reward: no part has a weight other than 0"),
+        ([{**LONG, "wieght": 1}], ["part 1", "'wieght'", "'weight'"]),
+        ([{"weight": 1}], ["part 1: name"]),
+        ([{**LONG, "weight": "x"}], ["part 1: weight", "'x'"]),
+        ([{**LONG, "weight": math.inf}], ["part 1: weight", "inf"]),
+        ([LONG, {"name": "other.py:long"}], ["'long'"]),
+        ([{**LONG, "weight": 0}], ["weight"]),
+        ([{**LONG, "label": "a b"}], ["'a b'"]),
+        (["reward.py:long"], ["part 1", "'reward.py:long'"]),
+        ([], ["weight"]),
     ],
 )
-def test_parts_that_make_no_reward_are_one_line(tmp_path, reward, said):
+def test_parts_that_make_no_reward_are_one_line(tmp_path, reward, named):
     project = write_project(tmp_path, reward=TWO, task={"reward": reward})
-    assert run_cli("ppo", project).complaint.startswith(f"{project}: {said}")
+    run_cli("ppo", project).refused(f"{project}: task.reward: ", *named)
 
 
 def test_what_parts_lack_is_said_before_any_model_is_loaded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model = RewardModel(model_folder(), PAIRS, run_folder="runs", **FAST | {"epochs": 1}).learn()
-    model.save("judge")
+    RewardModel(model_folder(), PAIRS, run_folder="runs", **FAST | {"epochs": 1}).learn().save("judge")
     monkeypatch.setattr("surefoot.build.language.load_policy", None)
     project = write_project(tmp_path, reward=TWO)
-    for parts, said in (
-        ([{"name": "judge"}, {"name": "reward.py:short"}], "task.reward, short: reward.py has no function 'short'"),
-        ([{"name": "judge"}, {"name": "model"}], "task.reward, model: no reward model in model, which would have a"),
-    ):
-        found = run_cli("ppo", project, "--task.reward", json.dumps(parts)).complaint
-        assert found.startswith(said), found
+    for name, named in (("reward.py:short", "'short'"), ("model", "reward model")):
+        found = run_cli("ppo", project, "--task.reward", json.dumps([{"name": "judge"}, {"name": name}]))
+        found.refused(f"task.reward, {name.split(':')[-1]}: ", named)
 
 
 def test_a_reward_model_is_a_part_of_a_mixed_reward(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model = RewardModel(model_folder(), PAIRS, run_folder="runs", **FAST | {"epochs": 2}).learn()
-    model.save("judge")
+    RewardModel(model_folder(), PAIRS, run_folder="runs", **FAST | {"epochs": 2}).learn().save("judge")
     parts = [{"name": "judge", "weight": 0.5}, {"name": "reward.py:long", "weight": 0.1}]
     project = write_project(tmp_path, reward=TWO, task={"reward": parts})
     assert (done := run_cli("ppo", project, "--run.folder", "runs", "--device", "cpu")).code == 0, done.err

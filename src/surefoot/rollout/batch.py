@@ -51,7 +51,7 @@ def _columns(trajectory: Trajectory) -> tuple[list[Any], ...]:
     for turn in trajectory.turns:
         nothing = [0.0] * len(turn.tokens)
         measured = (turn.logprobs, turn.values) if turn.by_policy else (nothing, nothing)
-        more = (turn.tokens, [turn.by_policy] * len(turn.tokens), *measured, nothing)
+        more: tuple[Any, ...] = (turn.tokens, [turn.by_policy] * len(turn.tokens), *measured, nothing)
         for column, added in zip(columns, more, strict=True):
             column.extend(added)
         if turn.by_policy and turn.tokens:

@@ -155,10 +155,8 @@ class CausalLMPolicy:
     @torch.no_grad()
     def fingerprint(self) -> int:
         """Checksum of the frozen base, and of the frozen reference where all weights are trained."""
-        frozen = [p for p in self.lm.parameters() if not p.requires_grad]
-        frozen += [] if self._reference is None else list(self._reference.parameters())
-        total = 0
-        for parameter in frozen:
+        models, total = [self.lm] if self._reference is None else [self.lm, self._reference], 0
+        for parameter in (p for model in models for p in model.parameters() if not p.requires_grad):
             bits = parameter.contiguous().view(torch.int16 if parameter.element_size() == 2 else torch.int32)
             total = (total * 31 + int(bits.sum(dtype=torch.int64))) & (2**63 - 1)
         return total
@@ -181,14 +179,12 @@ class CausalLMPolicy:
     def load_extras(self, folder: Path) -> None:
         """The critic that `save` wrote beside the weights. Raises InputError if it does not fit."""
         own, saved = self._critics_parameters(), read_tensors(folder / CRITIC)
-        odd = [name for name in sorted(own.keys() | saved.keys()) if name not in own or name not in saved]
-        odd = odd or [name for name, parameter in own.items() if parameter.shape != saved[name].shape]
-        if odd:
+        shapes, found = ({name: tensor.shape for name, tensor in each.items()} for each in (own, saved))
+        if odd := sorted(n for n in shapes.keys() | found.keys() if shapes.get(n) != found.get(n)):
             where = f"{folder / CRITIC} does not fit this model and its policy.critic"
             raise InputError(f"{where}: {odd[0]} is not the same in both")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(saved[name])
+        for name, parameter in own.items():
+            parameter.data.copy_(saved[name])
 
     def _logprobs(self, lm: Any, batch: Batch, entropy_gradient: bool = False) -> tuple[Tensor, ...]:
         """Hidden states [N, D] before the completion tokens, and the tokens' log-probs and entropies [N]."""
@@ -311,11 +307,9 @@ def _check_model(policy: CausalLMPolicy) -> None:
         raise InputError(problem) from error
     worst = (torch.cat([third, fourth]) - expected).abs().max() / expected.abs().max()
     if not worst < (1e-3 if policy.dtype == torch.float32 else 0.1):
-        raise InputError(
-            f"policy.model: {name} computes its logits in a way Surefoot does not know (off by "
-            f"{float(worst):.1%}): it changes them after the output layer, keeps more than keys and values, "
-            "or looks ahead; training it would be wrong"
-        )
+        how = "it changes them after the output layer, keeps more than keys and values, or looks ahead"
+        found = f"{name} computes its logits in a way Surefoot does not know (off by {float(worst):.1%})"
+        raise InputError(f"policy.model: {found}: {how}; training it would be wrong")
 
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:
