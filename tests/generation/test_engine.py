@@ -142,13 +142,6 @@ def test_truncated_sampling_stays_in_the_kept_set_and_reports_its_log_probs():
         assert max(completion.entropies) <= torch.tensor(2.0).log()
 
 
-def test_the_seed_decides_what_is_written_unless_it_is_greedy():
-    policy, greedy = policy_of("llama"), replace(PARAMS, temperature=0.0)
-    requests = [Request((9, 8, 7), seed) for seed in range(6)]
-    assert len({tuple(c.tokens) for c in run(policy, requests)}) > 1
-    assert len({tuple(c.tokens) for c in run(policy, requests, params=greedy)}) == 1
-
-
 def certain_end_policy() -> CausalLMPolicy:
     """A model that writes the end token with probability 1."""
     lm = tiny_lm("phi")

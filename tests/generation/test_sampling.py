@@ -47,27 +47,14 @@ def random_logits(vocabulary: int, *, seed: int) -> Tensor:
     return torch.randn(vocabulary, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("vocabulary", [1, 2, 61, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 700])
-def test_every_token_is_drawn_as_often_as_its_probability_says(vocabulary):
+SIZES = [1, 2, 61, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 700]
+
+
+@pytest.mark.parametrize(("vocabulary", "temperature"), [*((size, 1.0) for size in SIZES), (61, 0.6)])
+def test_every_token_is_drawn_as_often_as_its_probability_says(vocabulary, temperature):
     logits = 2 * random_logits(vocabulary, seed=vocabulary)
-    expected = 20_000 * torch.softmax(logits.double(), -1)
-    assert (even_counts(logits) - expected).abs().max() <= 1.01
-
-
-def test_frequencies_of_independent_requests_follow_the_softmax():
-    logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5])
-    uniforms = torch.stack([request_uniforms(seed, 1)[0] for seed in range(4000)])
-    tokens = sample(logits.expand(4000, -1), uniforms, PLAIN)[0]
-    expected = 4000 * torch.softmax(logits, -1)
-    chi_squared = ((torch.bincount(tokens, minlength=5) - expected) ** 2 / expected).sum()
-    assert chi_squared < 18.5  # 4 degrees of freedom, p = 0.001; the seeds are fixed
-
-
-def test_temperature_sharpens_what_is_drawn():
-    logits = torch.tensor([0.0, 1.0, -1.0, 2.0])
-    params = SamplingParams(temperature=0.6)
-    expected = torch.softmax(logits.double() / 0.6, -1)
-    assert (even_counts(logits, params) - 20_000 * expected).abs().max() <= 1.01
+    expected = 20_000 * torch.softmax(logits.double() / temperature, -1)
+    assert (even_counts(logits, SamplingParams(temperature=temperature)) - expected).abs().max() <= 1.01
 
 
 @pytest.mark.parametrize("params", [SamplingParams(temperature=t) for t in (1.0, 0.6, 1.7, 0.0)])

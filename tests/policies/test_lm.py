@@ -191,7 +191,7 @@ def test_the_gradient_through_the_frozen_head_is_the_gradient_of_the_plain_model
 def test_bfloat16_stays_close_to_float32_and_trains_in_it(family, adapter):
     batch, seen = written_batch(PAIRS), []
     for dtype in (torch.float32, torch.bfloat16):
-        policy = tiny_policy(family, adapter=adapter, dtype=dtype)
+        policy = tiny_policy(family, adapter=adapter, dtype=dtype)  # in bfloat16 too no sound model is refused
         names, parameters = zip(*policy.named_parameters_to_train(), strict=True)
         assert {p.dtype for p in parameters} == {torch.float32} and len(set(names)) == len(names)
         is_lora = adapter and family != LSTM
@@ -246,13 +246,6 @@ def test_a_model_that_would_be_trained_wrongly_is_refused(name, settings, dtype)
         lm = transformers.AutoModelForCausalLM.from_config(config)
     with refused(type(lm).__name__):
         tiny_policy(lm=lm, adapter=False, dtype=dtype)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("seed", range(3))
-def test_no_sound_model_is_refused_in_bfloat16(family, seed):
-    for adapter in (True, False):
-        tiny_policy(adapter=adapter, dtype=torch.bfloat16, lm=tiny_lm(family, seed=seed))
 
 
 def test_adapters_that_cannot_be_are_refused_with_what_to_write():

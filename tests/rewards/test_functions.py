@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import sys
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
@@ -131,7 +132,8 @@ NOT_SERVING = {
 def test_a_file_or_module_that_cannot_serve_is_named_with_the_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str | None
 ) -> None:
-    name = f"reward_{abs(hash(source))}"
+    name = "bad_reward"
+    monkeypatch.delitem(sys.modules, name, raising=False)  # the case before
     if source is not None:
         (tmp_path / f"{name}.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)

@@ -78,11 +78,11 @@ def test_each_part_gets_what_a_function_gets_and_is_checked_as_one():
         ({}, "weight"),
         ({"a": (long, 0.0)}, "weight"),
         ({"a": (long, math.nan)}, "the weight of a is nan"),
-        ({"a": (long, True)}, "got 'a'"),
-        ({"a": long}, "got 'a'"),
-        ({"a": (1.0, long)}, "got 'a'"),
+        ({"a": (len, True)}, "got 'a'"),
+        ({"a": len}, "got 'a'"),
+        ({"a": (1.0, len)}, "got 'a'"),
         ({"a/b": (long, 1.0)}, "'a/b'"),
-        ([long], "function"),
+        ([len], "function"),
     ],
 )
 def test_what_is_not_a_reward_in_python_is_one_line(parts, named):
@@ -140,8 +140,9 @@ def test_a_file_names_parts_which_are_logged_evaluated_and_resumed(tmp_path, mon
 def test_paths_of_parts_are_the_files_and_survive_a_round_trip(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "project"
-    config = load_config(write_project(folder, reward=TWO, task={"reward": [*PARTS, {"name": "judge", "weight": 1}]}))
+    project = write_project(folder, reward=TWO, task={"reward": [*PARTS, {"name": "judge", "weight": 1}]})
     (folder / "judge").mkdir()
+    config = load_config(project)
     names = [f"{folder / 'reward.py'}:long", f"{folder / 'reward.py'}:vowels", str(folder / "judge")]
     for found in (config, absolute_paths(config)):
         assert [part.name for part in found.task.reward] == names  # type: ignore[union-attr]
