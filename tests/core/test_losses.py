@@ -247,7 +247,7 @@ def test_what_is_masked_is_inert_for_the_log_likelihood() -> None:
     logprobs = torch.tensor([[-1.0, -2.0, -0.5], [-3.0, -1.0, -1.0]], requires_grad=True)
     poisoned = torch.where(mask, logprobs, math.nan).detach().requires_grad_()
     for values in (logprobs, poisoned):
-        loss, stats = nll_loss(values, torch.where(mask, 0.5, math.nan), mask_BT=mask, denominator=4)
+        loss, stats = nll_loss(values, torch.where(mask, 0.5, math.nan), mask, 4)
         assert float(loss.detach()) == pytest.approx(5.5 / 4)
         assert torch.equal(torch.autograd.grad(loss, values)[0], torch.where(mask, -0.25, 0.0))
         assert [float(value) for value in vars(stats).values()] == [5.5, 1.5, 3.0]

@@ -82,7 +82,7 @@ def written_out(
     assert fast is not None
     with fast.lent(make_optimizer(policy)) as optimizer:
         for _ in range(calls):
-            stats = fast.gradient(batch, settings=settings, normalize=False, token_budget=token_budget)
+            stats = fast.gradient(batch, settings, False, token_budget)
         parameters = dict(policy.named_parameters_to_train())
         parts = optimizer.param_groups[0]["params"][0].grad.split([p.numel() for p in parameters.values()])
         return stats, {name: part.reshape(p.shape) for (name, p), part in zip(parameters.items(), parts, strict=True)}

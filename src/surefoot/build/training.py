@@ -125,9 +125,7 @@ def build_training(
         policy=policy,
         rollout=rollout,
         objective=objective,
-        optimizer=make_optimizer(
-            policy, objective, critic_learning_rate=config.policy.critic.learning_rate
-        ),
+        optimizer=make_optimizer(policy, objective, critic_learning_rate=config.policy.critic.learning_rate),
         folder=folder,
         total=_budget(config, env),
         threads=threads_for(policy) if config.env is not None else None,

@@ -24,9 +24,7 @@ def k2(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
 
 
 def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """(r - 1) - log r with r = p_ref / p, nats: unbiased, low variance, never negative. For logging and
-    stopping.
-    """
+    """(r - 1) - log r, r = p_ref / p, nats: unbiased, low variance, never negative. Not for rewards."""
     log_ratio = (reference_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return torch.expm1(log_ratio) - log_ratio
 
@@ -34,9 +32,7 @@ def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
 def kl_penalized_rewards(
     rewards_BT: Tensor, logprobs_BT: Tensor, reference_logprobs_BT: Tensor, mask_BT: Tensor, *, coef: float
 ) -> Tensor:
-    """r_t - β (log p_t - log p_ref,t) on the mask, 0 off it; [B, T] (Ziegler et al. 2019, arXiv:1909.08593,
-    eq. 2).
-    """
+    """r_t - β (log p_t - log p_ref,t) on the mask, 0 off it (Ziegler et al. 2019, arXiv:1909.08593)."""
     penalized = rewards_BT - coef * k1(logprobs_BT, reference_logprobs_BT)
     return torch.where(mask_BT, penalized, torch.zeros_like(penalized))
 

@@ -21,8 +21,7 @@ from surefoot.core.masked import masked_sum
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What shapes the PPO loss: ε, its upper bound where that is another, c of the dual clip, the value's
-    clip, the weights.
+    """What shapes the PPO loss. `clip_range_high` None: `clip_range`; `kl_coef` 0: the KL is in the reward.
 
     `kl_coef` is the weight of the KL term, 0 where the KL is in the reward.
     """
@@ -108,8 +107,7 @@ def ppo_loss(
     scale: float | Tensor,
     settings: LossSettings,
 ) -> tuple[Tensor, PPOStats]:
-    """Σ scale · (surrogate + vf_coef · value loss - ent_coef · entropy), a scalar; and the sums of this
-    micro-batch.
+    """Σ scale · (surrogate + vf_coef · value loss - ent_coef · entropy), a scalar; and the sums.
 
     Arguments, all [B, T] float32 but the mask (bool):
         new: log-probs, values and entropies, with gradient.
@@ -137,19 +135,11 @@ def ppo_loss(
     with torch.no_grad():
         low, high = settings.bounds
         moved = torch.zeros_like(mask_BT)
-        if settings.clip_range_vf is not None:
-            moved = values != values.clamp(
-                old_values - settings.clip_range_vf, old_values + settings.clip_range_vf
-            )
-        terms = (
-            surrogate,
-            value,
-            entropies,
-            ratio,
-            k3(old_logprobs, logprobs),
-            (ratio < low) | (ratio > high),
-        )
-        sums = torch.where(mask_BT, torch.stack((*terms, moved, mask_BT)), 0.0).sum((1, 2))
+        if (clip := settings.clip_range_vf) is not None:
+            moved = values != values.clamp(old_values - clip, old_values + clip)
+        approx_kl, clipped = k3(old_logprobs, logprobs), (ratio < low) | (ratio > high)
+        terms = (surrogate, value, entropies, ratio, approx_kl, clipped, moved, mask_BT)
+        sums = torch.where(mask_BT, torch.stack(terms), 0.0).sum((1, 2))
         return loss, PPOStats(*[*sums, torch.where(mask_BT, ratio, 0.0).max()])
 
 
@@ -191,16 +181,13 @@ class NLLStats:
         return math.isfinite(float(self.nll))
 
     def __add__(self, other: NLLStats) -> NLLStats:
-        return NLLStats(
-            self.nll + other.nll, self.entropy + other.entropy, self.num_tokens + other.num_tokens
-        )
+        return NLLStats(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
 def nll_loss(
-    logprobs_BT: Tensor, entropies_BT: Tensor, *, mask_BT: Tensor, denominator: float
+    logprobs_BT: Tensor, entropies_BT: Tensor, mask_BT: Tensor, denominator: float
 ) -> tuple[Tensor, NLLStats]:
-    """Negative log-likelihood of what others wrote: -log π summed over the mask and divided by `denominator`,
-    nats.
+    """Negative log-likelihood: -log π summed over the mask and divided by `denominator`, nats.
 
     Arguments [B, T], bool mask, float32 the others.
     """

@@ -1,6 +1,4 @@
-"""Sums, means and whitening over a mask. What is masked is inert: NaN there changes neither value nor
-gradient.
-"""
+"""Sums, means and whitening over a mask. What is masked is inert, in value and gradient; NaN too."""
 
 from __future__ import annotations
 
@@ -42,9 +40,7 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
 
 
 def explained_variance(predictions: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(target - prediction) / Var(target): 1 is perfect, 0 no better than a constant; 0 if targets are
-    equal.
-    """
+    """1 - Var(target - prediction) / Var(target): 1 perfect, 0 no better than a constant."""
     variance = masked_var(targets, mask)
     residual = masked_var(targets - predictions, mask)
     # Equal float32 targets have a variance of rounding errors; below a spread of 1e-6 of their size they

@@ -21,63 +21,45 @@ class Policy(Protocol):
     """
 
     exact_logprobs: bool
-    """True where `evaluate` repeats the sampler's log-probs to rounding (float32), so that they serve as the
-    old ones.
-    """
+    """Whether `evaluate` repeats the sampler's log-probs to rounding (float32): they are the old ones."""
 
     reads_whole_rows: bool
-    """True where a step can only be evaluated with the steps before it; else a minibatch may hold single
-    steps.
-    """
+    """Whether a step needs the steps before it; else a minibatch may hold single steps."""
 
     @property
     def device(self) -> torch.device:
         """Where batches must live."""
-        ...
 
     def named_parameters_to_train(self) -> Iterable[tuple[str, nn.Parameter]]:
         """Names and parameters, always in the same order."""
-        ...
 
     def evaluate(self, batch: Batch, *, entropy_gradient: bool = False) -> Evaluation:
-        """Log-probs, values and entropies [B, T] of the actions taken. Entropies are differentiable only on
-        request.
-        """
-        ...
+        """Log-probs, values and entropies [B, T] of the actions. Entropy's gradient only on request."""
 
     def reference_logprobs(self, batch: Batch) -> Tensor | None:
         """The frozen reference's log-probs [B, T] of the same actions, or None without a reference."""
-        ...
 
     def fingerprint(self) -> int:
         """A checksum of the frozen weights: a checkpoint fits only the base it was trained on."""
-        ...
 
     def save(self, folder: Path) -> None:
         """Write the policy where others can load it."""
-        ...
 
 
 class ActingPolicy(Policy, Protocol):
-    """A policy that acts step by step in environments: what `policies/control/policy.py` provides, and `PPO`
-    asks of one.
-    """
+    """A policy that acts step by step: what `policies/control/policy.py` provides."""
 
     def prepare(self, observations: Mapping[str, NDArray[Any]], *, learn: bool = False) -> dict[str, Tensor]:
         """Arrays [N, ...] as tensors."""
-        ...
 
     def initial_state(self, rows: int) -> dict[str, Tensor]:
         """What is remembered before the first step; empty without memory."""
-        ...
 
     def acting(self) -> AbstractContextManager[Any]:
         """To hold while weights stand still."""
-        ...
 
     def noise(self, steps: int, envs: int, generator: torch.Generator) -> Any:
         """Randomness of a rollout, entry t for step t."""
-        ...
 
     def act(
         self,
@@ -88,13 +70,11 @@ class ActingPolicy(Policy, Protocol):
         noise: Any = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Actions [N, ...] and what is remembered after them; without noise the greedy ones."""
-        ...
 
     def values(
         self, observations: dict[str, Tensor], state: dict[str, Tensor], *, episode_starts: Tensor
     ) -> Tensor:
         """V [N]."""
-        ...
 
     def predict(
         self,
@@ -104,19 +84,13 @@ class ActingPolicy(Policy, Protocol):
         *,
         noise_from: torch.Generator | None = None,
     ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...] | None]:
-        """Actions [N, ...] and what is remembered, for use outside of training; the likeliest without
-        `noise_from`.
-        """
-        ...
+        """Actions [N, ...] and state outside of training; greedy without `noise_from`."""
 
     def load_extras(self, folder: Path) -> None:
         """Take over what `save` wrote."""
-        ...
 
     def state(self) -> dict[str, Any]:
         """What it has learnt outside its weights, as JSON."""
-        ...
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""
-        ...

@@ -1,6 +1,4 @@
-"""THE loop: collect -> advantages -> update -> log -> evaluate -> save, for every kind of policy and
-environment.
-"""
+"""THE loop, for every kind of run: collect -> advantages -> update -> log -> evaluate -> save."""
 
 from __future__ import annotations
 
@@ -33,11 +31,9 @@ class Observer(Protocol):
 
     def phase(self, name: str) -> None:
         """The run starts on `rollout`, `update`, `evaluate` or `save`."""
-        ...
 
     def log(self, metrics: dict[str, float], progress: Progress) -> None:
         """An update or an evaluation is done."""
-        ...
 
 
 @dataclass
@@ -130,9 +126,7 @@ def run(training: Training) -> None:
                 if t.saved_at != t.progress.updates:
                     save(t, before)
                 roll_back(t, before, error)
-                if (
-                    t.stop.signal_number is not None
-                ):  # whatever else it broke, such as an environment's workers
+                if t.stop.signal_number is not None:  # whatever else it broke, such as workers
                     raise _interrupted(t) from None
                 if isinstance(error, RolloutAborted):  # a callback has seen enough
                     return
@@ -157,15 +151,12 @@ def collect(t: Training) -> Batch:
 def train_on(
     t: Training, batch: Batch, *, budget: TokenBudget, check_first: bool
 ) -> tuple[UpdateResult, dict[str, float]]:
-    """Prepare the batch and do one update; moves `progress` on. Returns what was done and the update's
-    metrics.
-    """
+    """Prepare the batch and do one update; moves `progress` on. What was done, and its metrics."""
     t.enter("update")
     p, settings, started = t.progress, t.objective.settings, time.perf_counter()
     moment = Moment(p.updates, t.total_updates, 1.0 - p.collected / t.total, t.schedules)
-    learning_rate = moment.value(
-        "learning_rate", settings.learning_rate, settings.lr_schedule, warmup=settings.lr_warmup
-    )
+    schedule = (settings.learning_rate, settings.lr_schedule)
+    learning_rate = moment.value("learning_rate", *schedule, warmup=settings.lr_warmup)
     result = update(
         t.policy,
         t.objective.prepare(batch, moment),
@@ -315,9 +306,7 @@ def snapshot(t: Training) -> dict[str, Any]:
 
 
 def roll_back(t: Training, before: dict[str, Any], error: Exception) -> None:
-    """Put back what a `snapshot` holds. An environment that has failed may not come back: then `error` is
-    what to report.
-    """
+    """Put a `snapshot` back. An environment that has failed may not come back: `error` says why."""
     checkpoint.restore_generators(before["generators"])
     t.objective.restore(before["objective"])
     try:
@@ -360,9 +349,8 @@ def _interrupted(t: Training) -> Interrupted:
     source = "data" if supervised else "task" if env is None else "env"
     again = f"{t.config.opener}.load({path!r}, {source}{ptx_rows})"
     how = f"surefoot resume {shlex.quote(path)}" if is_in_config else f"{again}.learn()"
-    return Interrupted(
-        t.stop.signal_number, f"stopped after update {t.progress.updates}, saved; continue with: {how}"
-    )
+    message = f"stopped after update {t.progress.updates}, saved; continue with: {how}"
+    return Interrupted(t.stop.signal_number, message)
 
 
 def _samples(updates: int, split: str, played: Sequence[Any]) -> list[dict[str, Any]]:

@@ -1,6 +1,4 @@
-"""The metrics of an update: their names, what each means, and those that are measured on a batch before its
-update.
-"""
+"""The metrics of an update: their names and meanings, and those of a batch before it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""What an update lowers. `update` and the loop know this protocol alone; each objective is a file, or a class
-of one.
-"""
+"""What an update lowers: the one protocol that `update` and the loop know."""
 
 from __future__ import annotations
 
@@ -25,21 +23,17 @@ class Stats(Protocol):
     @property
     def num_tokens(self) -> Any:
         """What the sums are divided by: tokens of a text, timesteps, or rows."""
-        ...
 
     @property
     def is_finite(self) -> bool:
         """Whether the loss is a number."""
-        ...
 
     def __add__(self, other: Any, /) -> Any: ...
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """How an update walks: what is the same for every objective. Meanings and units are those of
-    docs/config.md.
-    """
+    """How an update steps, the same for every objective; meanings and units are docs/config.md's."""
 
     learning_rate: float = 3e-4
     lr_schedule: str = "constant"
@@ -53,9 +47,7 @@ class OptimizerSettings:
 
     @classmethod
     def of(cls, section: Any) -> OptimizerSettings:
-        """From the fields of `ppo`, `sft` or `reward_model` that have these names; in the latter two an epoch
-        is one pass.
-        """
+        """From the fields of a section that have these names; without `n_epochs` it is one pass."""
         names = [field.name for field in fields(cls) if hasattr(section, field.name)]
         return cls(**{name: getattr(section, name) for name in names})
 
@@ -86,18 +78,14 @@ class Moment:
     update: int  # updates done
     total_updates: int
     left: float  # share of the budget that is left
-    functions: Mapping[str, Callable[[float], float]] = field(
-        default_factory=dict
-    )  # of `left`, given in Python
+    functions: Mapping[str, Callable[[float], float]] = field(default_factory=dict)  # of `left`, from Python
 
     def value(self, name: str, highest: float, kind: str, *, warmup: float = 0.0) -> float:
         """A setting as the update has it. Raises InputError for a function that was not given again."""
         if kind != "function":
             return float(highest) * schedule(kind, self.update, self.total_updates, warmup=warmup)
         if name not in self.functions:
-            raise InputError(
-                f"ppo.{name} was a Python function; give it again: PPO.load(folder, env, {name}=...)"
-            )
+            raise InputError(f"ppo.{name} was a function; give it again: PPO.load(folder, env, {name}=...)")
         return float(self.functions[name](self.left))
 
 
@@ -106,13 +94,9 @@ class Accelerator(Protocol):
 
     def lent(self, optimizer: torch.optim.Adam) -> AbstractContextManager[torch.optim.Adam]:
         """For one update: an optimizer in `optimizer`'s place, which hands its state back at the end."""
-        ...
 
-    def gradient(
-        self, batch: Batch, *, settings: LossSettings, normalize: bool, token_budget: int
-    ) -> PPOStats:
+    def gradient(self, batch: Batch, settings: LossSettings, normalize: bool, token_budget: int) -> PPOStats:
         """`PPOObjective.gradient` of all rows of `batch`; `normalize`: whiten their advantages."""
-        ...
 
 
 class Objective(Protocol):
@@ -126,17 +110,14 @@ class Objective(Protocol):
 
     def prepare(self, batch: Batch, moment: Moment | None = None) -> Batch:
         """Fill in what a batch learns from, such as advantages, with the settings that `moment` gives."""
-        ...
 
     def gradient(self, policy: Policy, batch: Batch, rows: Tensor, *, token_budget: int) -> Any:
         """Add the gradient of the minibatch `rows` to the parameters' `.grad`, in micro-batches of at most
         `token_budget` tokens, whose sizes don't change it. Returns its `Stats`.
         """
-        ...
 
     def metrics(self, batch: Batch, result: UpdateResult) -> dict[str, float]:
         """What the batch said and the update did, by the names of `train/metrics.py`."""
-        ...
 
     def gates(self, stats: Any, *, is_first: bool, exact: bool) -> bool:
         """Whether the step of a minibatch with these `stats` may be taken; False ends the update.

@@ -1,6 +1,4 @@
-"""PPO and its relatives (docs/family.md) as an objective: advantages, the clipped loss of a minibatch, its
-metrics and gates.
-"""
+"""PPO and its relatives (docs/family.md) as an objective: advantages, loss, metrics, gates."""
 
 from __future__ import annotations
 
@@ -28,8 +26,7 @@ from surefoot.types import Batch, Evaluation
 
 
 def advantages(batch: Batch, config: Config | None = None) -> Batch:
-    """Fill `advantages_BT` and `returns_BT` of a batch: KL penalty into the rewards, whitening on request,
-    then GAE.
+    """Fill `advantages_BT` and `returns_BT`: KL into the rewards, whitening on request, then GAE.
 
     Without a critic (docs/family.md) there are no returns, and what a completion is compared with stands in
     the batch.
@@ -38,8 +35,7 @@ def advantages(batch: Batch, config: Config | None = None) -> Batch:
 
 
 class PPOObjective(Objective):
-    """The clipped surrogate, the value loss, the entropy bonus and the KL penalty, with the settings of
-    `config`.
+    """The clipped surrogate, value loss, entropy bonus and KL penalty, as `config` sets them.
 
     Of `config` it reads `ppo`, `kl`, `group.skip_zero_variance`, `shaping.whiten`, `generation.tis_cap` and,
     of `policy.critic`, `gae_lambda` and `warmup_updates`.
@@ -80,9 +76,7 @@ class PPOObjective(Objective):
         return batch
 
     def _without_critic(self, batch: Batch, rewards_BT: Tensor) -> Tensor:
-        """[B, T], 0 off the mask: reward-to-go, whitened over the batch, or a completion's whole reward over
-        a baseline.
-        """
+        """[B, T], 0 off the mask: whitened reward-to-go, or the completion's reward over a baseline."""
         kind, mask_BT = self.config.ppo.advantage, batch.mask_BT
         if kind == "reinforce_pp":
             # GAE with λ = 1 and values of 0 is the discounted sum of the rewards to come.
@@ -100,9 +94,7 @@ class PPOObjective(Objective):
         return torch.where(mask_BT, advantages_B[:, None], 0.0)
 
     def select(self, batch: Batch, rows_per_minibatch: int) -> Batch:
-        """Without groups of equal rewards, if asked for; whitened where all is one minibatch, whose mean and
-        spread stay.
-        """
+        """Without zero-variance groups, if asked for; whitened here where all is one minibatch."""
         assert batch.advantages_BT is not None, "call advantages(batch) first"
         if self.config.group.skip_zero_variance and not bool((varies_B := has_reward_variance(batch)).all()):
             batch = batch.rows(varies_B.nonzero().flatten())
@@ -117,9 +109,7 @@ class PPOObjective(Objective):
         normalize = self._normalizes and not self._is_whitened
         settings = self._loss_settings(batch)
         if self.accelerator is not None:
-            return self.accelerator.gradient(
-                batch, settings=settings, normalize=normalize, token_budget=token_budget
-            )
+            return self.accelerator.gradient(batch, settings, normalize, token_budget)
         batch = replace(batch, advantages_BT=self._minibatch_advantages(batch, rows, normalize))
         denominator, stats = self._denominator(batch, rows), []
         for micro in micro_batches(batch, rows, token_budget):
@@ -128,11 +118,10 @@ class PPOObjective(Objective):
             scale: float | Tensor = 1.0 / denominator
             if self.config.ppo.loss_aggregation == "sequence":
                 scale = part.mask_BT / part.mask_BT.sum(1).clamp(min=1)[:, None] * scale
+            old = (part.logprobs_BT, part.values_BT)
             loss, sums = ppo_loss(
                 self._trained(policy.evaluate(part, entropy_gradient=self.ent_coef > 0), part),
-                (part.logprobs_BT, part.values_BT)
-                if part.reference_logprobs_BT is None
-                else (part.logprobs_BT, part.values_BT, part.reference_logprobs_BT),
+                old if part.reference_logprobs_BT is None else (*old, part.reference_logprobs_BT),
                 advantages_BT=part.advantages_BT,
                 # Without a critic its values are their own target: no loss.
                 returns_BT=part.values_BT if part.returns_BT is None else part.returns_BT,
@@ -149,9 +138,7 @@ class PPOObjective(Objective):
         return self.config.ppo.normalize_advantage and self.config.ppo.has_critic
 
     def _trained(self, new: Evaluation, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs, values and entropies for the loss; what is not trained has no gradient: the optimizer
-        skips it.
-        """
+        """Log-probs, values, entropies; what is not trained has no gradient: the optimizer skips it."""
         if not self.config.ppo.has_critic:
             return new.logprobs_BT, batch.values_BT, new.entropies_BT
         if batch.version < self.config.policy.critic.warmup_updates:
@@ -174,15 +161,12 @@ class PPOObjective(Objective):
         cap = self.config.generation.tis_cap
         if cap is not None and batch.behavior_logprobs_BT is not None:
             # The clipped loss is proportional to the advantage: a weight of one is a weight of the other.
-            advantages_BT = advantages_BT * truncated_ratio(
-                batch.logprobs_BT, batch.behavior_logprobs_BT, cap=cap
-            )
+            weight_BT = truncated_ratio(batch.logprobs_BT, batch.behavior_logprobs_BT, cap=cap)
+            advantages_BT = advantages_BT * weight_BT
         return advantages_BT
 
     def _denominator(self, batch: Batch, rows: Tensor) -> int:
-        """What the sum over the minibatch `rows` is divided by: its tokens, its completions, or completions ×
-        `step_limit`.
-        """
+        """What the sum over `rows` is divided by: tokens, completions, or completions × `step_limit`."""
         tokens_B = batch.mask_BT.sum(1)[rows]
         if self.config.ppo.loss_aggregation == "token":
             return max(int(tokens_B.sum()), 1)
@@ -227,9 +211,7 @@ class PPOObjective(Objective):
         return metrics
 
     def gates(self, stats: PPOStats, *, is_first: bool, exact: bool) -> bool:
-        """The first ratio must be 1; `target_kl` ends an update before the step of a minibatch that is past
-        it.
-        """
+        """The first ratio must be 1; `target_kl` ends an update before a step that is past it."""
         if is_first:
             check_first_minibatch(stats, exact=exact)
         target_kl = self.config.ppo.target_kl
@@ -242,9 +224,8 @@ class PPOObjective(Objective):
         self.negative_kl_in_a_row = self.negative_kl_in_a_row + 1 if is_negative else 0
         # While the critic warms up the policy stands still.
         if kl.target is not None and batch.version >= self.config.policy.critic.warmup_updates:
-            self.kl_coef = adapted_kl_coef(
-                self.kl_coef, mean_kl(batch), target=kl.target, horizon=kl.horizon, episodes=len(batch)
-            )
+            bounds = {"target": kl.target, "horizon": kl.horizon}
+            self.kl_coef = adapted_kl_coef(self.kl_coef, mean_kl(batch), **bounds, episodes=len(batch))
         check_kl_sign(self.negative_kl_in_a_row)
 
     def state(self) -> dict[str, Any]:

@@ -1,6 +1,4 @@
-"""Objectives of what others wrote or preferred: negative log-likelihood, preferences and ratings, and
-PPO-ptx, a sum of two.
-"""
+"""Objectives on data: likelihood of demonstrations, preferences and ratings; and their sum with PPO."""
 
 from __future__ import annotations
 
@@ -24,9 +22,7 @@ from surefoot.types import Batch
 
 
 class NLLObjective(Objective):
-    """The negative log-likelihood of demonstrations: cross-entropy on their trained tokens, mean over the
-    minibatch.
-    """
+    """Negative log-likelihood (cross-entropy) of demonstrations, mean over their trained tokens."""
 
     name = "sft"
 
@@ -45,9 +41,7 @@ class NLLObjective(Objective):
         for micro in micro_batches(batch, rows, token_budget):
             part = batch.rows(micro)
             new = policy.evaluate(part)
-            loss, sums = nll_loss(
-                new.logprobs_BT, new.entropies_BT, mask_BT=part.mask_BT, denominator=denominator
-            )
+            loss, sums = nll_loss(new.logprobs_BT, new.entropies_BT, part.mask_BT, denominator)
             (coef * loss).backward()
             stats.append(sums)
         return functools.reduce(operator.add, stats)
@@ -61,9 +55,7 @@ class NLLObjective(Objective):
 
 
 class PreferenceObjective(Objective):
-    """A reward model's loss, (scores [B, K], labels [B]) -> [B], mean over the rows: of pairs
-    `preference_loss`, of ratings `rating_loss`.
-    """
+    """A reward model's `loss` (scores [B, K], labels [B]) -> [B], mean over preferences or ratings."""
 
     name = "reward_model"
 

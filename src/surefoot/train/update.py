@@ -1,6 +1,4 @@
-"""From a batch to better weights: epochs × minibatches × micro-batches of an objective's gradient, a step
-after each.
-"""
+"""From a batch to better weights: epochs × minibatches × micro-batches of an objective, and the steps."""
 
 from __future__ import annotations
 

@@ -38,9 +38,7 @@ def accelerator(policy: Any) -> FastMLP | None:
 
 
 def supports(policy: Any) -> bool:
-    """Whether this policy's gradient is known here. Of `ControlPolicy` it reads the parts, which no other
-    policy need have.
-    """
+    """Whether this policy's gradient is known here; only `ControlPolicy` has the parts it reads."""
     layers, extractor = getattr(policy, "layers", None), getattr(policy, "extractor", None)
     return (
         layers is not None
@@ -87,9 +85,7 @@ class FastMLP:
 
     @contextlib.contextmanager
     def lent(self, optimizer: torch.optim.Adam) -> Iterator[torch.optim.Adam]:
-        """For one update: an Adam on the vector that goes on where `optimizer` is and hands back where it
-        got.
-        """
+        """For one update: an Adam on the vector that goes on where `optimizer` is, and hands back."""
         self._copy_in(optimizer)
         try:
             yield self.optimizer
@@ -99,9 +95,8 @@ class FastMLP:
     @torch.no_grad()
     def _copy_in(self, optimizer: torch.optim.Optimizer) -> None:
         self.weights.copy_(torch.cat([parameter.flatten() for parameter in self.parameters]))
-        self.optimizer.param_groups[0].update(
-            {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
-        )
+        settings = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
+        self.optimizer.param_groups[0].update(settings)
         self.optimizer.state.clear()
         states = [optimizer.state[parameter] for parameter in self.parameters if parameter in optimizer.state]
         if states:
@@ -115,17 +110,13 @@ class FastMLP:
         if state := self.optimizer.state.get(self.weights):
             parts = zip(self.parameters, *(state[name].split(self.sizes) for name in MOMENTS), strict=True)
             for parameter, *moments in parts:
-                own = {
-                    name: part.view_as(parameter).clone() for name, part in zip(MOMENTS, moments, strict=True)
-                }
-                optimizer.state[parameter] = {"step": state["step"].clone(), **own}
+                own = [part.view_as(parameter).clone() for part in moments]
+                optimizer.state[parameter] = {"step": state["step"].clone()} | dict(
+                    zip(MOMENTS, own, strict=True)
+                )
 
-    def gradient(
-        self, batch: Batch, *, settings: LossSettings, normalize: bool, token_budget: int
-    ) -> PPOStats:
-        """Add the gradient of the PPO loss on all of `batch` ([N, 1] rows), divided by its steps, to the
-        vector's `grad`.
-        """
+    def gradient(self, batch: Batch, settings: LossSettings, normalize: bool, token_budget: int) -> PPOStats:
+        """Add the PPO loss's gradient on all of `batch` ([N, 1]), over its steps, to the vector's."""
         if self.weights.grad is None:
             self.gradient_N.zero_()
             self.weights.grad = self.gradient_N
@@ -151,8 +142,9 @@ class FastMLP:
             head = self.head(outputs, actions, self.log_std, self.actor.hidden[-1])
         new = (head.logprobs[:, None], values, head.entropies[:, None])
         old = (batch.logprobs_BT.numpy(), batch.values_BT.numpy(), advantages_BT, batch.returns_BT.numpy())
+        mask_BT = batch.mask_BT.numpy()
         stats, by_logprob, by_value, by_entropy = loss_gradient(
-            new, old, batch.mask_BT.numpy(), 1.0 / denominator, settings
+            new, old, mask_BT, 1.0 / denominator, settings
         )
         self.critic.backward(by_value)
         self.actor.backward(head.backward(by_logprob, by_entropy))
@@ -163,9 +155,8 @@ class FastMLP:
         if not others and self.extractor.parts[name] is None:  # numbers as they are
             values = observations[name]
             return values.reshape(len(values), -1).float().numpy()
-        features: Array = self.extractor(
-            {name: values.flatten(0, 1) for name, values in observations.items()}
-        ).numpy()
+        flat = {name: values.flatten(0, 1) for name, values in observations.items()}
+        features: Array = self.extractor(flat).numpy()
         return features
 
 
@@ -201,16 +192,8 @@ def loss_gradient(
         clipped_squares, moved = (near - returns) ** 2, near != values
         by_value = numpy.where(squares >= clipped_squares, by_value, 0.0)
         squares = numpy.maximum(squares, clipped_squares)
-    terms = (
-        policy,
-        0.5 * squares,
-        entropies,
-        ratio,
-        numpy.expm1(bounded) - bounded,
-        ratio != within,
-        moved,
-        mask,
-    )
+    k3 = numpy.expm1(bounded) - bounded
+    terms = (policy, 0.5 * squares, entropies, ratio, k3, ratio != within, moved, mask)
     # One sum for all of them: a small network spends more time on starting operations than on numbers.
     masked = numpy.where(mask, numpy.stack(terms), 0.0)
     return (
@@ -239,9 +222,7 @@ class _Parameter:
 
 
 class _Network:
-    """Linear layers with tanh between them, their gradients, and memory for both: fresh memory costs as much
-    as the sums.
-    """
+    """Linear layers with tanh between, their gradients, and memory for both, which is kept."""
 
     def __init__(self, layers: list[tuple[_Parameter, _Parameter]]):
         self.layers = layers
@@ -253,9 +234,8 @@ class _Network:
         """The last layer's output [N, A]; it and what `backward` needs stand until the next call."""
         rows = len(values)
         if not self._outputs or rows > len(self._outputs[0]):
-            self._outputs = [
-                numpy.empty((rows, len(bias.array)), dtype=numpy.float32) for _, bias in self.layers
-            ]
+            widths = [len(bias.array) for _, bias in self.layers]
+            self._outputs = [numpy.empty((rows, width), dtype=numpy.float32) for width in widths]
             self._slopes = [numpy.empty((2, *output.shape), dtype=numpy.float32) for output in self._outputs]
         self.hidden = [values]
         for i, (weight, bias) in enumerate(self.layers):
@@ -319,9 +299,7 @@ class _Gaussian:
         self.entropies = numpy.full(len(means), constant + 0.5 * len(log_std), dtype=numpy.float32)
 
     def backward(self, by_logprob: Array, by_entropy: Array | None) -> Array:
-        """[N, D]: ∂ by the mean is z/σ; log σ's gradient, z² - 1 and 1 for the entropy, is added
-        to it.
-        """
+        """[N, D]: ∂ by the mean is z/σ; log σ gets z² - 1, and 1 for the entropy."""
         by_log_std = (by_logprob * (self.standard**2 - 1.0)).sum(0)
         if by_entropy is not None:
             by_log_std = by_log_std + by_entropy.sum()
@@ -331,9 +309,7 @@ class _Gaussian:
 
 
 class _StateDependent:
-    """The same with a variance for each state, features² [N, F] · σ² [F, D]; no gradient by those
-    features.
-    """
+    """The same with a variance for each state, features² [N, F] · σ² [F, D]; no gradient by those."""
 
     def __init__(self, means: Array, actions: Array, log_std_parameter: _Parameter, latent: Array):
         self.parameter, self.squares = log_std_parameter, latent * latent
