@@ -159,9 +159,24 @@ def gradient_of(
     objective: Objective, policy: Any, batch: Batch, *, rows: Tensor | None = None, tokens: int = 1_000
 ) -> tuple[list[Tensor], Any]:
     """Copies of the gradients of a minibatch, by default of all rows, in the order of the parameters, and its sums."""
-    parameters = [parameter for _, parameter in policy.named_parameters_to_train()]
-    for parameter in parameters:
+    found, stats = named_gradient(objective, policy, batch, tokens, rows)
+    return list(found.values()), stats
+
+
+def named_gradient(
+    objective: Objective, policy: Any, batch: Batch, tokens: int = 10**6, rows: Tensor | None = None
+) -> tuple[dict[str, Tensor], Any]:
+    """The gradients that a minibatch of all rows leaves, by parameter, and its sums."""
+    parameters = dict(policy.named_parameters_to_train())
+    for parameter in parameters.values():
         parameter.grad = None
     rows = torch.arange(len(batch)) if rows is None else rows
     stats = objective.gradient(policy, batch, rows, token_budget=tokens)
-    return [parameter.grad.clone() for parameter in parameters if parameter.grad is not None], stats
+    return {name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None}, stats
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 2e-5) -> None:
+    """But for the order of sums."""
+    assert found.keys() == expected.keys() and found
+    for name, value in expected.items():
+        assert float((found[name] - value).norm()) <= tolerance * float(value.norm()) + 1e-9, name

@@ -7,8 +7,8 @@ import functools
 import inspect
 import itertools
 import math
+import statistics
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,7 +18,6 @@ from torch import Tensor
 from surefoot.config import Config
 from surefoot.core import losses
 from surefoot.core.losses import PPOStats
-from surefoot.data.batches import micro_batches
 from surefoot.errors import GateError
 from surefoot.rollout.batch import text_batch
 from surefoot.train import loop, ppo_objective
@@ -29,7 +28,6 @@ from tests.fakes import CPU, VOCABULARY, BigramPolicy, config_of, gradient_of, p
 from tests.golden import refused
 
 RAGGED = (9, 1, 4, 12, 2, 7, 3, 12)  # completion tokens a row
-ROWS = torch.arange(len(RAGGED))
 LOSS = {"batch_size": 8, "n_epochs": 1, "vf_coef": 0.3, "ent_coef": 0.01, "clip_range_vf": 0.2}
 CONFIG = config_of(**LOSS)
 
@@ -46,19 +44,12 @@ def gradients_with(policy: BigramPolicy, batch: Batch, tokens: int = 1_000) -> t
 
 
 def assert_near(values: list[Tensor], expected: list[Tensor], atol: float = 1e-6) -> None:
-    assert len(values) == len(expected) > 0
-    for value, other in zip(values, expected, strict=True):
-        torch.testing.assert_close(value, other, rtol=0, atol=atol)
-
-
-def assert_same_stats(stats: PPOStats, expected: PPOStats, tolerance: float) -> None:
-    assert {k: float(v) for k, v in vars(stats).items()} == pytest.approx(
-        {k: float(v) for k, v in vars(expected).items()}, rel=tolerance, abs=tolerance
-    )
+    assert values
+    torch.testing.assert_close(values, expected, rtol=0, atol=atol)
 
 
 def assert_equal(values: list[Tensor], expected: list[Tensor]) -> None:
-    assert len(values) == len(expected) and all(torch.equal(a, b) for a, b in zip(values, expected, strict=True))
+    assert_near(values, expected, atol=0)
 
 
 # --- the first minibatch ---
@@ -104,13 +95,11 @@ def test_gradient_equals_a_token_by_token_twin() -> None:
     gradients, _ = gradients_with(policy, batch)
     written = [(b, t) for b, row in enumerate(batch.mask_BT.tolist()) for t, on in enumerate(row) if on]
     raw = [float(batch.advantages_BT[place]) for place in written]
-    mean = sum(raw) / len(raw)
-    spread = math.sqrt(sum((a - mean) ** 2 for a in raw) / len(raw) + 1e-8)
+    mean, spread = statistics.fmean(raw), math.sqrt(statistics.pvariance(raw) + 1e-8)
     loss = torch.zeros(())
     for (b, t), advantage in zip(written, raw, strict=True):
         before, action = int(batch.observations["tokens"][b, t - 1]), int(batch.actions_BT[b, t])
-        logprobs = torch.log_softmax(policy.logits_VV[before], dim=0)
-        whitened = (advantage - mean) / spread
+        logprobs, whitened = torch.log_softmax(policy.logits_VV[before], dim=0), (advantage - mean) / spread
         ratio = torch.exp(logprobs[action] - batch.logprobs_BT[b, t])
         surrogate = torch.minimum(ratio * whitened, ratio.clamp(0.8, 1.2) * whitened)
         value, old_value, target = policy.values_V[before], batch.values_BT[b, t], batch.returns_BT[b, t]
@@ -122,67 +111,33 @@ def test_gradient_equals_a_token_by_token_twin() -> None:
     assert_near(gradients, list(expected))
 
 
-@pytest.mark.parametrize("count", [2, 4, 8])
-def test_micro_batches_do_not_change_the_gradient(count: int) -> None:
-    policy = BigramPolicy()
-    batch = off_policy_batch(policy)
-    whole, whole_stats = gradients_with(policy, batch)
-    assert len(policy.seen) == 1
-    tokens = next(n for n in range(1, batch.mask_BT.numel()) if len(micro_batches(batch, ROWS, n)) == count)
-    parts, stats = gradients_with(policy, batch, tokens)
-    assert len(policy.seen) == count
-    assert_near(parts, whole)
-    assert_same_stats(stats, whole_stats, 1e-5)
-
-
-def test_running_out_of_memory_does_not_change_the_gradient() -> None:
+@pytest.mark.parametrize(
+    ("is_too_big", "tokens"),
+    [(lambda policy, part: part.mask_BT.numel() > 40, 1_000), (lambda policy, part: len(policy.seen) == 3, 32)],
+    ids=["of its size", "after others"],
+)
+def test_running_out_of_memory_does_not_change_the_gradient(is_too_big: Any, tokens: int) -> None:
     """The first micro-batch of a try may have left its gradient before a later one fails: it must not count twice."""
 
-    def refuse_big(policy: BigramPolicy, part: Batch) -> None:
-        if part.mask_BT.numel() > 40:
+    def refuse(part: Batch) -> None:
+        if is_too_big(policy, part):
             raise torch.OutOfMemoryError("too big")
 
-    def refuse_third(policy: BigramPolicy, part: Batch) -> None:
-        if len(policy.seen) == 3:
-            raise torch.OutOfMemoryError("no room left")
-
-    def refuse_all(policy: BigramPolicy, part: Batch) -> None:
-        raise torch.OutOfMemoryError("too big")
-
     whole, stats = gradients_with(policy := BigramPolicy(), off_policy_batch(policy))
-    unclipped = config_of(CONFIG, **{"max_grad_norm": 1e9})
-    for refuse, tokens in ((refuse_big, 1_000), (refuse_third, 32), (refuse_all, 1_000)):
-        policy, budget = BigramPolicy(), TokenBudget(tokens)
-        batch = off_policy_batch(policy)
-        policy.before_evaluate = lambda part, refuse=refuse, policy=policy: refuse(policy, part)
-        if refuse is refuse_all:  # not one row fits
-            with pytest.raises(torch.OutOfMemoryError, match="too big"):
-                train(policy, batch, unclipped, budget=budget)
-            continue
-        result = train(policy, batch, unclipped, budget=budget)
-        assert budget.tokens < tokens and len(policy.seen) > 3
-        assert_near(policy.gradients(), whole)
-        assert int(result.stats.num_tokens) == int(stats.num_tokens)
-
-
-@pytest.mark.parametrize("poison", [math.nan, 1e9])
-def test_padding_changes_neither_gradient_nor_statistics(poison: float) -> None:
-    reference = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(5))
-    config, results = config_of(CONFIG, shaping={"whiten": True}), []
-    for columns, off_mask in ((0, 0.0), (3, poison), (20, poison)):
-        policy = BigramPolicy(reference=reference, off_mask=off_mask)
-        batch = played_batch(BigramPolicy(), RAGGED, drift=0.3)
-        batch.reference_logprobs_BT = policy.reference_logprobs(batch)
-        results.append(gradients_with(policy, advantages(padded(batch, columns, poison=poison), config), 48))
-    for gradients, stats in results[1:]:
-        assert_near(gradients, results[0][0])
-        assert_same_stats(stats, results[0][1], 1e-6)
+    policy, budget, unclipped = BigramPolicy(), TokenBudget(tokens), config_of(CONFIG, max_grad_norm=1e9)
+    batch, policy.before_evaluate = off_policy_batch(policy), refuse
+    result = train(policy, batch, unclipped, budget=budget)
+    assert budget.tokens < tokens and len(policy.seen) > 3 and int(result.stats.num_tokens) == int(stats.num_tokens)
+    assert_near(policy.gradients(), whole)
+    is_too_big = lambda policy, part: True  # noqa: E731 - not one row fits
+    with pytest.raises(torch.OutOfMemoryError, match="too big"):
+        train(policy, batch, unclipped, budget=budget)
 
 
 def test_rows_without_actions_count_for_nothing() -> None:
     policy = BigramPolicy()
     batch, objective = played_batch(policy, RAGGED, drift=0.3), PPOObjective(CONFIG)
-    without, without_stats = gradient_of(objective, policy, objective.prepare(batch), rows=ROWS[:6], tokens=48)
+    without, without_stats = gradient_of(objective, policy, objective.prepare(batch), rows=torch.arange(6), tokens=48)
     batch.mask_BT[6:] = False  # the last two rows wrote nothing
     batch.rewards_BT[6:] = 1e6
     gradients, stats = gradient_of(objective, policy, objective.prepare(batch), tokens=48)
@@ -191,28 +146,7 @@ def test_rows_without_actions_count_for_nothing() -> None:
     torch.testing.assert_close(stats.policy_loss, without_stats.policy_loss)
 
 
-@pytest.mark.parametrize(("lengths", "reward"), [([1], 0.0), ([1], 1.0), ([1], -7.3), ([1] * 8, 0.3)])
-def test_minibatch_of_one_token_is_finite(lengths: list[int], reward: float) -> None:
-    """And one of equal rewards."""
-    policy, config = BigramPolicy(), config_of(batch_size=len(lengths), n_epochs=2, shaping={"whiten": True})
-    batch = played_batch(policy, lengths)
-    batch.values_BT, batch.rewards_BT = 0.0 * batch.values_BT, torch.where(batch.ends_BT, reward, 0.0)
-    result = train(policy, advantages(batch, config), config)
-    assert (result.steps, result.skipped) == (2, 0)
-    assert all(weight.isfinite().all() for weight in policy.weights())
-
-
 # --- rewards, KL penalty, advantages ---
-
-
-def rewarded_batch(lengths: tuple[int, ...], rewards: Tensor, logprobs: Tensor, references: Tensor, columns: int) -> Batch:
-    """Completions of `lengths` with these rewards on their last token, `columns` more of padding, NaN where nothing is."""
-    rows = [trajectory(prompt_tokens=[1] * (1 + i % 3), tokens=[2] * n) for i, n in enumerate(lengths)]
-    batch = text_batch(rows, device=CPU)
-    width = batch.mask_BT.shape[1]
-    batch.rewards_BT = torch.where(batch.ends_BT, rewards[:, None], batch.rewards_BT)
-    batch.logprobs_BT, batch.reference_logprobs_BT = logprobs[:, :width], references[:, :width]
-    return padded(batch, columns, poison=math.nan)
 
 
 @pytest.mark.parametrize("columns", [0, 1, 5])
@@ -220,9 +154,12 @@ def test_reward_and_kl_are_each_charged_once(columns: int) -> None:
     """With a zero critic and γ = λ = 1 the first token's return is the whole reward: reward - β Σ kl, in every row."""
     lengths, beta = (1, 5, 2, 5, 1, 3), 0.3  # rows 3 and 5 reach the right edge, rows 0 and 4 have one token
     generator = torch.Generator().manual_seed(0)
-    rewards = torch.randn(6, generator=generator)
-    logprobs, references = -torch.rand(6, 8, generator=generator), -torch.rand(6, 8, generator=generator)
-    batch = rewarded_batch(lengths, rewards, logprobs, references, columns)
+    rewards, (logprobs, references) = torch.randn(6, generator=generator), -torch.rand(2, 6, 8, generator=generator)
+    rows = [trajectory(prompt_tokens=[1] * (1 + i % 3), tokens=[2] * n) for i, n in enumerate(lengths)]
+    batch = text_batch(rows, device=CPU)
+    batch.rewards_BT = torch.where(batch.ends_BT, rewards[:, None], batch.rewards_BT)
+    batch.logprobs_BT, batch.reference_logprobs_BT = (x[:, : batch.mask_BT.shape[1]] for x in (logprobs, references))
+    batch = padded(batch, columns, poison=math.nan)
     kl = torch.where(batch.mask_BT, batch.logprobs_BT - batch.reference_logprobs_BT, 0.0).sum(1)
     batch.values_BT = torch.where(batch.mask_BT, 0.0, math.nan)
     advantages(batch, config_of(kl={"coef": beta}, gamma=1.0, gae_lambda=1.0))
@@ -242,13 +179,11 @@ def test_the_adapted_coefficient_is_the_one_that_is_used() -> None:
     adapting = PPOObjective(config_of(kl={"coef": 0.05, "target": 0.1, "horizon": 10}))
     before = adapting.prepare(batch).returns_BT
     adapting.finish(batch)
-    assert adapting.kl_coef != 0.05
-    after = adapting.prepare(batch).returns_BT
-    again = PPOObjective(adapting.config)
+    again, fixed = PPOObjective(adapting.config), PPOObjective(config_of(kl={"coef": adapting.kl_coef}))
     again.restore(adapting.state())
-    fixed = PPOObjective(config_of(kl={"coef": adapting.kl_coef}))
-    assert torch.equal(after, fixed.prepare(batch).returns_BT) and torch.equal(after, again.prepare(batch).returns_BT)
-    assert not torch.equal(before, after)
+    returns = [objective.prepare(batch).returns_BT for objective in (adapting, fixed, again)]
+    assert torch.equal(returns[0], returns[1]) and torch.equal(returns[0], returns[2]) and adapting.kl_coef != 0.05
+    assert not torch.equal(before, returns[0])
 
 
 @pytest.mark.parametrize(
@@ -281,38 +216,24 @@ def test_scale_of_the_advantages_matters_only_if_they_are_not_normalized(normali
     torch.testing.assert_close(gradients[1], gradients[0] * (1.0 if normalized else 10.0), rtol=0, atol=1e-5)
 
 
-def test_update_raises_the_probability_of_the_rewarded_completion() -> None:
-    policy, config = BigramPolicy(), config_of(batch_size=4, n_epochs=4, learning_rate=0.01)
-    batch = text_batch([trajectory(prompt_tokens=[1], tokens=[token]) for token in (2, 3, 4, 5)], device=CPU)
-    batch.logprobs_BT = policy.evaluate(batch).logprobs_BT.detach()
-    batch.rewards_BT = torch.where(batch.ends_BT, torch.tensor([[1.0], [0.0], [0.0], [0.0]]), 0.0)
-    before = policy.logits_VV[1].detach().softmax(0)
-    train(policy, advantages(batch, config), config)
-    after = policy.logits_VV[1].detach().softmax(0)
-    assert after[2] > before[2] and all(after[token] < before[token] for token in (3, 4, 5))
-
-
 # --- when to stop, and when not to step ---
 
 
-def trained(bad_calls: set[int] | None = None, drift: float = 0.0, **ppo: Any) -> tuple[list[Tensor], Any]:
-    """Weights and result of an update in which the policy's logits are NaN in these evaluations (1, 2, …)."""
+def trained(bad_calls: set[int] | None = None, drift: float = 0.0, **ppo: Any) -> tuple[list[Tensor], Any, list[Tensor]]:
+    """Weights before, result and weights of an update in which the policy's logits are NaN in these evaluations (1, 2, …)."""
     policy, config = BigramPolicy(), config_of(**{"batch_size": 8, "n_epochs": 1, "learning_rate": 0.1} | ppo)
-    batch = advantages(played_batch(policy, RAGGED, drift=drift), config)
+    batch, before = advantages(played_batch(policy, RAGGED, drift=drift), config), policy.weights()
     policy.on_logits = lambda logits: logits * (math.nan if len(policy.seen) in (bad_calls or ()) else 1.0)
-    return policy.weights(), train(policy, batch, config), policy.weights()  # type: ignore[return-value]
+    return before, train(policy, batch, config), policy.weights()
 
 
 def test_target_kl_stops_before_the_step() -> None:
-    start, _, once = trained(n_epochs=1)  # type: ignore[misc]
-    _, result, weights = trained(n_epochs=5, target_kl=1e-4)  # type: ignore[misc]
-    assert (result.steps, result.stopped_early) == (1, True)  # KL is 0 before the first step, too much before the second
-    assert_equal(weights, once)
-    _, result, _ = trained(n_epochs=5, target_kl=1e4)  # type: ignore[misc]
-    assert (result.steps, result.stopped_early) == (5, False)
-    _, result, weights = trained(drift=0.3, target_kl=1e-4)  # type: ignore[misc]  # the very first step
-    assert (result.steps, result.stopped_early) == (0, True)
-    assert_equal(weights, start)
+    start, _, once = trained()
+    # KL is 0 before the first step and too much before the second; with a drift before the very first.
+    for drift, target, steps, weights in ((0.0, 1e-4, 1, once), (0.0, 1e4, 5, None), (0.3, 1e-4, 0, start)):
+        _, result, found = trained(drift=drift, n_epochs=5, target_kl=target)
+        assert (result.steps, result.stopped_early) == (steps, steps < 5)
+        assert_equal(found, weights or found)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -327,19 +248,15 @@ def test_non_finite_numbers_change_no_weight_and_no_optimizer_state(bad: float, 
         """Both moments and the step count of the two tables, and the tables."""
         return policy.weights() + [copy.deepcopy(value) for state in optimizer.state.values() for value in state.values()]
 
-    before, place = everything(), torch.zeros(VOCABULARY, VOCABULARY)
-    place[2, 3] = bad
+    before, place = everything(), torch.where(torch.arange(VOCABULARY) == 3, bad, 0.0)
     if where == "logits":
-        policy.on_logits = lambda logits: logits + torch.where(torch.arange(VOCABULARY) == 3, bad, 0.0)
-    elif where == "gradient of the logits":
-        policy.logits_VV.register_hook(lambda gradient: gradient + place)
-    elif where == "gradient of the values":
-        policy.values_V.register_hook(lambda gradient: gradient + place[2])
+        policy.on_logits = lambda logits: logits + place
+    elif where.startswith("gradient"):
+        {"logits": policy.logits_VV, "values": policy.values_V}[where.rsplit(maxsplit=1)[-1]].register_hook(lambda g: g + place)
     elif where == "old log-probs":
         batch.logprobs_BT = torch.where(batch.ends_BT, math.nan, batch.logprobs_BT)  # ±inf is only a clamped ratio
     else:
         batch.returns_BT = torch.where(batch.ends_BT, bad, batch.returns_BT)
-
     result = train(policy, batch, CONFIG, optimizer=optimizer)
     assert (result.steps, result.skipped, result.skipped_in_a_row, len(before)) == (0, 1, 1, 8)
     assert_equal(everything(), before)
@@ -347,26 +264,29 @@ def test_non_finite_numbers_change_no_weight_and_no_optimizer_state(bad: float, 
 
 
 @pytest.mark.parametrize(("bad_calls", "in_a_row"), [({1, 2, 3}, 0), ({2, 7, 8}, 2)])
-def test_skipped_steps_in_a_row_are_counted_and_a_good_step_ends_the_row(bad_calls: set[int], in_a_row: int) -> None:
-    _, result, weights = trained(bad_calls, batch_size=1)  # type: ignore[misc]
+def test_skipped_steps_are_counted_and_leave_no_trace_in_the_steps_after_them(bad_calls: set[int], in_a_row: int) -> None:
+    _, result, weights = trained(bad_calls, batch_size=1)
     assert (result.steps, result.skipped, result.skipped_in_a_row) == (5, 3, in_a_row)
     assert all(weight.isfinite().all() for weight in weights) and math.isfinite(result.grad_norm)
-
-
-def test_a_skipped_step_leaves_no_trace_in_the_steps_after_it() -> None:
-    assert_equal(trained({1, 3}, n_epochs=5)[2], trained(n_epochs=3)[2])  # type: ignore[misc]
+    assert_equal(trained({1, 3}, n_epochs=5)[2], trained(n_epochs=3)[2])
 
 
 @pytest.mark.parametrize(
-    ("field", "extreme"),
-    [("logprobs_BT", -1e4), ("logprobs_BT", 0.0), ("rewards_BT", 1e6), ("rewards_BT", -1e6), ("values_BT", 1e6)],
+    ("lengths", "field", "extreme"),
+    [
+        *((RAGGED, field, extreme) for field, extreme in (("logprobs_BT", -1e4), ("logprobs_BT", 0.0), ("values_BT", 1e6))),
+        *((RAGGED, "rewards_BT", extreme) for extreme in (1e6, -1e6)),
+        *(([1], "rewards_BT", extreme) for extreme in (0.0, 1.0, -7.3)),  # one token, nothing to compare it with
+        ([1] * 8, "rewards_BT", 0.3),
+    ],
 )
-def test_extreme_values_are_survived(field: str, extreme: float) -> None:
-    policy, config = BigramPolicy(), config_of(batch_size=4, n_epochs=2)
-    batch = played_batch(policy, RAGGED)
+def test_extreme_values_and_small_batches_are_survived(lengths: list[int], field: str, extreme: float) -> None:
+    policy, config = BigramPolicy(), config_of(batch_size=4, n_epochs=2, shaping={"whiten": True})
+    batch = played_batch(policy, lengths)
+    batch.values_BT = batch.values_BT * (len(lengths) > 1)
     setattr(batch, field, torch.where(batch.ends_BT, extreme, getattr(batch, field)))
     result = train(policy, advantages(batch, config), config)
-    assert (result.steps, result.skipped) == (4, 0)
+    assert (result.steps, result.skipped) == (2 * math.ceil(len(lengths) / 4), 0)
     assert all(weight.isfinite().all() for weight in policy.weights())
     assert all(math.isfinite(float(value)) for value in vars(result.stats).values())
 
@@ -374,47 +294,35 @@ def test_extreme_values_are_survived(field: str, extreme: float) -> None:
 # --- the optimizer ---
 
 
-def adam_by_hand(
-    gradient: Callable[[list[Tensor]], list[Tensor]], weights: list[Tensor], *, steps: int, rate: float, epsilon: float
-) -> list[Tensor]:
-    """Kingma & Ba 2015, Algorithm 1."""
-    means, squares = ([torch.zeros_like(w) for w in weights] for _ in range(2))
-    for t in range(1, steps + 1):
-        for i, g in enumerate(gradient(weights)):
-            means[i] = 0.9 * means[i] + 0.1 * g
-            squares[i] = 0.999 * squares[i] + 0.001 * g**2
-            weights[i] = weights[i] - rate * (means[i] / (1 - 0.9**t)) / ((squares[i] / (1 - 0.999**t)).sqrt() + epsilon)
-    return weights
-
-
 @pytest.mark.parametrize("steps", [1, 2, 6])
 def test_adam_follows_its_formula(steps: int) -> None:
-    optimizer = {"n_epochs": steps, "learning_rate": 0.01, "adam_epsilon": 1e-3, "max_grad_norm": 1e6}
-    config = config_of(CONFIG, **optimizer)
+    config = config_of(CONFIG, n_epochs=steps, learning_rate=0.01, adam_epsilon=1e-3, max_grad_norm=1e6)
     policy, other = BigramPolicy(), BigramPolicy()
     batch = off_policy_batch(policy, config)
 
-    def gradient(weights: list[Tensor]) -> list[Tensor]:
+    # Kingma & Ba 2015, Algorithm 1.
+    weights = policy.weights()
+    means, squares = ([torch.zeros_like(w) for w in weights] for _ in range(2))
+    for step in range(1, steps + 1):
         with torch.no_grad():
             other.logits_VV.copy_(weights[0])
             other.values_V.copy_(weights[1])
-        return gradient_of(PPOObjective(config), other, batch)[0]
-
-    by_hand = adam_by_hand(gradient, policy.weights(), steps=steps, rate=0.01, epsilon=1e-3)
+        for i, g in enumerate(gradient_of(PPOObjective(config), other, batch)[0]):
+            means[i], squares[i] = 0.9 * means[i] + 0.1 * g, 0.999 * squares[i] + 0.001 * g**2
+            denominator = (squares[i] / (1 - 0.999**step)).sqrt() + 1e-3
+            weights[i] = weights[i] - 0.01 * (means[i] / (1 - 0.9**step)) / denominator
     assert train(policy, batch, config).steps == steps
-    assert_near(policy.weights(), by_hand)
+    assert_near(policy.weights(), weights)
 
 
 def test_gradient_is_clipped_by_its_global_norm() -> None:
     """Seen through an epsilon so large that Adam's first step is the gradient itself, scaled."""
-    config = config_of(CONFIG, **{"adam_epsilon": 1e6, "learning_rate": 1e6, "max_grad_norm": 0.01})
-    policy = BigramPolicy()
+    policy, config = BigramPolicy(), config_of(CONFIG, adam_epsilon=1e6, learning_rate=1e6, max_grad_norm=0.01)
     batch, before = off_policy_batch(policy, config), policy.weights()
     gradients, _ = gradients_with(policy, batch)
     result = train(policy, batch, config)
     norm = float(torch.cat([gradient.flatten() for gradient in gradients]).norm())
-    assert norm > 0.01
-    assert result.grad_norm == pytest.approx(norm, rel=1e-5)  # reported as it was before clipping
+    assert result.grad_norm == pytest.approx(norm, rel=1e-5) and norm > 0.01  # reported as it was before clipping
     assert_near(policy.weights(), [w - g * 0.01 / norm for w, g in zip(before, gradients, strict=True)])
 
 

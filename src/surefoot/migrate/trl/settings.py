@@ -1,7 +1,4 @@
-"""TRL's settings and ours: what `import-trl` maps by. docs/from-trl.md has them as a table, with the reasons.
-
-Read from TRL's own sources: 0.11.4 for `OLD`, 0.19.1 for `OLD_RLOO`, 1.12.0 for the rest.
-"""
+"""TRL's settings and ours (docs/from-trl.md): TRL 0.11.4 in `OLD`, 0.19.1 in `OLD_RLOO`, 1.12.0 elsewhere."""
 
 from __future__ import annotations
 
@@ -110,30 +107,23 @@ ELSEWHERE: dict[tuple[str, Any], str] = {
     ("bf16", True): "false in earlier TRL", ("max_completion_length", 512): "256 in earlier TRL",
     ("learning_rate", 3e-6): "5e-5 in TRL 0.24",
 }
-BY_HAND = {"num_train_epochs": EPISODES, "dataset_name": PROMPTS, "query_dataset": PROMPTS,
-           "reward_funcs": REWARD, "reward_weights": REWARD, "reward_model": REWARD,
-           "reward_model_path": REWARD}
+BY_HAND = {"num_train_epochs": EPISODES, "dataset_name": PROMPTS, "query_dataset": PROMPTS} | dict.fromkeys(
+    ("reward_funcs", "reward_weights", "reward_model", "reward_model_path"), REWARD)
 # Settings that change logging, saving, speed or nothing; with `*` families of them.
-_NAMES = """
-    accelerator_config accelerator_kwargs activation_checkpointing* attn_implementation
-    average_tokens_across_devices backward_batch_size batch_eval_metrics batch_size bf16_full_eval
-    compare_steps config_file data_seed dataloader_* dataset_num_proc ddp_* debug deepspeed disable_tqdm
-    do_eval do_predict do_train ds3_gather_for_generation enable_jit_checkpoint entropy_coef_* entropy_target*
-    eval_* exp_name fp16_backend fp16_full_eval fp16_opt_level fsdp fsdp_* full_determinism
-    global_backward_batch_size global_batch_size gpu_ids gradient_checkpointing* greater_is_better
-    group_by_length half_precision_backend hub_* ignore_data_skip include_* is_encoder_decoder is_peft_model
-    jit_mode_eval label_names label_smoothing_factor length_column_name liger_kernel_config
-    load_best_model_at_end local_batch_size local_mini_batch_size local_rank local_rollout_forward_batch_size
-    log_completions* log_level* log_multimodal log_on_each_node log_unique_prompts log_with logging_*
-    lora_task_type machine_rank main_process_ip main_process_port metric_for_best_model micro_batch_size
+ASIDE = """
+    accelerator_* activation_checkpointing* attn_implementation average_tokens_across_devices
+    backward_batch_size batch_eval_metrics batch_size bf16_full_eval compare_steps config_file data_seed
+    dataloader_* dataset_num_proc ddp_* debug deepspeed disable_tqdm do_* ds3_* enable_jit_checkpoint
+    entropy_coef_* entropy_target* eval_* exp_name fp16_* fsdp* full_determinism global_* gpu_ids
+    gradient_checkpointing* greater_is_better group_by_length half_precision_backend hub_* ignore_data_skip
+    include_* is_* jit_mode_eval label_* length_column_name liger_* load_best_model_at_end local_* log_*
+    logging_* lora_task_type machine_rank main_process_* metric_for_best_model micro_batch_size
     mini_batch_size mp_parameters multi_gpu num_completions_to_print num_generations_eval num_machines
     num_sample_generations num_total_batches optimize_* overwrite_output_dir parallelism_config past_index
-    per_device_eval_batch_size per_gpu_* prediction_loss_only project project_kwargs push_to_hub* ray_scope
-    ref_model_* remove_unused_columns report_to restore_callback_states_from_checkpoint resume_from_checkpoint
-    run_name sapo_* save_* skip_memory_metrics task_name tf32 torch_compile* torch_empty_cache_steps
-    torchdynamo total_ppo_epochs tpu_* tracker_* trackio_* train_sampling_strategy use_cache use_cpu
-    use_deepspeed use_ipex use_liger_* use_mps_device use_transformers_paged use_vllm vespo_* vllm_device
-    vllm_enable_* vllm_gpu_memory_utilization vllm_group_port vllm_max_model_len* vllm_mode vllm_model_impl
-    vllm_server_* vllm_tensor_parallel_size wandb_* world_size
+    per_device_eval_batch_size per_gpu_* prediction_loss_only project* push_to_hub* ray_scope ref_model_*
+    remove_unused_columns report_to restore_* resume_* run_name sapo_* save_* skip_memory_metrics task_name
+    tf32 torch_compile* torch_empty_cache_steps torchdynamo total_ppo_epochs tpu_* tracker_* trackio_*
+    train_sampling_strategy use_cache use_cpu use_deepspeed use_ipex use_liger_* use_mps_device
+    use_transformers_paged use_vllm vespo_* vllm_device vllm_enable_* vllm_gpu_* vllm_group_port vllm_max_*
+    vllm_mode* vllm_server_* vllm_tensor_* wandb_* world_size
 """
-ASIDE = _NAMES.split()

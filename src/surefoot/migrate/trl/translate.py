@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,13 @@ class Imported:
         """The file for `surefoot ppo`: the notes, then every setting beside its source."""
         lines = [f"# {line}" for line in self.notes().splitlines()]
         lines += ["task:", "  # prompts: FILE.jsonl", "  # reward: FILE.py:FUNCTION"]
-        sections = list(dict.fromkeys(key.rpartition(".")[0] for key in self.settings))
-        for section in sections:
-            lines += [f"{section}:"] if section else []
-            for key, value in self.settings.items():
-                before, _, leaf = key.rpartition(".")
-                if before == section:
-                    lines.append(f"{'  ' * bool(section)}{leaf}: {_text(value)}  # {self.sources[key]}")
+        sections: dict[str, list[str]] = {}
+        for key, value in self.settings.items():
+            section, _, leaf = key.rpartition(".")
+            first = [f"{section}:"] if section else []
+            entry = f"{'  ' * bool(section)}{leaf}: {_text(value)}  # {self.sources[key]}"
+            sections.setdefault(section, first).append(entry)
+        lines += [line for entries in sections.values() for line in entries]
         return "\n".join(lines) + "\n"
 
 
@@ -94,9 +95,8 @@ def _read_file(path: Path) -> Imported:
     if suffix in REFUSED:
         raise InputError(f"{path}: {REFUSED[suffix]}")
     if suffix not in (".yaml", ".yml", ".json"):
-        raise InputError(
-            f"{path}: expected a .json or .yaml file, a checkpoint's folder, or -- and TRL's command"
-        )
+        wanted = "a .json or .yaml file, a checkpoint's folder, or -- and TRL's command"
+        raise InputError(f"{path}: expected {wanted}")
     return _of_kind(str(path), _values(path), path.name)
 
 
@@ -111,11 +111,10 @@ def _read_command(words: Sequence[str]) -> Imported:
     """`trl grpo --beta 0.1`, `accelerate launch --num_processes 2 ppo.py --lam 0.9`: as argparse reads it."""
     at = next((i for i, word in enumerate(words) if re.search(r"\.py$|^(ppo|grpo|rloo)$", word)), None)
     if at is None:
-        raise InputError(
-            f"no script, and none of ppo, grpo and rloo, in the command {short(' '.join(words))}"
-        )
-    values = {name: value for name, value in _flags(words[:at]).items() if name == "num_processes"}
-    values |= _flags(words[at + 1 :])
+        command = short(" ".join(words))
+        raise InputError(f"no script, and none of ppo, grpo and rloo, in the command {command}")
+    launch, flags = _flags(words[:at]), _flags(words[at + 1 :])
+    values = {name: launch[name] for name in ("num_processes",) if name in launch} | flags
     if file := values.pop("config", None):
         values = _values(Path(str(file))) | values
     return _of_kind("the command", values, words[at])
@@ -126,9 +125,8 @@ def _flags(words: Sequence[str]) -> dict[str, Any]:
     name = ""
     for word in words:
         if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            name = name.replace("-", "_")
-            given[name] = [strict_yaml.scalar(value)] if equals else []
+            flag, equals, value = word[2:].partition("=")
+            given[name := flag.replace("-", "_")] = [strict_yaml.scalar(value)] if equals else []
         elif name:
             given[name].append(strict_yaml.scalar(word))
     return {name: True if not v else v[0] if len(v) == 1 else v for name, v in given.items()}
@@ -150,13 +148,10 @@ def _of_kind(where: str, given: dict[str, Any], hint: str) -> Imported:
 def translate(done: Imported) -> None:
     """Fill in our settings and the notes. Raises InputError for another loss than the token's clipped one."""
     given = done.given
-    if done.kind is table.GRPO:
-        loss, level = given.get("loss_type", "dapo"), given.get("importance_sampling_level", "token")
-        if not isinstance(loss, str) or loss not in table.VALUES["loss_type"] or level != "token":
-            which = f"loss_type {short(loss)}, importance_sampling_level {short(level)}"
-            raise InputError(
-                f"{done.where}: {which}: not there, and its epsilon bounds another ratio than ours"
-            )
+    loss, level = given.get("loss_type", "dapo"), given.get("importance_sampling_level", "token")
+    if done.kind is table.GRPO and (loss not in list(table.VALUES["loss_type"]) or level != "token"):
+        which = f"loss_type {short(loss)}, importance_sampling_level {short(level)}"
+        raise InputError(f"{done.where}: {which}: not there, and its epsilon bounds another ratio")
     for name, (ours, default) in done.kind.maps.items():
         if (value := given.get(name, default)) is not None:
             _put_one(done, name, ours, value)
@@ -164,12 +159,8 @@ def translate(done: Imported) -> None:
         done.put(key, value, done.kind.title)
     _put_sizes(done)
     _put_adapter(done)
-    if done.kind is table.OLD:
-        _put_old(done)
-    elif done.kind is table.GRPO:
-        _put_grpo(done)
-    elif done.kind.word == "rloo":
-        _put_rloo(done)
+    own = {table.OLD.title: _put_old, table.GRPO.title: _put_grpo, table.PPO.title: lambda done: None}
+    own.get(done.kind.title, _put_rloo)(done)
     _list_others(done)
 
 
@@ -237,9 +228,8 @@ def _put_adapter(done: Imported) -> None:
 def _put_old(done: Imported) -> None:
     if done.given.get("adap_kl_ctrl") is False or done.number("init_kl_coef") == 0:
         del done.settings["kl.target"], done.settings["kl.horizon"]
-        done.put(
-            "kl.coef", done.number("init_kl_coef"), "init_kl_coef, which stays: adap_kl_ctrl false, or 0"
-        )
+        source = "init_kl_coef, which stays: adap_kl_ctrl false, or 0"
+        done.put("kl.coef", done.number("init_kl_coef"), source)
     if done.given.get("early_stopping"):
         done.put("ppo.target_kl", 1.5 * done.number("target_kl"), "early_stopping, 1.5 × target_kl")
 
@@ -292,15 +282,13 @@ def _list_others(done: Imported) -> None:
             done.no_counterpart.append(f"{name} {short(value)}: not known here")
     done.no_counterpart += kind.notes
     if "stop_token" in kind.without and not done.given.get("stop_token"):
-        done.no_counterpart.append(
-            f"stop_token none: TRL writes on to {TOKENS}; here an end token ends a completion"
-        )
+        done.no_counterpart.append(f"stop_token none: TRL writes on to {TOKENS}; here an end token ends it")
     done.by_hand += [f"{key}: {how}" for key, how in needed.items() if key not in done.settings]
 
 
 def _is_aside(name: str, done: Imported) -> bool:
     is_unused = name.startswith("vllm_") and not done.given.get("use_vllm")
-    return is_unused or any(re.fullmatch(known.replace("*", r"\w*"), name) for known in table.ASIDE)
+    return is_unused or any(fnmatchcase(name, known) for known in table.ASIDE.split())
 
 
 def _text(value: Any) -> str:

@@ -33,17 +33,14 @@ MERGED = "model.pretrained_model = model.pretrained_model.merge_and_unload(); mo
 def import_value_head(source: Path, output: Path) -> None:
     """Write `output`, a folder that `PPO.load` opens in float32: the same logits, the same values.
 
-    TRL saves the head as `v_head.summary`, one linear layer [1, D] on the last hidden state, among the
-    weights; its dropout is left out. Raises InputError for pickles, adapters, links, folders without the head
-    and weights that do not fit.
+    TRL's head is `v_head.summary`, a linear layer [1, D] on the last hidden state; its dropout is left out.
+    Raises InputError for pickles, adapters, links, folders without the head and weights that do not fit.
     """
     if output.exists() or output.is_symlink():
         raise InputError(f"--output {output}: exists; name a new folder")
     _check(source)
     read = [read_tensors(file) for file in _weights(source)]
-    tensors = {
-        name.removeprefix(WRAPPER): tensor.contiguous() for part in read for name, tensor in part.items()
-    }
+    tensors = {n.removeprefix(WRAPPER): tensor.contiguous() for part in read for n, tensor in part.items()}
     head = {name: tensors.pop(HEAD + name, None) for name in ("weight", "bias")}
     critic = {name: tensor.float() for name, tensor in head.items() if tensor is not None}
     if len(critic) < 2:
@@ -60,9 +57,8 @@ def import_value_head(source: Path, output: Path) -> None:
             # Opened once: what does not fit is said now.
             load_policy(str(aside), PolicyConfig(adapter=None, dtype="float32")).load_extras(aside)
     except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"{output} could not be written: {getattr(error, 'strerror', None) or error}"
-        ) from error
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{output} could not be written: {reason}") from error
     except InputError as error:
         raise InputError(str(error).replace(str(aside), str(source))) from error
 
@@ -78,22 +74,17 @@ def _weights(source: Path) -> list[Path]:
 def _own(file: Path) -> Path:
     """The file, unless it is a link: one out of a folder of others would copy what they may not read."""
     if file.is_symlink():
-        raise InputError(
-            f"{file}: a link, which is not followed; where you trust the folder, copy it: cp -rL"
-        )
+        raise InputError(f"{file}: a link, which is not followed; where you trust the folder: cp -rL")
     return file
 
 
 def _check(source: Path) -> None:
     """Raise InputError for a folder that holds no whole, safe checkpoint, with the way where there is one."""
     if (source / "adapter_config.json").is_file():
-        raise InputError(
-            f"{source}: an adapter whose value head is a pickle; in TRL, merge it ({MERGED}) and save it"
-        )
-    weights = [source / name for name in (WEIGHTS, INDEX)]
-    if (source / "pytorch_model.bin").is_file() and not any(file.is_file() for file in weights):
-        raise InputError(
-            f"{source}: pytorch_model.bin is a pickle and is not loaded, since loading one can run code; "
-            f'where you trust it, in that folder: python -c "{AS_SAFETENSORS}"'
-        )
+        what = "an adapter whose value head is a pickle"
+        raise InputError(f"{source}: {what}; in TRL, merge it ({MERGED}) and save it")
+    is_safe = any((source / name).is_file() for name in (WEIGHTS, INDEX))
+    if (source / "pytorch_model.bin").is_file() and not is_safe:
+        what = "pytorch_model.bin is a pickle and is not loaded, since loading one can run code"
+        raise InputError(f'{source}: {what}; where you trust it, in there: python -c "{AS_SAFETENSORS}"')
     check_model_folder(str(source))
