@@ -73,9 +73,7 @@ def twin(
         ([0.5, 0.4, 0.3], 0.99, 0.3, [0.681015, 0.834678, 0.997]),  # cut off, not ended: the last value counts on
     ],
 )
-def test_gae_gives_the_numbers_worked_by_hand(
-    values: list[float], gamma: float, bootstrap: float, expected: list[float]
-) -> None:
+def test_gae_gives_the_numbers_worked_by_hand(values, gamma, bootstrap, expected):
     advantages, returns = one_row([0.0, 0.0, 1.0], values, gamma=gamma, bootstrap=bootstrap)
     assert advantages.tolist() == pytest.approx(expected, abs=1e-6)
     assert returns.tolist() == pytest.approx([a + v for a, v in zip(expected, values, strict=True)], abs=1e-6)

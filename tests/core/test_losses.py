@@ -75,9 +75,7 @@ def assert_near(stats: PPOStats, expected: PPOStats, tolerance: float = 0.0) -> 
         (HIGHER, 0.5, -1.0, 0.8, 0.0),  # below nothing changes
     ],
 )
-def test_clipped_surrogate_has_gradient_only_where_it_is_not_clipped(
-    settings: LossSettings, ratio: float, advantage: float, loss: float, gradient: float
-) -> None:
+def test_clipped_surrogate_has_gradient_only_where_it_is_not_clipped(settings, ratio, advantage, loss, gradient):
     _, stats, (slope, *_) = loss_of(one_step(ratio, advantage), settings=settings)
     assert float(stats.policy_loss) == pytest.approx(loss, abs=1e-6)
     assert float(slope) == pytest.approx(gradient, abs=1e-6) and (gradient != 0 or float(slope) == 0.0)
@@ -92,9 +90,7 @@ def test_clipped_surrogate_has_gradient_only_where_it_is_not_clipped(
         (0.2, -0.1, 2.0, 2.205, -2.1),
     ],
 )
-def test_value_clip_has_zero_gradient_far_from_the_return(
-    clip_range: float | None, value: float, target: float, loss: float, gradient: float
-) -> None:
+def test_value_clip_has_zero_gradient_far_from_the_return(clip_range, value, target, loss, gradient):
     settings = LossSettings(clip_range_vf=clip_range, vf_coef=1.0)
     _, stats, (_, slope, _) = loss_of(one_step(values=value, returns=target), settings=settings)
     assert float(stats.value_loss) == pytest.approx(loss) and float(slope) == pytest.approx(gradient)

@@ -11,22 +11,26 @@ import pytest
 import torch
 
 from surefoot import PPO
-from surefoot.cli.main import main
 from surefoot.errors import GateError, InputError, NonFiniteError
 from surefoot.policies.lm.policy import CausalLMPolicy
 from surefoot.train import loop
 from surefoot.train.checkpoint import load_checkpoint, newest_checkpoint
 from surefoot.types import Batch, Evaluation
+from tests.golden import refused
+from tests.inputs import run_cli
 from tests.train.small_run import noisy_letters, python_ppo, python_task, rows, weights, write_project
 
 STEPS_AN_UPDATE = 4
 
 
 def saved(model: PPO) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
-    assert model.run_folder is not None
-    path = newest_checkpoint(model.run_folder / "checkpoints")
+    path = newest_checkpoint((model.run_folder or Path()) / "checkpoints")
     assert path is not None
     return load_checkpoint(path)
+
+
+def steps_in(tensors: dict[str, dict[str, torch.Tensor]]) -> set[float]:
+    return {float(tensor) for name, tensor in tensors["optimizer"].items() if name.endswith("/step")}
 
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
@@ -57,16 +61,15 @@ class BreaksOnce:
 def test_a_reward_that_is_no_number_stops_the_run_and_changes_nothing(tmp_path: Path, base: Path, value: Any) -> None:
     reward = BreaksOnce(at=7, value=value)  # the probe, then evaluations and rollouts in turn: the rollout of update 3
     model = reward.model = python_ppo(base, tmp_path, reward)
-    with pytest.raises(InputError, match=r"reward function returned .* for sample 1 .*a finite float is needed") as error:
+    with refused("reward function", "sample 1"):
         model.learn()
-    assert error.value.exit_code == 2
     tensors, state = saved(model)
-    assert state["progress"]["updates"] == 2
+    assert state["progress"]["updates"] == 2 and InputError.exit_code == 2
     assert same(tensors["policy"], reward.seen[-1]) and same(weights(model), reward.seen[-1])
     assert not same(reward.seen[0], reward.seen[-1])
 
 
-def test_after_the_reward_is_mended_the_run_is_the_one_that_never_failed(tmp_path: Path, base: Path) -> None:
+def test_after_the_reward_is_fixed_the_run_is_the_one_that_never_failed(tmp_path: Path, base: Path) -> None:
     whole = python_ppo(base, tmp_path / "whole", noisy_letters).learn()
     task, models = python_task(noisy_letters), []
     for name, go_on in (("here", lambda model: model), ("loaded", lambda model: PPO.load(model.run_folder, task))):
@@ -76,23 +79,30 @@ def test_after_the_reward_is_mended_the_run_is_the_one_that_never_failed(tmp_pat
         models.append(go_on(model).learn())
     for model in models:
         assert same(weights(model), weights(whole))
-        assert model.run_folder is not None and whole.run_folder is not None
-        assert rows(model.run_folder) == rows(whole.run_folder)
+        assert rows(model.run_folder or Path()) == rows(whole.run_folder or Path())
 
 
-def test_the_command_line_ends_with_2_for_such_a_reward(
-    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize(
+    ("flags", "code", "start"),
+    [
+        (["--task.reward", "reward.py:bad"], 2, "surefoot: the reward function returned nan"),
+        (["--ppo.max-bad-steps", "3", "--ppo.micro-batch-tokens", "10000"], 3, "surefoot: 3 optimizer steps"),
+    ],
+    ids=["rewards", "losses"],
+)
+def test_the_command_line_ends_with_a_line_and_a_code(tmp_path, base, monkeypatch, flags, code, start):
     run = write_project(tmp_path, base)
     monkeypatch.chdir(tmp_path)
     with (tmp_path / "reward.py").open("a") as file:
         file.write("\ncalls = []\ndef bad(prompts, completions, **columns):\n    calls.append(1)\n")
         file.write("    return [float('nan') if len(calls) > 4 else 1.0 for _ in completions]\n")
-    with pytest.raises(SystemExit) as ended:
-        main(["ppo", "ppo.yaml", "--task.reward", "reward.py:bad"])
-    assert ended.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("surefoot: the reward function returned nan")
+    if code == 3:
+        spoil(monkeypatch, lambda call: call > 1)
+    ended = run_cli("ppo", "ppo.yaml", *flags)
+    assert ended.code == code and ended.err.splitlines()[-1].startswith(start)
     assert (run / "checkpoints" / "latest").read_text() == "00000001"
+    state = json.loads((run / "checkpoints" / "00000001" / "state.json").read_text())
+    assert state["progress"]["bad_steps"] == (3 if code == 3 else 0)
 
 
 # Losses that are not finite
@@ -111,71 +121,48 @@ def spoil(monkeypatch: pytest.MonkeyPatch, is_spoiled: Callable[[int], bool], fi
     monkeypatch.setattr(CausalLMPolicy, "evaluate", spoiled)
 
 
-def one_micro_batch() -> dict[str, dict[str, Any]]:
-    """Settings with which every optimizer step is one call of `evaluate`."""
-    return {"ppo": {"micro_batch_tokens": 10_000}, "evaluate": {"every": None}}
+# Every optimizer step is one call of `evaluate`.
+ONE_MICRO_BATCH: dict[str, dict[str, Any]] = {"ppo": {"micro_batch_tokens": 10_000}, "evaluate": {"every": None}}
 
 
 @pytest.mark.parametrize("field", ["logprobs_BT", "values_BT"])
-def test_a_step_with_a_non_finite_loss_is_skipped_and_counted(
-    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, field: str
-) -> None:
+def test_a_step_with_a_non_finite_loss_is_skipped_and_counted(tmp_path, base, monkeypatch, field):
     spoil(monkeypatch, lambda call: call in (6, 7, 12), field)
-    model = python_ppo(base, tmp_path, **one_micro_batch()).learn(4 * 6)
-    assert model.run_folder is not None
-    skipped = [row["ppo/skipped_steps"] for row in rows(model.run_folder) if "ppo/skipped_steps" in row]
+    model = python_ppo(base, tmp_path, **ONE_MICRO_BATCH).learn(4 * 6)
+    skipped = [row["ppo/skipped_steps"] for row in rows(model.run_folder or Path()) if "ppo/skipped_steps" in row]
     assert skipped == [0, 2, 3, 3]
     assert all(tensor.isfinite().all() for tensor in weights(model).values())
     tensors, state = saved(model)
     assert state["progress"]["bad_steps"] == 3 and state["progress"]["bad_steps_in_a_row"] == 0
-    steps = {float(tensor) for name, tensor in tensors["optimizer"].items() if name.endswith("/step")}
-    assert steps == {4 * STEPS_AN_UPDATE - 3}
+    assert steps_in(tensors) == {4 * STEPS_AN_UPDATE - 3}
 
 
-def test_an_update_of_skipped_steps_alone_leaves_weights_and_optimizer(
-    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = python_ppo(base, tmp_path, **one_micro_batch()).learn(6)
+def test_an_update_of_skipped_steps_alone_leaves_weights_and_optimizer(tmp_path, base, monkeypatch):
+    model = python_ppo(base, tmp_path, **ONE_MICRO_BATCH).learn(6)
     before, (tensors, _) = weights(model), saved(model)
     spoil(monkeypatch, lambda call: call > 1)  # the first is the start-up check's own
     model.learn(6)
     after, state = saved(model)
     assert state["progress"]["bad_steps"] == STEPS_AN_UPDATE - 1
-    steps = {float(tensor) for name, tensor in after["optimizer"].items() if name.endswith("/step")}
-    assert steps == {STEPS_AN_UPDATE + 1} and not same(before, weights(model))
+    assert steps_in(after) == {STEPS_AN_UPDATE + 1} and not same(before, weights(model))
     spoil(monkeypatch, lambda call: True)
     with pytest.raises(NonFiniteError, match="skipped"):
         model.learn(6)
     assert same(weights(model), after["policy"]) and not same(tensors["policy"], after["policy"])
 
 
-def test_too_many_bad_steps_in_a_row_end_the_run_with_a_checkpoint(
-    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_many_bad_steps_in_a_row_end_the_run_with_a_checkpoint(tmp_path, base, monkeypatch):
     # Bad from the third step of the second update: two there, four in the third, past the limit of five.
     spoil(monkeypatch, lambda call: call > STEPS_AN_UPDATE + 2)
-    model = python_ppo(base, tmp_path, **one_micro_batch())
-    with pytest.raises(NonFiniteError, match="6 optimizer steps in a row") as error:
+    model = python_ppo(base, tmp_path, **ONE_MICRO_BATCH)
+    with refused("6 optimizer steps", error=NonFiniteError):
         model.learn()
-    assert error.value.exit_code == 3
+    assert NonFiniteError.exit_code == 3
     tensors, state = saved(model)
     assert state["progress"]["updates"] == 3 and state["progress"]["bad_steps_in_a_row"] == 6
     assert same(tensors["policy"], weights(model))
     assert all(tensor.isfinite().all() for contents in tensors.values() for tensor in contents.values())
-    assert {float(v) for k, v in tensors["optimizer"].items() if k.endswith("/step")} == {STEPS_AN_UPDATE + 2}
-
-
-def test_the_command_line_ends_with_3_for_non_finite_steps(
-    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = write_project(tmp_path, base)
-    monkeypatch.chdir(tmp_path)
-    spoil(monkeypatch, lambda call: call > 1)
-    with pytest.raises(SystemExit) as ended:
-        main(["ppo", "ppo.yaml", "--ppo.max-bad-steps", "3", "--ppo.micro-batch-tokens", "10000"])
-    assert ended.value.code == 3
-    assert capsys.readouterr().err.splitlines()[-1].startswith("surefoot: 3 optimizer steps in a row")
-    assert json.loads((run / "checkpoints" / "00000001" / "state.json").read_text())["progress"]["bad_steps"] == 3
+    assert steps_in(tensors) == {STEPS_AN_UPDATE + 2}
 
 
 # The start-up gate
@@ -196,11 +183,8 @@ def weights_changed(model: PPO, batch: Batch) -> None:
             parameter.add_(0.01)
 
 
-@pytest.mark.parametrize("tamper", [dropout_left_on, temperature_on_one_side, weights_changed])
-def test_a_policy_that_is_not_the_one_that_sampled_is_not_trained(
-    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, tamper: Callable[[PPO, Batch], None]
-) -> None:
-    model = python_ppo(base, tmp_path)
+def tamper_with(monkeypatch: pytest.MonkeyPatch, model: PPO, tamper: Callable[[PPO, Batch], None]) -> list[Any]:
+    """Do that before every update's training; the weights after each."""
     train_on, tampered = loop.train_on, []
 
     def tampered_train_on(t: loop.Training, batch: Batch, **keywords: Any) -> Any:
@@ -209,28 +193,26 @@ def test_a_policy_that_is_not_the_one_that_sampled_is_not_trained(
         return train_on(t, batch, **keywords)
 
     monkeypatch.setattr(loop, "train_on", tampered_train_on)
-    with pytest.raises(
-        GateError, match=r"is not the one that wrote the samples.*Likely causes: .*dropout.*temperature"
-    ) as error:
+    return tampered
+
+
+@pytest.mark.parametrize("tamper", [dropout_left_on, temperature_on_one_side, weights_changed])
+def test_a_policy_that_is_not_the_one_that_sampled_is_not_trained(tmp_path, base, monkeypatch, tamper):
+    model = python_ppo(base, tmp_path)
+    tampered = tamper_with(monkeypatch, model, tamper)
+    with refused("dropout", "temperature", error=GateError):
         model.learn()
-    assert error.value.exit_code == 2
+    assert GateError.exit_code == 2
     assert same(weights(model), tampered[0])
     tensors, state = saved(model)
     assert tensors["optimizer"] == {} and state["progress"]["updates"] == 0
-    assert model.run_folder is not None
-    assert not [row for row in rows(model.run_folder) if "ppo/policy_loss" in row]
+    assert not [row for row in rows(model.run_folder or Path()) if "ppo/policy_loss" in row]
 
 
 def test_the_gate_looks_again_when_a_run_is_resumed(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = python_ppo(base, tmp_path).learn(6)
     before = weights(model)
-    train_on = loop.train_on
-
-    def tampered_train_on(t: loop.Training, batch: Batch, **keywords: Any) -> Any:
-        temperature_on_one_side(model, batch)
-        return train_on(t, batch, **keywords)
-
-    monkeypatch.setattr(loop, "train_on", tampered_train_on)
+    tamper_with(monkeypatch, model, temperature_on_one_side)
     with pytest.raises(GateError):
         model.learn(6)
     assert same(weights(model), before) and same(saved(model)[0]["policy"], before)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from surefoot.config import SFTConfig
-from surefoot.core.losses import NLLStats
 from surefoot.data.batches import demonstration_batch, micro_batches
 from surefoot.policies.lm.policy import CausalLMPolicy
-from surefoot.train.objective import OptimizerSettings, UpdateResult
+from surefoot.train.objective import OptimizerSettings
 from surefoot.train.supervised_objectives import NLLObjective
-from surefoot.train.update import make_optimizer, update
+from surefoot.train.update import update
 from surefoot.types import Batch
+from tests.fakes import CPU, assert_close, named_gradient, padded
 from tests.tiny import random_tokens, tiny_policy
 
 NLL = NLLObjective(OptimizerSettings.of(SFTConfig(batch_size=6, learning_rate=1e-3)))
@@ -29,64 +29,37 @@ def demonstrated(columns: int = 0) -> Batch:
     """Six ragged rows, one of them with a second piece that is trained, and `columns` more of padding."""
     rows = [(random_tokens(n, seed=b), [t >= asked for t in range(n)]) for b, (n, asked) in enumerate(LENGTHS)]
     rows[2][1][8:10] = [False, False]  # between two completions of a chat
-    batch = demonstration_batch(rows, device=torch.device("cpu"))
-    if not columns:
-        return batch
-    changes: dict[str, Any] = {
-        field.name: torch.nn.functional.pad(value, (0, columns))
-        for field in dataclasses.fields(batch)
-        if isinstance(value := getattr(batch, field.name), Tensor)
-    }
-    observations = {"tokens": changes["actions_BT"], "lengths": batch.observations["lengths"]}
-    return dataclasses.replace(batch, **changes, observations=observations)
+    return padded(demonstration_batch(rows, device=CPU), columns, poison=math.nan)
 
 
-def gradients(policy: CausalLMPolicy, batch: Batch, tokens: int = 10**6) -> tuple[dict[str, Tensor | None], NLLStats]:
-    parameters = dict(policy.named_parameters_to_train())
-    make_optimizer(policy).zero_grad()
-    stats = NLL.gradient(policy, batch, ROWS, token_budget=tokens)
-    return {name: p.grad for name, p in parameters.items()}, stats
-
-
-def assert_close(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        other = found[name]
-        assert (value is None) == (other is None), name
-        if value is not None and other is not None:
-            assert float((other - value).norm()) <= 1e-5 * float(value.norm()), name  # the order of sums
+def transformers_gradient(policy: CausalLMPolicy, batch: Batch) -> tuple[dict[str, Tensor], float]:
+    """That of transformers' own loss, a mean over the labelled tokens, and the loss."""
+    for _, parameter in policy.named_parameters_to_train():
+        parameter.grad = None
+    labels = batch.actions_BT.masked_fill(~batch.mask_BT, -100)
+    attention = torch.arange(labels.shape[1]) < batch.observations["lengths"][:, None]
+    loss = policy.lm(input_ids=batch.actions_BT, attention_mask=attention.long(), labels=labels).loss
+    loss.backward()
+    return {name: p.grad.clone() for name, p in policy.named_parameters_to_train() if p.grad is not None}, float(loss.detach())
 
 
 @pytest.mark.parametrize("adapter", [True, False], ids=["adapter", "full"])
-def test_the_gradient_is_that_of_transformers_own_loss(adapter):
+def test_the_gradient_is_that_of_transformers_own_loss_and_the_critic_has_none(adapter):
     policy, batch = tiny_policy(adapter=adapter, moved=True), demonstrated()
-    found, stats = gradients(policy, batch)
-    for _, parameter in policy.named_parameters_to_train():
-        parameter.grad = None
-    attention = torch.arange(14) < batch.observations["lengths"][:, None]
-    labels = batch.actions_BT.masked_fill(~batch.mask_BT, -100)
-    loss = policy.lm(input_ids=batch.actions_BT, attention_mask=attention.long(), labels=labels).loss
-    loss.backward()
-    assert_close(found, {name: p.grad for name, p in policy.named_parameters_to_train()})
-    assert float(stats.nll / stats.num_tokens) == pytest.approx(float(loss.detach()), rel=1e-5)
+    found, stats = named_gradient(NLL, policy, batch)
+    expected, loss = transformers_gradient(policy, batch)
+    assert_close(found, expected)
+    assert "value_head.weight" not in found and "value_head.bias" not in found
+    assert float(stats.nll / stats.num_tokens) == pytest.approx(loss, rel=1e-5)
     assert int(stats.num_tokens) == int(batch.mask_BT.sum())
 
 
-def test_the_critic_is_left_alone():
-    policy = tiny_policy(moved=True)
-    found, _ = gradients(policy, demonstrated())
-    assert found["value_head.weight"] is None and found["value_head.bias"] is None
-    before = policy.value_head.weight.clone()
-    update(policy, demonstrated(), NLL)
-    assert torch.equal(policy.value_head.weight, before)
-
-
-@pytest.mark.parametrize("tokens", [1, 14, 28, 40, 70])
-def test_micro_batches_do_not_change_the_gradient(tokens):
-    policy, batch = tiny_policy(moved=True), demonstrated()
-    expected, whole = gradients(policy, batch)
-    found, split = gradients(policy, batch, tokens)
-    assert len(micro_batches(batch, ROWS, tokens)) > 1
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 0), (14, 0), (28, 0), (40, 0), (70, 0), (30, 9), (10**6, 9)])
+def test_micro_batches_and_padding_do_not_change_the_gradient(tokens, columns):
+    policy, batch = tiny_policy(moved=True), demonstrated(columns)
+    expected, whole = named_gradient(NLL, policy, demonstrated())
+    found, split = named_gradient(NLL, policy, batch, tokens)
+    assert len(micro_batches(batch, ROWS, tokens)) > 1 or tokens == 10**6
     assert_close(found, expected)
     assert [float(v) for v in vars(split).values()] == pytest.approx([float(v) for v in vars(whole).values()], rel=1e-5)
 
@@ -96,25 +69,15 @@ def test_rows_of_like_length_stand_together():
     assert lengths == sorted(lengths, reverse=True) and len(lengths) == 3
 
 
-@pytest.mark.parametrize("tokens", [30, 10**6])
-def test_padding_does_not_change_the_gradient(tokens):
-    policy = tiny_policy(moved=True)
-    expected, _ = gradients(policy, demonstrated())
-    assert_close(gradients(policy, demonstrated(columns=9), tokens)[0], expected)
-
-
 def test_one_step_is_taken_on_a_batch_and_lowers_the_loss():
-    policy, batch = tiny_policy(), demonstrated()
+    policy, batch, losses = tiny_policy(), demonstrated(), []
     assert NLL.prepare(batch) is batch and batch.advantages_BT is None
-
-    def step() -> tuple[UpdateResult, dict[str, float]]:
-        result = update(policy, batch, NLL)
+    for _ in range(2):
+        result: Any = update(policy, batch, NLL)
         assert (result.steps, result.skipped) == (1, 0)
-        return result, NLL.metrics(batch, result)
-
-    result, metrics = step()
-    assert metrics["sft/nll"] == pytest.approx(float(result.stats.nll) / int(batch.mask_BT.sum()))
-    assert step()[1]["sft/nll"] < metrics["sft/nll"]
+        losses.append(NLL.metrics(batch, result)["sft/nll"])
+        assert losses[-1] == pytest.approx(float(result.stats.nll) / int(batch.mask_BT.sum()))
+    assert losses[1] < losses[0]
 
 
 def test_a_step_with_a_loss_that_is_not_finite_is_skipped():
@@ -123,8 +86,7 @@ def test_a_step_with_a_loss_that_is_not_finite_is_skipped():
         policy.lm.get_output_embeddings().weight[5] = float("nan")
     before = {name: p.detach().clone() for name, p in policy.named_parameters_to_train()}
     result = update(policy, demonstrated(), NLL)
-    assert (result.steps, result.skipped) == (0, 1)
-    assert NLL.metrics(demonstrated(), result) == {}
+    assert (result.steps, result.skipped) == (0, 1) and NLL.metrics(demonstrated(), result) == {}
     assert all(torch.equal(p, before[name]) for name, p in policy.named_parameters_to_train())
 
 

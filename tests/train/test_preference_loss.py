@@ -5,24 +5,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from surefoot.config import RewardModelConfig
-from surefoot.core.preference import PreferenceStats, preference_loss, rating_loss
+from surefoot.core.preference import preference_loss, rating_loss
 from surefoot.data.batches import micro_batches, preference_batch
 from surefoot.policies.lm.reward_model import RewardModelPolicy
 from surefoot.train.objective import OptimizerSettings
 from surefoot.train.supervised_objectives import PreferenceObjective
 from surefoot.train.update import make_optimizer, update
 from surefoot.types import Batch
+from tests.fakes import CPU, assert_close, named_gradient
 from tests.tiny import FAMILIES, random_tokens, tiny_policy
 
 SETTINGS = OptimizerSettings.of(RewardModelConfig(batch_size=5, learning_rate=1e-3))
 LENGTHS = ((9, 4), (3, 14), (2, 2), (7, 12), (1, 5))
-CPU = torch.device("cpu")
 PAIRS = PreferenceObjective(functools.partial(preference_loss, center=0.1), SETTINGS)
 RATINGS = PreferenceObjective(rating_loss)
 
@@ -52,21 +53,14 @@ def padded(batch: Batch, columns: int) -> Batch:
     return dataclasses.replace(batch, mask_BT=mask, observations=batch.observations | {"tokens": tokens})
 
 
-def gradients(policy: RewardModelPolicy, batch: Batch, tokens: int = 10**6) -> tuple[dict[str, Tensor], PreferenceStats]:
-    objective = PAIRS if batch.observations["lengths"].shape[1] == 2 else RATINGS
-    make_optimizer(policy).zero_grad()
-    stats = objective.gradient(policy, batch, torch.arange(len(batch)), token_budget=tokens)
-    return {name: p.grad for name, p in policy.named_parameters_to_train() if p.grad is not None}, stats
-
-
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys() and "value_head.weight" in expected and len(expected) > 2
-    for name, value in expected.items():
-        assert float((found[name] - value).norm()) <= 1e-5 * float(value.norm()) + 1e-9, name  # the order of sums
+def gradients(policy: RewardModelPolicy, batch: Batch, tokens: int = 10**6) -> tuple[dict[str, Tensor], Any]:
+    found, stats = named_gradient(PAIRS if batch.observations["lengths"].shape[1] == 2 else RATINGS, policy, batch, tokens)
+    assert "value_head.weight" in found and len(found) > 2
+    return found, stats
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_score_is_read_at_the_last_real_token(family):
+def test_the_score_is_read_at_the_last_valid_token(family):
     policy, batch = reward_policy(family), pairs()
     with torch.no_grad():
         found = policy.evaluate(batch).values_BT
@@ -78,12 +72,11 @@ def test_the_score_is_read_at_the_last_real_token(family):
 
 
 def test_the_head_starts_as_its_paper_says():
-    policy = RewardModelPolicy(tiny_policy(hidden_size=512), seed=0)
-    weight = policy.trunk.value_head.weight.detach()
+    policies = [RewardModelPolicy(tiny_policy(hidden_size=512), seed=seed) for seed in (0, 0, 1)]
+    weight, same, other = (policy.trunk.value_head.weight.detach() for policy in policies)
     assert float(weight.std() * 513**0.5) == pytest.approx(1, abs=0.1) and abs(float(weight.mean())) < 0.01
-    assert policy.trunk.value_head.bias.tolist() == [0] and (policy.shift, policy.scale) == (0, 1)
-    assert torch.equal(weight, RewardModelPolicy(tiny_policy(hidden_size=512), seed=0).trunk.value_head.weight)
-    assert not torch.equal(weight, RewardModelPolicy(tiny_policy(hidden_size=512), seed=1).trunk.value_head.weight)
+    assert policies[0].trunk.value_head.bias.tolist() == [0] and (policies[0].shift, policies[0].scale) == (0, 1)
+    assert torch.equal(weight, same) and not torch.equal(weight, other)
 
 
 @pytest.mark.parametrize("adapter", [True, False], ids=["adapter", "full"])
@@ -91,13 +84,9 @@ def test_the_head_starts_as_its_paper_says():
 def test_loss_and_gradient_are_the_mean_over_rows_taken_one_by_one(batch, adapter):
     policy = reward_policy(adapter=adapter)
     found, stats = gradients(policy, batch)
-    total, loss = {name: torch.zeros_like(value) for name, value in found.items()}, 0.0
-    for row in range(len(batch)):
-        alone, its_stats = gradients(policy, batch.rows(torch.tensor([row])))
-        loss += float(its_stats.loss) / 5
-        for name, value in alone.items():
-            total[name] += value / 5
-    assert_close(found, total)
+    alone = [gradients(policy, batch.rows(torch.tensor([row]))) for row in range(5)]
+    assert_close(found, {name: torch.stack([gradient[name] for gradient, _ in alone]).mean(0) for name in found})
+    loss = sum(float(its.loss) for _, its in alone) / 5
     assert float(stats.loss / stats.num_tokens) == pytest.approx(loss, rel=1e-5) and stats.num_tokens == 5
 
 
@@ -124,22 +113,17 @@ def test_padding_changes_neither_score_nor_gradient(batch):
 def test_a_step_lifts_the_chosen_over_the_rejected():
     policy, batch = reward_policy(), pairs()
     assert PAIRS.prepare(batch) is batch and batch.advantages_BT is None
-
-    def lead() -> float:
+    optimizer, leads, losses = make_optimizer(policy, PAIRS), [], []
+    for _ in range(3):
         with torch.no_grad():
             scores = policy.evaluate(batch).values_BT
-        return float((scores[:, 0] - scores[:, 1]).mean())
-
-    before, optimizer, losses = lead(), make_optimizer(policy, PAIRS), []
-    for _ in range(2):
-        result = update(policy, batch, PAIRS, optimizer=optimizer)
-        losses.append(PAIRS.metrics(batch, result)["reward_model/loss"])
-    assert lead() > before and losses[1] < losses[0]
+        leads.append(float((scores[:, 0] - scores[:, 1]).mean()))
+        losses.append(PAIRS.metrics(batch, update(policy, batch, PAIRS, optimizer=optimizer))["reward_model/loss"])
+    assert leads[2] > leads[0] and losses[1] < losses[0]
 
 
 def test_a_loss_that_is_not_finite_is_skipped():
     policy, batch = reward_policy(), pairs()
-    assert batch.labels_B is not None
     batch.labels_B[2] = float("nan")
     before = {name: p.detach().clone() for name, p in policy.named_parameters_to_train()}
     result = update(policy, batch, PAIRS)

@@ -195,9 +195,7 @@ def test_the_adapted_coefficient_is_the_one_that_is_used() -> None:
         (config_of(kl={"coef": 0.5}, shaping={"whiten": True}), [2.0, 5.0], [0.0, 2.0], [3.0, 5.0]),
     ],
 )
-def test_what_is_less_likely_under_the_reference_is_penalized(
-    config: Config, rewards: list[float], offs: list[float], expected: list[float]
-) -> None:
+def test_what_is_less_likely_under_the_reference_is_penalized(config, rewards, offs, expected):
     batch = played_batch(BigramPolicy(), [1, 1])
     batch.values_BT = torch.zeros_like(batch.values_BT)
     batch.rewards_BT = torch.where(batch.ends_BT, torch.tensor(rewards)[:, None], 0.0)
