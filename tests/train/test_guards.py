@@ -82,6 +82,12 @@ def test_after_the_reward_is_fixed_the_run_is_the_one_that_never_failed(tmp_path
         assert rows(model.run_folder or Path()) == rows(whole.run_folder or Path())
 
 
+@pytest.fixture
+def in_project(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return write_project(tmp_path, base)
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "start"),
     [
@@ -90,18 +96,16 @@ def test_after_the_reward_is_fixed_the_run_is_the_one_that_never_failed(tmp_path
     ],
     ids=["rewards", "losses"],
 )
-def test_the_command_line_ends_with_a_line_and_a_code(tmp_path, base, monkeypatch, flags, code, start):
-    run = write_project(tmp_path, base)
-    monkeypatch.chdir(tmp_path)
-    with (tmp_path / "reward.py").open("a") as file:
+def test_the_command_line_ends_with_a_line_and_a_code(in_project, monkeypatch, flags, code, start):
+    with Path("reward.py").open("a") as file:
         file.write("\ncalls = []\ndef bad(prompts, completions, **columns):\n    calls.append(1)\n")
         file.write("    return [float('nan') if len(calls) > 4 else 1.0 for _ in completions]\n")
     if code == 3:
         spoil(monkeypatch, lambda call: call > 1)
     ended = run_cli("ppo", "ppo.yaml", *flags)
     assert ended.code == code and ended.err.splitlines()[-1].startswith(start)
-    assert (run / "checkpoints" / "latest").read_text() == "00000001"
-    state = json.loads((run / "checkpoints" / "00000001" / "state.json").read_text())
+    assert (in_project / "checkpoints" / "latest").read_text() == "00000001"
+    state = json.loads((in_project / "checkpoints" / "00000001" / "state.json").read_text())
     assert state["progress"]["bad_steps"] == (3 if code == 3 else 0)
 
 
