@@ -81,6 +81,12 @@ def collect(rollout: GymRollout, version: int = 0) -> Batch:
     return rollout.collect(first=0, count=rollout.per_update, version=version)
 
 
+def stepped(env: Any, n_steps: int = 12) -> Batch:
+    """A rollout of a fresh policy in an environment, or in one that a class makes without arguments."""
+    vector = wrap_vector(env, seed=0)
+    return collect(rollout_of(ControlPolicy(vector.observation_spaces, vector.action_space), vector, n_steps))
+
+
 def script(env: tuple[int, str], mode: AutoresetMode, n_steps: int, rollouts: int) -> list[list[tuple[float, ...]]]:
     """What one sub-environment is to be trained on, rollout by rollout: (state, reward, whether cut here, bootstrap)."""
     length, end = env
@@ -265,64 +271,54 @@ def elsewhere(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "named"),
     [
-        (lambda: ppo("CartPol-v1"), "did you mean 'CartPole-v1'?"),
+        (lambda: ppo("CartPol-v1"), "'CartPole-v1'"),
         (lambda: ppo("CartPole-v1", "MlpPolcy"), "MlpPolicy"),
         (lambda: ppo("CartPole-v1", n_envs=2, env_kwargs={"wheels": 3}), "wheels"),
-        (lambda: ppo(5), "expected a Gymnasium id, environment or vector environment, got int"),
-        (lambda: ppo(OtherSpaces(spaces.Tuple((ONE_BOX, ONE_BOX)))), "the observation space Tuple is not supported"),
-        (lambda: ppo(OtherSpaces(spaces.Text(5))), "the observation space Text is not supported"),
-        (lambda: ppo(OtherSpaces(spaces.Dict(a=spaces.Dict(b=spaces.Text(5))))), "the observation space Text is not supported"),
-        (lambda: ppo(OtherSpaces(action=spaces.Box(0, 1, (2, 2)))), "the action space Box(0.0, 1.0, (2, 2), float32) is not"),
-        (lambda: ppo(OtherSpaces(action=spaces.Tuple((ONE_BOX,)))), "the action space Tuple("),
-        (lambda: ppo("CartPole-v1", "CnnPolicy"), "policy.model: CnnPolicy needs images"),
-        (lambda: ppo(None), "env: PPO('MlpPolicy') needs one: a Gymnasium id, environment or vector environment"),
-        (lambda: ppo(Counter(3, ""), n_envs=4), "n_envs: the environment given has 1, not 4"),
-        (lambda: ppo(OtherSpaces(WITH_MASK, ONE_BOX)), "env: action masks are for Discrete and MultiDiscrete actions, not Box"),
-        (lambda: ppo(OtherSpaces(WITH_MASK)), "env: the action_mask has shape [3]; Discrete(2) has 2 actions to name"),
-        (lambda: ppo("highway-fast-v0"), "write highway_env:highway-fast-v0 (pip install 'surefoot[driving]')"),
-        (lambda: ppo("ALE/Pong-v5"), "write ale_py:ALE/Pong-v5 (pip install 'surefoot[atari]')"),
-        (lambda: ppo("CartPole-v1", "MlpPolicyy"), "for Gymnasium the policy is one of MlpPolicy, "),
-        (
-            lambda: ppo(Counter(3, ""), Wide()),
-            "policy: your network returns [2, 1] for 2 observations; not [2, 7]",
-        ),
-        (lambda: ppo(Counter(3, ""), Acting()), "policy: yours has act, but lacks acting, "),
-        (lambda: ppo("broken.py:make"), "env make cannot be made: the engine is missing"),
-        (
-            lambda: ppo("CartPole-v1", "MlpLstmPolicy", n_steps=8, batch_size=12),
-            "ppo.batch_size (12) is not a multiple of env.n_steps (8): recurrent policies are trained on whole sequences; try 16",
-        ),
+        (lambda: ppo(5), "int"),
+        (lambda: ppo(None), "env"),
+        (lambda: ppo(OtherSpaces(spaces.Tuple((ONE_BOX, ONE_BOX)))), "observation space Tuple"),
+        (lambda: ppo(OtherSpaces(spaces.Dict(a=spaces.Dict(b=spaces.Text(5))))), "observation space Text"),
+        (lambda: ppo(OtherSpaces(action=spaces.Box(0, 1, (2, 2)))), "action space Box(0.0, 1.0, (2, 2), float32)"),
+        (lambda: ppo(OtherSpaces(action=spaces.Tuple((ONE_BOX,)))), "action space Tuple("),
+        (lambda: ppo(OtherSpaces(WITH_MASK, ONE_BOX)), "Box"),
+        (lambda: ppo(OtherSpaces(WITH_MASK)), "shape [3]; Discrete(2) has 2"),
+        (lambda: ppo("CartPole-v1", "CnnPolicy"), "policy.model"),
+        (lambda: ppo(Counter(3, ""), n_envs=4), "n_envs"),
+        (lambda: ppo("highway-fast-v0"), "highway_env:highway-fast-v0 (pip install 'surefoot[driving]')"),
+        (lambda: ppo("ALE/Pong-v5"), "ale_py:ALE/Pong-v5 (pip install 'surefoot[atari]')"),
+        (lambda: ppo(Counter(3, ""), Wide()), "[2, 1] for 2 observations; not [2, 7]"),
+        (lambda: ppo(Counter(3, ""), Acting()), "lacks acting, "),
+        (lambda: ppo("broken.py:make"), "the engine is missing"),
+        (lambda: ppo("CartPole-v1", "MlpLstmPolicy", n_steps=8, batch_size=12), "ppo.batch_size (12)"),
     ],
 )
-def test_what_cannot_be_trained_on_is_one_line(make: Callable[[], object], said: str) -> None:
+def test_what_cannot_be_trained_on_is_one_line(make: Callable[[], object], named: str) -> None:
     Path("broken.py").write_text("def make():\n    raise RuntimeError('the engine is missing')\n")
-    assert said in refusal(make)
+    refusal(make, named)
 
 
 @pytest.mark.filterwarnings("ignore:.*ERROR:UserWarning")  # Gymnasium's log of what a worker raised
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "named"),
     [
         ("raises", "env Odd failed: RuntimeError: the wheel came off"),
-        ("observation", "env: the observation obs of sub-environment 0 is not finite; fix the environment"),
-        ("reward", "env: the reward of sub-environment 0 is not a finite number"),
+        ("observation", "the observation obs of sub-environment 0"),
+        ("reward", "the reward of sub-environment 0"),
     ],
 )
-def test_an_environment_that_fails_is_one_line_and_leaves_no_worker(vectorization: str, fault: str, said: str) -> None:
+def test_an_environment_that_fails_is_one_line_and_leaves_no_worker(vectorization: str, fault: str, named: str) -> None:
     env = make_vector(Odd, n_envs=2, vectorization=vectorization, kwargs={"fault": fault}, seed=0)
+    workers = list(env.env.processes) if vectorization == "async" else []
     rollout = rollout_of(linear_critic(env, slope=0.0, at_zero=0.0), env, 8)
-    line = refusal(lambda: collect(rollout))
-    assert line == said
-    if vectorization == "async":
-        workers = list(env.env.processes)
-        if fault != "raises":
-            env.close()
-        for worker in workers:
-            worker.join(5)
-        assert len(workers) == 2 and not any(worker.is_alive() for worker in workers)
+    refusal(lambda: collect(rollout), named)
+    if fault != "raises":
+        env.close()
+    for worker in workers:
+        worker.join(5)
+        assert not worker.is_alive()
 
 
 def test_a_worker_that_is_killed_is_one_line_and_takes_the_others_with_it() -> None:
@@ -330,22 +326,19 @@ def test_a_worker_that_is_killed_is_one_line_and_takes_the_others_with_it() -> N
     rollout, workers = rollout_of(linear_critic(env, slope=0.0, at_zero=0.0), env, 8), list(env.env.processes)
     collect(rollout)
     os.kill(workers[1].pid, signal.SIGKILL)
-    assert refusal(lambda: collect(rollout, 1)).startswith("env Odd failed: ")
+    refusal(lambda: collect(rollout, 1), "env Odd failed")
     for worker in workers:
         worker.join(5)
-    assert not any(worker.is_alive() for worker in workers)
+        assert not worker.is_alive()
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
 def test_no_legal_action_is_an_error_before_the_end_and_none_at_it(mode: AutoresetMode) -> None:
-    def rollout(none_at: int) -> GymRollout:
-        env = wrap_vector(SyncVectorEnv([lambda: Masked(none_at)], autoreset_mode=mode), seed=0)
-        return rollout_of(ControlPolicy(env.observation_spaces, env.action_space), env, 8)
+    def env(none_at: int) -> Any:
+        return SyncVectorEnv([lambda: Masked(none_at)], autoreset_mode=mode)
 
-    assert refusal(lambda: collect(rollout(1))) == (
-        "env: sub-environment 0 has no legal action in its action_mask; end the episode there"
-    )
-    batch = collect(rollout(3))  # when all is over there is nothing to do, and nobody asks for it
+    refusal(lambda: stepped(env(1), 8), "sub-environment 0", "action_mask")
+    batch = stepped(env(3), 8)  # when all is over there is nothing to do, and nobody asks for it
     assert set(batch.actions_BT[batch.mask_BT].tolist()) == {1}
     assert batch.logprobs_BT[batch.mask_BT].abs().max() < 1e-6
 
@@ -353,34 +346,29 @@ def test_no_legal_action_is_an_error_before_the_end_and_none_at_it(mode: Autores
 def test_masks_by_method_are_asked_for_as_sb3_contrib_does() -> None:
     for env in (
         wrap_vector(ByMethod(3, "truncated"), seed=0),
-        make_vector(ByMethod, n_envs=2, vectorization="sync", kwargs={"length": 3, "end": "truncated"}, seed=0),
+        make_vector(ByMethod, n_envs=2, kwargs={"length": 3, "end": "truncated"}, seed=0),
         *(wrap_vector(kind([lambda: ByMethod(3, "truncated")], autoreset_mode=MODES[2]), seed=0) for kind in BOTH),
     ):
-        policy = ControlPolicy(env.observation_spaces, env.action_space)
-        batch = collect(rollout_of(policy, env, 12))
+        batch = stepped(env)
         assert torch.equal(batch.actions_BT, (batch.observations["obs"][..., 0] != 0).long())
         env.close()
 
 
 def test_masks_of_several_choices_leave_an_action_in_each() -> None:
-    def rollout(end: str) -> GymRollout:
-        env = make_vector(TwoChoices, n_envs=2, vectorization="sync", kwargs={"length": 4, "end": end}, seed=0)
-        return rollout_of(ControlPolicy(env.observation_spaces, env.action_space), env, 12)
+    def env(end: str) -> Vector:
+        return make_vector(TwoChoices, n_envs=2, kwargs={"length": 4, "end": end}, seed=0)
 
-    batch = collect(rollout("truncated"))
-    first, second = (set(actions.flatten().tolist()) for actions in batch.actions_BT.unbind(-1))
+    first, second = (set(actions.flatten().tolist()) for actions in stepped(env("truncated")).actions_BT.unbind(-1))
     assert (first, second) == ({0, 1}, {2})
-    assert refusal(lambda: collect(rollout("stuck"))).startswith(
-        "env: sub-environment 0 has no legal action in its action_mask"
-    )
+    refusal(lambda: stepped(env("stuck")), "sub-environment 0", "action_mask")
 
 
 @pytest.mark.parametrize("kind", [ByMethod, TwoChoices, Masked])
 def test_masked_episodes_are_repeated_by_legal_actions(kind: Any) -> None:
     """Histories of unlike length: while the shorter one waits for its replay it must do nothing illegal."""
     kwargs: Any = {"none_at": -1} if kind is Masked else {"length": 7, "end": "terminated"}
-    env, again = (make_vector(kind, n_envs=3, vectorization="sync", kwargs=kwargs, seed=1) for _ in range(2))
-    collect(rollout_of(ControlPolicy(env.observation_spaces, env.action_space), env, 3))
+    env, again = (make_vector(kind, n_envs=3, kwargs=kwargs, seed=1) for _ in range(2))
+    stepped(env, 3)
     env.actions[1] = env.actions[1][:1]  # as if its episode had begun two steps later
     restored = again.restore(env.state())
     assert restored is not None
@@ -390,7 +378,7 @@ def test_masked_episodes_are_repeated_by_legal_actions(kind: Any) -> None:
 
 def test_an_episode_too_long_to_be_repeated_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("surefoot.envs.gym.LONGEST_REPLAY", 5)
-    env = make_vector(Counter, n_envs=2, vectorization="sync", kwargs={"length": 9, "end": "truncated"}, seed=0)
+    env = make_vector(Counter, n_envs=2, kwargs={"length": 9, "end": "truncated"}, seed=0)
     env.reset()
     for step in range(1, 13):
         env.step(numpy.zeros(2, dtype=numpy.int64))
@@ -403,9 +391,7 @@ def test_values_beyond_their_bounds_are_said_once_and_used(capsys: pytest.Captur
     class Beyond(Counter):
         observation_space = spaces.Box(0.0, 2.0, (1,))
 
-    env = wrap_vector(Beyond(5, "truncated"), seed=0)
-    batch = collect(rollout_of(ControlPolicy(env.observation_spaces, env.action_space), env, 12))
-    assert batch.observations["obs"].max() == 4
+    assert stepped(Beyond(5, "truncated")).observations["obs"].max() == 4
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["surefoot: env Beyond: the observation obs lies up to 1 outside its space; used as it is"]
 
@@ -429,9 +415,7 @@ def test_a_final_observation_that_is_not_finite_is_an_error(as_dict: bool) -> No
             values = numpy.full((1, 1), value, dtype="f4")
             return {"a": {"b": values}} if as_dict else values
 
-    env = wrap_vector(Ends(), seed=0)
-    rollout = rollout_of(ControlPolicy(env.observation_spaces, env.action_space), env, 3)
-    assert refusal(lambda: collect(rollout)).endswith("of sub-environment 0 is not finite; fix the environment")
+    refusal(lambda: stepped(Ends(), 3), "sub-environment 0", "not finite")
 
 
 def test_counts_that_do_not_start_at_0_are_counts_all_the_same() -> None:
@@ -446,9 +430,7 @@ def test_counts_that_do_not_start_at_0_are_counts_all_the_same() -> None:
         def _observation(self) -> Any:
             return self.count + 1
 
-    env = wrap_vector(Started(3, "truncated"), seed=0)
-    policy = ControlPolicy(env.observation_spaces, env.action_space)
-    batch = collect(rollout_of(policy, env, 12))
+    batch = stepped(Started(3, "truncated"))
     values = {int(state): float(value) for state, value in zip(batch.observations["obs"][0], batch.values_BT[0], strict=True)}
     assert len(values) == len(set(values.values())) == 3
 
@@ -461,15 +443,12 @@ def test_an_observation_outside_its_space_is_one_line(space: Any) -> None:
         def _observation(self) -> Any:
             return self.count if isinstance(space, spaces.Discrete) else numpy.array([0, self.count])
 
-    env = wrap_vector(Outside(5, "truncated"), seed=0)
-    policy = ControlPolicy(env.observation_spaces, env.action_space)
-    assert "obs" in refusal(lambda: collect(rollout_of(policy, env, 12)))
+    refusal(lambda: stepped(Outside(5, "truncated")), "obs")
 
 
 def test_observations_in_a_buffer_that_is_written_again_are_kept() -> None:
-    env = wrap_vector(
-        SyncVectorEnv([lambda: Counter(3, "truncated")], copy=False, autoreset_mode=AutoresetMode.DISABLED), seed=0
-    )
+    one = SyncVectorEnv([lambda: Counter(3, "truncated")], copy=False, autoreset_mode=AutoresetMode.DISABLED)
+    env = wrap_vector(one, seed=0)
     batch = collect(rollout_of(linear_critic(env, slope=100.0, at_zero=10.0), env, 5))
     assert batch.observations["obs"][0, :, 0].tolist() == [0, 1, 2, 0, 1]
     assert batch.bootstrap_BT[0, [2, 4]].tolist() == [310, 210]
@@ -483,9 +462,7 @@ def test_continuous_actions_are_clipped_to_the_space_on_their_way_and_trained_on
             assert action in self.action_space and action.dtype == numpy.float32
             return super().step(0)
 
-    env = wrap_vector(Narrow(3, "truncated"), seed=0)
-    batch = collect(rollout_of(ControlPolicy(env.observation_spaces, env.action_space), env, 12))
-    assert batch.actions_BT.abs().max() > 0.01
+    assert stepped(Narrow(3, "truncated")).actions_BT.abs().max() > 0.01
 
 
 def test_an_environment_may_change_the_action_it_is_given() -> None:
@@ -496,8 +473,8 @@ def test_an_environment_may_change_the_action_it_is_given() -> None:
             action *= 5
             return super().step(0)
 
-    env = make_vector(Greedy, n_envs=2, vectorization="sync", kwargs={"length": 9, "end": "truncated"}, seed=0)
-    batch = collect(rollout_of(ControlPolicy(env.observation_spaces, env.action_space), env, 5))
+    env = make_vector(Greedy, n_envs=2, kwargs={"length": 9, "end": "truncated"}, seed=0)
+    batch = stepped(env, 5)
     assert set(batch.actions_BT.flatten().tolist()) == {0, 1, 2}
     assert numpy.array_equal(numpy.stack(env.actions[1]), batch.actions_BT[1].numpy())
 
@@ -512,7 +489,7 @@ def test_an_evaluation_that_never_ends_is_one_line(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("surefoot.rollout.gym.LONGEST_EPISODE", 50)
     env = wrap_vector(Counter(10**9, "terminated"), seed=0)
     policy = ControlPolicy(env.observation_spaces, env.action_space)
-    assert "an episode has not ended after 50 steps; give it a time limit" in refusal(lambda: run_episodes(policy, env, 1))
+    refusal(lambda: run_episodes(policy, env, 1), "50 steps", "max_episode_steps", "evaluate.episodes")
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -32,7 +33,6 @@ SMALL: dict[str, Any] = {"n_envs": N_ENVS, "n_steps": N_STEPS, "batch_size": N_S
 SMALL |= {"seed": 5, "device": "cpu", "verbose": 0, "run_checkpoint_every": 2, "evaluate_episodes": 0}
 RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "plain": ("MlpPolicy", "CartPole-v1", {"evaluate_episodes": 2, "evaluate_every": 2, "lr_schedule": "linear"}),
-    "workers": ("MlpPolicy", "CartPole-v1", {"vectorization": "async"}),
     "normalized": (
         "MlpPolicy",
         "Pendulum-v1",
@@ -111,20 +111,18 @@ def same_weights(a: PPO, b: PPO) -> bool:
     return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-@pytest.mark.parametrize("kind", ["workers", "normalized"])  # tests/test_runs.py kills the others
-def test_a_run_that_was_killed_goes_on_bit_for_bit(kind: str) -> None:
-    policy, env, settings = RUNS[kind]
+def test_a_run_that_was_killed_goes_on_bit_for_bit() -> None:
+    """With workers, continuous actions and normalization; tests/test_runs.py kills runs of the other kinds."""
+    policy, env, settings = RUNS["normalized"]
+    settings = {**settings, "vectorization": "async"}
     whole = small(policy, env, run_name="whole", **settings).learn(UPDATES * BATCH)
     killed = small(policy, env, run_name="killed", **settings)
     with pytest.raises(Killed):  # in the rollout after update 3, one ahead of the newest checkpoint
         killed.learn(UPDATES * BATCH, callback=killing(3 * N_STEPS + 7))
-    assert [row["update"] for row in rows(Path("runs/killed")) if "loss/policy" in row or "timesteps" in row][-1] == 3
     resumed = PPO.load("runs/killed", verbose=0).learn()
-    assert resumed.is_finished and same_weights(whole, resumed)
+    assert resumed.is_finished and same_weights(whole, resumed) and not same_weights(whole, killed)
     assert rows(Path("runs/whole")) == rows(Path("runs/killed"))
     assert Path("runs/whole/samples.jsonl").read_text() == Path("runs/killed/samples.jsonl").read_text() != ""
-    assert whole.policy.state().keys() == resumed.policy.state().keys()
-    assert not same_weights(whole, killed)
 
 
 @pytest.mark.parametrize("kind", ["plain", "normalized", "lstm"])
@@ -141,7 +139,7 @@ def test_in_an_environment_that_cannot_be_saved_new_episodes_begin() -> None:
         return SyncVectorEnv([lambda: gymnasium.make("CartPole-v1")] * 2)  # it resets itself, from no seed of ours
 
     first = small(env=env(), run_name="own").learn(2 * BATCH)
-    assert "PPO.load(folder, env)" in refusal(lambda: PPO.load("runs/own", verbose=0))
+    refusal(lambda: PPO.load("runs/own", verbose=0), "PPO.load(folder, env)")
     second = PPO.load("runs/own", env(), verbose=0)
     assert same_weights(first, second)
     second.learn(2 * BATCH)
@@ -184,21 +182,18 @@ def test_a_saved_policy_predicts_the_same(kind: str) -> None:
     policy, env, settings = RUNS[kind]
     model = small(policy, env, **settings).learn(2 * BATCH)
     model.save("saved")
-    loaded = PPO.load("saved", verbose=0)
-    best = PPO.load("runs/ppo-1", verbose=0)
+    loaded, best = PPO.load("saved", verbose=0), PPO.load("runs/ppo-1", verbose=0)
     observations = numpy.random.default_rng(0).normal(size=(7, *model.env.observation_spaces["obs"].shape)).astype("f4")
     expected = model.predict(observations, deterministic=True)[0]
     for other in (loaded, best):
         assert numpy.array_equal(expected, other.predict(observations, deterministic=True)[0])
-    assert loaded.config.ppo == model.config.ppo
+    assert loaded.config.ppo == model.config.ppo and loaded.env.reward_stats == model.env.reward_stats
+    assert model.env.reward_stats.count == (2 * BATCH if kind == "normalized" else 0)
     loaded.learn(BATCH)  # and can be trained on, as another run
-    assert loaded.run_folder == Path("runs/ppo-2") or str(loaded.run_folder).endswith("ppo-2")
+    assert str(loaded.run_folder).endswith("ppo-2")
 
 
-@pytest.mark.parametrize(
-    ("env", "shape"),
-    [("CartPole-v1", ()), ("Pendulum-v1", (1,))],
-)
+@pytest.mark.parametrize(("env", "shape"), [("CartPole-v1", ()), ("Pendulum-v1", (1,))])
 def test_predict_takes_one_observation_or_many(env: str, shape: tuple[int, ...]) -> None:
     model = small(env=env)
     space = model.env.observation_spaces["obs"]
@@ -208,8 +203,7 @@ def test_predict_takes_one_observation_or_many(env: str, shape: tuple[int, ...])
     assert many.shape == (4, *shape) and numpy.array_equal(many, many[:1].repeat(4, 0))
     drawn, _ = model.predict(numpy.zeros((64, *space.shape), dtype="f4"))
     assert len(numpy.unique(drawn)) > 1
-    said = refusal(lambda: model.predict(numpy.zeros(17)))
-    assert said.startswith("predict: the observation obs has shape [17]; one is [")
+    refusal(lambda: model.predict(numpy.zeros(17)), "obs", "[17]")
 
 
 def test_predict_remembers_by_its_state_and_forgets_at_a_start() -> None:
@@ -234,12 +228,12 @@ def test_predict_needs_the_masks_it_was_trained_with_and_its_own_state() -> None
     assert model.predict(seen, action_masks=masks)[0][:2].tolist() == [0, 1]
     assert model.predict(seen[0], action_masks=[False, True])[0] == 1
     for wrong in (None, masks[:2], [True]):
-        assert "give action_masks [3, 2]" in refusal(lambda wrong=wrong: model.predict(seen, action_masks=wrong))
-    assert "predict: row 0 has no legal action" in refusal(lambda: model.predict(seen[0], action_masks=[0, 0]))
+        refusal(lambda wrong=wrong: model.predict(seen, action_masks=wrong), "action_masks [3, 2]")
+    refusal(lambda: model.predict(seen[0], action_masks=[0, 0]), "row 0", "action_mask")
     lstm = small("MlpLstmPolicy", "Pendulum-v1", policy_kwargs={"lstm_hidden_size": 8})
     _, state = lstm.predict(numpy.zeros((2, 3), dtype="f4"))
     for one in (state[:2], [part[:1] for part in state]):
-        assert "the state is not one that predict gave" in refusal(lambda one=one: lstm.predict(numpy.zeros((2, 3)), one))
+        refusal(lambda one=one: lstm.predict(numpy.zeros((2, 3)), one), "state")
 
 
 def test_predict_checks_every_part_of_an_observation() -> None:
@@ -256,16 +250,16 @@ def test_predict_checks_every_part_of_an_observation() -> None:
     model = small(env=Parts()).learn(BATCH)
     assert model.predict({"box": numpy.float32(0), "count": 2})[0] in (0, 1)
     assert model.predict({"box": numpy.zeros(4, dtype="f4"), "count": numpy.ones(4, dtype=int)})[0].shape == (4,)
-    for bad, said in (
-        ({"box": numpy.float32(numpy.nan), "count": 2}, "predict: the observation box of row 0 is not finite"),
-        ({"box": numpy.float32(0)}, "lacks 'count'"),
-        ({"box": numpy.float32(0), "count": 4}, "the observation count lies outside its space"),
-        ({"box": numpy.zeros(4, dtype="f4"), "count": numpy.ones(3, dtype=int)}, "the observation count has shape [3]"),
+    for bad, named in (
+        ({"box": numpy.float32(numpy.nan), "count": 2}, "observation box of row 0"),
+        ({"box": numpy.float32(0)}, "'count'"),
+        ({"box": numpy.float32(0), "count": 4}, "observation count"),
+        ({"box": numpy.zeros(4, dtype="f4"), "count": numpy.ones(3, dtype=int)}, "count has shape [3]"),
     ):
-        assert said in refusal(lambda bad=bad: model.predict(bad))
+        refusal(lambda bad=bad: model.predict(bad), named)
 
 
-def test_evaluating_in_the_training_environment_begins_new_episodes_there() -> None:
+def test_in_an_environment_that_was_used_in_between_new_episodes_begin() -> None:
     env = Constant(2.0)
     model = small(env=env, n_steps=16).learn(16)  # ends one step into its sixth episode
     for where in (env, model.env):
@@ -275,24 +269,18 @@ def test_evaluating_in_the_training_environment_begins_new_episodes_there() -> N
     assert model.run_folder is not None
     trained = [json.loads(line) for line in (model.run_folder / "samples.jsonl").read_text().splitlines()]
     assert {(row["return"], row["steps"]) for row in trained} == {(6.0, 3)}
-    assert "the policy is for Box(0.0, 9.0, (1,)" in refusal(lambda: evaluate_policy(model, "CartPole-v1"))
-    frozen = small(env="FrozenLake-v1", n_envs=1)
-    assert "the policy is for Discrete(16)" in refusal(lambda: evaluate_policy(frozen, "FrozenLake8x8-v1"))
-
-
-def test_in_an_environment_used_between_two_trainings_new_episodes_begin() -> None:
-    env = Constant(2.0)
-    model = small(env=env, n_steps=16).learn(16)
     env.step(0)  # somebody looks at it
     model.learn(16)
     assert {(episode.total, episode.steps) for episode in model._session.training.rollout.finished} == {(6.0, 3)}  # type: ignore
+    refusal(lambda: evaluate_policy(model, "CartPole-v1"), "Box(0.0, 9.0, (1,)")
+    frozen = small(env="FrozenLake-v1", n_envs=1)
+    refusal(lambda: evaluate_policy(frozen, "FrozenLake8x8-v1"), "Discrete(16)")
 
 
 def test_the_training_environment_is_not_evaluated_in_the_middle_of_a_rollout() -> None:
     env = Constant()
     model = small(env=env, n_steps=16)
-    said = refusal(lambda: model.learn(16, callback=lambda *_: bool(evaluate_policy(model, env))))
-    assert said == "the training environment is in the middle of a rollout; evaluate in another one"
+    refusal(lambda: model.learn(16, callback=lambda *_: bool(evaluate_policy(model, env))), "training environment")
 
 
 def test_infos_reach_callbacks_by_sub_environment() -> None:
@@ -310,7 +298,7 @@ def test_a_model_of_an_environment_that_gymnasium_made_is_loaded_without_it() ->
     assert evaluate_policy(model, n_eval_episodes=2, warn=False)[0] <= 9
     assert PPO.open("named").predict(numpy.zeros(4))[0] in (0, 1)
     small(env=gymnasium.wrappers.FlattenObservation(gymnasium.make("CartPole-v1"))).save("wrapped")
-    assert "give it again" in refusal(lambda: PPO.load("wrapped", verbose=0))
+    refusal(lambda: PPO.load("wrapped", verbose=0), "give it again")
 
 
 def test_a_number_takes_the_place_of_a_schedule_that_was_a_function() -> None:
@@ -362,7 +350,7 @@ def test_an_environment_that_is_given_goes_before_the_one_in_the_file() -> None:
     short = gymnasium.make("CartPole-v1", max_episode_steps=7)
     model = PPO.load("saved", short, verbose=0)
     assert model.env.env.envs[0] is short and model.config.env is not None and model.config.env.id is None
-    assert "does not fit this environment's policy" in refusal(lambda: PPO.load("saved", "Pendulum-v1", verbose=0))
+    refusal(lambda: PPO.load("saved", "Pendulum-v1", verbose=0), "saved")
 
 
 def test_the_users_network_keeps_its_weights_and_what_is_frozen_stays() -> None:
@@ -386,16 +374,6 @@ def test_the_users_network_keeps_its_weights_and_what_is_frozen_stays() -> None:
     assert PPO.load("runs/ppo-1", verbose=0, policy=mine).num_timesteps == 2 * BATCH
 
 
-def test_reward_statistics_are_saved_with_the_model() -> None:
-    model = small(env="Pendulum-v1", normalize_rewards=True).learn(2 * BATCH)
-    assert model.env.reward_stats.count == 2 * BATCH
-    model.save("saved")
-    loaded = PPO.load("saved", verbose=0)
-    assert loaded.env.reward_stats == model.env.reward_stats
-    loaded.learn(BATCH)
-    assert loaded.env.reward_stats.count == 3 * BATCH
-
-
 def test_a_run_with_another_num_envs_is_refused() -> None:
     env = SyncVectorEnv([Constant] * 2)
     small(env=env, run_name="two").learn(2 * N_STEPS)
@@ -408,7 +386,7 @@ def test_an_environment_that_fails_in_the_middle_of_a_run_leaves_a_checkpoint(ve
     Path("odd.py").write_text(ODD)
     model = small(env="odd.py:Odd", vectorization=vectorization, run_checkpoint_every=100, n_envs=2, run_name="odd")
     Path("fail_at").write_text(str(3 * N_STEPS + 5))
-    assert refusal(lambda: model.learn(UPDATES * 2 * N_STEPS)) == "env Odd failed: RuntimeError: the wheel came off"
+    refusal(lambda: model.learn(UPDATES * 2 * N_STEPS), "env Odd", "the wheel came off")
     Path("fail_at").write_text("1000000")
     resumed = PPO.load("runs/odd", verbose=0)
     assert resumed.num_timesteps == 3 * 2 * N_STEPS
@@ -430,7 +408,7 @@ def test_evaluation_is_the_mean_of_whole_episodes() -> None:
     assert evaluate_policy(model, envs, 3, return_episode_rewards=True) == ([6.0, 6.0, 12.0], [3, 3, 3])
     with pytest.raises(AssertionError, match=r"Constant: mean return 6\.00, not above 7\.00"):
         evaluate_policy(model, Constant(2.0), reward_threshold=7)
-    assert "pass one to evaluate in" in refusal(lambda: evaluate_policy(model))
+    refusal(lambda: evaluate_policy(model), "env")
 
 
 # Schedules and callbacks
@@ -443,35 +421,22 @@ def test_a_learning_rate_may_be_a_function_of_what_is_left() -> None:
     model = small(learning_rate=rate, run_name="mine")
     with pytest.raises(Killed):
         model.learn(4 * BATCH, callback=killing(2 * N_STEPS + 1))
-    said = refusal(lambda: PPO.load("runs/mine", verbose=0).learn())
-    assert said == "ppo.learning_rate was a Python function; give it again: PPO.load(folder, env, learning_rate=...)"
+    refusal(lambda: PPO.load("runs/mine", verbose=0).learn(), "ppo.learning_rate")
     PPO.load("runs/mine", verbose=0, learning_rate=rate).learn()
     found = [row["ppo/learning_rate"] for row in rows(Path("runs/mine"))]
     assert found == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
 
 
-def test_a_schedule_of_the_entropy_bonus_reaches_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_schedules_reach_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     seen, update = [], loop.update
 
     def watched(policy: Any, batch: Any, objective: Any, **others: Any) -> Any:
-        seen.append(objective.ent_coef)
+        seen.append((objective.ent_coef, objective.clip_range))
         return update(policy, batch, objective, **others)
 
     monkeypatch.setattr(loop, "update", watched)
-    small(ent_coef=0.04, ent_schedule="linear").learn(4 * BATCH)
-    assert seen == pytest.approx([0.04, 0.03, 0.02, 0.01])
-
-
-def test_a_clip_range_may_be_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, update = [], loop.update
-
-    def watched(policy: Any, batch: Any, objective: Any, **others: Any) -> Any:
-        seen.append(objective.clip_range)
-        return update(policy, batch, objective, **others)
-
-    monkeypatch.setattr(loop, "update", watched)
-    small(clip_range=lambda left: 0.4 * left).learn(2 * BATCH)
-    assert seen == pytest.approx([0.4, 0.2])
+    small(ent_coef=0.04, ent_schedule="linear", clip_range=lambda left: 0.4 * left).learn(4 * BATCH)
+    assert [value for pair in seen for value in pair] == pytest.approx([0.04, 0.4, 0.03, 0.3, 0.02, 0.2, 0.01, 0.1])
 
 
 class Recorder(BaseCallback):
@@ -480,15 +445,8 @@ class Recorder(BaseCallback):
         self.heard: list[str] = []
         self.dones: list[Any] = []
         self.stop_at = stop_at
-
-    def _init_callback(self) -> None:
-        self.heard.append("init")
-
-    def _on_training_start(self) -> None:
-        self.heard.append("training start")
-
-    def _on_rollout_start(self) -> None:
-        self.heard.append("rollout start")
+        for name in ("init_callback", "on_training_start", "on_rollout_start", "on_rollout_end", "on_training_end"):
+            setattr(self, f"_{name}", functools.partial(self.heard.append, name))
 
     def _on_step(self) -> bool:
         self.heard.append("step")
@@ -496,36 +454,24 @@ class Recorder(BaseCallback):
         assert self.locals["rewards"].shape == (self.training_env.num_envs,)
         return self.n_calls != self.stop_at
 
-    def _on_rollout_end(self) -> None:
-        self.heard.append("rollout end")
-
-    def _on_training_end(self) -> None:
-        self.heard.append("training end")
-
 
 def test_callbacks_hear_of_everything_in_its_order() -> None:
     recorder = Recorder()
     model = small(env=Constant(), n_steps=4, batch_size=4).learn(8, callback=recorder)
-    rollout = ["rollout start", *["step"] * 4, "rollout end"]
-    assert recorder.heard == ["init", "training start", *rollout, *rollout, "training end"]
+    begins, rollout = ["init_callback", "on_training_start"], ["on_rollout_start", *["step"] * 4, "on_rollout_end"]
+    assert recorder.heard == [*begins, *rollout, *rollout, "on_training_end"]
     assert [bool(done[0]) for done in recorder.dones] == [False, False, True, False, False, True, False, False]
     assert recorder.model is model and (recorder.n_calls, recorder.num_timesteps, model.num_timesteps) == (8, 8, 8)
     again = Recorder()
     model.learn(4, callback=[again, lambda *_: True])
-    assert again.heard == ["init", "training start", *rollout, "training end"] and model.num_timesteps == 12
-
-
-def test_steps_are_counted_without_a_callback_too() -> None:
-    model = small(run_name="mine").learn(2 * BATCH)
-    assert model.num_timesteps == 2 * BATCH
-    assert PPO.load("runs/mine", verbose=0).num_timesteps == 2 * BATCH
+    assert again.heard == [*begins, *rollout, "on_training_end"] and model.num_timesteps == 12
 
 
 @pytest.mark.parametrize("stop_at", [6, 8])
 def test_a_callback_that_returns_false_ends_the_training(stop_at: int) -> None:
     recorder = Recorder(stop_at)
     model = small(env=Constant(), n_steps=4, batch_size=4, run_name="mine").learn(100, callback=recorder)
-    assert recorder.heard.count("step") == stop_at and recorder.heard[-1] == "training end"
+    assert recorder.heard.count("step") == stop_at and recorder.heard[-1] == "on_training_end"
     assert [row["update"] for row in rows(Path("runs/mine"))] == [1]
     assert not model.is_finished
     PPO.load("runs/mine", Constant(), verbose=0).learn(4)
@@ -535,40 +481,19 @@ def test_a_callback_that_returns_false_ends_the_training(stop_at: int) -> None:
 
 
 def test_stable_baselines3s_keywords_mean_what_they_mean_there(tmp_path: Path) -> None:
-    model = PPO(
-        "MlpPolicy",
-        "Pendulum-v1",
-        learning_rate=1e-3,
-        n_steps=32,
-        batch_size=16,
-        n_epochs=3,
-        gamma=0.9,
-        gae_lambda=0.8,
-        clip_range=0.3,
-        clip_range_vf=None,
-        normalize_advantage=False,
-        ent_coef=0.01,
-        vf_coef=0.7,
-        max_grad_norm=0.9,
-        use_sde=True,
-        sde_sample_freq=4,
-        target_kl=None,
-        tensorboard_log=str(tmp_path / "board"),
-        policy_kwargs={"activation_fn": nn.ReLU, "net_arch": {"pi": [8, 6], "vf": [4]}, "log_std_init": -2.0},
-        verbose=0,
-        seed=None,
-        device="cpu",
-        _init_setup_model=True,
-    )
+    same_name = {"learning_rate": 1e-3, "batch_size": 16, "n_epochs": 3, "gamma": 0.9, "gae_lambda": 0.8, "clip_range": 0.3}
+    same_name |= {"clip_range_vf": None, "normalize_advantage": False, "ent_coef": 0.01, "vf_coef": 0.7}
+    same_name |= {"max_grad_norm": 0.9, "target_kl": None}
+    theirs = {"n_steps": 32, "use_sde": True, "sde_sample_freq": 4, "tensorboard_log": str(tmp_path / "board"), "seed": None}
+    networks = {"activation_fn": nn.ReLU, "net_arch": {"pi": [8, 6], "vf": [4]}, "log_std_init": -2.0}
+    rest = {"policy_kwargs": networks, "verbose": 0, "device": "cpu", "_init_setup_model": True}
+    model = PPO("MlpPolicy", "Pendulum-v1", **same_name, **theirs, **rest)
     ppo = model.config.ppo
-    assert (ppo.learning_rate, model.config.env.n_steps, ppo.batch_size, ppo.n_epochs) == (1e-3, 32, 16, 3)
-    assert (ppo.gamma, ppo.gae_lambda, ppo.clip_range, ppo.clip_range_vf) == (0.9, 0.8, 0.3, None)
-    assert (ppo.normalize_advantage, ppo.ent_coef, ppo.vf_coef, ppo.max_grad_norm) == (False, 0.01, 0.7, 0.9)
-    assert ppo.value_loss == "squared" and ppo.target_kl is None and model.config.run.folder == str(tmp_path / "board")
+    assert {name: getattr(ppo, name) for name in same_name} == same_name and ppo.value_loss == "squared"
+    assert model.config.env.n_steps == 32 and model.config.run.folder == str(tmp_path / "board")
     layers = model.policy.layers
-    widths = [
-        [layer.out_features for layer in tower if isinstance(layer, nn.Linear)] for tower in (layers.policy, layers.value)
-    ]
+    towers = (layers.policy, layers.value)
+    widths = [[layer.out_features for layer in tower if isinstance(layer, nn.Linear)] for tower in towers]
     assert widths == [[8, 6], [4]] and isinstance(layers.policy[1], nn.ReLU)
     assert type(model.policy.head).__name__ == "StateDependentHead" and model.policy.head.sample_freq == 4
     assert model.policy.head.log_std.detach().unique().tolist() == [-2.0]
@@ -577,21 +502,21 @@ def test_stable_baselines3s_keywords_mean_what_they_mean_there(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "named"),
     [
-        ({"policy_kwargs": {"optimizer_class": torch.optim.SGD}}, "policy_kwargs.optimizer_class has no counterpart ("),
-        ({"policy_kwargs": {"activation_fn": nn.Softmax}}, "policy_kwargs.activation_fn: "),
-        ({"policy_kwargs": {"shared_lstm": True}}, "policy_kwargs.shared_lstm: actor and critic have an LSTM each"),
-        ({"policy_kwargs": {"enable_critic_lstm": False}}, "policy_kwargs.enable_critic_lstm: actor and critic have"),
-        ({"policy_kwargs": {"net_arch": {"q": [3]}}}, "PPO(...): policy.network.net_arch"),
-        ({"policy_kwargs": {"net_arch": [0]}}, "PPO(...): policy.network.net_arch"),
-        ({"clip_range_vf": lambda left: left}, "clip_range_vf: a number is expected"),
-        ({"stats_window_size": 7}, "stats_window_size: "),
-        ({"learning_rat": 1.0}, "unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
-        ({"total_episodes": 7}, "PPO(...): rollout: a run with env has no such section"),
-        ({"kl": {"coef": 0.1}}, "PPO(...): kl: a run with env has no such section"),
+        ({"policy_kwargs": {"optimizer_class": torch.optim.SGD}}, "policy_kwargs.optimizer_class"),
+        ({"policy_kwargs": {"activation_fn": nn.Softmax}}, "policy_kwargs.activation_fn"),
+        ({"policy_kwargs": {"shared_lstm": True}}, "policy_kwargs.shared_lstm"),
+        ({"policy_kwargs": {"enable_critic_lstm": False}}, "policy_kwargs.enable_critic_lstm"),
+        ({"policy_kwargs": {"net_arch": {"q": [3]}}}, "policy.network.net_arch"),
+        ({"policy_kwargs": {"net_arch": [0]}}, "policy.network.net_arch"),
+        ({"clip_range_vf": lambda left: left}, "clip_range_vf"),
+        ({"stats_window_size": 7}, "stats_window_size"),
+        ({"learning_rat": 1.0}, "'learning_rate'"),
+        ({"total_episodes": 7}, "rollout"),
+        ({"kl": {"coef": 0.1}}, "kl"),
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_a_keyword_without_a_counterpart_is_one_line(settings: dict[str, Any], said: str) -> None:
-    assert refusal(lambda: small(**settings)).startswith(said)
+def test_a_keyword_without_a_counterpart_is_one_line(settings: dict[str, Any], named: str) -> None:
+    refusal(lambda: small(**settings), named)
