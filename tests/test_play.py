@@ -12,8 +12,7 @@ from PIL import Image
 
 from surefoot import PPO
 from surefoot.cli.play import MAX_FRAMES, MAX_WIDTH, VideoRecorder, play_run
-from tests.golden import refused
-from tests.inputs import run_cli
+from tests.inputs import refusal, run_cli
 
 SEES_NOTHING = """
 import gymnasium
@@ -88,34 +87,26 @@ def test_without_pictures_the_plot_is_drawn_all_the_same(tmp_path, capsys):
     assert [path.name for path in (run / "play").iterdir()] == ["returns.png"]
 
 
-def test_a_missing_library_is_named_with_how_to_get_it(run, without):
-    without("matplotlib")
-    outcome = run_cli("play", run)
-    assert outcome.code == 2 and outcome.err.count("\n") == 1
-    assert "pip install 'surefoot[play]'" in outcome.err
-
-
-def test_mp4_needs_a_library_of_its_own(run, without):
-    without("imageio_ffmpeg")
-    outcome = run_cli("play", run, "--format", "mp4")
-    assert outcome.code == 2 and "pip install imageio-ffmpeg" in outcome.err
+@pytest.mark.parametrize(
+    ("library", "kind", "how"), [("matplotlib", "gif", "surefoot[play]"), ("imageio_ffmpeg", "mp4", "imageio-ffmpeg")]
+)
+def test_a_missing_library_is_named_with_how_to_get_it(run, without, library, kind, how):
+    without(library)
+    run_cli("play", run, "--format", kind).refused("pip install", how)
 
 
 def test_a_language_models_run_is_sent_to_generate(tmp_path):
     (tmp_path / "config.yaml").write_text("task: {prompts: p.jsonl, reward: r.py:reward}\n")
-    outcome = run_cli("play", tmp_path)
-    assert outcome.code == 2 and f"surefoot generate {tmp_path}" in outcome.err and outcome.err.count("\n") == 1
+    run_cli("play", tmp_path).refused(f"surefoot generate {tmp_path}")
 
 
 def test_an_environment_made_in_python_is_not_made_again(tmp_path):
     env = gymnasium.make("CartPole-v1")
     run = trained(tmp_path / "runs", env)
-    with refused("made in Python"):
-        play_run(run)
+    refusal(lambda: play_run(run), "made in Python", "PPO.open")
     assert PPO.open(run, env).predict(env.reset(seed=0)[0], deterministic=True)[0] in (0, 1)
 
 
 @pytest.mark.parametrize("episodes", [0, -3])
 def test_there_is_something_to_play(run, episodes):
-    with refused("--episodes"):
-        play_run(run, episodes=episodes)
+    refusal(lambda: play_run(run, episodes=episodes), "--episodes")

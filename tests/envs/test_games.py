@@ -61,66 +61,47 @@ def test_random_games_end_as_often_as_enumeration_says():
         assert abs((as_x == outcome).mean() - chance) < 4 * (chance * (1 - chance) / games) ** 0.5
 
 
-def test_spaces_and_first_view():
-    env = GameVectorEnv(TICTACTOE, 2)
+def test_spaces_and_views_are_the_board_as_the_learner_sees_it():
+    env = GameVectorEnv(TICTACTOE, 2, opponents=lambda views, indices: np.full(len(indices), 5))
     views, infos = env.reset(seed=0)
     assert env.metadata["autoreset_mode"] is AutoresetMode.DISABLED
-    assert env.observation_space.contains(views) and infos == {}
-    assert (env.single_action_space.n, views["observation"].shape) == (9, (2, 3, 3, 2))
+    assert env.observation_space.contains(views) and infos == {} and env.single_action_space.n == 9
     assert views["observation"][0].sum() == 0 and views["action_mask"][0].sum() == 9  # the learner opens
-    assert views["observation"][1, :, :, 1].sum() == 1 and views["action_mask"][1].sum() == 8  # the opponent has
-
-
-def test_planes_are_the_board_as_the_learner_sees_it():
-    env = GameVectorEnv(TICTACTOE, 1, opponents=scripted([5]))
-    env.reset(seed=0)
-    views = env.step(np.array([1]))[0]
+    assert oracle.board_of(views["observation"][1]) == (0, 0, 0, 0, 0, 1, 0, 0, 0)  # the opponent has
+    env.opponents = lambda views, indices: np.array([5, 4])
+    views = env.step(np.array([1, 0]))[0]
     assert oracle.board_of(views["observation"][0]) == (0, 1, 0, 0, 0, 2, 0, 0, 0)
-    assert views["action_mask"].tolist() == [[1, 0, 1, 1, 1, 0, 1, 1, 1]]
+    assert views["action_mask"][0].tolist() == [1, 0, 1, 1, 1, 0, 1, 1, 1]
 
 
-def test_learner_wins_before_the_opponent_can_reply():
-    env = GameVectorEnv(TICTACTOE, 1, opponents=scripted([3, 4]))
+@pytest.mark.parametrize(
+    ("replies", "actions", "outcome"),
+    [([3, 4], [0, 1, 2], 1), ([3, 4, 5], [0, 1, 8], -1), ([1, 4, 5, 6], [0, 2, 7, 3, 8], 0)],
+    ids=["won before the reply", "lost by the reply", "drawn"],
+)
+def test_a_games_end(replies, actions, outcome):
+    env = GameVectorEnv(TICTACTOE, 1, opponents=scripted(replies))
     env.reset(seed=0)
-    *before, (reward, terminated, infos) = play(env, [0, 1, 2])
-    assert before == [(0.0, False, {})] * 2
-    assert (reward, terminated, infos["seat"].tolist(), infos["outcome"].tolist()) == (1.0, True, [0], [1])
+    *before, (reward, terminated, infos) = play(env, actions)
+    assert all(step == (0.0, False, {}) for step in before)
+    assert (reward, terminated, infos["seat"].tolist(), infos["outcome"].tolist()) == (outcome, True, [0], [outcome])
+    assert env._views()["action_mask"].tolist() == [[1] * 9]
+    with refused("games [0]"):  # until it is reset
+        env.step(np.array([8]))
 
 
-def test_learner_loses_by_the_opponents_reply():
-    env = GameVectorEnv(TICTACTOE, 1, opponents=scripted([3, 4, 5]))
-    env.reset(seed=0)
-    reward, terminated, infos = play(env, [0, 1, 8])[-1]
-    assert (reward, terminated, infos["outcome"].tolist()) == (-1.0, True, [-1])
-
-
-def test_draw_and_a_mask_of_ones_at_the_end():
-    env = GameVectorEnv(TICTACTOE, 1, opponents=scripted([1, 4, 5, 6]))
-    env.reset(seed=0)
-    play(env, [0, 2, 7, 3])
-    views, rewards, terminated, truncated, infos = env.step(np.array([8]))
-    assert (rewards[0], terminated[0], truncated[0], infos["outcome"][0]) == (0.0, True, False, 0)
-    assert views["action_mask"].tolist() == [[1] * 9]
-
-
-def test_seats_alternate_from_episode_to_episode():
+def test_seats_alternate_and_a_seed_decides_the_seat_so_that_it_repeats_the_episode():
     env = GameVectorEnv(TICTACTOE, 3, opponents=lowest)
     seats = []
-    for _ in range(3):
-        views, _ = env.reset()
+    for seed in (None, None, None, [4, 7, 0]):
+        views, _ = env.reset(seed=seed)
         seats.append(env.seats.tolist())
         assert views["observation"].sum(axis=(1, 2, 3)).tolist() == seats[-1]  # one mark is there in the second seat
-    assert seats == [[0, 1, 0], [1, 0, 1], [0, 1, 0]]
-
-
-def test_a_seed_decides_the_seat_so_that_it_repeats_the_episode():
-    env = GameVectorEnv(TICTACTOE, 2, opponents=lowest)
-    env.reset(seed=[4, 7])
-    assert env.seats.tolist() == [0, 1]
-    env.reset(seed=[6, None], options={"reset_mask": np.array([True, False])})
-    assert env.seats.tolist() == [0, 1]
-    env.reset(options={"reset_mask": np.array([True, True])})
-    assert env.seats.tolist() == [1, 0]
+    assert seats == [[0, 1, 0], [1, 0, 1], [0, 1, 0], [0, 1, 0]]
+    env.reset(seed=[6, None, None], options={"reset_mask": np.array([True, False, False])})
+    assert env.seats.tolist() == [0, 1, 0]
+    env.reset(options={"reset_mask": np.ones(3, dtype=bool)})
+    assert env.seats.tolist() == [1, 0, 1]
 
 
 def test_reset_mask_leaves_the_other_games_alone():
@@ -140,18 +121,14 @@ def games_of(env: GameVectorEnv, seed: int | list[int]) -> list[np.ndarray]:
     return [view["observation"] for view in views]
 
 
-def test_same_seed_same_games():
+def test_a_game_follows_from_its_seed_alone():
     env = GameVectorEnv(TICTACTOE, 16)
     first = games_of(env, 3)
     for again in (games_of(env, 3), games_of(GameVectorEnv(TICTACTOE, 16), list(range(3, 19)))):
         assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert not all(np.array_equal(a, b) for a, b in zip(first, games_of(env, 100), strict=True))
-
-
-def test_a_game_does_not_depend_on_which_others_are_in_the_batch():
-    wide = games_of(GameVectorEnv(TICTACTOE, 5), 3)
     narrow = games_of(GameVectorEnv(TICTACTOE, 1), 3)
-    assert all(np.array_equal(a[:1], b) for a, b in zip(wide, narrow, strict=True))
+    assert all(np.array_equal(a[:1], b) for a, b in zip(first, narrow, strict=True))
 
 
 def test_opponents_are_asked_once_a_round_for_just_the_games_that_wait():
@@ -174,44 +151,30 @@ def test_opponents_are_asked_once_a_round_for_just_the_games_that_wait():
 @pytest.mark.parametrize(
     ("actions", "named"),
     [
-        ([8, 0], "learner: action 0 is illegal in game 1; legal there: [1, 2, 3, 4, 5, 6, 7, 8]"),
-        ([9, 1], "learner: action 9 is illegal in game 0"),
-        ([0, -1], "learner: action -1 is illegal in game 1"),
-        ([0], "learner: expected 2 whole-numbered actions"),
-        ([0.0, 1.0], "learner: expected 2 whole-numbered actions, got float64"),
+        ([8, 0], "action 0 is illegal in game 1; legal there: [1, 2, 3, 4, 5, 6, 7, 8]"),
+        ([9, 1], "action 9 is illegal in game 0"),
+        ([0, -1], "action -1 is illegal in game 1"),
+        ([0], "2 whole-numbered actions"),
+        ([0.0, 1.0], "got float64"),
     ],
 )
 def test_illegal_actions_are_refused_before_any_game_moves(actions, named):
     env = GameVectorEnv(TICTACTOE, 2, opponents=lowest)
     env.reset(seed=0)
-    with refused(named):
+    with refused("learner", named):
         env.step(np.array(actions))
     env.step(np.array([8, 8]))  # neither game has moved, so 8 is still free in both
 
 
-def test_illegal_opponent_is_named():
+def test_an_illegal_opponent_and_a_view_without_a_legal_move_are_named(monkeypatch):
     env = GameVectorEnv(TICTACTOE, 1, opponents=scripted([4]))
     env.reset(seed=0)
     with refused("opponent: action 4", "game 0"):
         env.step(np.array([4]))
-
-
-def test_a_view_without_a_legal_move_is_refused(monkeypatch):
-    def make():
-        game = TICTACTOE()
-        monkeypatch.setattr(game, "observe", lambda agent: {"observation": 0, "action_mask": np.zeros(9, np.int8)})
-        return game
-
+    game = TICTACTOE()
+    monkeypatch.setattr(game, "observe", lambda agent: {"observation": 0, "action_mask": np.zeros(9, np.int8)})
     with refused("game 0: player_1", "action_mask"):
-        GameVectorEnv(make, 1).reset(seed=0)
-
-
-def test_a_finished_game_must_be_reset():
-    env = GameVectorEnv(TICTACTOE, 1, opponents=scripted([3, 4]))
-    for ready in (lambda: None, lambda: (env.reset(seed=0), play(env, [0, 1, 2]))):
-        ready()
-        with refused("games [0]"):
-            env.step(np.array([8]))
+        GameVectorEnv(lambda: game, 1).reset(seed=0)
 
 
 def test_max_moves_cuts_a_game_off_on_the_learners_turn():
@@ -288,7 +251,7 @@ def fake_go(tmp_path: Path) -> tuple[str, str]:
     return (sys.executable, str(tmp_path / "fake_go.py"))
 
 
-def test_gtp_answers(fake_go):
+def test_gtp(fake_go):
     with go_gtp.GTPPlayer(fake_go) as player:
         player.clear_board(5, 0.5)
         player.play("white", "pass")
@@ -300,9 +263,6 @@ def test_gtp_answers(fake_go):
     with refused("the program has ended"):
         player.genmove("black")
     player.close()
-
-
-def test_gtp_program_that_dies_hangs_or_is_missing(fake_go):
     with go_gtp.GTPPlayer(fake_go) as player, refused("'die'", "exit code 3"):
         player.send("die")
     with go_gtp.GTPPlayer(fake_go, timeout=0.1) as player, refused("'hang'", "0.1 s"):
