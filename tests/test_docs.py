@@ -141,8 +141,7 @@ def programs(page: str, *, with_name: str = "") -> list[str]:
     return [block for block in blocks if with_name in block]
 
 
-RUN = [*programs("from-sb3.md"), *programs("understand.md")]
-RUN += [*programs("extending.md", with_name="ControlPolicy"), *programs("extending.md", with_name="make_env")]
+RUN = [*programs("from-sb3.md"), *programs("understand.md"), *programs("extending.md", with_name="make_env")]
 
 
 @pytest.mark.parametrize("program", RUN, ids=range(len(RUN)))
