@@ -167,8 +167,8 @@ class TokenEngine:
         self._params = replace(params, max_new_tokens=limit)
         self._places = min(self.slots, len(alike))
         self._longest_prompt = max(len(request.prompt) for request in alike)
-        # Room to move on by a whole completion before columns are shifted back, needed where requests wait.
-        columns = self._longest_prompt + limit + (limit if len(alike) > self._places else 0)
+        # Where requests wait, with room to move on by a whole completion before columns are shifted back.
+        columns = self._longest_prompt + limit * (1 + (len(alike) > self._places))
         self._cache = self.model.new_cache(slots=self._places, columns=columns)
 
     def _admit(self) -> None:

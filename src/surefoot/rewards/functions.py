@@ -28,7 +28,6 @@ class RewardFunction(Protocol):
         Prompts and completions are strings, or message lists where the prompt was one; each further column of
         the task comes as a keyword, a list with one entry a sample.
         """
-        ...
 
 
 def is_function(reference: str) -> bool:

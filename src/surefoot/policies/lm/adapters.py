@@ -62,8 +62,7 @@ def add_critic_adapter(adapter: Any, seed: int) -> None:
 def using(adapter: Any, *names: str) -> Iterator[None]:
     """Compute with the adapters of these names, or with the bare base; afterwards with the policy's again.
 
-    Every adapter goes on being trained: peft's own switches freeze those that are not in use, and a gradient
-    still to come would not reach them.
+    Every adapter stays trainable: peft's switches freeze those not in use, and gradients would miss them.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -54,9 +54,8 @@ def adapter_critic(adapter: Any, *, seed: int) -> Critic:
 def separate_critic(lm: Any, tokenizer: Any, config: CriticConfig, *, dtype: torch.dtype) -> Critic:
     """A copy of `lm`, or the model that `config` names; all of it is trained, in float32.
 
-    A reward model's folder gives the head too: (score - shift) / scale, its calibrated reward, is where the
-    values start (Stiennon et al. 2020, arXiv:2009.01325, start their separate value function from the reward
-    model). Raises InputError for a model that cannot be this policy's critic.
+    A reward model's folder gives the head too: its calibrated reward is where the values start, as in
+    Stiennon et al. 2020, arXiv:2009.01325. Raises InputError for a model that cannot be this policy's critic.
     """
     head, source = None, lm
     if config.model is not None:

@@ -287,10 +287,7 @@ def wrap_policy(
 
 @torch.no_grad()
 def _check_model(policy: CausalLMPolicy) -> None:
-    """Raise InputError unless what we compute, padded and token by token, is what the model does in one pass.
-
-    Some models change logits after the head, some keep a state other than keys and values, some look ahead.
-    """
+    """Raise InputError unless what we compute, padded and token by token, is what the model does at once."""
     tokens = torch.arange(4, device=policy.device)
     padded = positions = tokens[[0, 0, 1, 2]]
     attention = torch.tensor([[0, 1, 1, 1, 1]], device=policy.device)

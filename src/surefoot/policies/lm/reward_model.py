@@ -67,8 +67,7 @@ class RewardModelPolicy:
     def encode(self, prompt: Any, text: str, *, where: str) -> tuple[int, ...]:
         """Prompt (text, messages or None) and text as the tokens to score, with an end token.
 
-        Raises InputError, naming `where`, for more of them than the model's context, or messages it has no
-        template for.
+        Raises InputError, naming `where`, for more tokens than the context, or messages without a template.
         """
         ends, context = self.model_end_tokens, self.context_length
         tokens = encode_scored_text(self.tokenizer, prompt, text, end_tokens=ends, where=where)
@@ -92,9 +91,8 @@ class RewardModelPolicy:
             scores_BK[part] = self.evaluate(batch.rows(part)).values_BT.float().cpu()
         return scores_BK
 
-    def reference_logprobs(self, batch: Batch) -> Tensor | None:
+    def reference_logprobs(self, batch: Batch) -> None:
         """It has none."""
-        return None
 
     def fingerprint(self) -> int:
         """Checksum of the frozen base."""
