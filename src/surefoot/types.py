@@ -17,9 +17,7 @@ from torch import Tensor
 # Names in the observations of environments.
 OBSERVATION = "obs"  # of one that has none
 ACTION_MASK = "action_mask"  # which actions are legal
-EPISODE_STARTS = (
-    "state/episode_starts"  # [B, T] bool, for a recurrent policy: an episode begins with this step
-)
+EPISODE_STARTS = "state/episode_starts"  # [B, T] bool, of a recurrent policy: an episode begins here
 
 
 class StopReason(str, Enum):
@@ -39,8 +37,8 @@ class StopReason(str, Enum):
 class SamplingParams:
     """How tokens are drawn.
 
-    Example: `SamplingParams(max_new_tokens=24, temperature=1.0)` samples from the whole distribution, the one
-    way whose log-probs are the policy's. `temperature=0` is greedy; `top_k` and `top_p` are for generation alone.
+    Example: `SamplingParams(max_new_tokens=24, temperature=1.0)` samples from the whole distribution, whose
+    log-probs are the policy's. `temperature=0` is greedy; `top_k` and `top_p` are for generation alone.
     """
 
     max_new_tokens: int = 24
@@ -101,9 +99,8 @@ class Turn:
 class Trajectory:
     """One episode of a text task: the turns of a conversation. Most are two: the prompt and the completion.
 
-    Example: the prompt "The film" continued with " was great", for which the reward function gave 0.62:
-    `Trajectory("The film", [Turn((504, 2768)), Turn([314, 2], " was great", by_policy=True, ...)],
-    StopReason.END_TOKEN, reward=0.62)`.
+    Example: `Trajectory("The film", [Turn((504, 2768)), Turn([314, 2], " was great", by_policy=True, ...)],
+    StopReason.END_TOKEN, reward=0.62)`: the reward function gave 0.62 for " was great".
     """
 
     prompt: Any  # str, or chat messages
@@ -111,8 +108,7 @@ class Trajectory:
     stop_reason: StopReason
     columns: dict[str, Any] = field(default_factory=dict)  # the task's other columns
     reward: float = float("nan")  # what the reward function gave
-    # What made the reward up, and what became of it: see rewards/.
-    reward_parts: dict[str, float] = field(default_factory=dict)
+    reward_parts: dict[str, float] = field(default_factory=dict)  # what it was made of: see rewards/
     kl: float = 0.0  # log p - log p_ref summed over the policy's tokens, nats
 
     @property
@@ -134,14 +130,10 @@ class Trajectory:
         """Its line in samples.jsonl; the turns are in it where there are more than prompt and completion."""
         names = ("text", "by_policy", "reward")
         turns = [{name: getattr(turn, name) for name in names} for turn in self.turns]
-        return {
-            "prompt": self.prompt,
-            "completion": self.completion_text,
-            "tokens": len(self.completion_tokens),
-            "stop_reason": self.stop_reason.value,
-            "reward": self.reward_parts or {"reward": self.reward},
-            "kl": self.kl,
-        } | ({"turns": turns} if len(turns) > 2 else {})
+        found = {"prompt": self.prompt, "completion": self.completion_text}
+        found |= {"tokens": len(self.completion_tokens), "stop_reason": self.stop_reason.value}
+        found |= {"reward": self.reward_parts or {"reward": self.reward}, "kl": self.kl}
+        return found | ({"turns": turns} if len(turns) > 2 else {})
 
 
 @dataclass(frozen=True)
@@ -154,9 +146,7 @@ class Episode:
     total: float  # sum of the rewards, undiscounted, as the environment gave them
     steps: int
     truncated: bool  # cut off by a limit: it did not end by itself
-    info: dict[str, float] = field(
-        default_factory=dict
-    )  # numbers from the environment's last info, such as `is_success`
+    info: dict[str, float] = field(default_factory=dict)  # numbers of its last info, such as `is_success`
 
     def record(self) -> dict[str, Any]:
         """Its line in samples.jsonl."""
@@ -167,8 +157,8 @@ class Episode:
 class Preference:
     """A pair of texts of which people chose the first, or one text that they rated.
 
-    Example: `Preference("pairs.jsonl, line 3", "The film", (" was great", " was long"), 0.0)`, a pair without a margin;
-    `Preference("data, row 1", None, ("A lovely film.",), 3.2)`, a text rated 3.2.
+    Examples: `Preference("pairs.jsonl, line 3", "The film", (" was great", " was long"), 0.0)`, without a
+    margin; `Preference("data, row 1", None, ("A lovely film.",), 3.2)`, a text rated 3.2.
     """
 
     where: str  # for errors
@@ -186,7 +176,7 @@ class Preference:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """An example to imitate. Loss falls on the text, the completion, or the assistant's messages, and their end tokens.
+    """An example to imitate. Loss falls on the text, the completion, or the assistant's messages.
 
     Example: `Demonstration("reviews.jsonl, line 3", {"prompt": "The film", "completion": " was great"})`.
     """
@@ -209,16 +199,16 @@ def nothing() -> Tensor:
 class Batch:
     """What happened, as tensors and plain values: the one thing that travels from the rollout to the loss.
 
-    A language batch has one episode a row and a mask over the tokens the policy itself wrote; a Gymnasium batch one
-    environment a row and a full mask. `logprobs_BT[b, t]` and `values_BT[b, t]` belong to the action at t, given what
-    was before it. Example (prompt of 2 tokens, completions of 2 and 1):
+    A language batch has one episode a row and a mask over the tokens the policy itself wrote; a Gymnasium
+    batch one environment a row and a full mask. `logprobs_BT[b, t]` and `values_BT[b, t]` are of the action
+    at t, given what was before it. Example (prompt of 2 tokens, completions of 2 and 1):
 
         observations["tokens"]  [[11, 12, 21,  2], [13, 14,  2,  0]]
         mask_BT                 [[ 0,  0,  1,  1], [ 0,  0,  1,  0]]
         ends_BT                 [[ 0,  0,  0,  1], [ 0,  0,  1,  0]]
         rewards_BT              [[ 0,  0,  0, .6], [ 0,  0, .1,  0]]
 
-    A batch of demonstrations has actions and no more than its observations; one of preferences has `labels_B`.
+    A batch of demonstrations has observations and actions; one of preferences observations and `labels_B`.
     """
 
     observations: dict[str, Tensor]  # what the policy needs to evaluate again; first dimension B
@@ -250,7 +240,7 @@ class Batch:
         return self.mask_BT.shape[0]
 
     def rows(self, indices: Tensor | slice) -> Batch:
-        """The rows at `indices` (int64, [b], or a slice), cut to the longest of them. Without their trajectories."""
+        """The rows at `indices` (int64, [b], or a slice), cut to their longest, without the trajectories."""
         longest = self.mask_BT.shape[1]
         if longest > 1:
             written_T = self.mask_BT[indices].any(0)
@@ -263,7 +253,7 @@ class Batch:
         return self._changed(take)
 
     def flatten(self) -> Batch:
-        """Each masked step as a separate row, [N, 1], which counts 1 in `batch_size`. Without a copy if all are masked."""
+        """Each masked step as a row, [N, 1], which counts 1 in `batch_size`; no copy if all are masked."""
         mask_BT, (rows, length), is_full = self.mask_BT, self.mask_BT.shape, bool(self.mask_BT.all())
 
         def take(value: Tensor) -> Tensor:
@@ -274,11 +264,8 @@ class Batch:
         return replace(self._changed(take), row_size=1)
 
     def _changed(self, take: Callable[[Tensor], Tensor]) -> Batch:
-        changes: dict[str, Any] = {
-            name: take(value)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor) and value.shape != (0,)
-        }
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        changes: dict[str, Any] = {name: take(v) for name, v in tensors.items() if v.shape != (0,)}
         observations = {name: take(value) for name, value in self.observations.items()}
         return replace(self, **changes, observations=observations, trajectories=[])
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,15 @@ def run_demo(overrides: dict[str, str]) -> None:
     console = Console()
     config = load_config(Path(__file__).with_name("demo.yaml"), overrides)
     if config.run.name is None:
-        config = config.model_copy(
-            update={"run": config.run.model_copy(update={"name": RunFolder.free_name(config, "demo")})}
-        )
+        run = config.run.model_copy(update={"name": RunFolder.free_name(config, "demo")})
+        config = config.model_copy(update={"run": run})
     model = runs.start(config)
     assert isinstance(model, PPO)
+    dtype = str(model.policy.dtype).removeprefix("torch.")
     console.print(
         f"PPO fine-tunes {config.policy.model} to continue movie-review openings cheerfully: "
         f"{config.rollout.total_episodes} episodes, reward: VADER's sentiment of the continuation, on "
-        f"{model.policy.device.type} in {str(model.policy.dtype).removeprefix('torch.')}.",
+        f"{model.policy.device.type} in {dtype}.",
         highlight=False,
     )
     started = time.monotonic()
@@ -52,43 +53,31 @@ def run_demo(overrides: dict[str, str]) -> None:
 
 def show_change(run: RunFolder, console: Console, minutes: float) -> None:
     """Print the table of held-out metrics, five prompts with both completions, and where to go next."""
+    say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     evaluations = [row for row in run.read("metrics.jsonl") if "eval/reward" in row]
     if not evaluations:  # task.held_out 0 leaves nothing to compare
-        console.print(f"run    {run.path}", highlight=False, soft_wrap=True)
+        say(f"run    {run.path}")
         return
     before, after = evaluations[0], evaluations[-1]
-    table = Table(
-        title=f"Before and after {after['update']} updates, {minutes:.1f} minutes", title_justify="left"
-    )
-    for heading in ("", "base", "tuned", "change"):
-        table.add_column(heading, justify="left" if not heading else "right")
+    title = f"Before and after {after['update']} updates, {minutes:.1f} minutes"
+    table = Table("", title=title, title_justify="left")
+    for heading in ("base", "tuned", "change"):
+        table.add_column(heading, justify="right")
     for label, (name, form) in ROWS.items():
         difference = form.replace(":.", ":+.").format(after[name] - before[name])
         table.add_row(label, form.format(before[name]), form.format(after[name]), difference)
     console.print(table)
     console.print(_completions(run, before["update"], after["update"]))
-    path = run.path
-    console.print(
-        f"model  {path / 'model'}   (AutoModelForCausalLM.from_pretrained opens it)",
-        highlight=False,
-        soft_wrap=True,
-    )
-    console.print(
-        f"run    {path}   (config, metrics, samples, checkpoints)\n\nNext:", highlight=False, soft_wrap=True
-    )
-    here = _programs_folder()
-    for command in (
-        f'{here}surefoot generate {path} "The film"',
-        f"{here}tensorboard --logdir {path.parent}",
-        f"{here}surefoot demo --kl.coef 0.2 --seed 1",
-    ):
-        console.print(f"  {command}", highlight=False, soft_wrap=True, markup=False)
+    path, here = run.path, _programs_folder()
+    say(f"model  {path / 'model'}   (AutoModelForCausalLM.from_pretrained opens it)")
+    say(f"run    {path}   (config, metrics, samples, checkpoints)\n\nNext:")
+    say(f'  {here}surefoot generate {path} "The film"')
+    say(f"  {here}tensorboard --logdir {path.parent}")
+    say(f"  {here}surefoot demo --kl.coef 0.2 --seed 1")
 
 
 def _programs_folder() -> str:
-    """What to type before `surefoot`: nothing where the shell finds it, else the folder this program was
-    started from.
-    """
+    """What to type before `surefoot`: nothing where the shell finds it, else this program's folder."""
     if shutil.which("surefoot"):
         return ""
     folder = Path(sys.argv[0]).parent
@@ -97,19 +86,12 @@ def _programs_folder() -> str:
 
 def _completions(run: RunFolder, before: int, after: int) -> Table:
     samples = [row for row in run.read("samples.jsonl") if row["split"] == "held_out"]
-    table = Table(title="The same held-out prompts and seeds", title_justify="left", show_lines=True)
-    for heading in ("prompt", "base", "tuned"):
-        table.add_column(heading)
-    pairs = zip(
-        [s for s in samples if s["update"] == before],
-        [s for s in samples if s["update"] == after],
-        strict=True,
-    )
-    for base, tuned in list(pairs)[:5]:
-        table.add_row(
-            _plain(base["prompt"]),
-            *(f"{_plain(s['completion'])} [{s['reward']['reward']:+.2f}]" for s in (base, tuned)),
-        )
+    title = "The same held-out prompts and seeds"
+    table = Table("prompt", "base", "tuned", title=title, title_justify="left", show_lines=True)
+    parts = [[row for row in samples if row["update"] == update] for update in (before, after)]
+    for pair in list(zip(*parts, strict=True))[:5]:
+        texts = (f"{_plain(row['completion'])} [{row['reward']['reward']:+.2f}]" for row in pair)
+        table.add_row(_plain(pair[0]["prompt"]), *texts)
     return table
 
 

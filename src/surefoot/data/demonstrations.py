@@ -55,17 +55,13 @@ def _demonstration(
 ) -> Demonstration:
     if isinstance(row, str):
         row = {columns.get("text", "text"): row}
+    needed = "text, prompt and completion, or messages"
     if not isinstance(row, Mapping):
-        kind = type(row).__name__
-        raise InputError(
-            f"{where}: expected an object with text, prompt and completion, or messages, got {kind}"
-        )
+        raise InputError(f"{where}: expected an object with {needed}, got {type(row).__name__}")
     found = [name for name in _ROLES if name in columns and columns[name] in row]
     if tuple(found) not in KINDS:
         has = ", ".join(map(str, row)) or "no columns"
-        raise InputError(
-            f"{where}: has {has}; needs text, prompt and completion, or messages (columns: other names)"
-        )
+        raise InputError(f"{where}: has {has}; needs {needed} (columns: other names)")
     if first is not None and found != list(first.contents):
         this, that = " and ".join(found), " and ".join(first.contents)
         raise InputError(f"{where}: has {this}, but {first.where} has {that}; all rows must be of one kind")
@@ -73,18 +69,17 @@ def _demonstration(
 
 
 def _checked(name: str, value: Any, where: str) -> Any:
+    kind = type(value).__name__
     if name == "messages":
         if not isinstance(value, list):
-            raise InputError(
-                f"{where}: messages must be a list of {{role, content}}, got {type(value).__name__}"
-            )
+            raise InputError(f"{where}: messages must be a list of {{role, content}}, got {kind}")
         messages = checked_prompt(value, where)
         if not any(isinstance(message, dict) and message["role"] == "assistant" for message in messages):
             raise InputError(f"{where}: no assistant's message to learn; add one to the chat or drop it")
         return messages
     if not isinstance(value, str):
         fix = "; give the whole chat as messages" if isinstance(value, list) else ""
-        raise InputError(f"{where}: {name} must be text, got {type(value).__name__}{fix}")
+        raise InputError(f"{where}: {name} must be text, got {kind}{fix}")
     if not value.strip():
         raise InputError(f"{where}: the {name} is empty; give it text or drop the row")
     return checked_text(value, where)

@@ -16,14 +16,13 @@ SIDES = ("chosen", "rejected")
 
 
 class PreferenceDataset:
-    """Pairs of a chosen and a rejected text, or texts with ratings, all of one kind, split into `train` and
-    `held_out`.
+    """Pairs of a chosen and a rejected text, or rated texts, split into `train` and `held_out`.
 
     `data` is a JSONL file, a list or a `datasets.Dataset` of rows `{"prompt"?, "chosen", "rejected",
     "margin"?}` or `{"prompt"?, "text" or "completion", "rating"}`; other columns are ignored. Texts are
     strings, or lists of one assistant's message. `held_out` is the fraction kept for evaluation, by a hash of
-    the prompt, or without one of the texts, so that no prompt is on both sides (`data/rows.py:split`). Raises
-    InputError, naming the line, for unusable rows, and for training rows that are all alike.
+    the prompt, or without one of the texts (`data/rows.py:split`). Raises InputError, naming the line, for
+    unusable rows, and for rows of two kinds or training rows that are all alike.
     """
 
     def __init__(self, data: Any, *, held_out: float = 0.1, rating_range: Sequence[float] | None = None):
@@ -36,16 +35,11 @@ class PreferenceDataset:
         self.of_pairs = len(rows[0].texts) == 2
         keys = [json.dumps(row.prompt or sorted(row.texts), default=str) for row in rows]
         self.train, self.held_out = split(rows, keys, held_out)
+        few = f"{source}: all {len(self.train)}"
         if not self.of_pairs and len({row.label for row in self.train}) == 1:
-            raise InputError(
-                f"{source}: all {len(self.train)} ratings to train on are {self.train[0].label:g}; "
-                "add texts with other ratings"
-            )
+            raise InputError(f"{few} ratings to train on are {self.train[0].label:g}; add texts with others")
         if self.of_pairs and len({(row.texts, row.label) for row in self.train}) == 1:
-            raise InputError(
-                f"{source}: all {len(self.train)} pairs to train on have the same chosen and the same "
-                "rejected text, whatever the prompt; add pairs the other way round, or of other texts"
-            )
+            raise InputError(f"{few} pairs to train on have the same chosen and rejected text; add others")
 
     def training_index(self, number: int, seed: int) -> int:
         """Which of `train` comes as number `number` of the run."""
@@ -80,7 +74,7 @@ def _text_columns(row: Any, where: str) -> tuple[str, ...]:
     if not isinstance(row, Mapping):
         kind = type(row).__name__
         raise InputError(
-            f"{where}: expected an object with chosen and rejected, or text and rating, got {kind}"
+            f"{where}: expected an object of chosen and rejected, or text and rating, got {kind}"
         )
     found = {*SIDES, "text", "completion", "rating"} & row.keys()
     for names in (SIDES, ("text",), ("completion",)):
@@ -94,10 +88,8 @@ def _text(name: str, value: Any, where: str) -> str:
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], Mapping):
         value = value[0].get("content") if value[0].get("role") == "assistant" else value
     if not isinstance(value, str):
-        fix = "; of a chat, the turns before the completion are the prompt" if isinstance(value, list) else ""
-        raise InputError(
-            f"{where}: {name} must be text or one assistant's message, got {type(value).__name__}{fix}"
-        )
+        kind, fix = type(value).__name__, "; earlier turns are the prompt" if isinstance(value, list) else ""
+        raise InputError(f"{where}: {name} must be text or one assistant's message, got {kind}{fix}")
     if not value.strip():
         raise InputError(f"{where}: {name} is empty; give it text or drop the row")
     return checked_text(value, where)

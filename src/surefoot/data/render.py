@@ -45,37 +45,28 @@ def render_messages(
 ) -> str:
     """Messages as the model's chat template writes them; with `opens_turn` the assistant's turn is begun."""
     if not getattr(tokenizer, "chat_template", None):
-        raise InputError(
-            f"{where}: messages need a chat template, and the model's tokenizer has none; use plain text"
-        )
+        raise InputError(f"{where}: messages need a chat template; the model's tokenizer has none; use text")
     try:
         return str(tokenizer.apply_chat_template(messages, add_generation_prompt=opens_turn, tokenize=False))
-    except (
-        Exception
-    ) as error:  # a template is a program, and may refuse roles or their order in its own words
+    except Exception as error:  # a template is a program, and may refuse roles or their order in its words
         said = " ".join(str(error).split())
         raise InputError(f"{where}: the model's chat template does not take it: {said}") from error
 
 
 def check_length(tokens: Sequence[int], text: str, *, context: int, new_tokens: int) -> None:
     """Raise InputError for a prompt that has no tokens, or too many for the model's context."""
-    if new_tokens >= context:
-        raise InputError(
-            f"max_new_tokens ({new_tokens}) leaves no room for a prompt in the context of {context} tokens"
-        )
+    room, name = context - new_tokens, f"the prompt {text[:60]!r}"
+    if room <= 0:
+        raise InputError(f"max_new_tokens ({new_tokens}) leaves no room in the context of {context} tokens")
     if not tokens:
-        raise InputError(f"the prompt {text[:60]!r} has no tokens; give it text or drop it")
-    if len(tokens) > context - new_tokens:
-        raise InputError(
-            f"the prompt {text[:60]!r}… has {len(tokens)} tokens; the model's context of {context} leaves "
-            f"{context - new_tokens} beside {new_tokens} new ones; shorten it, cut prompts with "
-            "prompt_tokens, or lower max_new_tokens"
-        )
+        raise InputError(f"{name} has no tokens; give it text or drop it")
+    if len(tokens) > room:
+        many = f"{name}… has {len(tokens)} tokens; the model's context of {context} leaves {room}"
+        raise InputError(f"{many}; shorten it, set prompt_tokens or lower max_new_tokens ({new_tokens})")
 
 
 def with_end_token(tokenizer: Any, tokens: Sequence[int], end_tokens: frozenset[int]) -> tuple[int, ...]:
-    """`tokens`, and unless they end with one of the model's end tokens, the tokenizer's (else the model's
-    lowest).
+    """`tokens`, ending with one of the model's end tokens, else the tokenizer's (else the model's lowest).
 
     Raises InputError if the model has none.
     """
@@ -92,8 +83,8 @@ def encode_demonstration(
     """Tokens and loss mask of a demonstration, which ends with an end token.
 
     The loss falls on the text, the completion, or the assistant's messages, each with its end token, and
-    never on the first token, which nothing predicts. Prompt and completion are tokenized apart, as they are
-    where the model writes the one after the other. Raises InputError for messages that cannot be rendered.
+    never on the first token, which nothing predicts. Prompt and completion are tokenized apart, as when the
+    model writes the one after the other. Raises InputError for messages that cannot be rendered.
     """
     contents = example.contents
     if "messages" in contents:
@@ -112,9 +103,10 @@ def encode_demonstration(
 def encode_scored_text(
     tokenizer: Any, prompt: Any, text: str, *, end_tokens: frozenset[int], where: str
 ) -> tuple[int, ...]:
-    """A text as a reward model reads it, with an end token, at which the score is read: a string prompt and
-    `text` are one text, messages are rendered with `text` as the assistant's. Raises InputError for messages
-    that cannot be rendered.
+    """A text as a reward model reads it, with an end token, at which the score is read.
+
+    A string prompt and `text` are one text; messages are rendered with `text` as the assistant's. Raises
+    InputError for messages that cannot be rendered.
     """
     if prompt is None or isinstance(prompt, str):
         tokens = encode_prompt(tokenizer, (prompt or "") + text)
@@ -135,14 +127,10 @@ def _assistant_pieces(
         opened = render_messages(tokenizer, messages[:number], opens_turn=True, where=where)
         closed = render_messages(tokenizer, messages[: number + 1], opens_turn=False, where=where)
         if not (opened.startswith(before) and closed.startswith(opened)):
-            raise InputError(
-                f"{where}: the model's chat template changes earlier turns as the chat goes on, so none can "
-                "be trained as it will be written; give every assistant message its own row, and the turns "
-                "before it"
-            )
-        others, written = (
-            encode_more(tokenizer, text) for text in (opened[len(before) :], closed[len(opened) :])
-        )
+            what = "the model's chat template changes earlier turns as the chat goes on"
+            raise InputError(f"{where}: {what}; give every assistant message and what is before it a row")
+        others = encode_more(tokenizer, opened[len(before) :])
+        written = encode_more(tokenizer, closed[len(opened) :])
         # After the end token a template may have a line break, which the policy need not write.
         end = max((n + 1 for n, token in enumerate(written) if token in end_tokens), default=len(written))
         pieces += [(others, False), (written[:end], True), (written[end:], False)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -24,33 +25,27 @@ def read_rows(source: Any, name: str) -> Iterator[tuple[str, Any]]:
 
     Raises InputError, which calls the source `name`, for one that cannot be read.
     """
+    kind = type(source).__name__
     if isinstance(source, (str, Path)):
         yield from _read_jsonl(Path(source), name)
     elif isinstance(source, Mapping) or hasattr(source, "iterrows"):
-        raise InputError(
-            f"{name}: a {type(source).__name__} is not a list of rows; take one split of a DatasetDict, or "
-            "table.to_dict('records') of a DataFrame"
-        )
+        way = "one split of a DatasetDict, or table.to_dict('records') of a DataFrame"
+        raise InputError(f"{name}: a {kind} is not a list of rows; take {way}")
     elif isinstance(source, Set):
-        raise InputError(
-            f"{name}: a set has a different order in every process, so no run could be repeated; give a list"
-        )
+        raise InputError(f"{name}: a set has no order that a run could repeat; give a list")
     elif isinstance(source, Iterable) and not isinstance(source, bytes):
         yield from ((f"{name}, row {number}", row) for number, row in enumerate(source, start=1))
     else:
-        raise InputError(
-            f"{name}: expected a list, a JSONL file or a datasets.Dataset, got {type(source).__name__}"
-        )
+        raise InputError(f"{name}: expected a list, a JSONL file or a datasets.Dataset, got {kind}")
 
 
 def split(rows: Sequence[Row], keys: Sequence[str], held_out: float) -> tuple[list[Row], list[Row]]:
-    """`rows` in two: those to train on and those held out for evaluation, in their order. Rows of one key
-    stay together.
+    """`rows` in two, in their order: those to train on and those held out for evaluation.
 
-    A row is held out if the hash of its key, a number in [0, 1), is below the fraction `held_out`: which rows
-    are depends on nothing else, and more rows move none across. Where that would hold out none, the key of
-    the lowest hash is held out, unless more than half of the rows have it; where it would hold out all, the
-    key of the highest hash is trained on. Raises InputError for a fraction outside [0, 1).
+    A row is held out if the hash of its key, a number in [0, 1), is below the fraction `held_out`: rows of
+    one key stay together, and more rows move none across. Where that would hold out none, the key of the
+    lowest hash is held out, unless more than half of the rows have it; where it would hold out all, the key
+    of the highest is trained on. Raises InputError for a fraction outside [0, 1).
     """
     if isinstance(held_out, bool) or not 0 <= held_out < 1:
         raise InputError(f"held_out: expected a fraction from 0 to below 1, got {held_out!r}")
@@ -70,19 +65,11 @@ def index_in_order(number: int, count: int, seed: int) -> int:
     return shuffled(count, seed, epoch)[position]
 
 
-# A pass's order is asked for once per row; keep the two in use.
-_orders: dict[tuple[int, int, int], list[int]] = {}
-
-
+@functools.lru_cache(maxsize=2)  # it is asked for once per row; two are in use
 def shuffled(count: int, seed: int, epoch: int) -> list[int]:
     """The order of pass number `epoch` over `count` rows: a permutation of their indices."""
-    key = (count, seed, epoch)
-    if key not in _orders:
-        while len(_orders) >= 2:
-            del _orders[next(iter(_orders))]
-        generator = torch.Generator().manual_seed(derived_seed(seed, "prompt order", epoch))
-        _orders[key] = torch.randperm(count, generator=generator).tolist()
-    return _orders[key]
+    generator = torch.Generator().manual_seed(derived_seed(seed, "prompt order", epoch))
+    return torch.randperm(count, generator=generator).tolist()
 
 
 def checked_prompt(prompt: Any, where: str) -> Prompt:
@@ -91,22 +78,19 @@ def checked_prompt(prompt: Any, where: str) -> Prompt:
         if not prompt.strip():
             raise InputError(f"{where}: the prompt is empty; give it text or drop it")
         return checked_text(prompt, where)
-    is_chat = isinstance(prompt, list) and all(
-        isinstance(message, Mapping) and {"role", "content"} <= set(message) for message in prompt
-    )
-    if not is_chat:
+    parts = {"role", "content"}
+    if not (isinstance(prompt, list) and all(isinstance(m, Mapping) and parts <= set(m) for m in prompt)):
+        kind = type(prompt).__name__
         raise InputError(
-            f"{where}: a prompt must be a string or a list of {{role, content}} messages, "
-            f"got {type(prompt).__name__}"
+            f"{where}: a prompt must be text or a list of {{role, content}} messages, got {kind}"
         )
     if not prompt:
         raise InputError(f"{where}: the prompt has no messages; give it one or drop it")
     for message in prompt:
-        for part in ("role", "content"):
+        for part in sorted(parts):
             if not isinstance(message[part], str):
-                raise InputError(
-                    f"{where}: a message's {part} must be text, got {type(message[part]).__name__}"
-                )
+                kind = type(message[part]).__name__
+                raise InputError(f"{where}: a message's {part} must be text, got {kind}")
             checked_text(message[part], where)
     return [dict(message) for message in prompt]
 
@@ -135,21 +119,18 @@ def _read_jsonl(path: Path, name: str) -> Iterator[tuple[str, Any]]:
                 if line.strip():
                     yield f"{path}, line {number}", _parse_line(line, f"{path}, line {number}")
     except FileNotFoundError:
-        raise InputError(
-            f"{name}: no file {path}; a JSONL file, a list or a datasets.Dataset is needed"
-        ) from None
+        raise InputError(f"{name}: no file {path}; name a JSONL file, or give a list or Dataset") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _parse_line(line: bytes, where: str) -> Any:
+    needed = "one object or string per line is needed"
     if len(line) > MAX_LINE_BYTES:
-        raise InputError(
-            f"{where}: longer than {MAX_LINE_BYTES:,} bytes; one object or string per line is needed"
-        )
+        raise InputError(f"{where}: longer than {MAX_LINE_BYTES:,} bytes; {needed}")
     try:
         return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise InputError(f"{where}: not UTF-8; save the file as UTF-8") from None
     except (ValueError, RecursionError):
-        raise InputError(f"{where}: not JSON; one object or string per line is needed") from None
+        raise InputError(f"{where}: not JSON; {needed}") from None

@@ -34,12 +34,11 @@ class TextTask:
     """Prompts and a reward: the environment of a language policy.
 
     `prompts` is a list of strings, of message lists (`[{"role": "user", "content": …}]`) or of dicts with a
-    `prompt` column and others; a JSONL file of such dicts or strings; or a `datasets.Dataset`. `reward` has
-    TRL's signature: `reward(prompts, completions, **columns) -> list[float]`, or is a dict of such functions
-    with their weights in the sum, `{"polite": (polite, 1.0), "long": (length, -0.01)}`; `metric`, a function,
-    is a measure for evaluations apart from the reward. `held_out` is the fraction of prompts kept for
-    evaluation, by a hash of the text (`data/rows.py:split`), or a list of other prompts. Raises InputError
-    for prompts that are empty, of no usable type, or that don't exist.
+    `prompt` column and others; a JSONL file of such; or a `datasets.Dataset`. `reward` has TRL's signature,
+    `reward(prompts, completions, **columns) -> list[float]`, or is a dict of such functions with their
+    weights in the sum, `{"polite": (polite, 1.0), "long": (length, -0.01)}`; `metric` is a measure for
+    evaluations apart from it. `held_out` is the fraction of prompts kept for evaluation, by a hash of the
+    text (`data/rows.py:split`), or a list of other prompts. Raises InputError for unusable prompts.
     """
 
     def __init__(
@@ -57,17 +56,12 @@ class TextTask:
         for name, function in (("reward", reward), ("metric", metric)):
             others = isinstance(function, MixedReward) if name == "reward" else function is None
             if not (callable(function) or others):
-                raise InputError(
-                    f"{name}: expected a function of (prompts, completions, **columns), got {function!r}"
-                )
+                signature = "(prompts, completions, **columns)"
+                raise InputError(f"{name}: expected a function of {signature}, got {function!r}")
         if prompt_tokens is not None and (not isinstance(prompt_tokens, int) or prompt_tokens < 1):
-            raise InputError(
-                f"prompt_tokens: expected a whole number above 0, or None, got {prompt_tokens!r}"
-            )
+            raise InputError(f"prompt_tokens: expected a whole number above 0, got {prompt_tokens!r}")
         if chat and prompt_tokens is not None:
-            raise InputError(
-                "task.prompt_tokens would cut the chat template's text; use it with plain prompts only"
-            )
+            raise InputError("task.prompt_tokens would cut the chat template's text; drop it or task.chat")
         self.reward, self.metric = reward, metric
         self.prompt_tokens, self.chat = prompt_tokens, chat
         examples = _read_examples(prompts, prompt_column, name="prompts")

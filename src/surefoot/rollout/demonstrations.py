@@ -42,13 +42,10 @@ class DemonstrationRollout:
         temperature: float = 1.0,
     ):
         if sft.max_tokens is not None and sft.max_tokens > policy.context_length:
-            raise InputError(
-                f"{key}.max_tokens ({sft.max_tokens}) is more than the model's context of "
-                f"{policy.context_length} tokens"
-            )
+            context = f"the model's context of {policy.context_length} tokens"
+            raise InputError(f"{key}.max_tokens ({sft.max_tokens}) is more than {context}; lower it")
         self.policy, self.data, self.sft, self.seed = policy, data, sft, seed
-        self.key, self.temperature = key, temperature
-        self.truncated = 0  # demonstrations that were cut to max_tokens
+        self.key, self.temperature, self.truncated = key, temperature, 0
         self._train = [self._tokenized(example) for example in data.train]
         self._held_out = [self._tokenized(example) for example in data.held_out]
         seen = repr([(example.tokens, example.loss_mask) for example in self._train])
@@ -105,9 +102,8 @@ class DemonstrationRollout:
         if not self.truncated:
             return ""
         total = len(self._train) + len(self._held_out)
-        return (
-            f"{self.truncated} of {total} examples are cut to {self.key}.max_tokens ({self.sft.max_tokens})"
-        )
+        limit = f"{self.key}.max_tokens ({self.sft.max_tokens})"
+        return f"{self.truncated} of {total} examples are cut to {limit}"
 
     def start_over(self) -> None:
         """No environment is stepped here."""
@@ -119,31 +115,27 @@ class DemonstrationRollout:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's `state`. Raises InputError if its demonstrations were others."""
         if state["examples"] != self._digest:
-            raise InputError(
-                f"{self.key}.data: not the demonstrations that the run began with; continue with those"
-            )
+            raise InputError(f"{self.key}.data: not the data that the run began with; continue with that")
 
     def _batch(self, examples: Sequence[TokenizedExample]) -> Batch:
         rows = [(example.tokens, example.loss_mask) for example in examples]
         return demonstration_batch(rows, device=self.policy.device, temperature=self.temperature)
 
     def _tokenized(self, demonstration: Demonstration) -> TokenizedExample:
-        """Raises InputError for one longer than the context, or of which a cut leaves nothing to learn."""
-        example = encode_demonstration(
-            self.policy.tokenizer, demonstration, end_tokens=self.policy.model_end_tokens
-        )
-        limit = self.sft.max_tokens or self.policy.context_length
-        if len(example.tokens) > limit:
+        """Cut to max_tokens. Raises InputError for one that does not fit, or whose cut leaves no target."""
+        end_tokens, tokenizer = self.policy.model_end_tokens, self.policy.tokenizer
+        example = encode_demonstration(tokenizer, demonstration, end_tokens=end_tokens)
+        where, key = demonstration.where, f"{self.key}.max_tokens"
+        count, limit = len(example.tokens), self.sft.max_tokens or self.policy.context_length
+        if count > limit:
             if self.sft.max_tokens is None:
                 raise InputError(
-                    f"{demonstration.where}: has {len(example.tokens)} tokens, more than the model's "
-                    f"context of {limit}; shorten it, or let {self.key}.max_tokens cut it"
+                    f"{where}: {count} tokens, more than the context of {limit}; cut it with {key}"
                 )
             example = TokenizedExample(example.tokens[:limit], example.loss_mask[:limit])
             self.truncated += 1
         if not any(example.loss_mask):
             raise InputError(
-                f"{demonstration.where}: its first {limit} tokens leave nothing to learn; raise "
-                f"{self.key}.max_tokens or drop it"
+                f"{where}: its first {limit} tokens leave nothing to learn; raise {key} or drop it"
             )
         return example

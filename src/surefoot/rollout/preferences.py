@@ -13,19 +13,14 @@ import torch
 from torch import Tensor
 
 from surefoot.config import RewardModelConfig
-from surefoot.core.preference import (
-    pearson,
-    preference_loss,
-    rating_loss,
-    reliability,
-    share_in_order,
-    spearman,
-)
+from surefoot.core import preference as core
 from surefoot.data.batches import preference_batch
 from surefoot.data.preferences import PreferenceDataset
 from surefoot.errors import InputError
 from surefoot.policies.base import Policy
 from surefoot.types import Batch, Preference
+
+Texts = Sequence[Sequence[Sequence[int]]]  # rows of K texts, as tokens
 
 
 class ScoringPolicy(Policy, Protocol):
@@ -38,9 +33,7 @@ class ScoringPolicy(Policy, Protocol):
         """Prompt and text as the tokens to score."""
         ...
 
-    def scores(
-        self, rows: Sequence[Sequence[Sequence[int]]], poll: Callable[[], None] | None = None
-    ) -> Tensor:
+    def scores(self, rows: Texts, poll: Callable[[], None] | None = None) -> Tensor:
         """Scores of rows of K tokenized texts each, [B, K] float32 on the CPU, before `shift` and `scale`."""
         ...
 
@@ -66,7 +59,9 @@ class PreferenceRollout:
             for part in (data.train, data.held_out)
         )
         self.loss = (
-            functools.partial(preference_loss, center=settings.center) if data.of_pairs else rating_loss
+            functools.partial(core.preference_loss, center=settings.center)
+            if data.of_pairs
+            else core.rating_loss
         )
         self._mean, self._std = 0.0, 1.0
         if not data.of_pairs:
@@ -110,10 +105,8 @@ class PreferenceRollout:
         if self.data.of_pairs:
             metrics["eval/accuracy"] = float((0.5 + 0.5 * (scores_BK[:, 0] - scores_BK[:, 1]).sign()).mean())
         else:
-            scores_B = scores_BK[:, 0]
-            metrics["eval/accuracy"] = share_in_order(scores_B, labels_B)
-            metrics["eval/pearson"] = pearson(scores_B, labels_B)
-            metrics["eval/spearman"] = spearman(scores_B, labels_B)
+            agreement = {"accuracy": core.share_in_order, "pearson": core.pearson, "spearman": core.spearman}
+            metrics |= {f"eval/{name}": of(scores_BK[:, 0], labels_B) for name, of in agreement.items()}
         scored = zip(preferences, scores_BK.tolist(), strict=True)
         return metrics, [replace(preference, scores=tuple(scores)) for preference, scores in scored]
 
@@ -129,8 +122,9 @@ class PreferenceRollout:
         well what the model predicts of these preferences is calibrated: docs/reward-model.md.
         """
         is_held_out = len(self._held_out) > 1
-        rows = self._held_out if is_held_out else self._train
-        preferences = self.data.held_out if is_held_out else self.data.train
+        rows, preferences = self._train, self.data.train
+        if is_held_out:
+            rows, preferences = self._held_out, self.data.held_out
         scores_BK = self.policy.scores(rows).double()
         self.policy.shift = float(scores_BK.mean())
         self.policy.scale = float(scores_BK.std(correction=0)) or 1.0
@@ -140,13 +134,10 @@ class PreferenceRollout:
         else:
             predicted_B = self._mean + self._std * scores_BK[:, 0]
             observed_B = torch.tensor([row.label for row in preferences], dtype=torch.float64)
-        bins, error = reliability(predicted_B, observed_B)
-        return {
-            "kind": "pairs" if self.data.of_pairs else "ratings",
-            "texts": "held-out" if is_held_out else "training",
-            "calibration_error": error,
-            "bins": bins,
-        }
+        bins, error = core.reliability(predicted_B, observed_B)
+        kind = {"kind": "pairs" if self.data.of_pairs else "ratings"}
+        texts = {"texts": "held-out" if is_held_out else "training"}
+        return {**kind, **texts, "calibration_error": error, "bins": bins}
 
     def start_over(self) -> None:
         """No environment is stepped here."""
@@ -158,9 +149,7 @@ class PreferenceRollout:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's `state`. Raises InputError if it was trained on other preferences."""
         if state["examples"] != self._digest:
-            raise InputError(
-                "reward_model.data: not the preferences that the run began with; continue with those"
-            )
+            raise InputError("reward_model.data: not the data that the run began with; continue with that")
 
     def _labels(self, preferences: Sequence[Preference]) -> list[float]:
         return [(preference.label - self._mean) / self._std for preference in preferences]

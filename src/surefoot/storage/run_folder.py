@@ -44,10 +44,8 @@ class RunFolder:
         """`prefix-1`, `prefix-2`, … the one after the last that is taken."""
         folder = Path(config.run.folder)
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-        taken = [
-            int(match[1]) for name in names if (match := re.fullmatch(rf"{re.escape(prefix)}-(\d+)", name))
-        ]
-        return f"{prefix}-{max(taken, default=0) + 1}"
+        matches = [re.fullmatch(rf"{re.escape(prefix)}-(\d+)", name) for name in names]
+        return f"{prefix}-{max((int(match[1]) for match in matches if match), default=0) + 1}"
 
     @staticmethod
     def check_free(config: Config) -> None:
@@ -57,13 +55,12 @@ class RunFolder:
             if not (path / "config.yaml").is_file():
                 how = ", but has no config.yaml and is an incomplete run; remove it"
             raise InputError(f"the run folder {path} exists{how} or choose another run.name")
-        place = Path(config.run.folder).absolute()
+        folder = config.run.folder
+        place = Path(folder).absolute()
         while not os.path.lexists(place):
             place = place.parent
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-            raise InputError(
-                f"run.folder {config.run.folder}: no folder can be made in {place}; choose another"
-            )
+            raise InputError(f"run.folder {folder}: no folder can be made in {place}; choose another")
 
     @classmethod
     def create(cls, config: Config) -> RunFolder:
@@ -101,10 +98,7 @@ class RunFolder:
         return self._unlock is not None
 
     def hold(self) -> None:
-        """Take the folder until `release` or the end of this object.
-
-        Raises InputError if somebody else has it.
-        """
+        """Take the folder until `release` or the end of this object. Raises InputError if it is taken."""
         if self.is_held:
             return
         try:
@@ -128,19 +122,15 @@ class RunFolder:
         """Add one JSON line per row to a log. Raises InputError if the disk does not take them."""
         lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
         try:
-            # A lone surrogate has no UTF-8; written as `\\udXXX` it is JSON's own escape and reads back the
-            # same.
+            # A lone surrogate has no UTF-8; as `\\udXXX` it is JSON's own escape and reads back the same.
             with (self.path / log).open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(lines)
         except OSError as error:
-            raise InputError(
-                f"{self.path / log} could not be written: {error.strerror}; the last checkpoint stands"
-            ) from error
+            what = f"{self.path / log} could not be written: {error.strerror}"
+            raise InputError(f"{what}; the last checkpoint stands") from error
 
     def log_sizes(self) -> dict[str, int]:
-        """Bytes in each log, durable from here on: a checkpoint keeps them, and resuming cuts what came after
-        it.
-        """
+        """Bytes in each log, durable from here on: a checkpoint keeps them, and resuming cuts the rest."""
         sizes = dict.fromkeys(LOGS, 0)
         for log in LOGS:
             if (self.path / log).exists():
@@ -177,16 +167,11 @@ def _make_folder(config: Config) -> Path:
 
 
 def _environment() -> dict[str, Any]:
-    packages = ("surefoot", "torch", "transformers", "peft", "safetensors", "numpy")
     versions = {}
-    for package in packages:
+    for package in ("surefoot", "torch", "transformers", "peft", "safetensors", "numpy"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    return {
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "processors": os.cpu_count(),
-        "packages": versions,
-    }
+    machine = {"system": platform.platform(), "processors": os.cpu_count()}
+    return {"python": platform.python_version(), **machine, "packages": versions}

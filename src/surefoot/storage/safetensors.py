@@ -29,13 +29,9 @@ def check_safetensors(path: Path) -> None:
             raise InputError(f"{path}: not a whole safetensors file ({size} bytes, header of {header_size})")
         try:
             header = json.loads(file.read(header_size))
-            end = max(
-                (int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"),
-                default=0,
-            )
+            entries = [entry for name, entry in header.items() if name != "__metadata__"]
+            end = max((int(entry["data_offsets"][1]) for entry in entries), default=0)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise InputError(f"{path}: not a safetensors file; its header is damaged") from None
-    if 8 + header_size + end != size:
-        raise InputError(
-            f"{path}: half-written: {size} bytes of {8 + header_size + end}; fetch or save it again"
-        )
+    if (whole := 8 + header_size + end) != size:
+        raise InputError(f"{path}: half-written: {size} bytes of {whole}; fetch or save it again")

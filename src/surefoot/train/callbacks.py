@@ -18,8 +18,7 @@ from surefoot.train.signals import RolloutAborted
 
 
 class BaseCallback:
-    """Override `_on_step` and the other hooks; `_on_step` returning False ends `learn` as if the budget were
-    used up.
+    """Override `_on_step` and the other hooks; False from `_on_step` ends `learn`, its budget used up.
 
     `training` is the run, `model` what `learn` was called on (None without one), `training_env` its
     environment or task; `n_calls` counts steps, `num_timesteps` units of the run's budget (timesteps,
@@ -85,9 +84,7 @@ class CallbackAdapter:
     def phase(self, name: str) -> None:
         """A rollout begins or is over."""
         if name == "rollout":
-            self.num_timesteps = (
-                self.training.progress.collected
-            )  # without those of a rollout that was aborted
+            self.num_timesteps = self.training.progress.collected  # none of a rollout that was aborted
             self.call("_on_rollout_start")
         elif name == "update":
             self.call("_on_rollout_end")
@@ -99,10 +96,7 @@ class CallbackAdapter:
             self._step({"metrics": dict(metrics)})
 
     def on_env_step(self) -> None:
-        """Called before each step of an environment and after the last.
-
-        Raises RolloutAborted if a callback wants to end.
-        """
+        """Before each step of an environment and after the last. Raises RolloutAborted if it is to end."""
         latest = getattr(self.training.rollout, "latest", None)
         if latest is not None and latest is not self._seen:
             self._seen = latest
@@ -133,25 +127,23 @@ def infos_by_env(infos: Mapping[str, Any], num_envs: int) -> list[dict[str, Any]
             continue
         inner = infos_by_env(values, num_envs) if isinstance(values, Mapping) else values
         has_it = infos.get(f"_{name}", numpy.ones(num_envs, dtype=bool))
-        for i in range(num_envs):
-            if has_it[i]:
-                found[i][name] = inner[i]
+        for i in numpy.flatnonzero(has_it):
+            found[i][name] = inner[i]
     return found
 
 
 @contextlib.contextmanager
 def calling(callback: Any, training: Training, model: Any = None) -> Iterator[CallbackAdapter]:
-    """Let `callback` observe a training: a function `(locals, globals) -> bool | None`, a `BaseCallback`, or
-    a list of them.
+    """Let `callback` observe a training.
 
-    `model` is what callbacks get as theirs. Raises InputError for what is no callback.
+    `callback` is a function `(locals, globals) -> bool | None`, a `BaseCallback`, or a list of them; `model`
+    is what they get as theirs. Raises InputError for what is no callback.
     """
     given = callback if isinstance(callback, (list, tuple)) else [] if callback is None else [callback]
     for one in given:
         if not (isinstance(one, BaseCallback) or callable(one)):
-            raise InputError(
-                f"callback: expected a function or a surefoot.BaseCallback, got {type(one).__name__}"
-            )
+            kind = type(one).__name__
+            raise InputError(f"callback: expected a function or a surefoot.BaseCallback, got {kind}")
     adapter = CallbackAdapter(list(given), training)
     if not given or training.is_finished:
         yield adapter

@@ -46,8 +46,7 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Write checkpoint `number` (updates done): one safetensors file per entry of `tensors`, and `state` as
-    JSON.
+    """Write checkpoint `number` (updates done): a safetensors file per entry of `tensors`, `state` as JSON.
 
     Keeps the newest `keep` and the best. Raises InputError when the disk is full or not writable; older
     checkpoints are untouched then.
@@ -62,9 +61,7 @@ def save_checkpoint(
         point(folder, "latest", path.name)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise InputError(
-            f"the checkpoint {path} could not be written: {error}; older checkpoints are untouched"
-        ) from error
+        raise InputError(f"the checkpoint {path} could not be written: {error}; older ones stand") from error
     _remove_old(folder, number, keep)
     return path
 
@@ -75,13 +72,10 @@ def _write(aside: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapp
         shutil.rmtree(aside)
     aside.mkdir()
     for name, contents in tensors.items():
-        save_file(
-            {key: value.detach().contiguous().cpu() for key, value in contents.items()},
-            aside / f"{name}.safetensors",
-        )
-    (aside / "state.json").write_text(
-        json.dumps(state, default=lambda values: values.tolist())
-    )  # arrays and tensors
+        copies = {key: value.detach().contiguous().cpu() for key, value in contents.items()}
+        save_file(copies, aside / f"{name}.safetensors")
+    text = json.dumps(state, default=lambda values: values.tolist())  # arrays and tensors
+    (aside / "state.json").write_text(text)
     files = {}
     for file in sorted(aside.iterdir()):
         sync(file)
@@ -90,9 +84,7 @@ def _write(aside: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapp
 
 
 def _put_in_place(aside: Path, path: Path) -> None:
-    """Give a whole checkpoint its name. If that is taken (the same update, saved before a resume), the old
-    one steps aside until the new one stands: at no moment is there none.
-    """
+    """Name a whole checkpoint; one that has the name (saved before a resume) steps aside until it stands."""
     old = path.with_name(path.name + ".old")
     if path.exists():
         if _is_whole(path):
@@ -111,16 +103,13 @@ def point(folder: Path, pointer: str, name: str) -> None:
     try:
         write_durably(folder / pointer, name.encode())
     except OSError as error:
-        raise InputError(
-            f"{folder / pointer} could not be written: {error}; the checkpoint {name} is whole"
-        ) from error
+        raise InputError(f"{folder / pointer} could not be written: {error}; {name} is whole") from error
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that passes its manifest, or None if there is none at all.
 
-    Says on stderr when a newer one was damaged. Raises InputError if none of them is whole. Both name the
-    damaged file.
+    Names a newer one that is damaged on stderr. Raises InputError, naming a file, if none of them is whole.
     """
     damaged: list[InputError] = []
     for path in _numbered(folder):
@@ -214,7 +203,7 @@ def optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[
 def restore_optimizer(
     policy: Policy, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put Adam's state back, on the parameter's device. Raises InputError if it is not this policy's."""
+    """Put Adam's state back, moments on the parameter's device. Raises InputError if it does not fit."""
     parameters = dict(policy.named_parameters_to_train())
     states: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -222,9 +211,8 @@ def restore_optimizer(
         states.setdefault(name, {})[entry] = value
     for name, state in states.items():
         if name not in parameters or state.keys() != ADAM_STATE:
-            raise InputError(
-                f"the checkpoint's optimiser state does not fit this policy: {name!r} has {sorted(state)}"
-            )
+            what = "the checkpoint's optimizer does not fit this policy"
+            raise InputError(f"{what}: {name!r} has {sorted(state)}")
         for entry in ADAM_STATE - {"step"}:
             _check_fit(f"{name}/{entry}", state[entry], parameters[name])
     optimizer.state.clear()
@@ -286,12 +274,9 @@ def _decoded(text: str) -> Tensor:
 
 
 def _numbered(folder: Path) -> list[Path]:
-    """Checkpoint folders, newest first; one stepping aside for its new version comes after that."""
-    found = [
-        p
-        for p in folder.glob("[0-9]*")
-        if re.fullmatch(r"\d{8,}(\.old)?", p.name) and p.is_dir() and not p.is_symlink()
-    ]
+    """Checkpoint folders, newest first; one that steps aside for its new version comes after that."""
+    named = [p for p in folder.glob("[0-9]*") if re.fullmatch(r"\d{8,}(\.old)?", p.name)]
+    found = [p for p in named if p.is_dir() and not p.is_symlink()]
     return sorted(found, key=lambda p: (-number_of(p), p.name))
 
 
@@ -313,13 +298,10 @@ def _is_whole(path: Path) -> bool:
 
 
 def _remove_old(folder: Path, number: int, keep: int) -> None:
-    """Remove all but the newest `keep` and the best, and what kills left. Damaged ones newer than `number`
-    don't count.
-    """
+    """Remove all but the newest `keep` up to `number` and the best, and what kills left."""
     best = _pointed(folder, "best")
-    standing = [
-        path for path in _numbered(folder) if not path.name.endswith(".old") and number_of(path) <= number
-    ]
+    numbered = [path for path in _numbered(folder) if number_of(path) <= number]
+    standing = [path for path in numbered if not path.name.endswith(".old")]
     leftovers = [path for path in folder.iterdir() if path.name.endswith((".old", ".tmp"))]
     for path in (*standing[keep:], *leftovers):
         if path != best:

@@ -10,8 +10,7 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-# A launcher that passes signals on (timeout, a batch system) often sends the same one twice; nobody presses
-# so fast.
+# A launcher that passes signals on (timeout, a batch system) often sends one twice; nobody presses so fast.
 ONE_REQUEST_SECONDS = 0.3
 
 
@@ -29,9 +28,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Catch the signals inside the block. Outside the main thread Python allows no handlers: nothing
-        happens.
-        """
+        """Catch the signals inside the block, in the main thread: elsewhere Python allows no handlers."""
         self.signal_number = None  # a stop asked for earlier has been obeyed
         if threading.current_thread() is not threading.main_thread():
             yield self

@@ -1,6 +1,4 @@
-"""What a run shows while it lasts: a live table with a progress bar in a terminal, one line an update
-elsewhere.
-"""
+"""What a run shows while it lasts: in a terminal a live table with a bar, elsewhere one line an update."""
 
 from __future__ import annotations
 
@@ -60,9 +58,8 @@ class Display:
         self._metrics: dict[str, float] = {}
         self._evaluation = ""
         self._said_at = 0.0
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[eta]}")
-        )
+        texts = [TextColumn("{task.description}"), TextColumn("{task.fields[eta]}")]
+        self._bar = Progress(texts[0], BarColumn(bar_width=None), texts[1])
         self._task = self._bar.add_task("starting", total=total_updates, eta="")
         self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4)
         self._started: tuple[int, float] | None = None  # updates and time when this session began
@@ -83,7 +80,7 @@ class Display:
     def log(self, metrics: dict[str, float], progress: loop.Progress) -> None:
         """Show an update's or an evaluation's metrics."""
         if "eval/metric" in metrics:
-            self._evaluation = _evaluation_line(metrics, progress.updates)
+            self._evaluation = f"held-out after {progress.updates} updates: {_shown(metrics, EVALUATED)}"
             self._say(self._evaluation)
             return
         self._metrics = metrics
@@ -91,16 +88,10 @@ class Display:
         if now - self._said_at < LINE_SECONDS and not is_last:
             return
         self._said_at = now
-        eta = self._eta(progress.updates)
-        self._bar.update(
-            self._task, completed=progress.updates, eta=f"{progress.updates}/{self.total_updates} · ETA {eta}"
-        )
-        shown = "  ".join(
-            form.format(metrics[name]) for name, (*_, form) in SHOWN.items() if form and name in metrics
-        )
-        self._say(
-            f"update {progress.updates}/{self.total_updates}  {shown}  {_time_shares(metrics)}  ETA {eta}"
-        )
+        eta, done = self._eta(progress.updates), f"{progress.updates}/{self.total_updates}"
+        self._bar.update(self._task, completed=progress.updates, eta=f"{done} · ETA {eta}")
+        shown = _shown(metrics, {name: form for name, (*_, form) in SHOWN.items() if form})
+        self._say(f"update {done}  {shown}  {_time_shares(metrics)}  ETA {eta}")
         if skipped := _skipped(metrics):
             self._say(f"  {skipped:.0f} optimizer steps skipped so far (non-finite loss or gradient)")
 
@@ -109,14 +100,13 @@ class Display:
             return
         try:
             self.console.print(line, highlight=False, soft_wrap=True, markup=False)
-        except (OSError, SystemExit):
-            # rich exits when a pipe is closed; a run must not end because nobody looks.
+        except (OSError, SystemExit):  # rich exits when a pipe is closed; a run must not, if nobody looks
             self.console.quiet = True
 
     def _eta(self, updates: int) -> str:
         now = time.monotonic()
         if self._started is None:
-            self._started = (updates - 1, now - _seconds(self._metrics))
+            self._started = (updates - 1, now - sum(_seconds(self._metrics).values()))
         first, since = self._started
         seconds = (now - since) / max(updates - first, 1) * (self.total_updates - updates)
         return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
@@ -137,17 +127,15 @@ def _skipped(metrics: dict[str, float]) -> float:
     return next((value for name, value in metrics.items() if name.endswith("/skipped_steps")), 0.0)
 
 
-def _seconds(metrics: dict[str, float]) -> float:
-    return sum(metrics.get(f"time/{part}_s", 0.0) for part in ("rollout", "score", "update"))
+def _seconds(metrics: dict[str, float]) -> dict[str, float]:
+    return {part: metrics.get(f"time/{part}_s", 0.0) for part in ("rollout", "score", "update")}
 
 
 def _time_shares(metrics: dict[str, float]) -> str:
-    whole = _seconds(metrics) or 1.0
-    return " · ".join(
-        f"{part} {metrics.get(f'time/{part}_s', 0.0) / whole:.0%}" for part in ("rollout", "score", "update")
-    )
+    parts = _seconds(metrics)
+    whole = sum(parts.values()) or 1.0
+    return " · ".join(f"{part} {seconds / whole:.0%}" for part, seconds in parts.items())
 
 
-def _evaluation_line(metrics: dict[str, float], updates: int) -> str:
-    shown = "  ".join(form.format(metrics[name]) for name, form in EVALUATED.items() if name in metrics)
-    return f"held-out after {updates} updates: {shown}"
+def _shown(metrics: dict[str, float], forms: dict[str, str]) -> str:
+    return "  ".join(form.format(metrics[name]) for name, form in forms.items() if name in metrics)

@@ -11,21 +11,17 @@ from surefoot.train.observers.tensorboard import TensorBoard
 
 @contextmanager
 def observed(training: loop.Training, *, show: bool) -> Iterator[None]:
-    """Let TensorBoard and, with `show`, the display observe the training, beside the observers its owner has
-    added.
+    """Let TensorBoard and, with `show`, the display observe a training that is not finished.
 
-    Nothing is added where nothing is left to do. Raises InputError if the disk does not take TensorBoard's
-    file.
+    Raises InputError if the disk does not take TensorBoard's file.
     """
     with ExitStack() as stack:
         if not training.is_finished:
-            board = TensorBoard(
-                training.folder.path / "tensorboard", purge_from=training.progress.updates + 1
-            )
+            folder = training.folder.path / "tensorboard"
+            board = TensorBoard(folder, purge_from=training.progress.updates + 1)
             stack.callback(board.close)
             added: list[loop.Observer] = [board]
-            if show:
-                # Here, since it brings rich, which a quiet run does without.
+            if show:  # brings rich, which a quiet run does without
                 from surefoot.train.observers.display import Display
 
                 added.append(stack.enter_context(Display(training.total_updates)))

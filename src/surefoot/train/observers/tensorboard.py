@@ -30,9 +30,8 @@ class TensorBoard:
         self._folder, self._event, self._summary = folder, Event, Summary
         with self._one_line():
             folder.mkdir(exist_ok=True)
-            self._file = (folder / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}").open(
-                "xb", buffering=0
-            )
+            file = folder / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}"
+            self._file = file.open("xb", buffering=0)
         self._records = RecordWriter(self._file)
         self._write(file_version="brain.Event:2")
         if purge_from is not None:  # resuming hides what an abandoned continuation had written
@@ -59,6 +58,5 @@ class TensorBoard:
         try:
             yield
         except OSError as error:
-            raise InputError(
-                f"{self._folder} could not be written: {error.strerror}; the last checkpoint stands"
-            ) from error
+            what = f"{self._folder} could not be written: {error.strerror}"
+            raise InputError(f"{what}; the last checkpoint stands") from error
