@@ -51,13 +51,10 @@ def test_any_text_comes_back_from_its_tokens(vocab):
     texts += ["", "  two  blanks ", " it 's , n't .", "\r\n\t\0", "e\u0301 \u00e9", "\ufeff\u202e", f"a {END} b", TEXTS[0]]
     for text in texts:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-
-
-def test_of_257_tokens_256_are_bytes():
-    tokenizer = learn_tokenizer(TEXTS, 257)
-    for text in ("the cat", "é", "日本", "\U0001f600"):
-        assert len(tokenizer(text)["input_ids"]) == len(text.encode())
-    assert (len(tokenizer), tokenizer.eos_token_id) == (257, 0)
+    if vocab == 257:  # all but one are bytes
+        for text in ("the cat", "é", "日本", "\U0001f600"):
+            assert len(tokenizer(text)["input_ids"]) == len(text.encode())
+        assert (len(tokenizer), tokenizer.eos_token_id) == (257, 0)
 
 
 def test_merges_are_of_what_stands_often_and_end_with_the_text():
@@ -106,16 +103,13 @@ def test_the_sizes_are_those_that_were_asked_for(kind):
     assert body == (3 * 4 * (2 * 64 * 64 + 2 * 64) if kind == "lstm" else 3 * (4 * 64**2 + 3 * 64 * 160 + 2 * 64) + 64)
 
 
-def test_chats_bring_roles_and_a_template():
+def test_chats_bring_roles_and_a_template_and_pairs_give_both_their_texts():
     new_model("new", CHATS, held_out=0.0, **TINY)
     model = SFT("new", CHATS, held_out=0.0, epochs=20, learning_rate=0.01, **WHOLE).learn()
     assert model.generate([CHATS[0]["messages"][:1]], temperature=0) == ["yes"]
     assert len(model.policy.tokenizer("<|user|>")["input_ids"]) == 1
-
-
-def test_pairs_give_both_their_texts():
-    new_model("new", [{"prompt": "qqqq", "completion": "zzzz"}] * 5, held_out=0.0, **TINY)
-    tokenizer = transformers.AutoTokenizer.from_pretrained("new")
+    new_model("pairs", [{"prompt": "qqqq", "completion": "zzzz"}] * 5, held_out=0.0, **TINY)
+    tokenizer = transformers.AutoTokenizer.from_pretrained("pairs")
     assert [len(tokenizer(text)["input_ids"]) for text in ("qqqq", "zzzz", "jjjj")] == [1, 1, 4]
 
 
@@ -176,13 +170,10 @@ def test_the_command_line_goes_the_whole_way(kind):
     [
         (("--new-model.vocab", "256"), ("--new-model", "vocab is 256")),
         (("--new-model.width", "0"), ("--new-model.width",)),
-        (("--new-model.layers", "0"), ("--new-model.layers",)),
         (("--new-model.layers", "1000"), ("--new-model.layers",)),
         (("--new-model.width", "1000000000"), ("2.4e+19 weights",)),
         (("--new-model.vocab", "1000000000"), ("2.6e+11 weights",)),
         (("--new-model.width", "48"), ("width is 48",)),
-        (("--new-model.kind", "gru"), ("--new-model.kind", "'gru'")),
-        (("--new-model.depth", "2"), ("--new-model.depth",)),
         (("--policy.model", "full"), ("policy.model", "full exists")),
         (("--policy.model", "sft.yaml"), ("policy.model", "sft.yaml is a file")),
         (("--policy.model", "sft.yaml/new"), ("sft.yaml/new could not be written",)),
@@ -190,7 +181,6 @@ def test_the_command_line_goes_the_whole_way(kind):
         (("--policy.adapter.rank", "4"), ("sft.yaml", "adapter")),
         (("--sft.data", "empty.jsonl"), ("empty.jsonl", "no demonstrations there")),
         (("--sft.data", "blank.jsonl"), ("blank.jsonl, line 1", "text is empty")),
-        (("--sft.data", "no.jsonl"), ("no file no.jsonl",)),
         (("--sft.data", "null"), ("sft.yaml", "sft.data")),
     ],
     ids=" ".join,
@@ -247,9 +237,6 @@ def test_bad_input_in_python_is_one_line():
     ):
         refusal(lambda texts=texts, settings=settings: new_model("new", texts, **settings), *names)
     assert not Path("new").exists()
-
-
-def test_an_empty_folder_may_become_the_model_and_an_lstm_takes_no_adapter():
-    Path("new").mkdir()
+    Path("new").mkdir()  # an empty folder may become the model
     new_model("new", TEXTS, kind="lstm", **TINY)
     refusal(lambda: SFT("new", TEXTS, verbose=0), "LstmForCausalLM", "policy.adapter: null")

@@ -108,20 +108,13 @@ SEEN_BY_LOADING = [
 ]
 
 
-@pytest.mark.usefixtures("no_model")
-@pytest.mark.parametrize(("damage", "named"), SEEN_FROM_OUTSIDE)
-def test_a_broken_model_folder_is_refused_before_anything_is_loaded(project, damage, named):
+@pytest.mark.parametrize(("damage", "named"), [*SEEN_FROM_OUTSIDE, *SEEN_BY_LOADING])
+def test_a_broken_model_folder_is_refused_and_leaves_no_run(project, monkeypatch, damage, named):
     write_project(project)
     damage(project / "model")
-    run_cli(*RUN).refused("model", named)
-    run_cli("generate", "model", "x").refused("model", named)
-    assert not (project / "canary").exists() and not (project / "runs").exists()
-
-
-@pytest.mark.parametrize(("damage", "named"), SEEN_BY_LOADING)
-def test_a_model_folder_that_cannot_be_loaded_is_refused_and_leaves_no_run(project, damage, named):
-    write_project(project)
-    damage(project / "model")
+    if (damage, named) in SEEN_FROM_OUTSIDE:
+        monkeypatch.setattr("surefoot.build.language.load_policy", None)
+        run_cli("generate", "model", "x").refused("model", named)
     run_cli(*RUN).refused("model", named)
     assert not (project / "canary").exists() and not (project / "runs").exists()
 
@@ -142,16 +135,12 @@ def test_a_chat_template_that_refuses_is_said_in_its_own_words(project, template
     run_cli(*RUN).refused("chat template", "no such role" if "role" in template else "expression")
 
 
-def test_a_prompt_longer_than_the_context_is_named_with_the_ways_out(project):
+def test_what_is_longer_than_the_context_is_named_with_the_ways_out(project):
     long = "a long prompt " * 10
     write_project(project, prompts=[*PROMPTS, {"prompt": long}])
     run_cli(*RUN).refused(f"{long[:60]!r}", "context of 96 leaves 94", "prompt_tokens", "max_new_tokens")
-    assert run_cli(*RUN, "--task.prompt-tokens", "20", "--rollout.total-episodes", "4").code == 0
-
-
-def test_completions_longer_than_the_context_are_refused(project):
-    write_project(project)
     run_cli(*RUN, "--generation.max-new-tokens", "96").refused("max_new_tokens (96)", "context of 96 tokens")
+    assert run_cli(*RUN, "--task.prompt-tokens", "20", "--rollout.total-episodes", "4").code == 0
 
 
 @pytest.mark.usefixtures("no_model")
@@ -160,13 +149,10 @@ def test_completions_longer_than_the_context_are_refused(project):
     [
         (b'{"prompt": "one"}\n{"prompt"', "line 2: not JSON"),
         (b'{"text": "one"}\n', "line 1: no column 'prompt'; it has text"),
-        (b'{"prompt": "one"}\n\xff\n', "line 2: not UTF-8"),
         (b"", "no prompts"),
         (b'"x"\n{"prompt": " "}\n', "line 2: the prompt is empty"),
-        (b'{"prompt": 5}\n', "line 1: a prompt must be a string or a list of"),
-        (b'"' + b"x" * 17_000_000 + b'"\n', "line 1: longer than 16,000,000 bytes"),
     ],
-    ids=["broken", "column", "UTF-8", "empty file", "empty prompt", "type", "huge"],
+    ids=["broken", "column", "empty file", "empty prompt"],
 )
 def test_a_bad_prompt_file_is_refused_before_the_model_is_loaded(project, content, named):
     write_project(project)
@@ -184,7 +170,6 @@ def test_a_bad_prompt_file_is_refused_before_the_model_is_loaded(project, conten
         ("--task.prompts", "model", ["model: cannot be read: Is a directory"]),
         ("--task.reward", "reward", ["task.reward", "file.py:function", "'reward'"]),
         ("--task.reward", "no.py:reward", ["task.reward: no file no.py"]),
-        ("--task.reward", "reward.py:other", ["task.reward: reward.py has no function 'other'"]),
         ("--task.reward", "no.such:reward", ["task.reward: no.such", "ModuleNotFoundError: No module named 'no'"]),
         ("--task.metric", "reward.py:other", ["task.metric: reward.py has no function 'other'"]),
         ("--policy.model", "movie-reviews", ["policy.model: movie-reviews", "smollm2-135m-instruct"]),
@@ -241,13 +226,9 @@ def test_a_broken_reward_is_refused_before_the_model_is_loaded(project, body, na
 
 
 @pytest.mark.usefixtures("no_model")
-def test_a_reward_with_another_signature_is_told_how_it_is_called(project):
+def test_another_signature_and_a_broken_metric_are_refused_before_the_model_is_loaded(project):
     write_project(project, reward="def reward(texts):\n    return [1.0 for _ in texts]\n")
     run_cli(*RUN).refused("TypeError", "keywords prompts, completions, answer")
-
-
-@pytest.mark.usefixtures("no_model")
-def test_a_broken_metric_is_refused_before_the_model_is_loaded(project):
     write_project(project, reward=FUNCTION.format("return [0.0] * len(prompts)") + "def metric(**_):\n    return []\n")
     run_cli(*RUN, "--task.metric", "reward.py:metric").refused("metric function", "returned 0 ", "2 completions")
 
@@ -264,11 +245,8 @@ def reward(prompts, completions, **columns):
     return scores
 """
 MID_RUN = {
-    "raise ValueError('no idea')": "raised ValueError: no idea (",
     "raise SystemExit": "raised SystemExit",
     "scores[2] = float('nan')": "returned nan for sample 2 (prompt ",
-    "scores[3] = None": "returned None for sample 3 (prompt ",
-    "scores[0] = 'good'": "returned 'good' for sample 0 (prompt ",
     "scores.pop()": "returned 3 ",
 }
 
@@ -280,8 +258,7 @@ def test_a_reward_that_breaks_in_the_middle_of_a_run_loses_nothing(project, what
     outcome = run_cli(*RUN)
     assert "update 1/2" in outcome.out and "update 2/2" not in outcome.out
     outcome.refused("reward function", MID_RUN[what], "surefoot resume runs/mine")
-    saved = checkpoint.newest_checkpoint(project / "runs/mine/checkpoints")
-    assert saved is not None and saved.name == "00000001"
+    assert newest(project) == "00000001"
     (project / "reward.py").write_text(AT_CALL.format(call=0, what="pass"))
     resumed = run_cli("resume", "runs/mine")
     assert resumed.code == 0 and "update 2/2" in resumed.out and "update 1/2" not in resumed.out
@@ -295,41 +272,35 @@ def test_a_reward_that_changes_the_working_directory_does_not_move_the_run(proje
     assert (project / "runs/mine/model/config.json").exists() and not list(elsewhere.iterdir())
 
 
-def test_what_a_reward_prints_does_not_break_the_run(project):
-    body = "print('scoring', completions)\n    return [0.0] * len(prompts)"
-    write_project(project, reward=FUNCTION.format(body))
+def test_a_reward_gets_columns_beside_their_prompts_and_may_print(project):
+    body = "assert all(n == len(p) for p, n in zip(prompts, columns['answer'], strict=True)), (prompts, columns)"
+    write_project(project, reward=FUNCTION.format(f"{body}\n    print('scoring')\n    return [0.0] * len(prompts)"))
     outcome = run_cli(*RUN)
     assert outcome.code == 0 and "scoring" in outcome.out
-
-
-def test_columns_reach_the_reward_beside_their_prompts(project):
-    body = "assert all(n == len(p) for p, n in zip(prompts, columns['answer'], strict=True)), (prompts, columns)"
-    write_project(project, reward=FUNCTION.format(f"{body}\n    return [0.0] * len(prompts)"))
-    assert run_cli(*RUN).code == 0
 
 
 def refused_for_space(outcome: Outcome, place: str) -> None:
     outcome.refused(place, "No space left on device")
 
 
-@pytest.mark.parametrize("file", ["config.yaml.tmp", "environment.json.tmp"])
+@pytest.mark.parametrize("file", ["config.yaml.tmp", "environment.json.tmp", "mine"])
 def test_a_disk_full_at_the_start_is_one_line(project, monkeypatch, file):
-    write_project(project)
-    fill_disk(monkeypatch, file)
-    refused_for_space(run_cli(*RUN), "runs/mine")
-
-
-def test_a_run_folder_that_cannot_be_made_for_lack_of_space_is_one_line(project, monkeypatch):
     write_project(project)
     real = Path.mkdir
 
     def mkdir(self: Path, *arguments: object, **keywords: object) -> None:
-        if self.name == "mine":
+        if self.name == file:
             raise OSError(28, "No space left on device")
         real(self, *arguments, **keywords)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Path, "mkdir", mkdir)
+    fill_disk(monkeypatch, file)
     refused_for_space(run_cli(*RUN), "runs/mine")
+
+
+def newest(project: Path) -> str:
+    saved = checkpoint.newest_checkpoint(project / "runs/mine/checkpoints")
+    return "" if saved is None else saved.name
 
 
 @pytest.mark.parametrize(
@@ -343,8 +314,7 @@ def test_a_disk_full_in_the_middle_of_a_run_is_one_line_and_leaves_the_checkpoin
         place = "runs/mine/tensorboard" if file == "events.out" else f"runs/mine/{file}"
         refused_for_space(run_cli(*RUN), place)
     if writes_before == 2:  # the evaluation's and the first update's line are there; so is the first update's checkpoint
-        saved = checkpoint.newest_checkpoint(project / "runs/mine/checkpoints")
-        assert saved is not None and saved.name == "00000001"
+        assert newest(project) == "00000001"
     resumed = run_cli("resume", "runs/mine")  # there is space again
     assert resumed.code == 0, resumed
     rows = RunFolder.open("runs/mine").read("metrics.jsonl")
@@ -352,24 +322,16 @@ def test_a_disk_full_in_the_middle_of_a_run_is_one_line_and_leaves_the_checkpoin
     assert [row["update"] for row in rows if "eval/reward" in row] == [0, 2]
 
 
-def test_a_disk_full_while_a_checkpoint_is_written_leaves_the_one_before(project, monkeypatch):
+def test_a_disk_full_while_a_checkpoint_or_the_model_is_written_leaves_a_run_that_can_go_on(project, monkeypatch):
     write_project(project)
     with monkeypatch.context() as patches:
         fill_disk(patches, "manifest.json.tmp", after=1)
-        outcome = run_cli(*RUN)
-    refused_for_space(outcome, "runs/mine/checkpoints/00000002")
-    saved = checkpoint.newest_checkpoint(project / "runs/mine/checkpoints")
-    assert saved is not None and saved.name == "00000001"
-    assert run_cli("resume", "runs/mine").code == 0
-
-
-def test_a_disk_full_while_the_model_is_written_leaves_a_run_that_can_go_on(project, monkeypatch):
-    write_project(project)
+        refused_for_space(run_cli(*RUN), "runs/mine/checkpoints/00000002")
+    assert newest(project) == "00000001"
+    full = OSError(28, "No space left on device")
     with monkeypatch.context() as patches:
-        patches.setattr(
-            "surefoot.policies.lm.policy.save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-        )
-        refused_for_space(run_cli(*RUN), "runs/mine/model")
+        patches.setattr("surefoot.policies.lm.policy.save_file", lambda *_: (_ for _ in ()).throw(full))
+        refused_for_space(run_cli("resume", "runs/mine"), "runs/mine/model")
     assert not (project / "runs/mine/model").exists()
     assert run_cli("resume", "runs/mine").code == 0 and (project / "runs/mine/model/config.json").exists()
 
@@ -386,8 +348,6 @@ def test_a_module_beside_the_project_is_not_left_imported(project):
     write_project(project)
     write_project(project / "other", reward="def reward(prompts, completions, **columns):\n    return [7.0] * len(prompts)\n")
     assert run_cli(*RUN).code == 0
-    outcome = run_cli(
-        "ppo", "other/config.yaml", "--run.name", "other", "--run.folder", "runs", "--rollout.total-episodes", "4"
-    )
+    outcome = run_cli("ppo", "other/config.yaml", "--run.folder", "runs", "--rollout.total-episodes", "4")
     assert "reward +7.000" in outcome.out
     assert "reward" not in sys.modules

@@ -6,13 +6,7 @@ from typing import Any
 
 import pytest
 
-from surefoot.data.render import (
-    TokenizedExample,
-    encode_demonstration,
-    encode_prompt,
-    encode_scored_text,
-    with_end_token,
-)
+from surefoot.data.render import TokenizedExample, encode_demonstration, encode_prompt, encode_scored_text, with_end_token
 from surefoot.types import Demonstration
 from tests.golden import refused
 from tests.tiny import END, tiny_tokenizer
@@ -47,6 +41,9 @@ def trained(example: TokenizedExample) -> list[int]:
 def test_a_text_is_target_whole_but_for_its_first_token():
     tokens = tiny_tokenizer()("the film")["input_ids"]
     assert encoded({"text": "the film"}) == TokenizedExample((*tokens, END), (False, *[True] * len(tokens)))
+    example = encoded({"text": "the<eos>end"})  # an end token within it ends nothing
+    assert example.tokens.count(END) == 2 and all(example.loss_mask[1:])
+    assert encoded({"text": "the end<eos>"}).tokens == encoded({"text": "the end"}).tokens
 
 
 def test_of_a_pair_the_completion_and_its_end_token_are_trained():
@@ -70,20 +67,16 @@ def test_of_a_chat_the_assistants_turns_are_trained():
         assert example.tokens[: len(asked)] == asked and example.loss_mask[len(asked)]
 
 
-def test_what_a_template_writes_after_the_end_token_is_not_trained():
+def test_what_a_template_writes_after_the_end_token_is_not_trained_and_one_is_added_where_there_is_none():
     tokenizer = tiny_tokenizer(chat=True)
     tokenizer.chat_template = LINE_BREAKS
     example = encoded({"messages": CHAT}, tokenizer)
     assert trained(example) == [*tokenizer("the end")["input_ids"], END, *tokenizer("an hour")["input_ids"], END]
     whole = tokenizer.apply_chat_template(CHAT[:4], tokenize=True, return_dict=True)["input_ids"]
     assert [*example.tokens, *tokenizer("\n")["input_ids"]] == whole
-
-
-def test_a_template_without_end_tokens_gets_one_at_the_end():
-    tokenizer = tiny_tokenizer(chat=True)
     tokenizer.chat_template = NO_ENDS
-    example = encoded({"messages": CHAT}, tokenizer)
-    assert trained(example) == [*tokenizer("the end\n")["input_ids"], *tokenizer("an hour\n")["input_ids"], END]
+    ended = trained(encoded({"messages": CHAT}, tokenizer))
+    assert ended == [*tokenizer("the end\n")["input_ids"], *tokenizer("an hour\n")["input_ids"], END]
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused():
@@ -92,12 +85,6 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
     with refused("d.jsonl, line 1", "chat template changes earlier turns"):
         encoded({"messages": CHAT}, tokenizer)
     assert trained(encoded({"messages": CHAT[:2]}, tokenizer)) == [*tokenizer("the end")["input_ids"], END]
-
-
-def test_an_end_token_within_a_text_ends_nothing():
-    example = encoded({"text": "the<eos>end"})
-    assert example.tokens.count(END) == 2 and all(example.loss_mask[1:])
-    assert encoded({"text": "the end<eos>"}).tokens == encoded({"text": "the end"}).tokens
 
 
 def test_a_scored_text_is_prompt_and_text_in_one_and_ends_with_an_end_token():

@@ -10,23 +10,17 @@ import torch
 
 from surefoot.config import SFTConfig
 from surefoot.data.demonstrations import Demonstrations
-from surefoot.policies.lm.policy import CausalLMPolicy
 from surefoot.rollout.demonstrations import DemonstrationRollout
 from tests.golden import refused
 from tests.tiny import CONTEXT, END, VOCABULARY, tiny_policy, tiny_tokenizer
 
 CHAT = [
-    {"role": "user", "content": "hi"},
-    {"role": "assistant", "content": "the end"},
-    {"role": "user", "content": "in?"},
-    {"role": "assistant", "content": "an hour"},
-    {"role": "user", "content": "bye"},
+    {"role": role, "content": content}
+    for role, content in zip(["user", "assistant"] * 2, ["hi", "the end", "in?", "an hour"], strict=True)
 ]
 
 
-def rollout_of(
-    data: Any, policy: CausalLMPolicy | None = None, *, held_out: float = 0.0, **settings: Any
-) -> DemonstrationRollout:
+def rollout_of(data: Any, policy: Any = None, *, held_out: float = 0.0, **settings: Any) -> DemonstrationRollout:
     policy = policy or tiny_policy(tokenizer=tiny_tokenizer(chat=True))
     return DemonstrationRollout(policy, Demonstrations(data, held_out=held_out), sft=SFTConfig(**settings), seed=3)
 
@@ -83,10 +77,6 @@ def test_every_epoch_is_a_pass_in_an_order_of_its_own():
         assert batch.metrics["sft/epoch"] == (first + 4) / 10 and not len(batch.rewards_BT)
 
 
-def test_a_batch_is_no_larger_than_the_data():
-    assert rollout_of(["a", "the"], batch_size=16).per_update == 2
-
-
 def test_long_examples_are_cut_and_counted_or_refused():
     rows = [{"prompt": "in the", "completion": " end" * n} for n in (1, 2, 30)]
     rollout = rollout_of(rows, max_tokens=20)
@@ -104,7 +94,8 @@ def test_long_examples_are_cut_and_counted_or_refused():
 
 
 def test_other_examples_than_the_checkpoints_are_refused():
-    state = rollout_of(["a", "the"]).state()
-    rollout_of(["a", "the"]).restore(state)
+    rollout = rollout_of(["a", "the"], batch_size=16)
+    assert rollout.per_update == 2  # no more than there are
+    rollout_of(["a", "the"]).restore(rollout.state())
     with refused("sft.data"):
-        rollout_of(["a", "then"]).restore(state)
+        rollout_of(["a", "then"]).restore(rollout.state())

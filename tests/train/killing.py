@@ -40,33 +40,32 @@ def number_in(path: Path | None) -> int:
     return int(state["number"])
 
 
-def nothing_yet(folder: Path) -> None:
+def nothing_yet(folder):
     """The run's first checkpoint is saved: before it there is none, after it there is one."""
 
 
-def two_and_the_best(folder: Path) -> None:
+def two_and_the_best(folder):
     for number in (3, 4):
         save(folder, number)
     point(folder, "best", "00000003")
 
 
-def an_old_one_to_remove(folder: Path) -> None:
+def an_old_one_to_remove(folder):
     two_and_the_best(folder)
     save(folder, 5)
 
 
-def the_same_alone(folder: Path) -> None:
+def the_same_alone(folder):
     save(folder, 5)
 
 
-def the_same_while_the_old_one_still_steps_aside(folder: Path) -> None:
+def the_same_while_the_old_one_still_steps_aside(folder):
     save(folder, 5)
     shutil.copytree(folder / "00000005", folder / "00000005.old")
 
 
-def a_damaged_one_of_that_number(folder: Path) -> None:
-    two_and_the_best(folder)
-    save(folder, 5)
+def a_damaged_one_of_that_number(folder):
+    an_old_one_to_remove(folder)
     (folder / "00000005" / "policy.safetensors").write_bytes(b"")
 
 
@@ -100,7 +99,7 @@ def kill_at_every_call(folder: Path) -> dict[str, int]:
     return kills
 
 
-def _look(folder: Path, least: int) -> None:
+def _look(folder: Path, least: int):
     has_best = (folder / "best").exists()
     assert number_in(newest_checkpoint(folder)) >= least
     assert not has_best or number_in(pointed_checkpoint(folder, "best")) == 3
@@ -116,7 +115,7 @@ def _killed(work: Callable[[], Any], nth: int) -> bool:
     if child == 0:
         counter = itertools.count(1)
 
-        def strike(event: str, arguments: tuple[object, ...]) -> None:
+        def strike(event: str, arguments: tuple[object, ...]):
             if event in CALLS and next(counter) == nth:
                 os.kill(os.getpid(), signal.SIGKILL)
 

@@ -30,6 +30,7 @@ def metric(prompts, completions, **columns):
 """
 UPDATES, EPISODES = 6, 6  # updates in the run, episodes in each
 PROMPTS = [f"{word} {number}" for word in ("the", "an", "in", "our") for number in range(4)]
+RATES = {"learning_rate": 0.01, "lr_schedule": "linear", "lr_warmup": 0.3}
 CONFIG: dict[str, Any] = {
     "seed": 5,
     "device": "cpu",
@@ -37,14 +38,7 @@ CONFIG: dict[str, Any] = {
     "policy": {"model": "base", "dtype": "float32", "adapter": {"rank": 2}},
     "task": {"prompts": "prompts.jsonl", "reward": "reward.py:reward", "metric": "reward.py:metric", "held_out": 0.3},
     "generation": {"max_new_tokens": 5, "slots": 4},
-    "ppo": {
-        "batch_size": 3,
-        "n_epochs": 2,
-        "learning_rate": 0.01,
-        "lr_schedule": "linear",
-        "lr_warmup": 0.3,
-        "micro_batch_tokens": 40,
-    },
+    "ppo": {"batch_size": 3, "n_epochs": 2, "micro_batch_tokens": 40, **RATES},
     "rollout": {"total_episodes": UPDATES * EPISODES, "episodes_per_update": EPISODES},
     "kl": {"coef": 0.1, "target": 0.05, "horizon": 50.0},
     "shaping": {"scale": "running_std"},
@@ -54,8 +48,7 @@ CONFIG: dict[str, Any] = {
 
 def write_base(folder: Path, *, family: str = "llama", seed: int = 0) -> None:
     """A random model and its tokenizer, as a Hugging Face folder."""
-    lm = tiny_lm(family, seed=seed)
-    lm.save_pretrained(folder)
+    tiny_lm(family, seed=seed).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
 
 

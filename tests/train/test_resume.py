@@ -1,3 +1,5 @@
+"""A run of text killed anywhere, with damage, other weights, other critics: resumed it is the run that was not killed."""
+
 from __future__ import annotations
 
 import contextlib
@@ -6,14 +8,13 @@ import random
 import shutil
 import signal
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.tiny import LSTM
 from tests.train.small_run import EPISODES, UPDATES, assert_equal, outcome, write_base, write_project
-from tests.train.warm import Strike, Warm, cold, wait_for
+from tests.train.warm import Strike, cold, wait_for
 
 KILL = [int(signal.SIGKILL)]
 REWARD = "random:gauss"  # drawn by the reward function once an answer
@@ -23,10 +24,8 @@ PUT = "surefoot.train.checkpoint:_put_in_place"
 POINT = "surefoot.train.checkpoint:point"
 EVALUATE = "surefoot.train.loop:evaluate"
 
-# Where a run is killed -> whether a checkpoint is there by then.
 
-
-def test_the_run_under_test_exercises_what_it_should(uninterrupted: dict[str, Any]) -> None:
+def test_the_run_under_test_exercises_what_it_should(uninterrupted):
     training = [row for row in uninterrupted["metrics"] if "reward/mean" in row]
     assert len(training) == UPDATES and len(uninterrupted["metrics"]) == 2 * UPDATES + 1
     assert len({row["kl/coef"] for row in training}) == UPDATES
@@ -40,9 +39,7 @@ def test_the_run_under_test_exercises_what_it_should(uninterrupted: dict[str, An
     assert len(uninterrupted["optimizer"]) == 3 * len(uninterrupted["policy"])
 
 
-def test_a_best_checkpoint_that_was_killed_before_its_pointer_is_still_the_best(
-    tmp_path: Path, base: Path, warm: Warm, uninterrupted: dict[str, Any]
-) -> None:
+def test_a_best_checkpoint_that_was_killed_before_its_pointer_is_still_the_best(tmp_path, base, warm, uninterrupted):
     best = uninterrupted["state"]["progress"]["best_update"]
     # The first evaluation is before any update; a best checkpoint becomes the latest first.
     strike = Strike(POINT, 2, KILL, since=(EVALUATE, best + 1))
@@ -53,9 +50,7 @@ def test_a_best_checkpoint_that_was_killed_before_its_pointer_is_still_the_best(
     assert_equal(run, uninterrupted)
 
 
-def test_a_run_killed_at_every_turn_still_gets_there(
-    tmp_path: Path, base: Path, warm: Warm, uninterrupted: dict[str, Any]
-) -> None:
+def test_a_run_killed_at_every_turn_still_gets_there(tmp_path, base, warm, uninterrupted):
     run = write_project(tmp_path, base)
     kills = [Strike(WRITE, 3, KILL), Strike(STEP, 5, KILL), Strike(PUT, 2, KILL), Strike(REWARD, 9, KILL)]
     for verb, strike in zip([("ppo", "ppo.yaml"), *[("resume", "runs/run")] * 3], kills, strict=True):
@@ -64,34 +59,23 @@ def test_a_run_killed_at_every_turn_still_gets_there(
     assert_equal(run, uninterrupted)
 
 
-@pytest.mark.parametrize("name", ["policy.safetensors", "state.json", "manifest.json"])
-def test_a_damaged_newest_checkpoint_costs_updates_not_the_run(
-    tmp_path: Path, base: Path, warm: Warm, uninterrupted: dict[str, Any], name: str
-) -> None:
+@pytest.mark.parametrize("name", ["policy.safetensors", "state.json", "manifest.json", "pointers"])
+def test_a_damaged_newest_checkpoint_costs_updates_not_the_run(tmp_path, base, warm, uninterrupted, name):
     run = write_project(tmp_path, base)
     warm.run(tmp_path, "ppo", "ppo.yaml", strikes=[Strike(REWARD, 40, KILL)])
     newest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
-    file = newest / name
-    file.write_bytes(file.read_bytes()[:-1])
+    if name == "pointers":  # config.yaml, the newest checkpoint and the logs are enough
+        for file in (run / "checkpoints" / "latest", run / "checkpoints" / "best", run / ".lock"):
+            file.unlink()
+    else:
+        (newest / name).write_bytes((newest / name).read_bytes()[:-1])
     ended = warm.run(tmp_path, "resume", "runs/run")
-    assert ended.code == 0 and f"{newest.name}/{name}" in ended.stderr and ended.stderr.count("\n") == 1
+    said = "" if name == "pointers" else f"{newest.name}/{name}"
+    assert ended.code == 0 and said in ended.stderr and ended.stderr.count("\n") == bool(said)
     assert_equal(run, uninterrupted)
 
 
-def test_a_full_run_resumed_from_its_one_checkpoint_alone(
-    tmp_path: Path, base: Path, warm: Warm, uninterrupted: dict[str, Any]
-) -> None:
-    """Nothing but config.yaml, the newest checkpoint and the logs is needed: no pointer, no older checkpoint, no lock."""
-    run = write_project(tmp_path, base)
-    warm.run(tmp_path, "ppo", "ppo.yaml", strikes=[Strike(REWARD, 40, KILL)])
-    for name in ("latest", "best"):
-        (run / "checkpoints" / name).unlink()
-    (run / ".lock").unlink()
-    assert warm.run(tmp_path, "resume", "runs/run").code == 0
-    assert_equal(run, uninterrupted)
-
-
-def test_other_base_weights_are_refused(tmp_path: Path, warm: Warm) -> None:
+def test_other_base_weights_are_refused(tmp_path, warm):
     write_base(tmp_path / "base", seed=0)
     run = write_project(tmp_path, tmp_path / "base")
     warm.run(tmp_path, "ppo", "ppo.yaml", strikes=[Strike(REWARD, 40, KILL)])
@@ -109,11 +93,10 @@ def test_other_base_weights_are_refused(tmp_path: Path, warm: Warm) -> None:
         (LSTM, {"adapter": None}),
         ("llama", {"critic": {"kind": "adapter"}}),
         ("llama", {"critic": {"kind": "separate", "learning_rate": 0.003}}),
-        ("llama", {"adapter": None, "critic": {"kind": "separate", "layers": 1}}),
     ],
-    ids=["no adapter", "an LSTM", "critic's adapter", "separate critic", "no adapter, small separate critic"],
+    ids=["no adapter", "an LSTM", "critic's adapter", "separate critic"],
 )
-def test_whatever_is_trained_is_resumed(tmp_path: Path, warm: Warm, family: str, policy: dict[str, Any]) -> None:
+def test_whatever_is_trained_is_resumed(tmp_path, warm, family: str, policy: dict[str, Any]):
     write_base(tmp_path / "base", family=family)
     folders = [tmp_path / "whole", tmp_path / "killed"]
     runs = [write_project(folder, tmp_path / "base", policy=policy) for folder in folders]
@@ -124,9 +107,7 @@ def test_whatever_is_trained_is_resumed(tmp_path: Path, warm: Warm, family: str,
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments_change_nothing(
-    tmp_path: Path, base: Path, warm: Warm, uninterrupted: dict[str, Any]
-) -> None:
+def test_twenty_kills_at_random_moments_change_nothing(tmp_path, base, warm, uninterrupted):
     chance, kills, lines = random.Random(3), 0, set()
     while kills < 20:
         folder = tmp_path / str(kills)

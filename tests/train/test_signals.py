@@ -1,3 +1,5 @@
+"""SIGTERM and Ctrl-C, once and twice, at every place of a run of text: what is saved, said and gone on with."""
+
 from __future__ import annotations
 
 import contextlib
@@ -8,7 +10,6 @@ import signal
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import pytest
 from surefoot.errors import Interrupted
 from surefoot.train.signals import RolloutAborted, StopRequest
 from tests.train.small_run import assert_equal, noisy_letters, python_ppo, python_task, rows, weights, write_project
-from tests.train.warm import Strike, Warm, cold, wait_for
+from tests.train.warm import Strike, cold, wait_for
 
 TERM, INT, KILL = int(signal.SIGTERM), int(signal.SIGINT), int(signal.SIGKILL)
 DECODE = "surefoot.generation.engine:TokenEngine._decode"
@@ -38,13 +39,11 @@ PLACES: dict[str, tuple[Strike, int, Strike]] = {
     "evaluation": (Strike(EVALUATE, 4), 3, Strike(COLLECT, 4)),
     "save": (Strike(WRITE, 3), 2, Strike(COLLECT, 3)),
 }
-INTERRUPTED_RUNS_KEEP_OTHER_CHECKPOINTS = ("checkpoints",)
+OTHERS = ("checkpoints",)  # which an interrupted run keeps
 
 
 @pytest.mark.parametrize("case", [*((place, TERM) for place in PLACES), ("rollout", INT), ("update", INT)], ids=str)
-def test_a_signal_saves_stops_and_says_how_to_go_on(
-    tmp_path: Path, base: Path, warm: Warm, uninterrupted: dict[str, Any], case: tuple[str, int]
-) -> None:
+def test_a_signal_saves_stops_and_says_how_to_go_on(tmp_path, base, warm, uninterrupted, case: tuple[str, int]):
     place, number = case
     strike, updates, forbidden = PLACES[place]
     strikes = [replace(strike, signals=[number]), replace(forbidden, signals=[KILL])]
@@ -57,10 +56,10 @@ def test_a_signal_saves_stops_and_says_how_to_go_on(
     assert not (run / "model").exists()
     ended = warm.run(tmp_path, *how.rpartition("surefoot ")[2].split())
     assert ended.code == 0, ended.stderr
-    assert_equal(run, uninterrupted, but=INTERRUPTED_RUNS_KEEP_OTHER_CHECKPOINTS)
+    assert_equal(run, uninterrupted, but=OTHERS)
 
 
-def test_a_second_signal_exits_at_once(tmp_path: Path, base: Path, warm: Warm, uninterrupted: dict[str, Any]) -> None:
+def test_a_second_signal_exits_at_once_but_one_delivered_twice_is_one(tmp_path, base, warm, uninterrupted):
     run = write_project(tmp_path, base)
     # Within the reward function, which nobody can interrupt politely.
     ended = warm.run(tmp_path, "ppo", "ppo.yaml", strikes=[Strike(REWARD, 38, [INT, TERM], pause=0.4)])
@@ -68,28 +67,23 @@ def test_a_second_signal_exits_at_once(tmp_path: Path, base: Path, warm: Warm, u
     assert (run / "checkpoints" / "latest").read_text() == "00000003"  # written by then, not for the signal
     assert warm.run(tmp_path, "resume", "runs/run").code == 0
     assert_equal(run, uninterrupted)
-
-
-def test_one_signal_delivered_twice_is_one_signal(tmp_path: Path, base: Path, warm: Warm) -> None:
     # `timeout` and batch systems signal the process and then its group.
-    write_project(tmp_path, base)
-    ended = warm.run(tmp_path, "ppo", "ppo.yaml", strikes=[Strike(REWARD, 38, [TERM, TERM], pause=0.01)])
+    write_project(tmp_path / "twice", base)
+    ended = warm.run(tmp_path / "twice", "ppo", "ppo.yaml", strikes=[Strike(REWARD, 38, [TERM, TERM], pause=0.01)])
     assert ended.code == 128 + TERM and "saved; continue with" in ended.stderr
 
 
-def test_interrupting_again_and_again_changes_nothing(
-    tmp_path: Path, base: Path, warm: Warm, uninterrupted: dict[str, Any]
-) -> None:
+def test_interrupting_again_and_again_changes_nothing(tmp_path, base, warm, uninterrupted):
     run = write_project(tmp_path, base)
     codes = [warm.run(tmp_path, "ppo", "ppo.yaml", strikes=[Strike(DECODE, 2, [TERM])]).code]
     while codes[-1]:
         assert len(codes) < 40
         codes.append(warm.run(tmp_path, "resume", "runs/run", strikes=[Strike(DECODE, 13, [TERM])]).code)
     assert codes.count(128 + TERM) == len(codes) - 1 > 5
-    assert_equal(run, uninterrupted, but=INTERRUPTED_RUNS_KEEP_OTHER_CHECKPOINTS)
+    assert_equal(run, uninterrupted, but=OTHERS)
 
 
-def test_control_c_while_loading_is_one_line(tmp_path: Path, base: Path, warm: Warm) -> None:
+def test_control_c_while_loading_is_one_line(tmp_path, base, warm):
     run = write_project(tmp_path, base)
     ended = warm.run(tmp_path, "ppo", "ppo.yaml", strikes=[Strike("surefoot.build.language:load_policy", 1, [INT])])
     assert (ended.code, ended.stderr) == (130, "surefoot: stopped\n")
@@ -97,9 +91,7 @@ def test_control_c_while_loading_is_one_line(tmp_path: Path, base: Path, warm: W
 
 
 @pytest.mark.slow
-def test_twenty_signals_at_random_moments_change_nothing(
-    tmp_path: Path, base: Path, warm: Warm, uninterrupted: dict[str, Any]
-) -> None:
+def test_twenty_signals_at_random_moments_change_nothing(tmp_path, base, warm, uninterrupted):
     chance, stops = random.Random(4), []
     while len(stops) < 20:
         folder = tmp_path / str(len(stops))
@@ -120,14 +112,11 @@ def test_twenty_signals_at_random_moments_change_nothing(
         stops.append(newest)
         ended = cold(folder, "resume", "runs/run")
         assert ended.code == 0, ended.stderr
-        assert_equal(run, uninterrupted, but=INTERRUPTED_RUNS_KEEP_OTHER_CHECKPOINTS)
+        assert_equal(run, uninterrupted, but=OTHERS)
     assert len(set(stops)) > 3, stops
 
 
-# In Python
-
-
-def interrupting(at_call: int) -> Any:
+def interrupting(at_call) -> Any:
     """The reward of the Python runs, and Ctrl-C while it is called for the `at_call`th time."""
     calls = 0
 
@@ -142,33 +131,26 @@ def interrupting(at_call: int) -> Any:
 
 
 @pytest.mark.parametrize("at_call", [6, 7])  # the probe, then evaluations and rollouts in turn
-def test_after_control_c_learn_goes_on_as_if_nothing_had_been(tmp_path: Path, base: Path, at_call: int) -> None:
+def test_after_control_c_learn_or_load_goes_on_as_if_nothing_had_been(tmp_path, base, at_call):
     whole = python_ppo(base, tmp_path / "whole", noisy_letters).learn()
-    model = python_ppo(base, tmp_path, interrupting(at_call))
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted, match=r"stopped after update 2, saved; continue with: PPO\.load\('.*run', task\)") as error:
+    for again in ("learn", "load"):
+        model = python_ppo(base, tmp_path / again, interrupting(at_call))
+        with pytest.raises(
+            Interrupted, match=r"stopped after update 2, saved; continue .*: PPO\.load\('.*run', task\)"
+        ) as error:
+            model.learn()
+        assert error.value.exit_code == 130
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+        if again == "load":  # beside the old model
+            model = type(model).load(model.run_folder, python_task(noisy_letters), verbose=0)
         model.learn()
-    assert error.value.exit_code == 130
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    model.learn()
-    assert whole.run_folder is not None and model.run_folder is not None
-    for log in ("metrics.jsonl", "samples.jsonl"):
-        assert rows(model.run_folder, log) == rows(whole.run_folder, log)
-    assert all(tensor.equal(weights(whole)[name]) for name, tensor in weights(model).items())
+        for log in ("metrics.jsonl", "samples.jsonl"):
+            assert rows(model.run_folder, log) == rows(whole.run_folder, log)
+        assert all(tensor.equal(weights(whole)[name]) for name, tensor in weights(model).items())
 
 
-@pytest.mark.parametrize("at_call", [6, 7])
-def test_after_control_c_the_run_can_be_loaded_beside_the_old_model(tmp_path: Path, base: Path, at_call: int) -> None:
-    whole = python_ppo(base, tmp_path / "whole", noisy_letters).learn()
-    model = python_ppo(base, tmp_path, interrupting(at_call))
-    with pytest.raises(Interrupted):
-        model.learn()
-    assert model.run_folder is not None
-    loaded = type(model).load(model.run_folder, python_task(noisy_letters), verbose=0).learn()
-    assert all(tensor.equal(weights(whole)[name]) for name, tensor in weights(loaded).items())
-
-
-def test_outside_the_main_thread_a_run_goes_without_handlers(tmp_path: Path, base: Path) -> None:
+def test_outside_the_main_thread_a_run_goes_without_handlers(tmp_path, base):
     model = python_ppo(base, tmp_path)
     thread = threading.Thread(target=model.learn, args=(6,))
     thread.start()
@@ -176,7 +158,7 @@ def test_outside_the_main_thread_a_run_goes_without_handlers(tmp_path: Path, bas
     assert model.run_folder is not None and rows(model.run_folder)[-1]["update"] == 1
 
 
-def test_a_request_is_forgotten_when_listening_begins_anew() -> None:
+def test_a_request_is_forgotten_when_listening_begins_anew():
     stop = StopRequest()
     with stop.listening():
         stop.raise_if_set()

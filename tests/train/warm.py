@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).parent.parent.parent
@@ -70,21 +69,12 @@ class Warm:
     """The tests' side of the warm interpreter."""
 
     def __enter__(self) -> Warm:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.train.warm"],
-            cwd=ROOT,
-            env=ENVIRONMENT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        command, pipe = [sys.executable, "-m", "tests.train.warm"], subprocess.PIPE
+        self._process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdin=pipe, stdout=pipe, text=True)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
-        self._process.stdout.close()
+    def __exit__(self, *_: object):
+        self._process.communicate(timeout=60)
 
     def start(self, folder: Path, *arguments: object, strikes: Sequence[Strike] = ()) -> int:
         """Begin `surefoot ARGUMENTS` in `folder`; its process id."""
@@ -112,7 +102,7 @@ class Warm:
         return line
 
 
-def wait_for(path: Path) -> None:
+def wait_for(path: Path):
     """Return as soon as there is something at `path`."""
     give_up = time.monotonic() + 60
     while not path.exists():
@@ -153,7 +143,7 @@ def _play(job: dict[str, Any]) -> NoReturn:
     os._exit(int(code or 0))
 
 
-def _arm(strike: Strike) -> None:
+def _arm(strike: Strike):
     if strike.since is None:
         _at_call(strike.place, strike.nth, functools.partial(_hit, strike), after=strike.after)
     else:
@@ -161,7 +151,7 @@ def _arm(strike: Strike) -> None:
         _at_call(place, count, functools.partial(_arm, replace(strike, since=None)))
 
 
-def _at_call(place: str, nth: int, act: Callable[[], None], *, after: bool = False) -> None:
+def _at_call(place: str, nth: int, act: Callable[[], None], *, after: bool = False):
     """Call `act` at the `nth` call of `place` from now on."""
     module, _, path = place.partition(":")
     *owners, name = path.split(".")
@@ -185,7 +175,7 @@ def _at_call(place: str, nth: int, act: Callable[[], None], *, after: bool = Fal
     setattr(owner, name, counted)
 
 
-def _hit(strike: Strike) -> None:
+def _hit(strike: Strike):
     if strike.file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (strike.file_bytes, strike.file_bytes))
     for number in strike.signals:
@@ -193,7 +183,7 @@ def _hit(strike: Strike) -> None:
         time.sleep(strike.pause)
 
 
-def _serve() -> None:
+def _serve():
     import peft
     import torch.utils.tensorboard
     import transformers.models.llama.modeling_llama
