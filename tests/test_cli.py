@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -60,15 +59,14 @@ def python(*arguments: str, **settings: object) -> subprocess.CompletedProcess[s
 )
 def test_what_needs_no_torch_imports_none_and_answers_at_once(statement, seconds):
     check = f"import sys, atexit; atexit.register(lambda: print(sorted(set({HEAVY!r}) & set(sys.modules)), file=sys.stderr))"
-    fastest = 60.0
-    for _ in range(5):  # the best of several: another program may have had the processor
-        started = time.perf_counter()
+    taken = []
+    for _ in range(3):  # of the processor's time, the best: other programs want it too
+        before = os.times()
         result = python("-c", f"{check}\n{statement}")
-        fastest = min(fastest, time.perf_counter() - started)
+        after = os.times()
+        taken.append(after.children_user + after.children_system - before.children_user - before.children_system)
         assert (result.returncode, result.stderr) == (0, "[]\n")
-        if fastest < seconds:
-            break
-    assert fastest < seconds
+    assert min(taken) < seconds, taken
 
 
 def test_a_wrong_file_is_refused_without_importing_torch(tmp_path):
@@ -120,7 +118,7 @@ PPO, GENERATE = ["ppo", "config.yaml"], ["generate", "model", "x"]
         (["ppo", "empty.yaml"], ["empty.yaml", "task.prompts", "env.id"]),
         (["sft", "config.yaml"], ["config.yaml", "sft.data"]),
         (["reward-model", "config.yaml"], ["config.yaml", "reward_model.data"]),
-        ([*PPO, "--sft.data", "prompts.jsonl"], ["sft section", "surefoot sft config.yaml"]),
+        (["ppo", "sft.yaml"], ["sft.yaml", "sft section", "surefoot sft sft.yaml"]),
         (["ppo", "."], [".: cannot be read"]),
         (["resume"], ["RUN", "surefoot resume --help"]),
         (["resume", "no"], ["no is not a run folder"]),
@@ -148,6 +146,7 @@ PPO, GENERATE = ["ppo", "config.yaml"], ["generate", "model", "x"]
 def test_a_command_that_cannot_be_is_one_line_and_exit_code_2(project, monkeypatch, arguments, named):
     monkeypatch.setattr("surefoot.build.language.load_policy", None)  # nothing of this may come as far as a model
     (project / "empty.yaml").touch()
+    (project / "sft.yaml").write_text("sft: {data: prompts.jsonl}")
     before = sorted(project.rglob("*"))
     run_cli(*arguments).refused(*named)
     assert sorted(project.rglob("*")) == before

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from surefoot.storage.run_folder import RunFolder
 from surefoot.train import checkpoint
-from tests.inputs import PROMPTS, Outcome, fill_disk, model_folder, run_cli, write_project
+from tests.inputs import PROMPTS, fill_disk, model_folder, run_cli, write_project
 
+FULL = "No space left on device"
 RUN = ("ppo", "config.yaml", "--run.name", "mine", "--run.folder", "runs")
 
 
@@ -123,16 +124,12 @@ MESSAGES = [[{"role": "user", "content": text}] for text in ("one", "two", "thre
 
 
 @pytest.mark.parametrize("task", [{"task": {"chat": True}}, {"prompts": MESSAGES}], ids=["chat", "messages"])
-def test_chat_needs_a_chat_template(project, task):
+def test_chat_needs_a_chat_template_and_is_refused_in_its_own_words(project, task):
     write_project(project, **task)
     run_cli(*RUN).refused("tokenizer", "chat template")
-
-
-@pytest.mark.parametrize("template", ["{% for x in %}", "{{ raise_exception('no such role') }}"])
-def test_a_chat_template_that_refuses_is_said_in_its_own_words(project, template):
-    write_project(project, task={"chat": True})
-    (project / "model" / "chat_template.jinja").write_text(template)
-    run_cli(*RUN).refused("chat template", "no such role" if "role" in template else "expression")
+    for template, said in (("{% for x in %}", "expression"), ("{{ raise_exception('no such role') }}", "no such role")):
+        (project / "model" / "chat_template.jinja").write_text(template)
+        run_cli(*RUN).refused("chat template", said)
 
 
 def test_what_is_longer_than_the_context_is_named_with_the_ways_out(project):
@@ -210,9 +207,7 @@ FUNCTION = "def reward(prompts, completions, **columns):\n    {}\n"
         ("import sys; sys.exit(0)", "raised SystemExit: 0 ("),
         ("return [1.0]", "returned 1 "),
         ("return None", "returned None; a list of 2 floats"),
-        ("return 1.0", "returned 1.0; a list of 2 floats"),
         ("return [1.0, float('nan')]", "returned nan for sample 1 (prompt "),
-        ("return [1.0, float('-inf')]", "returned -inf for sample 1 (prompt "),
         ("return [None, 1.0]", "returned None for sample 0 (prompt "),
         ("return [1.0, '1.0']", "returned '1.0' for sample 1 (prompt "),
         ("return {p: 1.0 for p in completions}", "returned {"),
@@ -279,10 +274,6 @@ def test_a_reward_gets_columns_beside_their_prompts_and_may_print(project):
     assert outcome.code == 0 and "scoring" in outcome.out
 
 
-def refused_for_space(outcome: Outcome, place: str) -> None:
-    outcome.refused(place, "No space left on device")
-
-
 @pytest.mark.parametrize("file", ["config.yaml.tmp", "environment.json.tmp", "mine"])
 def test_a_disk_full_at_the_start_is_one_line(project, monkeypatch, file):
     write_project(project)
@@ -290,12 +281,12 @@ def test_a_disk_full_at_the_start_is_one_line(project, monkeypatch, file):
 
     def mkdir(self: Path, *arguments: object, **keywords: object) -> None:
         if self.name == file:
-            raise OSError(28, "No space left on device")
+            raise OSError(28, FULL)
         real(self, *arguments, **keywords)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Path, "mkdir", mkdir)
     fill_disk(monkeypatch, file)
-    refused_for_space(run_cli(*RUN), "runs/mine")
+    run_cli(*RUN).refused("runs/mine", FULL)
 
 
 def newest(project: Path) -> str:
@@ -312,7 +303,7 @@ def test_a_disk_full_in_the_middle_of_a_run_is_one_line_and_leaves_the_checkpoin
     with monkeypatch.context() as patches:
         fill_disk(patches, file, after=writes_before)
         place = "runs/mine/tensorboard" if file == "events.out" else f"runs/mine/{file}"
-        refused_for_space(run_cli(*RUN), place)
+        run_cli(*RUN).refused(place, FULL)
     if writes_before == 2:  # the evaluation's and the first update's line are there; so is the first update's checkpoint
         assert newest(project) == "00000001"
     resumed = run_cli("resume", "runs/mine")  # there is space again
@@ -326,28 +317,22 @@ def test_a_disk_full_while_a_checkpoint_or_the_model_is_written_leaves_a_run_tha
     write_project(project)
     with monkeypatch.context() as patches:
         fill_disk(patches, "manifest.json.tmp", after=1)
-        refused_for_space(run_cli(*RUN), "runs/mine/checkpoints/00000002")
+        run_cli(*RUN).refused("runs/mine/checkpoints/00000002", FULL)
     assert newest(project) == "00000001"
-    full = OSError(28, "No space left on device")
     with monkeypatch.context() as patches:
-        patches.setattr("surefoot.policies.lm.policy.save_file", lambda *_: (_ for _ in ()).throw(full))
-        refused_for_space(run_cli("resume", "runs/mine"), "runs/mine/model")
+        patches.setattr("surefoot.policies.lm.policy.save_file", lambda *_: (_ for _ in ()).throw(OSError(28, FULL)))
+        run_cli("resume", "runs/mine").refused("runs/mine/model", FULL)
     assert not (project / "runs/mine/model").exists()
     assert run_cli("resume", "runs/mine").code == 0 and (project / "runs/mine/model/config.json").exists()
 
 
-def test_a_task_without_held_out_prompts_trains_without_evaluation(project):
+def test_a_task_without_held_out_prompts_trains_without_evaluation_and_leaves_no_module_imported(project):
+    # Two projects may both have a reward.py.
     write_project(project, task={"held_out": 0})
+    write_project(project / "other", reward="def reward(prompts, completions, **columns):\n    return [7.0] * len(prompts)\n")
     outcome = run_cli(*RUN)
     assert outcome.code == 0 and "held-out" not in outcome.out
     assert not [row for row in RunFolder.open("runs/mine").read("metrics.jsonl") if "eval/reward" in row]
-
-
-def test_a_module_beside_the_project_is_not_left_imported(project):
-    # Two projects may both have a reward.py.
-    write_project(project)
-    write_project(project / "other", reward="def reward(prompts, completions, **columns):\n    return [7.0] * len(prompts)\n")
-    assert run_cli(*RUN).code == 0
     outcome = run_cli("ppo", "other/config.yaml", "--run.folder", "runs", "--rollout.total-episodes", "4")
     assert "reward +7.000" in outcome.out
     assert "reward" not in sys.modules

@@ -243,8 +243,9 @@ def test_of_two_models_of_one_run_only_one_goes_on(tmp_path, base):
     assert first.is_finished and first.run_folder is not None
     before = contents(first.run_folder)
     first.learn()
-    second = PPO.load(first.run_folder, python_task(), verbose=0).learn()
+    PPO.load(first.run_folder, python_task(), verbose=0).learn()
     assert contents(first.run_folder) == before  # a finished run is left as it is
+    second = PPO.load(first.run_folder, python_task(), verbose=0)
     with refused("in use by another run"):
         first.learn(6)
     second.learn(6)
