@@ -153,7 +153,6 @@ def test_the_command_line_goes_the_whole_way(kind):
     assert (made.code, made.out) == (0, "model: new\nnext:  surefoot sft sft.yaml\n")
     assert made.err.startswith(f"new: {kind} of ") and made.err.endswith(" examples\n")
     assert {p.name for p in Path("new").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
-    assert not list(Path().glob("new.*"))
     assert run_cli("sft", "sft.yaml", "--run.name", "tuned").code == 0
     task = {"prompts": "texts.jsonl", "prompt_column": "said", "prompt_tokens": 2, "reward": "reward.py:reward"}
     ppo = {"policy": {"adapter": None}, "task": task, "generation": {"max_new_tokens": 4}, "ppo": {"batch_size": 4}}
@@ -205,8 +204,6 @@ def test_the_folder_is_beside_the_file_and_sft_finds_it_there():
     assert run_cli("new-model", "of_mine/sft.yaml").out.startswith("model: of_mine/base\n")
     assert not Path("base").exists()
     assert run_cli("sft", "of_mine/sft.yaml", "--run.name", "tuned").code == 0
-    written = yaml.safe_load(Path("runs/tuned/config.yaml").read_text())
-    assert written["policy"]["model"] == str(Path("of_mine/base").absolute())
     # Another model, named for one run, keeps its name.
     shutil.move("of_mine/base", "elsewhere")
     assert run_cli("sft", "of_mine/sft.yaml", "--policy.model", "elsewhere").code == 0
@@ -221,8 +218,8 @@ def test_what_lies_beside_the_new_folder_stays():
         Path(name, "precious").touch()
     new_model("new", TEXTS, **TINY)
     SFT("new", TEXTS, **WHOLE).save("saved")
-    assert {path.name for path in Path().iterdir()} == {"new", "new.tmp", "saved", "saved.tmp"}
-    assert Path("new.tmp/precious").exists() and Path("saved.tmp/precious").exists()
+    left = {str(path) for path in Path().rglob("*") if path.is_dir() or path.name == "precious"}
+    assert left == {"new", "new.tmp", "saved", "saved.tmp", "new.tmp/precious", "saved.tmp/precious"}
     Path("of_mine").mkdir()
     assert Path("new").stat().st_mode == Path("saved").stat().st_mode == Path("of_mine").stat().st_mode
 

@@ -19,6 +19,8 @@ from surefoot.errors import InputError
 from surefoot.rollout.text import LanguagePolicy
 from surefoot.types import Batch, Demonstration
 
+Poll = Callable[[], None] | None  # called between pieces of work; it may raise to give the work up
+
 
 class DemonstrationRollout:
     """Takes a run's batches from demonstrations, in shuffled passes; nothing is generated.
@@ -56,19 +58,16 @@ class DemonstrationRollout:
         """Demonstrations in one update."""
         return min(self.sft.batch_size, len(self._train))
 
-    def collect(
-        self, *, first: int, count: int, version: int = 0, poll: Callable[[], None] | None = None
-    ) -> Batch:
+    def collect(self, *, first: int, count: int, version: int = 0, poll: Poll = None) -> Batch:
         """Demonstrations number `first` to `first + count` of the run."""
         started = time.perf_counter()
         numbers = range(first, first + count)
         batch = self._batch([self._train[self.data.training_index(n, self.seed)] for n in numbers])
         batch.version = version
-        batch.metrics = {
+        batch.metrics = {"time/rollout_s": time.perf_counter() - started, "time/score_s": 0.0}
+        batch.metrics |= {
             "sft/epoch": (first + count) / len(self._train),
             "length/mean": float(batch.mask_BT.sum()) / len(batch),
-            "time/rollout_s": time.perf_counter() - started,
-            "time/score_s": 0.0,
         }
         return batch
 

@@ -20,6 +20,7 @@ from surefoot.errors import InputError
 from surefoot.policies.base import Policy
 from surefoot.types import Batch, Preference
 
+Poll = Callable[[], None] | None  # called between pieces of work; it may raise to give the work up
 Texts = Sequence[Sequence[Sequence[int]]]  # rows of K texts, as tokens
 
 
@@ -33,7 +34,7 @@ class ScoringPolicy(Policy, Protocol):
         """Prompt and text as the tokens to score."""
         ...
 
-    def scores(self, rows: Texts, poll: Callable[[], None] | None = None) -> Tensor:
+    def scores(self, rows: Texts, poll: Poll = None) -> Tensor:
         """Scores of rows of K tokenized texts each, [B, K] float32 on the CPU, before `shift` and `scale`."""
         ...
 
@@ -75,9 +76,7 @@ class PreferenceRollout:
         """Preferences in one update."""
         return min(self.settings.batch_size, len(self._train))
 
-    def collect(
-        self, *, first: int, count: int, version: int = 0, poll: Callable[[], None] | None = None
-    ) -> Batch:
+    def collect(self, *, first: int, count: int, version: int = 0, poll: Poll = None) -> Batch:
         """Preferences number `first` to `first + count` of the run."""
         started = time.perf_counter()
         indices = [self.data.training_index(number, self.seed) for number in range(first, first + count)]
@@ -85,11 +84,10 @@ class PreferenceRollout:
         rows = [self._train[index] for index in indices]
         batch = preference_batch(rows, labels, device=self.policy.device)
         batch.version = version
-        batch.metrics = {
+        batch.metrics = {"time/rollout_s": time.perf_counter() - started, "time/score_s": 0.0}
+        batch.metrics |= {
             "reward_model/epoch": (first + count) / len(self._train),
             "length/mean": float(batch.observations["lengths"].float().mean()),
-            "time/rollout_s": time.perf_counter() - started,
-            "time/score_s": 0.0,
         }
         return batch
 

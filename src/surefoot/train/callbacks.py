@@ -46,24 +46,16 @@ class BaseCallback:
         self.n_calls += 1
         return self._on_step() is not False
 
-    def _init_callback(self) -> None:
-        """Override: before training."""
-
-    def _on_training_start(self) -> None:
-        """Override: training begins."""
-
-    def _on_rollout_start(self) -> None:
-        """Override: a rollout begins."""
-
     def _on_step(self) -> bool:
         """Override: a step is done. False ends the training."""
         return True
 
-    def _on_rollout_end(self) -> None:
-        """Override: a rollout is over, the update begins."""
+    def _ignore(self) -> None:
+        """What the hooks below do unless they are overridden."""
 
-    def _on_training_end(self) -> None:
-        """Override: training is over."""
+    _init_callback = _on_training_start = _ignore  # before training; it begins
+    _on_rollout_start = _on_rollout_end = _ignore  # a rollout begins; it is over, and the update begins
+    _on_training_end = _ignore  # training is over
 
 
 class CallbackAdapter:

@@ -144,9 +144,8 @@ def check(path: Path) -> list[str]:
         contents = json.loads(manifest.read_bytes())
         if contents["format"] != FORMAT:
             raise InputError(f"{manifest} has format {contents['format']!r}; this version reads {FORMAT}")
-        files = {
-            str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in contents["files"].items()
-        }
+        listed = contents["files"].items()
+        files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in listed}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise InputError(f"{manifest} is missing or damaged") from None
     for name in sorted(files.keys() | {"state.json"}):
@@ -260,9 +259,8 @@ def restore_generators(states: Mapping[str, Any]) -> None:
     torch.set_rng_state(_decoded(states["torch"]))
     if "cuda" in states and torch.cuda.is_available():
         devices = range(torch.cuda.device_count())  # there may be fewer than before
-        torch.cuda.set_rng_state_all(
-            [_decoded(state) for _, state in zip(devices, states["cuda"], strict=False)]
-        )
+        saved = [_decoded(state) for _, state in zip(devices, states["cuda"], strict=False)]
+        torch.cuda.set_rng_state_all(saved)
 
 
 def _encoded(state: Tensor) -> str:
