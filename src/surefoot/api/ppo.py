@@ -10,14 +10,7 @@ import torch
 from torch import nn
 
 from surefoot.api.generate import generate_text
-from surefoot.api.session import (
-    Session,
-    check_count,
-    check_policy,
-    merge,
-    open_folder,
-    resuming,
-)
+from surefoot.api.session import Session, check_policy, merge, open_folder, put_data, resume
 from surefoot.api.stable_baselines import SCHEDULED, Schedules, translated
 from surefoot.build.control import build_control_policy, build_vector
 from surefoot.build.language import build_demonstrations, build_policy, build_task, probe_functions
@@ -55,11 +48,11 @@ class PPO:
 
     Settings are the fields of the configuration by their plain names: `learning_rate=1e-4`,
     `max_new_tokens=32`, `n_steps=128`, `seed=3`, `run_name="mine"`; `config` gives them all at once.
-    Stable-Baselines3's keywords work as they do there (docs/from-sb3.md). `ptx_data` are demonstrations, a
-    JSONL file or rows as `SFT` takes them, whose likelihood is part of the loss (docs/sft.md); their settings
-    are `ptx={"coef": 0.5}`. `verbose=0` shows nothing; `run` is an existing run folder to go on in
-    (`PPO.load` passes it). Raises InputError for anything unusable, before a model is loaded where that can
-    be known. What `learn`, `evaluate`, `save` and `load` mean: see `api/session.py`.
+    Stable-Baselines3's keywords work as they do there (docs/from-sb3.md). `ptx_data` are demonstrations as
+    `SFT` takes them, whose likelihood is part of the loss (docs/sft.md), with settings `ptx={"coef": 0.5}`.
+    `verbose=0` shows nothing; `run` is an existing run folder to go on in (`PPO.load` passes it). Raises
+    InputError for anything unusable, before a model is loaded where that can be known. What `learn`,
+    `evaluate`, `save` and `load` mean: see `api/session.py`.
     """
 
     def __init__(
@@ -78,27 +71,24 @@ class PPO:
         is_control = has_env or str(policy) in NETWORKS or is_module
         if is_control and env is None and config is None:
             raise InputError(
-                f"env: PPO({policy!r:.40}) needs one: a Gymnasium id, environment or vector environment"
+                f"env: PPO({policy!r:.40}) needs a Gymnasium id, environment or vector environment"
             )
         if not is_control and not isinstance(env, (TextTask, type(None))):
-            raise InputError(
-                f"env: expected a TextTask(prompts, reward), got {env!r:.60}; for Gymnasium the policy is "
-                f"one of {', '.join(NETWORKS)}, not {policy!r:.60}"
-            )
+            how = f"for Gymnasium the policy is one of {', '.join(NETWORKS)}, not {policy!r:.60}"
+            raise InputError(f"env: expected a TextTask(prompts, reward), got {env!r:.60}; {how}")
         check_policy(policy, nn.Module if is_control else CausalLMPolicy)
         schedules: Schedules = {}
         if is_control:
-            settings, schedules = translated(settings, verbose=verbose)
+            settings, schedules = translated(settings)
         of_text = "task" if config is None else config.supervised or "task"
         data = sections_for(config, "env" if is_control else of_text)
         merge(data, ours := nested(settings))
-        if not is_control and "env" in ours:
-            name = next(iter(ours["env"]))
-            raise InputError(
-                f"{name}: needs an environment (Gymnasium); a text task counts episodes, leave it out"
-            )
         if is_control:
             _put_environment(data, env, settings, schedules)
+        elif "env" in ours:
+            raise InputError(
+                f"{min(ours['env'])}: needs a Gymnasium environment; a text task has none, leave it out"
+            )
         if ptx_data is not None:
             _put_demonstrations(data, ptx_data, is_begun=run is not None)
         if isinstance(policy, (str, Path)):
@@ -106,13 +96,12 @@ class PPO:
         self.config = make_config(data, where="PPO(...)")
         if self.config.opener != "PPO" and env is not None:
             raise InputError(
-                f"PPO: this configuration is of another kind of run; give it to {self.config.opener}"
+                f"PPO: the configuration is another kind of run's; give it to {self.config.opener}"
             )
         if run is None and (env is not None or is_control):
             preflight(self.config)
-        ptx, demonstrations = self.config.ptx, None
-        if ptx is not None and env is not None:
-            demonstrations = build_demonstrations(ptx, ptx_data)
+        ptx = self.config.ptx if env is not None else None
+        demonstrations = None if ptx is None else build_demonstrations(ptx, ptx_data)
         self.policy: Any
         self.env: Any
         if is_control:
@@ -168,8 +157,7 @@ class PPO:
         total_episodes: int | None = None,
         total_timesteps: int | None = None,
     ) -> PPO:
-        """Train for `total_episodes` (a task) or `total_timesteps` (an environment) more, or, without a
-        number, to the end that was asked for last.
+        """Train for `total_episodes` or `total_timesteps` more, or to the end that was asked for last.
 
         `callback` is a function `(locals, globals) -> bool | None`, a `BaseCallback` or a list of them
         (train/callbacks.py); `progress_bar` shows the display even where `verbose` is 0. Raises Interrupted
@@ -180,19 +168,17 @@ class PPO:
         name = "total_timesteps" if is_control else "total_episodes"
         if other is not None:
             raise InputError(f"learn: this run counts {name.removeprefix('total_')}; say learn({name}=...)")
-        more = total if named is None else named
-        check_count(name, more)
         if self._has_learned and self.config.env is not None and self.config.env.id is None:
             self._session.start_over()  # the environment is the user's, who may have used it in between
         self._has_learned = True
-        self._session.learn(more, callback=callback, model=self, show=progress_bar)
+        more = total if named is None else named
+        self._session.learn(more, name, callback=callback, model=self, show=progress_bar)
         return self
 
     def evaluate(self, episodes: int | None = None) -> dict[str, float]:
-        """`eval/…` metrics on the first `episodes` held-out prompts, or on episodes of another environment
-        like this one.
+        """`eval/…` metrics on the first `episodes` held-out prompts, or in another environment like this one.
 
-        Raises InputError without any.
+        Raises InputError where nothing is held out, and for an environment that was made in Python.
         """
         return self._session.evaluate(episodes, "episodes")
 
@@ -201,9 +187,7 @@ class PPO:
     @overload
     def generate(self, prompts: Sequence[Any], *, seed: int = 0, **sampling: Any) -> list[str]: ...
     def generate(self, prompts: Any, *, seed: int = 0, **sampling: Any) -> str | list[str]:
-        """Continue one prompt or several; a string each. `sampling` overrides the run's `max_new_tokens`,
-        `temperature`, `top_k` and `top_p`.
-        """
+        """A string for a prompt, or for each of several; `sampling`: `max_new_tokens`, `temperature`, `top_k`, `top_p`."""
         if self.config.env is not None:
             raise InputError("generate is for language models; a policy for an environment has predict")
         chat = bool(getattr(self.env or self.config.task, "chat", False))
@@ -218,8 +202,7 @@ class PPO:
         *,
         action_masks: Any = None,
     ) -> tuple[Any, Any]:
-        """The action for one observation, or actions [N, ...] for N of them, and the memory to hand in next
-        time.
+        """The action for one observation, or actions [N, ...] for N, and the memory to hand in next time.
 
         `state` is what the last call gave, `episode_start` [N] says where an episode begins (an LSTM forgets
         there), `action_masks` [A] or [N, A] which actions are legal, for a policy trained with masks.
@@ -234,29 +217,23 @@ class PPO:
         return (actions[0] if is_one else actions), state
 
     def save(self, folder: str | Path) -> None:
-        """Write the policy: for a language model a Hugging Face folder that
-        `AutoModelForCausalLM.from_pretrained` opens.
+        """Write the policy; for a language model a folder that `AutoModelForCausalLM.from_pretrained` opens.
 
-        Critic and settings lie beside the weights for `PPO.load`. Raises InputError if the disk does not take
-        it.
+        Critic and settings lie beside the weights for `PPO.load`. Raises InputError if it cannot be written.
         """
         self._session.save(folder, self._nameable())
 
     def _nameable(self) -> Config:
-        """The configuration, with the id that Gymnasium made the environment from, if it was: then `load` can
-        make it too.
-        """
+        """The configuration, with the id that Gymnasium made the environment from: `load` can make it too."""
         env = self.config.env
         if env is None or env.id is not None or (spec := made_from(self.env)) is None:
             return self.config
-        return self.config.model_copy(
-            update={"env": env.model_copy(update={"id": spec[0], "kwargs": spec[1]})}
-        )
+        named = env.model_copy(update={"id": spec[0], "kwargs": spec[1]})
+        return self.config.model_copy(update={"env": named})
 
     @classmethod
     def load(cls, folder: str | Path, env: Any = None, *, verbose: int = 1, **given: Any) -> PPO:
-        """Go on from a run folder (bit for bit, with its optimizer and counters) or from a folder that `save`
-        wrote.
+        """Go on from a run folder, bit for bit, or from a folder that `save` wrote.
 
         After `save` a language model's adapter is merged in, so the saved weights are the new reference.
         `env` is the task or environment; a run that was started from a file or an id builds its own. `given`
@@ -273,11 +250,8 @@ class PPO:
             return model
         if env is None and config.env is None:
             env = build_task(config)
-        with resuming(run):
-            policy = given.pop("policy", config.policy.model)
-            model = cls(policy, env, config=config, verbose=verbose, run=run, **given)
-            _ = model._session.training
-        return model
+        policy = given.pop("policy", config.policy.model)
+        return resume(run, cls, policy, env, config=config, verbose=verbose, **given)
 
     @classmethod
     def open(cls, source: str | Path, env: Any = None) -> PPO:
@@ -292,13 +266,8 @@ class PPO:
                 raise InputError(
                     f"{source} is a run of {config.opener}, which trains no policy to write with"
                 )
-            model = cls(
-                config.policy.model,
-                env,
-                config=config,
-                verbose=0,
-                run=run if config.env is not None else None,
-            )
+            begun = run if config.env is not None else None
+            model = cls(config.policy.model, env, config=config, verbose=0, run=begun)
             restore_best(model.policy, run, model.env)
             return model
         settings = Path(source) / SETTINGS
@@ -308,9 +277,7 @@ class PPO:
 
 
 def _put_environment(data: dict[str, Any], env: Any, settings: dict[str, Any], schedules: Schedules) -> None:
-    """What is given takes precedence over what the configuration names: an environment, a number where there
-    was a function.
-    """
+    """What is given takes precedence: an environment over an id, a number over a function."""
     data["env"] = {"id": None} | (data.get("env") or {})
     if isinstance(env, str):
         data["env"]["id"] = env
@@ -322,14 +289,11 @@ def _put_environment(data: dict[str, Any], env: Any, settings: dict[str, Any], s
 
 
 def _put_demonstrations(data: dict[str, Any], ptx_data: Any, *, is_begun: bool) -> None:
-    """What is given takes precedence over the file that the configuration names; a run that goes on keeps its
-    own name for it.
-    """
+    """What is given takes precedence over the file that the section names; a run that is begun keeps its own."""
     if is_begun and data.get("ptx") is None:
         raise InputError(
             "ptx_data: this run was begun without demonstrations; go on without, or begin another"
         )
     if not is_begun:
-        data["ptx"] = (data.get("ptx") or {}) | {
-            "data": str(ptx_data) if isinstance(ptx_data, (str, Path)) else None
-        }
+        data["ptx"] = data.get("ptx") or {}
+        put_data(data["ptx"], ptx_data)

@@ -9,14 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from surefoot.api.session import (
-    Session,
-    check_count,
-    check_policy,
-    open_folder,
-    resuming,
-    supervised_config,
-)
+from surefoot.api.session import Session, check_policy, open_folder, resume, supervised_config
 from surefoot.build.language import build_policy, build_preferences, build_reward_policy, load_reward
 from surefoot.build.preflight import preflight
 from surefoot.config import Config, setting_keys, with_settings
@@ -26,14 +19,13 @@ from surefoot.policies.lm.policy import CausalLMPolicy
 from surefoot.policies.lm.reward_model import RewardModelPolicy
 from surefoot.rewards.model import RewardScorer
 from surefoot.rollout.preferences import PreferenceRollout
-from surefoot.storage.files import write_durably
+from surefoot.storage.files import write_durably, writing
 from surefoot.storage.run_folder import RunFolder
 
 
 @with_settings(setting_keys("reward_model"))
 class RewardModel:
-    """Learn to score texts as people judged them, and be the reward of a task: `TextTask(prompts,
-    RewardModel.load(folder))`.
+    """Learn to score texts as people judged them: `TextTask(prompts, RewardModel.load(folder))`.
 
     `policy` is an asset's name, a local model folder, a Hugging Face hub id or a loaded `CausalLMPolicy`,
     which is taken over; `data` a JSONL file, a list or a `datasets.Dataset` of pairs, `{"prompt"?, "chosen",
@@ -59,7 +51,7 @@ class RewardModel:
     ):
         check_policy(policy, CausalLMPolicy, RewardModelPolicy)
         self.config = supervised_config(
-            "reward_model", policy, data, config=config, settings=settings, is_begun=run is not None
+            "reward_model", policy, data, config=config, settings=settings, run=run
         )
         self._calibrated_at: int | None = None  # number of updates
         self._calibration: dict[str, Any] = {}
@@ -91,11 +83,8 @@ class RewardModel:
         `run_folder` too. `callback` is a function, a `BaseCallback` or a list of them (train/callbacks.py).
         Raises Interrupted after SIGTERM or Ctrl-C, once it has saved.
         """
-        check_count("total_epochs", total_epochs)
-        more = None
-        if total_epochs is not None and self.data is not None:
-            more = total_epochs * len(self.data.train)
-        self._session.learn(more, callback=callback, model=self, finish=self._write_calibration)
+        finish = self._write_calibration
+        self._session.learn(total_epochs, "total_epochs", callback=callback, model=self, finish=finish)
         return self
 
     def evaluate(self, examples: int | None = None) -> dict[str, float]:
@@ -103,8 +92,7 @@ class RewardModel:
         return self._session.evaluate(examples, "examples")
 
     def score(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
-        """One reward a completion, calibrated: over the held-out texts (without any, the training's) mean 0,
-        std 1.
+        """One reward a completion, with mean 0 and std 1 over the held-out texts (without any, the training's).
 
         Prompts and completions are strings, which are read as one text, or message lists. Raises InputError
         for a text longer than the model's context.
@@ -135,10 +123,7 @@ class RewardModel:
             if data is not None:
                 raise InputError(f"{folder} was saved and only scores; to train further, load its run folder")
             return cls(load_reward(folder), config=config, verbose=verbose)
-        with resuming(run):
-            model = cls(config.policy.model, data, config=config, verbose=verbose, run=run)
-            _ = model._session.training
-        return model
+        return resume(run, cls, config.policy.model, data, config=config, verbose=verbose)
 
     def _calibrate(self) -> None:
         """Shift and scale for the weights as they are, unless they were saved with them."""
@@ -150,18 +135,11 @@ class RewardModel:
         self._calibrated_at = self._session.updates
 
     def _write_calibration(self) -> None:
-        """Leave the numbers and, where it can be drawn, their plot.
-
-        Raises InputError if the disk does not take the numbers.
-        """
+        """Leave the numbers and, where it can be drawn, their plot. Raises InputError if the disk is full."""
         self._calibrate()
         folder = self._session.training.folder.path
-        try:
+        with writing(folder / "calibration.json"):
             write_durably(folder / "calibration.json", json.dumps(self._calibration, indent=1).encode())
-        except OSError as error:
-            raise InputError(
-                f"{folder / 'calibration.json'} could not be written: {error.strerror}"
-            ) from error
         if importlib.util.find_spec("matplotlib") is None:
             return
         try:
@@ -181,9 +159,8 @@ def draw_calibration(path: Path, calibration: dict[str, Any]) -> None:
     ends = (0.5, 1.0) if of_pairs else (min(*predicted, *observed), max(*predicted, *observed))
     axes.plot(ends, ends, color="grey", linestyle="--", linewidth=1, label="perfect")
     errors = [row["standard_error"] for row in bins]
-    axes.errorbar(
-        predicted, observed, yerr=errors, fmt="o-", color="tab:blue", capsize=3, label="mean ± standard error"
-    )
+    style = {"fmt": "o-", "color": "tab:blue", "capsize": 3, "label": "mean ± standard error"}
+    axes.errorbar(predicted, observed, yerr=errors, **style)
     axes.set_xlabel("predicted probability of the better text" if of_pairs else "predicted rating")
     axes.set_ylabel("share in which people agree" if of_pairs else "people's rating")
     count = int(sum(row["count"] for row in bins))

@@ -6,9 +6,10 @@ Nothing heavy is imported before a run's configuration is known to be one.
 
 from __future__ import annotations
 
+import importlib
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from surefoot.config import Config
 from surefoot.errors import InputError
@@ -26,9 +27,7 @@ if TYPE_CHECKING:
 def check(config: Config, *, where: str = "config") -> None:
     """Raise InputError for a configuration that is none of a run, but only of what Python adds to it."""
     if config.env is None and config.task is None and config.supervised is None:
-        raise InputError(
-            f"{where}: no task (task.prompts and task.reward) and no environment (env.id); name one"
-        )
+        raise InputError(f"{where}: no task (task.prompts, task.reward) and no environment (env.id)")
     if config.sft is not None and config.sft.data is None:
         raise InputError(f"{where}: no examples to learn from; name a JSONL file as sft.data")
     if config.reward_model is not None and config.reward_model.data is None:
@@ -38,54 +37,34 @@ def check(config: Config, *, where: str = "config") -> None:
 def start(config: Config, *, verbose: int = 1) -> Run:
     """The new run that `config` describes, not yet begun. Raises InputError for anything unusable."""
     check(config)
+    opener = _opener(config)
     if config.rejection_sampling is not None:
-        from surefoot.api.rejection import RejectionSampling
+        run: Run = opener(config, verbose=verbose)
+    elif config.task is None:
+        run = opener(config.policy.model, config=config, verbose=verbose)
+    else:
+        from surefoot.build.language import build_task
+        from surefoot.build.preflight import preflight
 
-        return RejectionSampling(config, verbose=verbose)
-    if config.sft is not None:
-        from surefoot.api.sft import SFT
-
-        return SFT(config.policy.model, config=config, verbose=verbose)
-    if config.reward_model is not None:
-        from surefoot.api.reward_model import RewardModel
-
-        return RewardModel(config.policy.model, config=config, verbose=verbose)
-    from surefoot.api.ppo import PPO
-    from surefoot.build.language import build_task
-    from surefoot.build.preflight import preflight
-
-    preflight(config)  # before prompts are fetched
-    task = build_task(config) if config.env is None else None
-    return PPO(config.policy.model, task, config=config, verbose=verbose)
+        preflight(config)  # before prompts are fetched
+        run = opener(config.policy.model, build_task(config), config=config, verbose=verbose)
+    return run
 
 
 def resume(folder: str | Path, *, verbose: int = 1) -> Run:
-    """The run in `folder`, where its newest whole checkpoint left it.
+    """The run in `folder` at its newest whole checkpoint. Raises InputError for one that needs Python."""
+    run: Run = _opener(RunFolder.open(folder).config()).load(folder, verbose=verbose)
+    return run
 
-    Raises InputError if it cannot go on from files alone.
-    """
-    config = RunFolder.open(folder).config()
-    if config.rejection_sampling is not None:
-        from surefoot.api.rejection import RejectionSampling
 
-        return RejectionSampling.load(folder, verbose=verbose)
-    if config.sft is not None:
-        from surefoot.api.sft import SFT
-
-        return SFT.load(folder, verbose=verbose)
-    if config.reward_model is not None:
-        from surefoot.api.reward_model import RewardModel
-
-        return RewardModel.load(folder, verbose=verbose)
-    from surefoot.api.ppo import PPO
-
-    return PPO.load(folder, verbose=verbose)
+def _opener(config: Config) -> Any:
+    """The class that runs of this kind are opened with."""
+    modules = {"PPO": "ppo", "SFT": "sft", "RewardModel": "reward_model", "RejectionSampling": "rejection"}
+    return getattr(importlib.import_module(f"surefoot.api.{modules[config.opener]}"), config.opener)
 
 
 def product(config: Config, folder: Path) -> Path:
-    """What a run leaves in its `folder` for others to use, once it is finished: a model, or a file of
-    examples.
-    """
+    """What a finished run leaves in its `folder` for others: a model, or a file of examples."""
     return folder / ("model" if config.rejection_sampling is None else "completions.jsonl")
 
 
@@ -96,21 +75,14 @@ def finish(run: Run) -> Path:
     """
     if run.run_folder is not None and run.is_finished and product(run.config, run.run_folder).exists():
         return product(run.config, run.run_folder)
-    from surefoot.api.rejection import RejectionSampling
-
     try:
-        if isinstance(run, RejectionSampling):
-            return run.sample()
         run.learn()
     except InputError as error:
-        if run.run_folder is not None and _is_saved(run.run_folder):
+        saved = ("checkpoints/latest", "progress.json")
+        if run.run_folder is not None and any((run.run_folder / name).exists() for name in saved):
             how = f"surefoot resume {shlex.quote(str(run.run_folder))}"
             raise InputError(f"{error}; the run is saved, once this is fixed go on with: {how}") from error
         raise
     assert run.run_folder is not None
     run.save(path := product(run.config, run.run_folder))
     return path
-
-
-def _is_saved(folder: Path) -> bool:
-    return (folder / "checkpoints" / "latest").exists() or (folder / "progress.json").exists()

@@ -1,5 +1,4 @@
-"""One run and its life: what `PPO`, `SFT` and `RewardModel` share, and what the same words mean in each of
-them.
+"""One run and its life: what `PPO`, `SFT` and `RewardModel` share, and what their methods mean in each.
 
 learn      Train for a number of units more or, without one, to the end that was asked for last. The run's
            folder is made at the first `learn` and held until it returns; a new run starts Python's, NumPy's
@@ -18,12 +17,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
-
-from safetensors import SafetensorError
+from typing import Any, Literal, Protocol, TypeVar
 
 from surefoot.build.preflight import SETTINGS
-from surefoot.build.training import Environment, build_objective, build_rollout, build_training
+from surefoot.build.training import Environment, Examples, build_objective, build_rollout, build_training
 from surefoot.config import (
     SUPERVISED,
     Config,
@@ -38,7 +35,7 @@ from surefoot.data.demonstrations import Demonstrations
 from surefoot.envs.gym import Vector
 from surefoot.errors import InputError
 from surefoot.rollout.base import Rollout
-from surefoot.storage.files import whole_folder
+from surefoot.storage.files import whole_folder, writing
 from surefoot.storage.run_folder import RunFolder
 from surefoot.train import checkpoint, loop
 from surefoot.train.callbacks import CallbackAdapter, calling
@@ -54,11 +51,9 @@ SOURCES = {
 
 
 class Session:
-    """A policy, what it learns in or from (`source`), and the run that `learn` makes of them or that `run`
-    is.
+    """A policy, what it learns in or from (`source`), and the run that `learn` makes of them, or `run`.
 
-    `source` None: nothing to train on. `schedules` are those that are Python functions, `demonstrations`
-    those of `ptx`.
+    `source` None: nothing to train on. `schedules` are those that are functions, `demonstrations` `ptx`'s.
     """
 
     def __init__(
@@ -93,7 +88,7 @@ class Session:
 
     @property
     def collected(self) -> int:
-        """Units of the budget so far, those of the rollout under way included where callbacks see it."""
+        """Units of the budget so far; in a callback, those of the rollout under way too."""
         if self._adapter is not None:
             return self._adapter.num_timesteps
         return self._training.progress.collected if self._training is not None else 0
@@ -105,7 +100,7 @@ class Session:
 
     @property
     def rollout(self) -> Rollout:
-        """What collects the run's batches and evaluates, built when it is first asked for."""
+        """What collects batches and evaluates, built, as the objective is, when it is first asked for."""
         if self._rollout is None:
             if self.source is None:
                 kind = self.config.opener
@@ -122,14 +117,9 @@ class Session:
         """What the loop works with, built when it is first asked for; for a new run that makes its folder."""
         if self._training is None:
             rollout = self.rollout  # refused without a source
-            assert self.source is not None
+            assert self.source is not None and self._objective is not None
             self._training = build_training(
-                self.config,
-                self.policy,
-                self.source,
-                self._folder,
-                rollout=rollout,
-                objective=self._objective,
+                self.config, self.policy, self.source, rollout, self._objective, self._folder
             )
             self._training.schedules = self._schedules
             self._folder = self._training.folder
@@ -137,20 +127,24 @@ class Session:
 
     def learn(
         self,
-        more: int | None = None,
+        more: int | None,
+        name: str,
         *,
-        callback: Any = None,
-        model: Any = None,
+        callback: Any,
+        model: Any,
         show: bool = False,
         finish: Callable[[], None] = lambda: None,
     ) -> None:
-        """Train for `more` units of the budget, or to the end that was asked for last; `finish` is called
-        before others may have the folder. `model` is what callbacks get as theirs; `show` shows the display
-        even where `verbose` is 0.
+        """Train for `more` units or epochs, as the caller's `name` says, or to the end asked for last.
+
+        `finish` is called before others may have the folder; `model` is what callbacks get as theirs; `show`
+        shows the display even where `verbose` is 0.
         """
+        check_count(name, more)
         training = self.training
         if more is not None:
-            training.total = training.progress.collected + more
+            units = len(self.source.train) if isinstance(self.source, Examples) else 1
+            training.total = training.progress.collected + more * units
         with self._held(training), observed(training, show=bool(self.verbose or show)):
             with calling(callback, training, model) as self._adapter:
                 try:
@@ -166,61 +160,44 @@ class Session:
             self._training.rollout.start_over()  # type: ignore[attr-defined]
 
     def evaluate(self, count: int | None, name: str) -> dict[str, float]:
-        """`eval/…` metrics of the policy as it is; the caller's `count` is called `name`.
-
-        Raises InputError where nothing is held out.
-        """
+        """`eval/…` metrics; the caller's `count` is called `name`. Raises InputError: nothing held out."""
         check_count(name, count)
         if not (count := count or self.config.evaluate.episodes):
             raise InputError(f"evaluate.episodes is 0; say how many: evaluate({name}=64)")
         rollout = self.rollout
         if not rollout.can_evaluate:
             *_, held_out = SOURCES[self.config.opener]
-            what = f"no held-out {held_out} to evaluate on; give more of them, or a larger held_out"
             if self.config.env is not None:
-                what = "evaluate needs an environment id; without one use evaluate_policy(model, env)"
-            raise InputError(what)
-        metrics, _ = rollout.evaluate(count, version=self.updates)
+                raise InputError("evaluate needs an environment id; or use evaluate_policy(model, env)")
+            raise InputError(f"no held-out {held_out} to evaluate on; give more, or a larger held_out")
+        metrics, _ = rollout.evaluate(count)
         assert self._objective is not None
         return metrics | self._objective.evaluate(count)
 
     def save(self, folder: str | Path, config: Config | None = None) -> None:
-        """Write the policy and its settings, or those of `config`.
-
-        Raises InputError if the disk does not take it.
-        """
-        folder = Path(folder)
-        try:
-            # A new folder appears when it is whole; one that exists is written into.
-            with contextlib.nullcontext(folder) if folder.exists() else whole_folder(folder) as place:
-                self.policy.save(place)
-                if isinstance(self.source, Vector):
-                    self.source.save(place)
-                # Without `run` and the supervised sections: what is trained from it is another run.
-                settings = dump_config(
-                    absolute_paths(config or self.config), exclude={"run", "new_model", *SUPERVISED}
-                )
-                (place / SETTINGS).write_text(settings, encoding="utf-8")
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(f"{folder} could not be written: {reason}") from error
+        """Write the policy and its settings, or those of `config`. Raises InputError if the disk refuses."""
+        folder, config = Path(folder), absolute_paths(config or self.config)
+        # A new folder appears when it is whole; one that exists is written into.
+        aside = contextlib.nullcontext(folder) if folder.exists() else whole_folder(folder)
+        with writing(folder), aside as place:
+            self.policy.save(place)
+            if isinstance(self.source, Vector):
+                self.source.save(place)
+            # Without `run` and the supervised sections: what is trained from it is another run.
+            settings = dump_config(config, exclude={"run", "new_model", *SUPERVISED})
+            (place / SETTINGS).write_text(settings, encoding="utf-8")
 
     @contextlib.contextmanager
     def _held(self, training: loop.Training) -> Iterator[None]:
-        """Hold the run folder, which is free between two `learn`s.
-
-        Raises InputError if others use it, or have.
-        """
+        """Hold the folder, which is free between two `learn`s. Raises InputError if others use it, or have."""
         folder = training.folder
         if not folder.is_held:
             folder.hold()
             newest = checkpoint.newest_checkpoint(folder.checkpoints)
             if newest is not None and checkpoint.number_of(newest) > training.progress.updates:
                 folder.release()
-                raise InputError(
-                    f"{folder.path} has gone on elsewhere, to {newest.name}; "
-                    f"open it with {self.config.opener}.load"
-                )
+                how = f"open it with {self.config.opener}.load"
+                raise InputError(f"{folder.path} has gone on elsewhere, to {newest.name}; {how}")
         try:
             yield
         finally:
@@ -228,52 +205,55 @@ class Session:
 
 
 def open_folder(folder: str | Path, kind: str, *, is_given: bool = False) -> tuple[Config, RunFolder | None]:
-    """The settings in a folder and, where it is a run's, the run. `is_given`: what it learns from is given in
-    Python.
+    """The settings in a folder and, where it is a run's, the run. Raises InputError if not `kind`'s.
 
-    Raises InputError for a folder that `kind` cannot load, or a run from Python without what it learns from.
+    `is_given`: what it learns from is given in Python; a run that was begun so is refused without.
     """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
         if not (folder / SETTINGS).is_file():
-            raise InputError(
-                f"{folder} is neither a run folder (config.yaml) nor a model that Surefoot saved ({SETTINGS})"
-            )
+            raise InputError(f"{folder} is neither a run folder (config.yaml) nor a saved model ({SETTINGS})")
         return load_config(folder / SETTINGS), None
     run = RunFolder.open(folder)
     config = run.config()
     if config.opener != kind:
-        raise InputError(
-            f"{folder} is a run of {config.opener}; go on with {config.opener}.load({str(folder)!r})"
-        )
+        other = f"{config.opener}; go on with {config.opener}.load({str(folder)!r})"
+        raise InputError(f"{folder} is a run of {other}")
     supervised = config.sft or config.reward_model
     is_known = config.env or config.task if supervised is None else supervised.data
     if not (is_given or is_known):
         argument, what, _ = SOURCES[kind]
-        raise InputError(
-            f"{folder} was started from Python; go on there with its {what}: {kind}.load(folder, {argument})"
-        )
+        how = f"go on there with its {what}: {kind}.load(folder, {argument})"
+        raise InputError(f"{folder} was started from Python; {how}")
     return config, run
 
 
-@contextlib.contextmanager
-def resuming(run: RunFolder) -> Iterator[None]:
-    """Hold a run's folder from here on; if what follows fails, release it."""
+class HasSession(Protocol):
+    """`PPO`, `SFT` or `RewardModel`."""
+
+    _session: Session
+
+
+Opened = TypeVar("Opened", bound=HasSession)
+
+
+def resume(run: RunFolder, opener: Callable[..., Opened], *arguments: Any, **given: Any) -> Opened:
+    """What `opener` makes of a run, at its newest checkpoint; the folder is held from here on."""
     run.hold()
     try:
-        yield
+        model = opener(*arguments, run=run, **given)
+        _ = model._session.training
     except BaseException:
         run.release()
         raise
+    return model
 
 
 def check_policy(policy: Any, *kinds: type) -> None:
     """Raise InputError unless `policy` names a model, or is one of these kinds."""
     if not isinstance(policy, (str, Path, *kinds)):
-        given = type(policy).__name__
-        raise InputError(
-            f"policy: expected a model's name or folder, or what load_policy gives, got a {given}"
-        )
+        what = f"expected a model's name or folder, or what load_policy gives, got a {type(policy).__name__}"
+        raise InputError(f"policy: {what}")
 
 
 def check_count(name: str, value: int | None) -> None:
@@ -291,6 +271,11 @@ def merge(data: dict[str, Any], changes: Mapping[str, Any]) -> None:
             data[key] = value
 
 
+def put_data(section: dict[str, Any], data: Any) -> None:
+    """What is given takes precedence over the file that the section names."""
+    section["data"] = str(data) if isinstance(data, (str, Path)) else None
+
+
 def supervised_config(
     section: Literal["sft", "reward_model"],
     policy: Any,
@@ -298,18 +283,15 @@ def supervised_config(
     *,
     config: Config | None,
     settings: dict[str, Any],
-    is_begun: bool,
+    run: RunFolder | None,
 ) -> Config:
-    """`config` for supervised training of `policy` on `data`, with `settings` over it; of a run that is
-    begun, its own.
-    """
+    """`config`, with `settings` over it, for training `policy` on `data`; of a `run` its own."""
     values = sections_for(config, section)
     values[section] = values.get(section) or {}
     values["new_model"] = None  # made before; with it policy.model could be nothing but a folder's path
     merge(values, nested(settings, section))
-    # A file may be named once more for a run that goes on; its own name for it stays.
-    if data is not None and not is_begun:
-        values[section]["data"] = str(data) if isinstance(data, (str, Path)) else None
+    if data is not None and run is None:
+        put_data(values[section], data)
     if isinstance(policy, (str, Path)):
         values.setdefault("policy", {})["model"] = str(policy)
     return make_config(values, where="SFT(...)" if section == "sft" else "RewardModel(...)")

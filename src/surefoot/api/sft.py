@@ -7,14 +7,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from surefoot.api.generate import generate_text
-from surefoot.api.session import (
-    Session,
-    check_count,
-    check_policy,
-    open_folder,
-    resuming,
-    supervised_config,
-)
+from surefoot.api.session import Session, check_policy, open_folder, resume, supervised_config
 from surefoot.build.language import build_demonstrations, build_policy
 from surefoot.build.preflight import preflight
 from surefoot.config import Config, setting_keys, with_settings
@@ -49,9 +42,7 @@ class SFT:
         **settings: Any,
     ):
         check_policy(policy, CausalLMPolicy)
-        self.config = supervised_config(
-            "sft", policy, data, config=config, settings=settings, is_begun=run is not None
-        )
+        self.config = supervised_config("sft", policy, data, config=config, settings=settings, run=run)
         if run is None:
             preflight(self.config)
         assert self.config.sft is not None
@@ -75,16 +66,11 @@ class SFT:
         `callback` is a function, a `BaseCallback` or a list of them (train/callbacks.py). Raises Interrupted
         after SIGTERM or Ctrl-C, once it has saved.
         """
-        check_count("total_epochs", total_epochs)
-        more = None if total_epochs is None else total_epochs * len(self.data.train)
-        self._session.learn(more, callback=callback, model=self)
+        self._session.learn(total_epochs, "total_epochs", callback=callback, model=self)
         return self
 
     def evaluate(self, examples: int | None = None) -> dict[str, float]:
-        """`eval/nll` and `eval/perplexity` on the first `examples` held-out examples.
-
-        Raises InputError without any.
-        """
+        """`eval/nll` and `eval/perplexity` on the first `examples` held out. Raises InputError without any."""
         return self._session.evaluate(examples, "examples")
 
     @overload
@@ -92,9 +78,7 @@ class SFT:
     @overload
     def generate(self, prompts: Sequence[Any], *, seed: int = 0, **sampling: Any) -> list[str]: ...
     def generate(self, prompts: Any, *, seed: int = 0, **sampling: Any) -> str | list[str]:
-        """Continue one prompt or several; a string each. `sampling` overrides the run's `max_new_tokens`,
-        `temperature`, `top_k` and `top_p`.
-        """
+        """A string for a prompt, or for each of several; `sampling`: `max_new_tokens`, `temperature`, `top_k`, `top_p`."""
         return generate_text(self.policy, prompts, config=self.config, seed=seed, **sampling)
 
     def save(self, folder: str | Path) -> None:
@@ -113,7 +97,4 @@ class SFT:
         config, run = open_folder(folder, "SFT", is_given=data is not None)
         if run is None:
             return cls(str(folder), data, config=config, verbose=verbose)
-        with resuming(run):
-            model = cls(config.policy.model, data, config=config, verbose=verbose, run=run)
-            _ = model._session.training
-        return model
+        return resume(run, cls, config.policy.model, data, config=config, verbose=verbose)

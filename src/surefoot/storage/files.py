@@ -9,6 +9,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from surefoot.errors import InputError
+
 
 def write_durably(path: Path, data: bytes) -> None:
     """Write a file so that it is whole or absent whatever happens: aside, fsynced, then renamed."""
@@ -23,6 +27,16 @@ def write_durably(path: Path, data: bytes) -> None:
         aside.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Make what keeps the block from writing `path` an InputError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} could not be written: {reason}") from error
 
 
 def sync(path: Path) -> None:
