@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +15,6 @@ import transformers
 import surefoot
 from surefoot import PPO, SFT, RewardModel, TextTask, advantages, collect, load_policy, update
 from surefoot.config import AdapterConfig, Config, PolicyConfig, make_config
-from surefoot.train.ppo_objective import PPOObjective
-from tests.fakes import config_of
 from tests.inputs import PROMPTS, Rows, model_folder, refusal
 from tests.tiny import tiny_policy, tiny_tokenizer
 
@@ -39,40 +36,18 @@ def small(policy: object = None, env: TextTask | None = None, **settings: object
     return PPO(tiny_policy() if policy is None else policy, env or task(), **{"verbose": 0, **SMALL, **settings})
 
 
-def test_the_public_names_are_sorted_and_complete():
+def test_the_public_names_are_sorted_complete_documented_and_the_same_to_type_checkers():
     by_kind = sorted(surefoot.__all__, key=lambda name: (not name.isupper(), not name[0].isupper(), name))
     assert surefoot.__all__ == by_kind and len(set(by_kind)) == len(by_kind)
-    promised = {
-        "BaseCallback",
-        "PPO",
-        "PPOObjective",
-        "RewardModel",
-        "SFT",
-        "TextTask",
-        "advantages",
-        "collect",
-        "evaluate_policy",
-        "load_policy",
-        "make_env",
-        "make_optimizer",
-        "make_policy",
-        "new_model",
-        "update",
-    }
+    promised = "BaseCallback PPO PPOObjective RewardModel SFT TextTask advantages collect evaluate_policy load_policy make_env"
+    promised += " make_optimizer make_policy new_model update"
     errors = {name for name, value in vars(surefoot.errors).items() if isinstance(value, type) and issubclass(value, Exception)}
-    assert set(surefoot.__all__) == promised | errors
-
-
-def test_every_public_name_imports_and_type_checkers_see_the_same_ones():
+    assert set(surefoot.__all__) == {*promised.split()} | errors
     for name in surefoot.__all__:
         assert getattr(surefoot, name).__name__ == name and inspect.getdoc(getattr(surefoot, name))
-    tree = ast.parse(Path(surefoot.__file__).read_text())
-    block = next(node for node in tree.body if isinstance(node, ast.If))
+    block = next(node for node in ast.parse(Path(surefoot.__file__).read_text()).body if isinstance(node, ast.If))
     seen = {alias.name for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert seen == set(surefoot.__all__)
-
-
-def test_a_name_that_does_not_exist_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'surefoot' has no attribute 'GRPO'"):
         surefoot.GRPO  # noqa: B018
     with pytest.raises(ImportError):
@@ -119,9 +94,8 @@ SIGNATURES = {
 }
 
 
-@pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: function.__qualname__)
-def test_public_signatures_change_only_on_purpose(function):
-    assert plain_signature(function) == SIGNATURES[function]
+def test_public_signatures_change_only_on_purpose():
+    assert {function: plain_signature(function) for function in SIGNATURES} == SIGNATURES
 
 
 def test_ten_lines_train_a_model_with_a_reward_of_ones_own(capsys):
@@ -179,17 +153,6 @@ def test_nothing_is_shown_when_nothing_is_asked_for(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_loops_parts_are_a_loop_of_ones_own():
-    policy, ppo = tiny_policy(), config_of(batch_size=4, n_epochs=1)
-    optimizer = torch.optim.Adam([p for _, p in policy.named_parameters_to_train()])
-    before = [p.detach().clone() for _, p in policy.named_parameters_to_train()]
-    batch = collect(policy, task(held_out=0), episodes=4)
-    advantages(batch, ppo)
-    result = update(policy, batch, PPOObjective(ppo), optimizer=optimizer)
-    assert result.steps == 1
-    assert any(not torch.equal(a, p) for a, (_, p) in zip(before, policy.named_parameters_to_train(), strict=True))
-
-
 def test_settings_and_config_are_the_same_thing():
     config = make_config({"ppo": {"gamma": 0.5}, "kl": {"coef": 0.3}, "run": {"name": "mine"}}, where="test")
     model = PPO(tiny_policy(), config=config, gamma=0.25, adapter={"rank": 2})
@@ -200,74 +163,50 @@ def test_settings_and_config_are_the_same_thing():
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "named"),
     [
-        ({"learning_rat": 1}, "unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
-        ({"chat": True}, "unknown setting 'chat'; it is TextTask's"),
-        ({"learning_rate": "fast"}, "PPO(...): ppo.learning_rate: should be a number, got 'fast'"),
-        ({"batch_size": 5}, "PPO(...): ppo.batch_size (5) does not divide rollout.episodes_per_update (64); try 4"),
-        ({"temperature": 0}, "PPO(...): generation.temperature 0 is greedy and cannot be trained on"),
-        ({"adapter": {"rnk": 2}}, "PPO(...): unknown key 'policy.adapter.rnk'; did you mean 'policy.adapter.rank'?"),
-        ({"run_name": "../up"}, "PPO(...): run.name: '../up' is not a plain folder name"),
+        ({"learning_rat": 1}, "'learning_rate'"),
+        ({"chat": True}, "TextTask"),
+        ({"learning_rate": "fast"}, "ppo.learning_rate"),
+        ({"batch_size": 5}, "ppo.batch_size (5)"),
+        ({"temperature": 0}, "generation.temperature"),
+        ({"adapter": {"rnk": 2}}, "'policy.adapter.rank'"),
+        ({"run_name": "../up"}, "run.name"),
+        ({"n_steps": 5}, "n_steps"),
     ],
 )
-def test_a_wrong_setting_is_refused_before_the_model_is_loaded(monkeypatch, settings, said):
+def test_a_wrong_setting_is_refused_before_the_model_is_loaded(monkeypatch, settings, named):
     monkeypatch.setattr("surefoot.build.language.load_policy", None)
-    assert refusal(lambda: PPO("smollm2-135m-instruct", task(), **settings)).startswith(said)
+    refusal(lambda: PPO("smollm2-135m-instruct", task(), **settings), named)
 
 
-@pytest.mark.parametrize("policy", [None, 5, torch.nn.Linear(2, 2), ["a", "b"]], ids=lambda policy: type(policy).__name__)
-def test_something_that_is_no_policy_is_refused(policy):
-    said = refusal(lambda: PPO(policy, task()))
-    assert said == f"policy: expected a model's name or folder, or what load_policy gives, got a {type(policy).__name__}"
-
-
-@pytest.mark.parametrize("env", ["CartPole-v1", PROMPTS, reward])
-def test_something_that_is_no_task_is_refused(env):
-    assert refusal(lambda: PPO(tiny_policy(), env)).startswith("env: expected a TextTask(prompts, reward), got ")
-
-
-@pytest.mark.parametrize("policy", [str, Path])
-def test_a_folder_can_be_given_as_text_or_path(policy):
-    assert PPO(policy(model_folder())).policy.lm.config.vocab_size == 61
+def test_what_is_no_policy_or_no_task_is_refused_and_a_folder_is_text_or_path():
+    for policy in (None, 5, torch.nn.Linear(2, 2), ["a", "b"]):
+        refusal(lambda policy=policy: PPO(policy, task()), "policy", type(policy).__name__)
+    for env in ("CartPole-v1", PROMPTS, reward):
+        refusal(lambda env=env: PPO(tiny_policy(), env), "env", "TextTask")
+    assert {PPO(kind(model_folder())).policy.lm.config.vocab_size for kind in (str, Path)} == {61}
 
 
 def test_the_try_of_the_reward_leaves_the_global_generators_alone():
-    def draws(prompts, completions, **columns):
-        return torch.rand(len(prompts)).tolist()
-
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    small(env=TextTask(PROMPTS, draws))
+    small(env=TextTask(PROMPTS, lambda prompts, completions, **columns: torch.rand(len(prompts)).tolist()))
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize("count", [0, -4, 2.5, "100"])
-def test_a_senseless_number_of_episodes_is_refused(count):
-    model = small()
-    assert refusal(lambda: model.learn(count)) == f"total_episodes: expected a whole number above 0, got {count!r}"
-    assert refusal(lambda: model.evaluate(count)) == f"episodes: expected a whole number above 0, got {count!r}"
-    assert not Path("runs").exists()
-
-
-def test_training_without_a_task_is_refused():
-    model = PPO(tiny_policy())
-    assert "there is nothing to train on" in refusal(model.learn)
-    assert "there is nothing to train on" in refusal(model.evaluate)
-    assert not Path("runs").exists()
-
-
-def test_evaluation_of_no_episodes_is_refused():
+def test_what_cannot_be_trained_or_evaluated_is_refused_and_leaves_nothing():
     model = small(evaluate_episodes=0)
-    assert refusal(model.evaluate) == "evaluate.episodes is 0; say how many: evaluate(episodes=64)"
-    assert model.evaluate(1)["eval/length"] > 0
-
-
-def test_evaluation_without_held_out_prompts_is_refused_and_leaves_nothing():
-    model = small(env=task(held_out=0))
-    assert "no held-out prompts to evaluate on" in refusal(model.evaluate)
+    for count in (0, -4, 2.5, "100"):
+        refusal(lambda count=count: model.learn(count), "total_episodes", repr(count))
+        refusal(lambda count=count: model.evaluate(count), "episodes", repr(count))
+    refusal(model.evaluate, "evaluate.episodes", "episodes=")
+    refusal(small(env=task(held_out=0)).evaluate, "held-out prompts")
+    for method in (PPO.learn, PPO.evaluate):
+        refusal(lambda method=method: method(PPO(tiny_policy())), "PPO(model, task)")
     assert not Path("runs").exists()
+    assert model.evaluate(1)["eval/length"] > 0
 
 
 def test_evaluation_measures_what_was_held_out():
@@ -284,29 +223,27 @@ def test_evaluation_measures_what_was_held_out():
 
 
 @pytest.mark.parametrize(
-    ("prompts", "said"),
+    ("prompts", "named"),
     [
-        ("", "generate: the prompt is empty"),
-        (["one", " "], "generate, prompt 2: the prompt is empty"),
-        (5, "prompts: expected a string or a list of prompts, got int"),
-        (None, "prompts: expected a string or a list of prompts, got NoneType"),
-        (["one", 5], "generate, prompt 2: a prompt must be a string or a list of {role, content} messages, got int"),
-        ([{"role": "user", "content": "hi"}], "generate, prompt 1: a prompt must be a string or a list of"),
-        ([[{"role": "user"}]], "generate, prompt 1: a prompt must be a string or a list of"),
-        ([[{"role": "user", "content": "hi"}]], "messages need a chat template"),
-        ("x" * 100, "has 100 tokens; the model's context of 96 leaves 72 beside 24 new ones"),
-        ("half \ud83d", "generate: half a surrogate pair"),
+        ("", "generate"),
+        (["one", " "], "prompt 2"),
+        (5, "int"),
+        (None, "NoneType"),
+        (["one", 5], "prompt 2"),
+        ([{"role": "user", "content": "hi"}], "prompt 1"),
+        ([[{"role": "user"}]], "prompt 1"),
+        ([[{"role": "user", "content": "hi"}]], "chat template"),
+        ("x" * 100, "100 tokens"),
+        ("half \ud83d", "generate"),
     ],
 )
-def test_prompts_that_cannot_be_continued_are_refused(prompts, said):
-    assert said in refusal(lambda: PPO(tiny_policy()).generate(prompts))
+def test_prompts_that_cannot_be_continued_are_refused(prompts, named):
+    refusal(lambda: PPO(tiny_policy()).generate(prompts), named)
 
 
-def test_sampling_settings_are_checked():
-    model = PPO(tiny_policy())
-    assert "unknown sampling setting 'top_q'" in refusal(lambda: model.generate("one", top_q=3))
-    assert "max_new_tokens: should be greater than 0" in refusal(lambda: model.generate("one", max_new_tokens=0))
-    assert "top_p: should be less than or equal to 1" in refusal(lambda: model.generate("one", top_p=3.0))
+@pytest.mark.parametrize(("name", "value"), [("top_q", 3), ("max_new_tokens", 0), ("top_p", 3.0)])
+def test_sampling_settings_are_checked(name, value):
+    refusal(lambda: PPO(tiny_policy()).generate("one", **{name: value}), name)
 
 
 def test_one_prompt_gives_a_string_and_several_a_list():
@@ -314,10 +251,6 @@ def test_one_prompt_gives_a_string_and_several_a_list():
     assert isinstance(model.generate("one"), str)
     assert [type(text) for text in model.generate(["one", "two"])] == [str, str] and model.generate([]) == []
     assert model.generate(["one"], seed=4)[0] == model.generate("one", seed=4)
-
-
-def weights(model: PPO) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.policy.named_parameters_to_train()}
 
 
 def test_generating_stops_at_the_strings_the_policy_was_trained_to_stop_at():
@@ -357,26 +290,19 @@ def test_relative_names_in_a_run_folder_are_found_from_anywhere(monkeypatch, tmp
     assert isinstance(PPO.open("../runs/mine").generate("one"), str)
 
 
-@pytest.mark.parametrize("name", ["nowhere", "empty", "plain"])
-def test_a_folder_that_surefoot_did_not_write_is_refused(name):
+def test_folders_that_cannot_be_loaded_or_written_are_one_line():
     Path("empty").mkdir()
     shutil.copytree(model_folder(), "plain")
-    assert refusal(lambda: PPO.load(name, task())).startswith(f"{name} is neither a run folder (config.yaml) nor a model that")
-
-
-def test_settings_of_a_saved_model_that_are_damaged_are_refused():
+    for name in ("nowhere", "empty", "plain"):
+        refusal(lambda name=name: PPO.load(name, task()), name, "config.yaml", "surefoot.yaml")
     PPO(model_folder(), verbose=0).save("out")
     Path("out/surefoot.yaml").write_text("ppo: !!python/object/apply:os.system ['touch canary']")
-    assert refusal(lambda: PPO.load("out", task())).startswith("out/surefoot.yaml, line 1: not valid, safe YAML")
+    refusal(lambda: PPO.load("out", task()), "out/surefoot.yaml, line 1")
     assert not Path("canary").exists()
-
-
-def test_a_place_that_cannot_be_written_is_one_line():
     Path("file").touch()
-    assert refusal(lambda: PPO(tiny_policy()).save("file/out")).startswith("file/out could not be written: ")
+    refusal(lambda: PPO(tiny_policy()).save("file/out"), "file/out")
 
 
 def test_load_policy_gives_what_ppo_takes():
     policy = load_policy(str(model_folder()), PolicyConfig(adapter=AdapterConfig(rank=2), dtype="float32"))
-    model = small(policy).learn(4)
-    assert model.policy is policy and os.path.isdir(model.run_folder or "")
+    assert small(policy).learn(4).policy is policy

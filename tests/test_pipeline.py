@@ -30,20 +30,22 @@ RATINGS = [{"text": f"{word} film {number}", "rating": number % 3} for word in (
 PROMPTS = [{"prompt": f"{word} {number}"} for word in ("the", "our", "in") for number in range(4)]
 CHATS = [{"messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": " end"}]}]
 MIXED = [{"prompt": prompt} for prompt in ("the", "our", "in", [{"role": "user", "content": "the"}])]
+TASK = {"prompts": "prompts.jsonl", "reward": "stage:judge", "held_out": 0.3}
+SHORT = {"max_new_tokens": 3, "stop": ["e", "o", "a", "i"]}
 STAGES: dict[str, Any] = {
     "taught": {"sft": {"data": "pairs.jsonl", "epochs": 1, "batch_size": 4, "held_out": 0.3}},
     "judge": {"reward_model": {"data": "ratings.jsonl", "epochs": 1, "batch_size": 4, "held_out": 0.3}},
     "tuned": {
         "policy": {"model": "stage:taught"},
-        "task": {"prompts": "prompts.jsonl", "reward": "stage:judge", "held_out": 0.3},
+        "task": TASK,
         "generation": {"max_new_tokens": 3},
         "ppo": {"batch_size": 4, "n_epochs": 1},
         "rollout": {"total_episodes": 8, "episodes_per_update": 4},
     },
     "answers": {
         "policy": {"model": "stage:tuned"},
-        "task": {"prompts": "prompts.jsonl", "reward": "stage:judge", "held_out": 0.3},
-        "generation": {"max_new_tokens": 3, "stop": ["e", "o", "a", "i"]},
+        "task": TASK,
+        "generation": SHORT,
         "rejection_sampling": {"episodes": 36, "keep": 0.5, "join": "pairs.jsonl"},
     },
     "again": {"sft": {"data": "stage:answers", "epochs": 1, "batch_size": 4, "held_out": 0.3}},
@@ -77,13 +79,20 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_stage_leaves_what_the_next_one_takes(whole: Path):
+def test_every_stage_leaves_what_the_next_one_takes_and_a_finished_pipeline_does_nothing(whole: Path):
     runs = whole / "runs"
     assert sorted(path.name for path in runs.iterdir()) == ["again", "answers", "judge", "taught", "tuned"]
     tuned = yaml.safe_load((runs / "tuned" / "config.yaml").read_text())
     assert tuned["policy"]["model"] == str(runs / "taught" / "model")
     assert tuned["task"]["reward"] == str(runs / "judge" / "model")
-    assert (runs / "again" / "model" / "model.safetensors").is_file()
+    assert (runs / "again" / "model" / WEIGHTS).is_file()
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file() and path.name != ".lock"}
+    config, text = runs / "tuned" / "config.yaml", (runs / "tuned" / "config.yaml").read_text()
+    config.write_text("# A remark.\n" + yaml.safe_dump(yaml.safe_load(text), sort_keys=True))  # the same settings
+    outcome = run_cli("pipeline", whole / "pipeline.yaml")
+    config.write_text(text)
+    assert outcome.code == 0 and outcome.out.count("finished before") == len(STAGES), outcome.err
+    assert {path: path.stat().st_mtime_ns for path in before if path != config}.items() <= before.items()
 
 
 def test_sampled_examples_are_the_given_rows_and_then_the_best_answers(whole: Path):
@@ -102,71 +111,45 @@ def test_sampled_examples_are_the_given_rows_and_then_the_best_answers(whole: Pa
     assert [(row["prompt"], row["completion"]) for row in examples[len(PAIRS) :]] == list(best)
 
 
-def test_a_finished_pipeline_does_nothing(whole: Path):
-    before = {path: path.stat().st_mtime_ns for path in (whole / "runs").rglob("*") if path.is_file() and path.name != ".lock"}
-    outcome = run_cli("pipeline", str(whole / "pipeline.yaml"))
-    assert outcome.code == 0
-    assert outcome.out.count("finished before") == len(STAGES)
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-
-
 @pytest.mark.parametrize(
-    "strike",
-    [
-        Strike("surefoot.train.update:take_step", nth=4, signals=[int(signal.SIGKILL)]),
-        Strike("surefoot.api.rejection:write_durably", nth=2, signals=[int(signal.SIGKILL)]),
-        Strike("surefoot.api.reward_model:RewardModel.save", signals=[int(signal.SIGKILL)]),
-    ],
-    ids=["in a stage", "writing completions", "between training and saving"],
+    ("place", "nth"), [("surefoot.train.update:take_step", 4), ("surefoot.api.rejection:write_durably", 2)]
 )
-def test_a_killed_pipeline_goes_on_to_the_same_weights(tmp_path: Path, whole: Path, strike: Strike):
+def test_a_killed_pipeline_goes_on_to_the_same_weights(tmp_path: Path, whole: Path, warm: Warm, place: str, nth: int):
     file = write(tmp_path, STAGES)
-    with Warm() as warm:
-        assert warm.run(tmp_path, "pipeline", file, strikes=[strike]).code == -signal.SIGKILL
-        ended = warm.run(tmp_path, "pipeline", file)
+    strike = Strike(place, nth=nth, signals=[int(signal.SIGKILL)])
+    assert warm.run(tmp_path, "pipeline", file, strikes=[strike]).code == -signal.SIGKILL
+    ended = warm.run(tmp_path, "pipeline", file)
     assert ended.code == 0, ended.stderr
     for stage in ("taught", "tuned", "again"):
         mine, other = tmp_path / "runs" / stage, whole / "runs" / stage
         assert rows(mine) == rows(other)
         assert (mine / "model" / WEIGHTS).read_bytes() == (other / "model" / WEIGHTS).read_bytes()
-    labels = ("runs", "answers", "completions.jsonl")
-    assert tmp_path.joinpath(*labels).read_bytes() == whole.joinpath(*labels).read_bytes()
+    mine, other = (folder / "runs" / "answers" / "completions.jsonl" for folder in (tmp_path, whole))
+    assert mine.read_bytes() == other.read_bytes()
 
 
-def test_a_relative_path_means_the_same_from_another_folder(tmp_path: Path):
+def test_paths_in_the_file_are_its_own_and_those_in_flags_the_working_directorys(tmp_path: Path, warm: Warm, monkeypatch):
     here, there = tmp_path / "a", tmp_path / "a" / "b"
     there.mkdir(parents=True)
     write(there, {"taught": STAGES["taught"]})
     strike = Strike("surefoot.api.sft:SFT.save", signals=[int(signal.SIGKILL)])
-    with Warm() as warm:
-        assert warm.run(here, "pipeline", "b/pipeline.yaml", strikes=[strike]).code == -signal.SIGKILL
-        checkpoint = next((there / "runs" / "taught" / "checkpoints").glob("*/*.safetensors"))
-        before = checkpoint.stat().st_mtime_ns
-        refused = warm.run(there, "pipeline", "../b/pipeline.yaml", "--stages.taught.sft.learning-rate", "0.5")
-        assert "stage taught was begun with sft.learning_rate" in refused.stderr
-        ended = warm.run(there, "pipeline", "../b/pipeline.yaml")
+    assert warm.run(here, "pipeline", "b/pipeline.yaml", strikes=[strike]).code == -signal.SIGKILL
+    checkpoint = next((there / "runs" / "taught" / "checkpoints").glob("*/*.safetensors"))
+    before = checkpoint.stat().st_mtime_ns
+    refused = warm.run(there, "pipeline", "../b/pipeline.yaml", "--stages.taught.sft.learning-rate", "0.5")
+    assert "sft.learning_rate" in refused.stderr and refused.code == 2
+    ended = warm.run(there, "pipeline", "../b/pipeline.yaml")
     assert ended.code == 0, ended.stderr
     assert (there / "runs" / "taught" / "model" / WEIGHTS).is_file()
     assert checkpoint.stat().st_mtime_ns == before  # it went on from there
     assert not [path for path in tmp_path.rglob("runs") if path != there / "runs"]
-
-
-def test_paths_in_flags_are_relative_to_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    file = write(tmp_path, {"taught": STAGES["taught"]})
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "pairs.jsonl").rename(tmp_path / "elsewhere" / "mine.jsonl")
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    (stage,) = load_pipeline("../pipeline.yaml", {"stages.taught.sft.data": "./mine.jsonl", "folder": "here"})
-    assert stage.config.sft is not None
-    assert stage.config.sft.data == str(tmp_path / "elsewhere" / "mine.jsonl")
-    assert stage.product == tmp_path / "elsewhere" / "here" / "taught" / "model"
-    assert stage.config.policy.model == str(tmp_path / "model") and file.parent == tmp_path
-
-
-def test_flags_reach_a_stage_and_the_common_part(tmp_path: Path):
-    stages = load_pipeline(write(tmp_path, STAGES), {"common.seed": "9", "stages.tuned.rollout.total_episodes": "4"})
-    assert {stage.config.seed for stage in stages} == {9}
-    assert stages[2].config.rollout.total_episodes == 4
+    (there / "pairs.jsonl").rename(here / "mine.jsonl")
+    monkeypatch.chdir(here)
+    flags = {"stages.taught.sft.data": "./mine.jsonl", "folder": "here", "common.seed": "9"}
+    (stage,) = load_pipeline("b/pipeline.yaml", flags)
+    assert stage.config.sft is not None and stage.config.seed == 9
+    assert stage.config.sft.data == str(here / "mine.jsonl") and stage.config.policy.model == str(there / "model")
+    assert stage.product == here / "here" / "taught" / "model"
 
 
 def changed(name: str, **sections: Any) -> dict[str, Any]:
@@ -177,106 +160,66 @@ def changed(name: str, **sections: Any) -> dict[str, Any]:
 
 def task(**settings: Any) -> dict[str, Any]:
     """The task of `STAGES` with other settings."""
-    return STAGES["tuned"]["task"] | settings
+    return TASK | settings
 
 
-TWO_KINDS = changed("answers", task=None, sft=STAGES["taught"]["sft"])
-BAD = {
+def answers(**settings: Any) -> dict[str, Any]:
+    """`STAGES` with other settings of rejection sampling."""
+    return changed("answers", rejection_sampling=settings)
+
+
+def tuned(**settings: Any) -> dict[str, Any]:
+    """`STAGES` with other settings of the task of PPO."""
+    return changed("tuned", task=task(**settings))
+
+
+JUDGED = {"name": "stage:judge"}
+GROUPS: dict[str, Any] = {"group": {"size": 8}, "rollout": {"episodes_per_update": 64}, "ppo": {"batch_size": 8}}
+BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no stages": ({}, "stages"),
-    "a name that is a path": ({"../x": STAGES["taught"]}, "not a valid name of a stage"),
-    "a later stage": ({"first": changed("tuned")["tuned"]}, "stage:taught is no earlier stage; no stage stands before it"),
-    "nothing to learn": ({"empty": {"seed": 1}}, "stage empty: no task (task.prompts and task.reward)"),
+    "a name that is a path": ({"../x": STAGES["taught"]}, "'../x'"),
+    "a later stage": ({"first": STAGES["tuned"]}, "stage:taught"),
+    "nothing to learn": ({"empty": {"seed": 1}}, "stage empty"),
     "a misspelt key": (changed("taught", sft={"data": "pairs.jsonl", "epoch": 1}), "stage taught: unknown key 'sft.epoch'"),
     "no such file": (changed("judge", reward_model={"data": "none.jsonl"}), "none.jsonl"),
-    "no prompts": (changed("tuned", task=STAGES["tuned"]["task"] | {"prompts": "none.jsonl"}), "task.prompts: no file"),
-    "no examples to join": (
-        changed("answers", rejection_sampling={"join": "none.jsonl"}),
-        "stage answers: rejection_sampling.join: no file",
-    ),
-    "a share of nothing": (changed("answers", rejection_sampling={"keep": 0.0}), "stage answers: rejection_sampling.keep"),
-    "rejection sampling without a task": (TWO_KINDS, "stage answers: rejection_sampling: a run with sft has no such section"),
-    "rejection sampling that is no section": (
-        changed("answers", rejection_sampling=5),
-        "rejection_sampling: should be a section",
-    ),
-    "a run that is no section": (changed("taught", run=5), "stage taught: run: should be a section"),
-    "a new model": (changed("taught", new_model={}), "new_model is read by surefoot new-model"),
-    "a share of a group": (
-        changed("answers", group={"size": 8}, rollout={"episodes_per_update": 64}, ppo={"batch_size": 8}),
-        "stage answers: group.size (8) does not divide rejection_sampling.episodes (36)",
-    ),
-    "no such function": (
-        changed("tuned", task=task(metric="none.py:metric")),
-        "stage tuned: task.metric: no file",
-    ),
-    "no such part": (
-        changed("tuned", task=task(reward=[{"name": "stage:judge"}, {"name": "math:sinus"}])),
-        "stage tuned: task.reward, sinus: math has no function 'sinus'",
-    ),
-    "a reward that takes nothing": (
-        changed("tuned", task=task(reward=[{"name": "stage:judge"}, {"name": "broken.py:takes_nothing"}])),
-        "stage tuned: the reward takes_nothing function raised TypeError",
-    ),
-    "a metric that says nothing": (
-        changed("tuned", task=task(metric="broken.py:says_nothing")),
-        "stage tuned: the metric function returned 0 rewards",
-    ),
-    "no reward model": (changed("tuned", task=task(reward="model")), "stage tuned: task.reward: no reward model in"),
-    "no such column": (changed("tuned", task=task(prompt_column="text")), "line 1: no column 'text'; it has prompt"),
-    "no such model": (changed("taught", policy={"model": "./none"}), "stage taught: policy.model: no folder"),
-    "a reward model as policy": (
-        changed("tuned", policy={"model": "stage:judge"}),
-        "stage tuned: policy.model takes a language model, and stage judge leaves a reward model",
-    ),
-    "a language model as reward": (
-        changed("tuned", task=task(reward=[{"name": "stage:taught"}])),
-        "stage tuned: task.reward.name takes a reward model, and stage taught leaves a language model",
-    ),
-    "a model as examples": (
-        changed("again", sft={"data": "stage:tuned"}),
-        "stage again: sft.data takes examples, and stage tuned leaves a language model",
-    ),
-    "a stage as a name": (changed("again", device="stage:tuned"), "device takes nothing of a stage's"),
-    "chats to join for strings": (
-        changed("answers", rejection_sampling={"episodes": 12, "join": "chats.jsonl"}),
-        "rejection_sampling.join has messages, and the completions will be prompt and completion",
-    ),
-    "pairs to join for a chat": (
-        changed("answers", task=task(chat=True)),
-        "rejection_sampling.join has prompt and completion, and the completions will be messages",
-    ),
-    "ratings to join": (
-        changed("answers", rejection_sampling={"episodes": 12, "join": "ratings.jsonl"}),
-        "rejection_sampling.join has text, and",
-    ),
-    "prompts of both kinds": (
-        changed("answers", task=task(prompts="mixed.jsonl", held_out=0.0)),
-        "task.prompts are strings and messages",
-    ),
-    "a name of its own": (changed("taught", run={"name": "x"}), "run.name and run.folder follow from the pipeline's folder"),
+    "no prompts": (tuned(prompts="none.jsonl"), "task.prompts"),
+    "no examples to join": (answers(join="none.jsonl"), "stage answers: rejection_sampling.join"),
+    "a share of nothing": (answers(keep=0.0), "stage answers: rejection_sampling.keep"),
+    "rejection without a task": (changed("answers", task=None, sft=STAGES["taught"]["sft"]), "answers: rejection_sampling"),
+    "rejection that is no section": (changed("answers", rejection_sampling=5), "rejection_sampling"),
+    "a run that is no section": (changed("taught", run=5), "stage taught: run"),
+    "a new model": (changed("taught", new_model={}), "new_model"),
+    "a share of a group": (changed("answers", **GROUPS), "rejection_sampling.episodes (36)"),
+    "no such function": (tuned(metric="none.py:metric"), "stage tuned: task.metric"),
+    "no such part": (tuned(reward=[JUDGED, {"name": "math:sinus"}]), "stage tuned: task.reward, sinus"),
+    "a reward that takes nothing": (tuned(reward=[JUDGED, {"name": "broken.py:takes_nothing"}]), "takes_nothing"),
+    "a metric that says nothing": (tuned(metric="broken.py:says_nothing"), "stage tuned: the metric"),
+    "no reward model": (tuned(reward="model"), "stage tuned: task.reward"),
+    "no such column": (tuned(prompt_column="text"), "no column 'text'"),
+    "no such model": (changed("taught", policy={"model": "./none"}), "stage taught: policy.model"),
+    "a reward model as policy": (changed("tuned", policy={"model": "stage:judge"}), "policy.model"),
+    "a language model as reward": (tuned(reward=[{"name": "stage:taught"}]), "task.reward.name"),
+    "a model as examples": (changed("again", sft={"data": "stage:tuned"}), "stage again: sft.data"),
+    "a stage as a name": (changed("again", device="stage:tuned"), "device"),
+    "chats to join for strings": (answers(join="chats.jsonl"), "rejection_sampling.join has messages"),
+    "pairs to join for a chat": (changed("answers", task=task(chat=True)), "join has prompt and completion"),
+    "ratings to join": (answers(join="ratings.jsonl"), "rejection_sampling.join has text"),
+    "prompts of both kinds": (changed("answers", task=task(prompts="mixed.jsonl", held_out=0.0)), "task.prompts"),
+    "a name of its own": (changed("taught", run={"name": "x"}), "run.name"),
 }
 
 
-@pytest.mark.parametrize(("stages", "words"), BAD.values(), ids=BAD)
-def test_bad_pipelines_are_refused_in_one_line_before_any_stage(tmp_path: Path, stages: dict[str, Any], words: str):
-    assert words in run_cli("pipeline", write(tmp_path, stages)).complaint
+@pytest.mark.parametrize(("stages", "named"), BAD.values(), ids=BAD)
+def test_bad_pipelines_are_refused_in_one_line_before_any_stage(tmp_path: Path, stages: dict[str, Any], named: str):
+    run_cli("pipeline", write(tmp_path, stages)).refused(named)
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_stage_that_was_begun_with_other_settings_is_refused(whole: Path):
-    outcome = run_cli("pipeline", str(whole / "pipeline.yaml"), "--stages.tuned.kl.coef", "0.3")
-    assert "stage tuned was begun with kl.coef 0.05, and now has 0.3; name another folder" in outcome.complaint
-    outcome = run_cli("pipeline", str(whole / "pipeline.yaml"), "--stages.answers.rejection-sampling.keep", "0.25")
-    assert "stage answers was begun with rejection_sampling.keep 0.5, and now has 0.25; name another" in outcome.complaint
-
-
-def test_settings_are_compared_as_settings_and_not_as_text(whole: Path):
-    config = whole / "runs" / "tuned" / "config.yaml"
-    text = config.read_text()
-    config.write_text("# A remark.\n" + yaml.safe_dump(yaml.safe_load(text), sort_keys=True))
-    outcome = run_cli("pipeline", str(whole / "pipeline.yaml"))
-    config.write_text(text)
-    assert outcome.code == 0, outcome.err
+    file = whole / "pipeline.yaml"
+    run_cli("pipeline", file, "--stages.tuned.kl.coef", "0.3").refused("stage tuned", "kl.coef 0.05", "0.3")
+    flags = ("--stages.answers.rejection-sampling.keep", "0.25")
+    run_cli("pipeline", file, *flags).refused("stage answers", "rejection_sampling.keep 0.5", "0.25")
 
 
 def test_a_stage_made_from_one_that_was_removed_is_refused(whole: Path, tmp_path: Path):
@@ -285,7 +228,7 @@ def test_a_stage_made_from_one_that_was_removed_is_refused(whole: Path, tmp_path
     shutil.move(whole / "runs" / "taught", aside)
     outcome = run_cli("pipeline", str(file))
     shutil.move(aside, whole / "runs" / "taught")
-    assert "stage tuned was made from what stage taught no longer is; remove" in outcome.complaint
+    outcome.refused("stage tuned", "stage taught")
     shutil.move(whole / "runs" / "again", aside)  # nothing stands on it
     outcome = run_cli("pipeline", str(file))
     assert outcome.code == 0 and outcome.out.count("finished before") == len(STAGES) - 1
@@ -294,21 +237,16 @@ def test_a_stage_made_from_one_that_was_removed_is_refused(whole: Path, tmp_path
 def test_a_folder_that_is_no_whole_run_is_to_be_removed(tmp_path: Path):
     file = write(tmp_path, {"taught": STAGES["taught"]})
     (tmp_path / "runs" / "taught").mkdir(parents=True)
-    assert "taught exists, but has no config.yaml and is an incomplete run; remove it" in run_cli("pipeline", file).complaint
+    run_cli("pipeline", file).refused("taught", "config.yaml")
 
 
-def test_an_empty_section_of_rejection_sampling_has_its_defaults(tmp_path: Path):
-    stages = load_pipeline(write(tmp_path, STAGES | {"answers": STAGES["answers"] | {"rejection_sampling": None}}))
-    assert stages[3].config.rejection_sampling == RejectionSamplingConfig()
-
-
-def test_a_part_that_is_a_stage_is_called_by_its_name(tmp_path: Path):
+def test_an_empty_section_has_its_defaults_and_a_part_that_is_a_stage_is_called_by_its_name(tmp_path: Path):
     parts = [{"name": "stage:judge"}, {"name": "stage:judge2", "weight": 0.5}, {"name": "stage:judge", "label": "other"}]
-    judges = dict.fromkeys(("judge", "judge2"), STAGES["judge"])
-    stages = load_pipeline(
-        write(tmp_path, {**judges, "tuned": changed("tuned", task=task(reward=parts), policy=None)["tuned"]})
-    )
-    settings = stages[2].config.task
+    stages = STAGES | {"judge2": STAGES["judge"], "more": changed("tuned", task=task(reward=parts))["tuned"]}
+    stages["answers"] = STAGES["answers"] | {"rejection_sampling": None}
+    loaded = {stage.name: stage.config for stage in load_pipeline(write(tmp_path, stages))}
+    assert loaded["answers"].rejection_sampling == RejectionSamplingConfig()
+    settings = loaded["more"].task
     assert settings is not None and not isinstance(settings.reward, str)
     assert [part.called for part in settings.reward] == ["judge", "judge2", "other"]
 
@@ -321,8 +259,7 @@ def test_answers_of_a_chat_are_learned_behind_the_tokens_they_were_written_behin
     shutil.copytree(model_folder(chat=True), tmp_path / "model")
     section = {"prompts": "prompts.jsonl", "reward": "reward.py:reward", "chat": True}
     labels = {"episodes": 12, "keep": 1.0, "join": "chats.jsonl"}
-    generation = {"max_new_tokens": 3, "stop": ["e", "o", "a", "i"]}
-    file = write(tmp_path, {"answers": {"task": section, "generation": generation, "rejection_sampling": labels}})
+    file = write(tmp_path, {"answers": {"task": section, "generation": SHORT, "rejection_sampling": labels}})
     outcome = run_cli("pipeline", file)
     assert outcome.code == 0, outcome.err
     given, *examples = [json.loads(line)["messages"] for line in (tmp_path / "runs/answers/completions.jsonl").open()]
@@ -337,16 +274,10 @@ def test_answers_of_a_chat_are_learned_behind_the_tokens_they_were_written_behin
 
 
 def test_answers_that_were_all_cut_off_are_no_examples(tmp_path: Path):
-    policy = {"policy": {"model": "model"}}
-    task = {"task": {"prompts": "prompts.jsonl", "reward": "reward.py:reward"}, "generation": {"max_new_tokens": 1}}
     (tmp_path / "reward.py").write_text(REWARD)
-    file = write(tmp_path, {"answers": policy | task | {"rejection_sampling": {"episodes": 2}}})
-    outcome = run_cli("pipeline", str(file))
-    assert "of 2 completions none is usable" in outcome.err
-    assert outcome.code == 2
-
-
-def test_the_whole_is_checked_without_a_file(tmp_path: Path):
+    stage = {"task": {"prompts": "prompts.jsonl", "reward": "reward.py:reward"}, "generation": {"max_new_tokens": 1}}
+    file = write(tmp_path, {"answers": stage | {"rejection_sampling": {"episodes": 2}}})
+    run_cli("pipeline", file).refused("of 2 completions", "generation.max_new_tokens")
     with pytest.raises(InputError, match=r"no such file"):
         load_pipeline(tmp_path / "none.yaml")
 
@@ -366,14 +297,13 @@ def test_the_pages_pipeline_is_one_and_its_table_is_whole(tmp_path: Path):
 @pytest.mark.parametrize("name", ["pipeline.yaml", "pipeline_labels.yaml"])
 def test_the_recipes_pipelines_are_whole(tmp_path: Path, name: str):
     recipe = Path(__file__).parent.parent / "recipes" / "semi_supervised"
+    films = [f"the film {n}" for n in range(20)]
     rows = {
-        "examples": [{"prompt": f"the film {n}", "completion": " is good"} for n in range(20)],
-        "ratings": [{"text": f"the film {n}", "rating": n % 3} for n in range(20)],
+        "examples": [{"prompt": film, "completion": " is good"} for film in films],
+        "ratings": [{"text": film, "rating": n % 3} for n, film in enumerate(films)],
         "openings": PROMPTS,
-        "answers": [{"prompt": f"the film {n}", "completion": " positive"} for n in range(20)],
-        "answer_pairs": [
-            {"prompt": f"the film {n}", "chosen": LABELS[n % 2], "rejected": LABELS[1 - n % 2]} for n in range(20)
-        ],
+        "answers": [{"prompt": film, "completion": " positive"} for film in films],
+        "answer_pairs": [{"prompt": f, "chosen": LABELS[n % 2], "rejected": LABELS[1 - n % 2]} for n, f in enumerate(films)],
         "questions": PROMPTS,
     }
     (tmp_path / "data").mkdir()

@@ -1,4 +1,4 @@
-"""Every kind of run: killed or interrupted anywhere and resumed it is the run that was not; other data than before is refused."""
+"""Every kind of run: killed or interrupted anywhere and resumed it is the run that was not; other data is refused."""
 
 from __future__ import annotations
 
@@ -89,7 +89,8 @@ ENVIRONMENTS = {
     "in a rollout": Strike("surefoot.policies.control.policy:ControlPolicy.act", 100),
     "before its pointer": Strike(f"{CHECKPOINT}:point", 2),
 }
-REJECTION = {
+REJECTION: dict[str, Any] = {
+    "task": {"prompts": "data.jsonl"},
     "rejection_sampling": {"episodes": 22, "keep": 0.5},
     "generation": {"max_new_tokens": 5, "stop": ["e", "o", "a", "i"]},
 }
@@ -111,7 +112,7 @@ KINDS = {
         STEP,
         RATINGS,
     ),
-    "rejection sampling": Kind("rejection-sampling", text(**REJECTION)),
+    "rejection sampling": Kind("rejection-sampling", text(**REJECTION), data=[{"prompt": row["prompt"]} for row in PAIRS]),
     "cartpole": Kind("ppo", control(env("CartPole-v1", "MlpPolicy", normalize_rewards=True)), CONTROL, ENVIRONMENTS),
     "lstm": Kind("ppo", control(env("CartPole-v1", "MlpLstmPolicy", normalize_observations=True)), CONTROL, ENVIRONMENTS),
     "self-play": Kind("ppo", control(env("classic/tictactoe-v3", "MlpPolicy", self_play={})), CONTROL),
@@ -128,7 +129,7 @@ def strikes(name: str) -> dict[str, Strike]:
             "in a batch": Strike("surefoot.generation.engine:TokenEngine.poll", 12),
             "logged, not saved": Strike(f"{rejection}:write_durably", 2),
             "saved": Strike(f"{rejection}:write_durably", 2, after=True),
-            "all sampled": Strike(f"{rejection}:RejectionSampling._write_best", 1),
+            "all sampled": Strike(f"{rejection}:RejectionSampling.save", 1),
         }
     return {
         "before anything": Strike(f"{LOOP}:run", 1),
@@ -140,6 +141,11 @@ def strikes(name: str) -> dict[str, Strike]:
         **KINDS[name].strikes,
         "product half written": Strike(KINDS[name].product, 1, after=True),
     }
+
+
+def logged(name: str) -> Strike:
+    """Once something of the run is saved."""
+    return strikes(name)["in a batch" if name == "rejection sampling" else "logs ahead of the checkpoint"]
 
 
 CASES = [(name, place) for name in KINDS for place in strikes(name)]
@@ -175,7 +181,7 @@ def test_the_runs_under_test_exercise_what_they_should(kind: str, expected: dict
 
 @pytest.mark.parametrize(("kind", "place"), CASES, ids=[": ".join(case) for case in CASES])
 def test_a_killed_and_resumed_run_is_the_run_that_was_not(
-    tmp_path: Path, base: Path, warm: Warm, kind: str, place: str, expected: dict[str, Any]
+    tmp_path: Path, base: Path, warm: Warm, *, kind: str, place: str, expected: dict[str, Any]
 ) -> None:
     run = KINDS[kind].project(tmp_path, base)
     strike = dataclasses.replace(strikes(kind)[place], signals=[KILL])
@@ -191,8 +197,8 @@ def test_a_signal_saves_stops_and_says_how_to_go_on(
     tmp_path: Path, base: Path, warm: Warm, kind: str, expected: dict[str, Any]
 ) -> None:
     run = KINDS[kind].project(tmp_path, base)
-    strike = strikes(kind)["in a batch" if kind == "rejection sampling" else "logs ahead of the checkpoint"]
-    ended = warm.run(tmp_path, KINDS[kind].verb, "ppo.yaml", strikes=[dataclasses.replace(strike, signals=[TERM])])
+    strike = dataclasses.replace(logged(kind), signals=[TERM])
+    ended = warm.run(tmp_path, KINDS[kind].verb, "ppo.yaml", strikes=[strike])
     assert ended.code == 128 + TERM and ended.stderr.count("\n") == 1, ended
     how = ended.stderr.partition("saved; continue with: surefoot ")[2].split()
     assert how == ["resume", "runs/run"] and not (run / "model").exists() and not (run / "completions.jsonl").exists()
@@ -206,11 +212,12 @@ def test_a_signal_saves_stops_and_says_how_to_go_on(
 @pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.data])
 def test_data_that_changed_under_a_run_is_refused(tmp_path: Path, base: Path, warm: Warm, kind: str) -> None:
     KINDS[kind].project(tmp_path, base)
-    strike = dataclasses.replace(strikes(kind)["logs ahead of the checkpoint"], signals=[KILL])
+    strike = dataclasses.replace(logged(kind), signals=[KILL])
     assert warm.run(tmp_path, KINDS[kind].verb, "ppo.yaml", strikes=[strike]).code == -KILL
     write_rows(tmp_path / "data.jsonl", KINDS[kind].data[::-1])
     ended = warm.run(tmp_path, "resume", "runs/run")
-    assert ended.code == 2 and ".data: not the" in ended.stderr and ended.stderr.count("\n") == 1
+    key = "task.prompts" if kind == "rejection sampling" else ".data"
+    assert ended.code == 2 and f"{key}: not the" in ended.stderr and ended.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", ["ppo", "sft", "cartpole"])

@@ -14,7 +14,7 @@ import transformers
 from surefoot import PPO, SFT, TextTask
 from surefoot.config import make_config
 from surefoot.train import loop
-from tests.inputs import Outcome, model_folder, refusal, run_cli
+from tests.inputs import model_folder, refusal, run_cli
 from tests.train.small_run import rows, weights, write_rows, write_supervised
 
 SENTENCES = ["the film was good", "a band in the end", "her two dogs"]
@@ -26,15 +26,7 @@ CONFIG: dict[str, Any] = {
     "device": "cpu",
     "run": {"name": "run", "checkpoint_every": 2},
     "policy": {"dtype": "float32", "adapter": {"rank": 2}},
-    "sft": {
-        "data": "pairs.jsonl",
-        "held_out": 0.3,
-        "epochs": 2,
-        "batch_size": 5,
-        "learning_rate": 0.01,
-        "lr_warmup": 0.3,
-        "micro_batch_tokens": 40,
-    },
+    "sft": {"data": "pairs.jsonl", "held_out": 0.3, "epochs": 2, "batch_size": 5, "micro_batch_tokens": 40},
     "evaluate": {"every": 2, "episodes": 4},
 }
 
@@ -51,13 +43,6 @@ def write_project(folder: Path, model: Path, *, name: str = "pairs.jsonl", data:
 
 def reward(prompts, completions, **columns):
     return [float(len(c)) for c in completions]
-
-
-def test_a_run_checks_its_first_update_alone(monkeypatch):
-    seen = []
-    monkeypatch.setattr(loop, "check_first_minibatch", lambda stats, exact: seen.append((stats, exact)))
-    SFT(model_folder(), SENTENCES, held_out=0.0, epochs=3, verbose=0).learn()
-    assert len(seen) == 1
 
 
 def test_three_sentences_are_learnt_by_heart_and_go_on_to_ppo(capsys):
@@ -79,15 +64,12 @@ def test_three_sentences_are_learnt_by_heart_and_go_on_to_ppo(capsys):
     assert first["kl/reference"] == pytest.approx(0, abs=1e-4) and first["length/end_rate"] > 0.5
     # Its settings lie beside it too, and its own run can be opened as a policy, not as a PPO run.
     assert PPO.load("out", TextTask(["a"], reward, held_out=0.0), verbose=0).config.sft is None
-    assert refusal(lambda: PPO.load("runs/sft-1")).startswith("runs/sft-1 is a run of SFT; go on with SFT.load")
+    refusal(lambda: PPO.load("runs/sft-1"), "SFT.load")
 
 
-def test_all_weights_can_be_taught():
+def test_all_weights_can_be_taught_and_a_chat_is_answered():
     model = SFT(model_folder(), SENTENCES, adapter=None, held_out=0.0, epochs=40, learning_rate=0.005, **SMALL).learn()
     assert model.generate("a b", temperature=0) == "and in the end"
-
-
-def test_a_chat_is_taught_and_answered():
     model = SFT(model_folder(chat=True), [{"messages": CHAT}], held_out=0.0, epochs=60, learning_rate=0.02, **SMALL).learn()
     assert model.generate([CHAT[:1]], temperature=0) == ["the end"]
 
@@ -106,34 +88,26 @@ def test_held_out_likelihood_chooses_the_best_checkpoint():
 
 
 def test_the_temperature_of_writing_is_not_one_of_the_loss():
-    losses = []
-    for temperature in (0.5, 1.0):
-        SFT(
-            model_folder(), SENTENCES, held_out=0.0, epochs=1, temperature=temperature, run_name=f"t{temperature}", **SMALL
-        ).learn()
-        losses.append(rows(Path(f"runs/t{temperature}"))[0]["sft/nll"])
-    assert losses[0] == losses[1]
+    def loss(temperature: float) -> float:
+        settings = {"held_out": 0.0, "epochs": 1, "temperature": temperature, **SMALL}
+        return rows(SFT(model_folder(), SENTENCES, **settings).learn().run_folder or Path())[0]["sft/nll"]
+
+    assert loss(0.5) == loss(1.0)
 
 
-def test_learning_more_and_going_on_in_another_process(tmp_path):
-    straight = SFT(
-        model_folder(), SENTENCES, held_out=0.0, epochs=4, lr_schedule="constant", lr_warmup=0.0, run_name="a", **SMALL
-    )
-    straight.learn()
-    first = SFT(model_folder(), SENTENCES, held_out=0.0, epochs=1, lr_schedule="constant", lr_warmup=0.0, run_name="b", **SMALL)
+def test_learning_more_and_going_on_in_another_process():
+    settings = {"held_out": 0.0, "lr_schedule": "constant", "lr_warmup": 0.0, **SMALL}
+    straight = SFT(model_folder(), SENTENCES, epochs=4, run_name="a", **settings).learn()
+    first = SFT(model_folder(), SENTENCES, epochs=1, run_name="b", **settings)
     first.learn().learn(1)
     again = SFT.load("runs/b", SENTENCES, verbose=0)
     assert again.is_finished and again.learn(2).is_finished
     assert all(torch.equal(value, weights(straight)[name]) for name, value in weights(again).items())  # type: ignore[arg-type]
-    assert refusal(lambda: first.learn(1)).endswith("open it with SFT.load")
-    assert refusal(lambda: SFT.load("runs/b")).endswith("go on there with its examples: SFT.load(folder, data)")
-    assert refusal(lambda: SFT.load("runs/b", SENTENCES[:2], verbose=0)).startswith("sft.data: not the demonstrations")
-
-
-def test_a_run_from_python_that_was_stopped_says_how_to_go_on():
-    training = SFT(model_folder(), SENTENCES, held_out=0.0, **SMALL)._session.training
-    training.stop.signal_number = int(signal.SIGTERM)
-    assert str(loop._interrupted(training)).endswith("continue with: SFT.load('runs/sft-1', data).learn()")
+    refusal(lambda: first.learn(1), "runs/b", "SFT.load")
+    refusal(lambda: SFT.load("runs/b"), "SFT.load(folder, data)")
+    refusal(lambda: SFT.load("runs/b", SENTENCES[:2], verbose=0), "sft.data")
+    again._session.training.stop.signal_number = int(signal.SIGTERM)
+    assert str(loop._interrupted(again._session.training)).endswith("continue with: SFT.load('runs/b', data).learn()")
 
 
 def test_examples_that_were_cut_are_counted_aloud(capsys):
@@ -142,72 +116,52 @@ def test_examples_that_were_cut_are_counted_aloud(capsys):
 
 
 @pytest.mark.parametrize(
-    ("sections", "flags", "said"),
+    ("sections", "flags", "named"),
     [
-        ({"sft": {"data": None}}, (), "sft.yaml: no examples to learn from; name a JSONL file as sft.data"),
-        ({"sft": {"data": "no.jsonl"}}, (), "data: no file no.jsonl; "),
-        ({}, ("--sft.epochs", "0"), "--sft.epochs: should be greater than 0, got 0"),
-        ({}, ("--sft.learning-rat", "1"), "unknown flag '--sft.learning-rat'; did you mean '--sft.learning-rate'?"),
-        (
-            {},
-            ("--sft.lr-schedule", "function"),
-            "--sft.lr-schedule: should be 'constant', 'linear' or 'cosine', got 'function'",
-        ),
-        ({}, ("--sft.held-out", "1"), "--sft.held-out: should be less than 1, got 1"),
-        (
-            {},
-            ("--sft.columns", "{promt: q}"),
-            "--sft.columns: should be 'text', 'prompt', 'completion' or 'messages', got 'promt'",
-        ),
-        (
-            {},
-            ("--sft.columns", "{prompt: q}"),
-            "pairs.jsonl, line 1: has prompt, completion; needs text, prompt and completion",
-        ),
-        ({}, ("--kl.coef", "0.1"), "sft.yaml: kl: a run with sft has no such section; leave it out"),
-        (
-            {},
-            ("--env.id", "x"),
-            "sft.yaml: a run has one of task, env, sft, reward_model, and here are env and sft; leave one out",
-        ),
-        ({}, ("--policy.model", "./no"), "policy.model: no folder ./no"),
+        ({"sft": {"data": None}}, (), "sft.data"),
+        ({"sft": {"data": "no.jsonl"}}, (), "no.jsonl"),
+        ({}, ("--sft.epochs", "0"), "--sft.epochs"),
+        ({}, ("--sft.learning-rat", "1"), "'--sft.learning-rate'"),
+        ({}, ("--sft.lr-schedule", "function"), "--sft.lr-schedule"),
+        ({}, ("--sft.held-out", "1"), "--sft.held-out"),
+        ({}, ("--sft.columns", "{promt: q}"), "--sft.columns"),
+        ({}, ("--sft.columns", "{prompt: q}"), "pairs.jsonl, line 1"),
+        ({}, ("--kl.coef", "0.1"), "kl"),
+        ({}, ("--env.id", "x"), "env and sft"),
+        ({}, ("--policy.model", "./no"), "policy.model"),
     ],
 )
-def test_bad_input_is_one_line_before_a_model_is_loaded(base, monkeypatch, sections, flags, said):
+def test_bad_input_is_one_line_before_a_model_is_loaded(base, monkeypatch, sections, flags, named):
     monkeypatch.setattr("surefoot.build.language.load_policy", None)
     write_project(Path(), base, **sections)
-    ended: Outcome = run_cli("sft", "sft.yaml", *flags)
-    assert ended.complaint.startswith(said) and not Path("runs").exists()
+    run_cli("sft", "sft.yaml", *flags).refused(named)
+    assert not Path("runs").exists()
 
 
 def test_verbs_and_files_that_do_not_belong_together_are_refused(base):
     write_project(Path(), base)
-    assert run_cli("ppo", "sft.yaml").complaint == "sft.yaml: has an sft section; that is for: surefoot sft sft.yaml"
+    run_cli("ppo", "sft.yaml").refused("surefoot sft sft.yaml")
     Path("ppo.yaml").write_text("task: {prompts: p.jsonl, reward: 'r.py:r'}")
-    assert run_cli("sft", "ppo.yaml").complaint.startswith("ppo.yaml: no examples to learn from")
-    config = make_config(CONFIG, where="test")
+    run_cli("sft", "ppo.yaml").refused("ppo.yaml", "sft.data")
     task = TextTask(["a", "b"], reward)
-    assert refusal(lambda: PPO(str(base), task, config=config)).endswith("give it to SFT")
+    refusal(lambda: PPO(str(base), task, config=make_config(CONFIG, where="test")), "SFT")
     PPO(str(base), task, run_name="ppo", total_episodes=4, episodes_per_update=4, batch_size=4, **SMALL).learn()
-    assert refusal(lambda: SFT.load("runs/ppo")).startswith("runs/ppo is a run of PPO; go on with PPO.load")
+    refusal(lambda: SFT.load("runs/ppo"), "PPO.load")
     shutil.copytree(base, "plain")
-    assert refusal(lambda: SFT.load("plain")).startswith("plain is neither a run folder")
+    refusal(lambda: SFT.load("plain"), "plain")
 
 
 @pytest.mark.parametrize(
-    ("call", "said"),
+    ("call", "named"),
     [
-        (lambda: SFT(model_folder()), "sft.data is missing: name a JSONL file of examples"),
-        (lambda: SFT(7, SENTENCES), "policy: expected a model's name or folder, or what load_policy gives, got a int"),
-        (lambda: SFT(model_folder(), SENTENCES, kl={"coef": 1}), "unknown setting 'kl'; docs/config.md lists them"),
-        (lambda: SFT(model_folder(), SENTENCES, epoch=1), "unknown setting 'epoch'; did you mean 'epochs'?"),
-        (
-            lambda: SFT(model_folder(), [*SENTENCES, PAIRS[0]]),
-            "data, row 4: has prompt and completion, but data, row 1 has text",
-        ),
-        (lambda: SFT(model_folder(), SENTENCES, verbose=0).learn(0), "total_epochs: expected a whole number above 0, got 0"),
-        (lambda: SFT(model_folder(), SENTENCES, held_out=0.0, verbose=0).evaluate(), "no held-out examples to evaluate on"),
+        (lambda: SFT(model_folder()), "sft.data"),
+        (lambda: SFT(7, SENTENCES), "policy"),
+        (lambda: SFT(model_folder(), SENTENCES, kl={"coef": 1}), "'kl'"),
+        (lambda: SFT(model_folder(), SENTENCES, epoch=1), "'epochs'"),
+        (lambda: SFT(model_folder(), [*SENTENCES, PAIRS[0]]), "data, row 4"),
+        (lambda: SFT(model_folder(), SENTENCES, verbose=0).learn(0), "total_epochs"),
+        (lambda: SFT(model_folder(), SENTENCES, held_out=0.0, verbose=0).evaluate(), "held-out examples"),
     ],
 )
-def test_bad_input_from_python_is_one_line(call, said):
-    assert refusal(call).startswith(said)
+def test_bad_input_from_python_is_one_line(call, named):
+    refusal(call, named)

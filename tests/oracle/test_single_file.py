@@ -20,12 +20,11 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from surefoot.build.training import build_training
+from surefoot.build.training import build_objective, build_rollout, build_training
 from surefoot.config import field_table, make_config, nested, set_field, setting_keys
 from surefoot.config.moved import MOVED
 from surefoot.envs.text import TextTask
 from surefoot.policies.lm.policy import CausalLMPolicy, wrap_policy
-from surefoot.storage.run_folder import RunFolder
 from surefoot.train import loop
 from tests.tiny import tiny_lm, tiny_tokenizer
 
@@ -109,7 +108,8 @@ def package_run(lm: Any, settings: dict[str, Any], folder: Path) -> tuple[Causal
     config = make_config(data, where="test")
     policy = wrap_policy(lm, tiny_tokenizer(), config=config.policy)
     task = TextTask(PROMPTS, reward, held_out=[])
-    training = build_training(config, policy, task, RunFolder.create(config))
+    rollout = build_rollout(config, policy, task)
+    training = build_training(config, policy, task, (rollout, build_objective(config, policy, rollout)))
     observer = Mock()
     training.observers = [observer]
     loop.run(training)

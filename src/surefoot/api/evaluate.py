@@ -24,14 +24,13 @@ def evaluate_policy(
     warn: bool = True,
     seed: int = 0,
 ) -> Any:
-    """Run whole episodes; mean and standard deviation of their returns, or with `return_episode_rewards` the
-    lists of returns and lengths.
+    """Run whole episodes; mean and std of their returns.
 
-    `env` is a Gymnasium id, environment or vector environment; without one, another like the one the model
-    was made with. `warn` changes nothing: returns are the environment's own, whatever wraps it. After an
-    evaluation in the environment it is trained in, training begins new episodes there. Raises InputError for
-    an environment with other spaces or in the middle of a rollout, AssertionError below `reward_threshold`,
-    as Stable-Baselines3 does.
+    With `return_episode_rewards`, the lists of returns and lengths. `env` is a Gymnasium id, environment or
+    vector environment; without one, another like the model's. `warn` changes nothing: returns are the
+    environment's own, whatever wraps it. After an evaluation in the environment it is trained in, training
+    begins new episodes there. Raises InputError for an environment with other spaces or in the middle of a
+    rollout, AssertionError below `reward_threshold`, as Stable-Baselines3 does.
     """
     if n_eval_episodes < 1:
         raise InputError(f"evaluate_policy: n_eval_episodes is {n_eval_episodes}; play at least one")
@@ -39,9 +38,7 @@ def evaluate_policy(
         raise InputError("evaluate_policy is for environments; a language model has evaluate")
     if env is None:
         if model.config.env.id is None:
-            raise InputError(
-                "evaluate_policy: the model's environment was made in Python; pass one to evaluate in"
-            )
+            raise InputError("evaluate_policy: the model's environment was made in Python; pass one")
         vector = build_vector(model.config, for_evaluation=True)
     elif isinstance(env, str):
         vector = make_vector(env, n_envs=1, vectorization="sync", kwargs={}, seed=seed)
@@ -59,9 +56,7 @@ def evaluate_policy(
     returns, lengths = [e.total for e in episodes], [e.steps for e in episodes]
     mean = sum(returns) / len(returns)
     if reward_threshold is not None:
-        assert mean > reward_threshold, (
-            f"{vector.name}: mean return {mean:.2f}, not above {reward_threshold:.2f}"
-        )
+        assert mean > reward_threshold, f"{vector.name}: mean return {mean:.2f} <= {reward_threshold:.2f}"
     if return_episode_rewards:
         return returns, lengths
     return mean, float(torch.tensor(returns).double().std(unbiased=False))

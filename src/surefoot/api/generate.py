@@ -30,16 +30,14 @@ def generate_text(
     params = SamplingParams(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
     if not isinstance(prompts, (str, Sequence)):
         raise InputError(f"prompts: expected a string or a list of prompts, got {type(prompts).__name__}")
-    many = [prompts] if isinstance(prompts, str) else prompts
+    is_one = isinstance(prompts, str)
     engine = text_engine(policy, settings)
     requests = []
-    for number, prompt in enumerate(many):
-        checked = checked_prompt(
-            prompt, "generate" if isinstance(prompts, str) else f"generate, prompt {number + 1}"
-        )
+    for number, prompt in enumerate([prompts] if is_one else prompts):
+        checked = checked_prompt(prompt, "generate" if is_one else f"generate, prompt {number + 1}")
         tokens = encode_prompt(policy.tokenizer, checked, chat=chat)
         check_length(tokens, str(checked), context=policy.context_length, new_tokens=params.max_new_tokens)
-        seed_of_prompt = derived_seed(seed, "generate", number)
-        requests.append(Request(tokens, seed_of_prompt, params, tuple(settings.stop)))
+        stop = tuple(settings.stop)
+        requests.append(Request(tokens, derived_seed(seed, "generate", number), params, stop))
     texts = [completion_text(policy, completion) for completion in generate(engine, requests)]
-    return texts[0] if isinstance(prompts, str) else texts
+    return texts[0] if is_one else texts

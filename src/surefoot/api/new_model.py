@@ -6,15 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from surefoot.build.language import build_demonstrations
 from surefoot.config import Config, make_config
 from surefoot.core.seeds import derived_seed
 from surefoot.data.assets import log_to_stderr
 from surefoot.data.silence import silence_transformers
 from surefoot.errors import InputError
-from surefoot.storage.files import whole_folder
+from surefoot.storage.files import whole_folder, writing
 
 
 def new_model(
@@ -26,8 +24,7 @@ def new_model(
     seed: int = 0,
     **sizes: Any,
 ) -> Path:
-    """Write a language model with random weights to `folder`, and a tokenizer learned from `texts`; returns
-    the folder.
+    """Write a language model with random weights, and a tokenizer learned from `texts`; the folder.
 
     `texts`, `columns` and `held_out` are what `SFT` takes: a JSONL file, a list or a `datasets.Dataset`. The
     tokenizer learns from what SFT trains on and sees nothing of what is held out. `sizes` are the fields of
@@ -35,12 +32,8 @@ def new_model(
     Raises InputError for sizes or texts that make no model, or a folder that has something in it.
     """
     data = {"columns": dict(columns or {}), "held_out": held_out}
-    settings = {
-        "policy": {"model": str(folder), "adapter": None},
-        "sft": data,
-        "new_model": sizes,
-        "seed": seed,
-    }
+    policy = {"model": str(folder), "adapter": None}
+    settings = {"policy": policy, "sft": data, "new_model": sizes, "seed": seed}
     return write_new_model(make_config(settings, where="new_model(...)"), texts)
 
 
@@ -57,28 +50,17 @@ def write_new_model(config: Config, data: Any = None, *, log: Callable[[str], No
     contents = [example.contents for example in build_demonstrations(config.sft, data, log=log).train]
     tokenizer = learn_tokenizer(plain_texts(contents), config.new_model.vocab, chat="messages" in contents[0])
     lm = random_lm(config.new_model, tokenizer, seed=derived_seed(config.seed, "new model", 0))
-    try:
-        with whole_folder(folder) as aside:
-            with silence_transformers():
-                lm.save_pretrained(aside)
-            tokenizer.save_pretrained(aside)
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"{folder} could not be written: {getattr(error, 'strerror', None) or error}"
-        ) from error
-    weights, tokens, examples = sum(p.numel() for p in lm.parameters()), len(tokenizer), len(contents)
-    log(
-        f"{folder}: {config.new_model.kind} of {weights:,} weights over {tokens:,} tokens, "
-        f"from {examples:,} examples"
-    )
+    with writing(folder), whole_folder(folder) as aside:
+        with silence_transformers():
+            lm.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+    made = f"{config.new_model.kind} of {sum(p.numel() for p in lm.parameters()):,} weights"
+    log(f"{folder}: {made} over {len(tokenizer):,} tokens, from {len(contents):,} examples")
     return folder
 
 
 def check_new_folder(folder: Path) -> None:
     """Raise InputError for a folder that has something in it, or a file of that name."""
-    if folder.is_dir() and any(folder.iterdir()):
-        raise InputError(
-            f"policy.model: {folder} exists and is not empty; name a new folder for the new model"
-        )
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"policy.model: {folder} is a file; name a new folder for the new model")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "exists and is not empty" if folder.is_dir() else "is a file"
+        raise InputError(f"policy.model: {folder} {what}; name a new folder for the new model")

@@ -1,7 +1,4 @@
-"""The parts of the loop for whoever writes it: `collect`, and what it acts in and with.
-
-`advantages`, `update` and `make_optimizer` (train/) take what it gives, of text or of Gymnasium.
-"""
+"""The parts of the loop for whoever writes it; `advantages`, `update`, `make_optimizer` are in train/."""
 
 from __future__ import annotations
 
@@ -27,10 +24,9 @@ def make_env(
     `seed` decides every episode that we begin; `kwargs` go to `gymnasium.make`. Raises InputError for what
     cannot be made or has spaces that cannot be trained on.
     """
-    is_id = isinstance(env, str)
-    settings = {"n_envs": n_envs, "vectorization": vectorization, "kwargs": kwargs}
-    config = _config(seed=seed, env=settings | {"id": env if is_id else None})
-    return build_vector(config, None if is_id else env)
+    name = env if isinstance(env, str) else None
+    settings = {"id": name, "n_envs": n_envs, "vectorization": vectorization, "kwargs": kwargs}
+    return build_vector(_config(seed=seed, env=settings), env)
 
 
 def make_policy(
@@ -48,8 +44,7 @@ def make_policy(
     """
     settings = {"normalize_observations": normalize_observations}
     config = _config(seed=seed, policy={"model": kind, "network": network}, env=settings)
-    policy: ControlPolicy = build_control_policy(config, env)
-    return policy
+    return build_control_policy(config, env)  # type: ignore[no-any-return]
 
 
 def collect(
@@ -72,16 +67,15 @@ def collect(
         episodes: of a `TextTask`, how many. In Gymnasium it is `config.env.n_steps` of each sub-environment.
         first_episode: of a `TextTask`, the first one's number: with `seed` it decides its randomness.
         seed: of all randomness.
-        version: updates the policy has seen; in Gymnasium, with `seed`, what the actions are drawn from.
+        version: updates the policy has seen; in Gymnasium actions are drawn from it and `seed`.
         engine: writes the completions; by default our own.
         config: `generation`, `group` and `shaping` of text, `env` of Gymnasium, and `ppo`; by default theirs.
     """
+    config = config or (Config() if isinstance(env, TextTask) else _config(env={}))
     if isinstance(env, TextTask):
-        config = config or Config()
         engine = engine or text_engine(policy, config.generation)
         text = TextRollout(policy, env, engine=engine, config=config, seed=seed)
         return text.collect(first=first_episode, count=episodes, version=version)
-    config = config or _config(env={})
     assert config.env is not None, "collect: a Gymnasium environment needs a config with the section env"
     vector = env if isinstance(env, Vector) else make_env(env, seed=derived_seed(seed, "collect", version))
     rollout = GymRollout(policy, vector, settings=config.env, ppo=config.ppo, seed=seed)

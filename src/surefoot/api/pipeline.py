@@ -56,20 +56,19 @@ def load_pipeline(path: Path | str, overrides: Mapping[str, str] | None = None) 
     InputError with one line for a stage that no run could be made of, models, functions or data that are not
     there or of no use, and a `stage:` that is not an earlier one, or leaves another kind of thing.
     """
-    data = read_sections(path)
+    data, here = read_sections(path), Path(path).parent.absolute()
     given = data.get("stages")
     for sections in (data.get("common"), *(given.values() if isinstance(given, dict) else ())):
-        make_paths_relative_to(Path(path).parent.absolute(), sections if isinstance(sections, dict) else {})
-    make_paths_relative_to(Path(path).parent.absolute(), {"run": data})  # the pipeline's folder
+        make_paths_relative_to(here, sections if isinstance(sections, dict) else {})
+    make_paths_relative_to(here, {"run": data})  # the pipeline's folder
     for key, text in (overrides or {}).items():
         set_field(data, key, text)
     pipeline = checked(data, str(path))
     stages: dict[str, Stage] = {}
     for name, sections in pipeline.stages.items():
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or len(name) > 64:
-            raise InputError(
-                f"{path}: {name[:60]!r} is not a valid name of a stage; take lower-case letters, digits and _"
-            )
+            how = "take lower-case letters, digits and _"
+            raise InputError(f"{path}: {name[:60]!r} is not a valid name of a stage; {how}")
         stages[name] = _stage(name, sections, pipeline, f"{path}, stage {name}", stages)
     made = {str(stage.product): stage for stage in stages.values()}
     for stage in stages.values():
@@ -81,27 +80,17 @@ def load_pipeline(path: Path | str, overrides: Mapping[str, str] | None = None) 
 
 
 def run_pipeline(stages: list[Stage], *, verbose: int = 1) -> None:
-    """Bring every stage to its end, in order.
-
-    Raises what a run raises; then the same call goes on from there.
-    """
+    """Bring every stage to its end, in order. Raises what a run raises; the same call then goes on."""
     for stage in stages:
         _check_begun(stage, stages)
     for number, stage in enumerate(stages, start=1):
-        is_finished = stage.product.exists()
-        print(
-            f"stage {number} of {len(stages)}: {stage.name}{', finished before' if is_finished else ''}",
-            flush=True,
-        )
-        if is_finished:
-            continue
-        is_begun = (stage.folder / "config.yaml").is_file()
-        run = (
-            runs.resume(stage.folder, verbose=verbose)
-            if is_begun
-            else runs.start(stage.config, verbose=verbose)
-        )
-        runs.finish(run)
+        is_finished, is_begun = stage.product.exists(), (stage.folder / "config.yaml").is_file()
+        note = ", finished before" if is_finished else ""
+        print(f"stage {number} of {len(stages)}: {stage.name}{note}", flush=True)
+        if not is_finished and is_begun:
+            runs.finish(runs.resume(stage.folder, verbose=verbose))
+        elif not is_finished:
+            runs.finish(runs.start(stage.config, verbose=verbose))
 
 
 def _stage(
@@ -117,18 +106,11 @@ def _stage(
     run = data.setdefault("run", {})
     if isinstance(run, dict):  # what is none is refused below
         if run.keys() & {"name", "folder"}:
-            raise InputError(
-                f"{where}: run.name and run.folder follow from the pipeline's folder; leave them out"
-            )
+            raise InputError(f"{where}: run.name and run.folder follow from the pipeline; leave them out")
         run |= {"folder": pipeline.folder, "name": name}
     if "new_model" in data:
-        raise InputError(
-            f"{where}: new_model is read by surefoot new-model; make the model before, and name its folder"
-        )
-    if "new_model" in data:
-        raise InputError(
-            f"{where}: new_model is read by surefoot new-model; make the model before, and name its folder"
-        )
+        how = "make the model before, and name its folder"
+        raise InputError(f"{where}: new_model is read by surefoot new-model; {how}")
     make_paths_relative_to(Path.cwd(), data)  # those that came as flags
     config = make_config(data, where=where)
     runs.check(config, where=where)
@@ -147,33 +129,27 @@ def _check_inputs(stage: Stage, made: Mapping[str, Stage]) -> None:
 def _check_begun(stage: Stage, stages: list[Stage]) -> None:
     """Raise InputError for a stage that was begun with other settings, or from what is no longer there."""
     now = _leaves(stage.config.model_dump())
-    gone = [
-        other.name for other in stages if str(other.product) in now.values() and not other.product.exists()
-    ]
+    used = [other for other in stages if str(other.product) in now.values()]
+    gone = [other.name for other in used if not other.product.exists()]
     if gone and stage.folder.exists():
-        raise InputError(
-            f"stage {stage.name} was made from what stage {gone[0]} no longer is; remove {stage.folder} too"
-        )
+        how = f"remove {stage.folder} too"
+        raise InputError(f"stage {stage.name} was made from what stage {gone[0]} no longer is; {how}")
     if not (stage.folder / "config.yaml").is_file():
         RunFolder.check_free(stage.config)
         return
     then = _leaves(RunFolder.open(stage.folder).config().model_dump())
     for key in (*now, *then):
         if now.get(key) != then.get(key):
-            raise InputError(
-                f"stage {stage.name} was begun with {key} {then.get(key)!r:.60}, "
-                f"and now has {now.get(key)!r:.60}; "
-                f"name another folder, or remove {stage.folder}"
-            )
+            change = f"{key} {then.get(key)!r:.60}, and now has {now.get(key)!r:.60}"
+            how = f"name another folder, or remove {stage.folder}"
+            raise InputError(f"stage {stage.name} was begun with {change}; {how}")
 
 
 def _leaves(value: Any, key: str = "") -> dict[str, Any]:
     """Nested data by dotted keys."""
     if not isinstance(value, (dict, list)):
         return {key: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    return {
-        leaf: end
-        for name, inner in items
-        for leaf, end in _leaves(inner, f"{key}.{name}".lstrip(".")).items()
-    }
+    leaves: dict[str, Any] = {}
+    for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        leaves |= _leaves(inner, f"{key}.{name}".lstrip("."))
+    return leaves

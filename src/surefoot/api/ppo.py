@@ -46,8 +46,7 @@ class PPO:
     `"MultiInputPolicy"`, `"MlpLstmPolicy"`, `"CnnLstmPolicy"`, or an `nn.Module` with a `features_dim` that
     turns observations into features; `env` a Gymnasium id, environment or vector environment.
 
-    Settings are the fields of the configuration by their plain names: `learning_rate=1e-4`,
-    `max_new_tokens=32`, `n_steps=128`, `seed=3`, `run_name="mine"`; `config` gives them all at once.
+    Settings are listed below (`learning_rate=1e-4`, `run_name="mine"`); `config` gives them all at once.
     Stable-Baselines3's keywords work as they do there (docs/from-sb3.md). `ptx_data` are demonstrations as
     `SFT` takes them, whose likelihood is part of the loss (docs/sft.md), with settings `ptx={"coef": 0.5}`.
     `verbose=0` shows nothing; `run` is an existing run folder to go on in (`PPO.load` passes it). Raises
@@ -70,12 +69,11 @@ class PPO:
         has_env = config is not None and config.env is not None
         is_control = has_env or str(policy) in NETWORKS or is_module
         if is_control and env is None and config is None:
-            raise InputError(
-                f"env: PPO({policy!r:.40}) needs a Gymnasium id, environment or vector environment"
-            )
+            raise InputError(f"env: PPO({policy!r:.40}) needs a Gymnasium id or (vector) environment")
         if not is_control and not isinstance(env, (TextTask, type(None))):
-            how = f"for Gymnasium the policy is one of {', '.join(NETWORKS)}, not {policy!r:.60}"
-            raise InputError(f"env: expected a TextTask(prompts, reward), got {env!r:.60}; {how}")
+            given = repr(env) if isinstance(env, str) else f"a {type(env).__name__}"
+            how = f"for Gymnasium the policy is one of {', '.join(NETWORKS)}"
+            raise InputError(f"env: expected a TextTask(prompts, reward), got {given:.60}; {how}")
         check_policy(policy, nn.Module if is_control else CausalLMPolicy)
         schedules: Schedules = {}
         if is_control:
@@ -86,18 +84,14 @@ class PPO:
         if is_control:
             _put_environment(data, env, settings, schedules)
         elif "env" in ours:
-            raise InputError(
-                f"{min(ours['env'])}: needs a Gymnasium environment; a text task has none, leave it out"
-            )
+            raise InputError(f"{min(ours['env'])}: is for Gymnasium, and this is a text task; leave it out")
         if ptx_data is not None:
             _put_demonstrations(data, ptx_data, is_begun=run is not None)
         if isinstance(policy, (str, Path)):
             data.setdefault("policy", {})["model"] = str(policy)
         self.config = make_config(data, where="PPO(...)")
         if self.config.opener != "PPO" and env is not None:
-            raise InputError(
-                f"PPO: the configuration is another kind of run's; give it to {self.config.opener}"
-            )
+            raise InputError(f"PPO: config is of another kind of run; give it to {self.config.opener}")
         if run is None and (env is not None or is_control):
             preflight(self.config)
         ptx = self.config.ptx if env is not None else None
@@ -115,15 +109,8 @@ class PPO:
             if env is not None:
                 probe_functions(env)
             self.policy = policy if isinstance(policy, CausalLMPolicy) else build_policy(self.config)
-        self._session = Session(
-            self.config,
-            self.policy,
-            self.env,
-            run=run,
-            verbose=verbose,
-            demonstrations=demonstrations,
-            schedules=schedules,
-        )
+        self._session = Session(self.config, self.policy, self.env, run=run, verbose=verbose)
+        self._session.schedules, self._session.demonstrations = schedules, demonstrations
         self._has_learned = False
         self._random = torch.Generator().manual_seed(derived_seed(self.config.seed, "predict", 0))
 
@@ -187,7 +174,7 @@ class PPO:
     @overload
     def generate(self, prompts: Sequence[Any], *, seed: int = 0, **sampling: Any) -> list[str]: ...
     def generate(self, prompts: Any, *, seed: int = 0, **sampling: Any) -> str | list[str]:
-        """A string for a prompt, or for each of several; `sampling`: `max_new_tokens`, `temperature`, `top_k`, `top_p`."""
+        """Continue a prompt, or each of several, with these `sampling` fields of `generation` changed."""
         if self.config.env is not None:
             raise InputError("generate is for language models; a policy for an environment has predict")
         chat = bool(getattr(self.env or self.config.task, "chat", False))
@@ -263,9 +250,7 @@ class PPO:
             run = RunFolder.open(source)
             config = run.config()
             if config.opener in ("RewardModel", "RejectionSampling"):
-                raise InputError(
-                    f"{source} is a run of {config.opener}, which trains no policy to write with"
-                )
+                raise InputError(f"{source} is a run of {config.opener}, which trains no policy to use")
             begun = run if config.env is not None else None
             model = cls(config.policy.model, env, config=config, verbose=0, run=begun)
             restore_best(model.policy, run, model.env)
@@ -289,11 +274,9 @@ def _put_environment(data: dict[str, Any], env: Any, settings: dict[str, Any], s
 
 
 def _put_demonstrations(data: dict[str, Any], ptx_data: Any, *, is_begun: bool) -> None:
-    """What is given takes precedence over the file that the section names; a run that is begun keeps its own."""
+    """What is given takes precedence over the section's file; a run that is begun keeps its own."""
     if is_begun and data.get("ptx") is None:
-        raise InputError(
-            "ptx_data: this run was begun without demonstrations; go on without, or begin another"
-        )
+        raise InputError("ptx_data: the run was begun without demonstrations; leave it out")
     if not is_begun:
         data["ptx"] = data.get("ptx") or {}
         put_data(data["ptx"], ptx_data)

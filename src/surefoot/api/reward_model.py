@@ -32,11 +32,10 @@ class RewardModel:
     "rejected", "margin"?}`, or of ratings, `{"prompt"?, "text" or "completion", "rating"}`. The score is read
     at the end token after the text.
 
-    Settings are the fields of the configuration by their plain names: `learning_rate=1e-4`, `epochs=2`,
-    `center=0.01`, `rating_range=[-4, 4]`, `adapter=None`, `seed=3`, `run_name="mine"`; `config` gives them
-    all at once. `verbose=0` shows nothing; `run` is an existing run folder to go on in (`RewardModel.load`
-    passes it). Raises InputError for anything unusable, before a model is loaded where that can be known.
-    What `learn`, `evaluate`, `save` and `load` mean: see `api/session.py`.
+    Settings are listed below (`center=0.01`, `run_name="mine"`); `config` gives them all at once. `verbose=0`
+    shows nothing; `run` is an existing run folder to go on in (`RewardModel.load` passes it). Raises
+    InputError for anything unusable, before a model is loaded where that can be known. What `learn`,
+    `evaluate`, `save` and `load` mean: see `api/session.py`.
     """
 
     def __init__(
@@ -50,9 +49,7 @@ class RewardModel:
         **settings: Any,
     ):
         check_policy(policy, CausalLMPolicy, RewardModelPolicy)
-        self.config = supervised_config(
-            "reward_model", policy, data, config=config, settings=settings, run=run
-        )
+        self.config = supervised_config("reward_model", policy, data, config, settings=settings, run=run)
         self._calibrated_at: int | None = None  # number of updates
         self._calibration: dict[str, Any] = {}
         self.data: PreferenceDataset | None = None
@@ -92,7 +89,7 @@ class RewardModel:
         return self._session.evaluate(examples, "examples")
 
     def score(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
-        """One reward a completion, with mean 0 and std 1 over the held-out texts (without any, the training's).
+        """One reward a completion: mean 0, std 1 over the held-out texts (without any, the training's).
 
         Prompts and completions are strings, which are read as one text, or message lists. Raises InputError
         for a text longer than the model's context.
@@ -105,9 +102,7 @@ class RewardModel:
         return self.score(prompts, completions)
 
     def save(self, folder: str | Path) -> None:
-        """Write the model, the adapter merged in, with its head and calibration: what `task.reward` and
-        `RewardModel.load` take. Raises InputError if the disk does not take it.
-        """
+        """Write what `task.reward` and `RewardModel.load` take. Raises InputError if it cannot be written."""
         self._calibrate()
         self._session.save(folder)
 
@@ -129,7 +124,7 @@ class RewardModel:
         """Shift and scale for the weights as they are, unless they were saved with them."""
         if self.data is None or self._calibrated_at == self._session.updates:
             return
-        rollout = self._session.rollout
+        rollout, _ = self._session.parts
         assert isinstance(rollout, PreferenceRollout)
         self._calibration = rollout.calibrate()
         self._calibrated_at = self._session.updates
@@ -158,14 +153,12 @@ def draw_calibration(path: Path, calibration: dict[str, Any]) -> None:
     axes = figure.subplots()
     ends = (0.5, 1.0) if of_pairs else (min(*predicted, *observed), max(*predicted, *observed))
     axes.plot(ends, ends, color="grey", linestyle="--", linewidth=1, label="perfect")
-    errors = [row["standard_error"] for row in bins]
-    style = {"fmt": "o-", "color": "tab:blue", "capsize": 3, "label": "mean ± standard error"}
-    axes.errorbar(predicted, observed, yerr=errors, **style)
+    errors, label = [row["standard_error"] for row in bins], "mean ± standard error"
+    axes.errorbar(predicted, observed, yerr=errors, fmt="o-", color="tab:blue", capsize=3, label=label)
     axes.set_xlabel("predicted probability of the better text" if of_pairs else "predicted rating")
     axes.set_ylabel("share in which people agree" if of_pairs else "people's rating")
-    count = int(sum(row["count"] for row in bins))
-    kind = f"{calibration['texts']} {calibration['kind']}"
-    axes.set_title(f"{count} {kind}, calibration error {calibration['calibration_error']:.3f}")
+    count, error = int(sum(row["count"] for row in bins)), calibration["calibration_error"]
+    axes.set_title(f"{count} {calibration['texts']} {calibration['kind']}, calibration error {error:.3f}")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

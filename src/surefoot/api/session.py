@@ -15,6 +15,7 @@ load       Of a run's folder, the run where it stands, bit for bit, with its opt
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -57,22 +58,12 @@ class Session:
     """
 
     def __init__(
-        self,
-        config: Config,
-        policy: Any,
-        source: Environment | None,
-        *,
-        run: RunFolder | None = None,
-        verbose: int = 1,
-        demonstrations: Demonstrations | None = None,
-        schedules: Mapping[str, Callable[[float], float]] | None = None,
+        self, config: Config, policy: Any, source: Environment | None, *, run: RunFolder | None, verbose: int
     ):
-        self.config, self.policy, self.source = config, policy, source
-        self.verbose = verbose
-        self._demonstrations, self._schedules = demonstrations, dict(schedules or {})
+        self.config, self.policy, self.source, self.verbose = config, policy, source, verbose
+        self.schedules: Mapping[str, Callable[[float], float]] = {}
+        self.demonstrations: Demonstrations | None = None
         self._folder = run
-        self._rollout: Rollout | None = None
-        self._objective: Objective | None = None
         self._training: loop.Training | None = None
         self._adapter: CallbackAdapter | None = None  # while learning
 
@@ -98,31 +89,26 @@ class Session:
         """Updates done so far."""
         return self._training.progress.updates if self._training is not None else 0
 
-    @property
-    def rollout(self) -> Rollout:
-        """What collects batches and evaluates, built, as the objective is, when it is first asked for."""
-        if self._rollout is None:
-            if self.source is None:
-                kind = self.config.opener
-                argument, what, _ = SOURCES[kind]
-                raise InputError(f"there is nothing to train on; give the {what}: {kind}(model, {argument})")
-            self._rollout = build_rollout(self.config, self.policy, self.source)
-            self._objective = build_objective(self.config, self.policy, self._rollout, self._demonstrations)
-            if self.verbose and (notice := self._rollout.notice or self._objective.notice):
-                print(notice)
-        return self._rollout
+    @functools.cached_property
+    def parts(self) -> tuple[Rollout, Objective]:
+        """What collects batches and evaluates, and what a batch is trained on, built when first asked for."""
+        if self.source is None:
+            kind = self.config.opener
+            argument, what, _ = SOURCES[kind]
+            raise InputError(f"there is nothing to train on; give the {what}: {kind}(model, {argument})")
+        rollout = build_rollout(self.config, self.policy, self.source)
+        objective = build_objective(self.config, self.policy, rollout, self.demonstrations)
+        if self.verbose and (notice := rollout.notice or objective.notice):
+            print(notice)
+        return rollout, objective
 
     @property
     def training(self) -> loop.Training:
         """What the loop works with, built when it is first asked for; for a new run that makes its folder."""
         if self._training is None:
-            rollout = self.rollout  # refused without a source
-            assert self.source is not None and self._objective is not None
-            self._training = build_training(
-                self.config, self.policy, self.source, rollout, self._objective, self._folder
-            )
-            self._training.schedules = self._schedules
-            self._folder = self._training.folder
+            training = build_training(self.config, self.policy, self.source, self.parts, self._folder)
+            training.schedules = dict(self.schedules)
+            self._training, self._folder = training, training.folder
         return self._training
 
     def learn(
@@ -135,10 +121,9 @@ class Session:
         show: bool = False,
         finish: Callable[[], None] = lambda: None,
     ) -> None:
-        """Train for `more` units or epochs, as the caller's `name` says, or to the end asked for last.
+        """Train for `more` units or epochs, which the caller calls `name`, or to the end asked for last.
 
-        `finish` is called before others may have the folder; `model` is what callbacks get as theirs; `show`
-        shows the display even where `verbose` is 0.
+        `model` is what callbacks get; `show` overrides `verbose`; `finish` is called with the folder held.
         """
         check_count(name, more)
         training = self.training
@@ -146,7 +131,8 @@ class Session:
             units = len(self.source.train) if isinstance(self.source, Examples) else 1
             training.total = training.progress.collected + more * units
         with self._held(training), observed(training, show=bool(self.verbose or show)):
-            with calling(callback, training, model) as self._adapter:
+            with calling(callback, training, model) as adapter:
+                self._adapter = adapter
                 try:
                     if not training.is_finished:
                         loop.run(training)
@@ -164,15 +150,14 @@ class Session:
         check_count(name, count)
         if not (count := count or self.config.evaluate.episodes):
             raise InputError(f"evaluate.episodes is 0; say how many: evaluate({name}=64)")
-        rollout = self.rollout
+        rollout, objective = self.parts
         if not rollout.can_evaluate:
             *_, held_out = SOURCES[self.config.opener]
             if self.config.env is not None:
                 raise InputError("evaluate needs an environment id; or use evaluate_policy(model, env)")
             raise InputError(f"no held-out {held_out} to evaluate on; give more, or a larger held_out")
-        metrics, _ = rollout.evaluate(count)
-        assert self._objective is not None
-        return metrics | self._objective.evaluate(count)
+        metrics, _ = rollout.evaluate(count, version=self.updates)
+        return metrics | objective.evaluate(count)
 
     def save(self, folder: str | Path, config: Config | None = None) -> None:
         """Write the policy and its settings, or those of `config`. Raises InputError if the disk refuses."""
@@ -189,7 +174,7 @@ class Session:
 
     @contextlib.contextmanager
     def _held(self, training: loop.Training) -> Iterator[None]:
-        """Hold the folder, which is free between two `learn`s. Raises InputError if others use it, or have."""
+        """Hold the folder, free between two `learn`s. Raises InputError if others use it, or have."""
         folder = training.folder
         if not folder.is_held:
             folder.hold()
@@ -217,8 +202,8 @@ def open_folder(folder: str | Path, kind: str, *, is_given: bool = False) -> tup
     run = RunFolder.open(folder)
     config = run.config()
     if config.opener != kind:
-        other = f"{config.opener}; go on with {config.opener}.load({str(folder)!r})"
-        raise InputError(f"{folder} is a run of {other}")
+        how = f"go on with {config.opener}.load({str(folder)!r})"
+        raise InputError(f"{folder} is a run of {config.opener}; {how}")
     supervised = config.sft or config.reward_model
     is_known = config.env or config.task if supervised is None else supervised.data
     if not (is_given or is_known):
@@ -229,7 +214,7 @@ def open_folder(folder: str | Path, kind: str, *, is_given: bool = False) -> tup
 
 
 class HasSession(Protocol):
-    """`PPO`, `SFT` or `RewardModel`."""
+    """A model with a session."""
 
     _session: Session
 
@@ -280,8 +265,8 @@ def supervised_config(
     section: Literal["sft", "reward_model"],
     policy: Any,
     data: Any,
-    *,
     config: Config | None,
+    *,
     settings: dict[str, Any],
     run: RunFolder | None,
 ) -> Config:

@@ -24,8 +24,7 @@ class SFT:
     "completion": …}` or of `{"messages": […]}`, all of one kind. The loss is the negative log-likelihood of
     the text, of the completions, or of the assistant's messages, with their end tokens.
 
-    Settings are the fields of the configuration by their plain names: `learning_rate=1e-4`, `epochs=2`,
-    `max_tokens=256`, `adapter=None`, `seed=3`, `run_name="mine"`; `config` gives them all at once.
+    Settings are listed below (`learning_rate=1e-4`, `run_name="mine"`); `config` gives them all at once.
     `verbose=0` shows nothing; `run` is an existing run folder to go on in (`SFT.load` passes it). Raises
     InputError for anything unusable, before a model is loaded where that can be known. What `learn`,
     `evaluate`, `save` and `load` mean: see `api/session.py`.
@@ -42,7 +41,7 @@ class SFT:
         **settings: Any,
     ):
         check_policy(policy, CausalLMPolicy)
-        self.config = supervised_config("sft", policy, data, config=config, settings=settings, run=run)
+        self.config = supervised_config("sft", policy, data, config, settings=settings, run=run)
         if run is None:
             preflight(self.config)
         assert self.config.sft is not None
@@ -70,7 +69,7 @@ class SFT:
         return self
 
     def evaluate(self, examples: int | None = None) -> dict[str, float]:
-        """`eval/nll` and `eval/perplexity` on the first `examples` held out. Raises InputError without any."""
+        """`eval/…` metrics on the first `examples` held-out examples. Raises InputError without any."""
         return self._session.evaluate(examples, "examples")
 
     @overload
@@ -78,7 +77,7 @@ class SFT:
     @overload
     def generate(self, prompts: Sequence[Any], *, seed: int = 0, **sampling: Any) -> list[str]: ...
     def generate(self, prompts: Any, *, seed: int = 0, **sampling: Any) -> str | list[str]:
-        """A string for a prompt, or for each of several; `sampling`: `max_new_tokens`, `temperature`, `top_k`, `top_p`."""
+        """Continue a prompt, or each of several, with these `sampling` fields of `generation` changed."""
         return generate_text(self.policy, prompts, config=self.config, seed=seed, **sampling)
 
     def save(self, folder: str | Path) -> None:

@@ -13,25 +13,18 @@ from surefoot.policies.control.networks import ACTIVATIONS
 # Setting -> its value by the share of the run that is left.
 Schedules = dict[str, Callable[[float], float]]
 
-# Keyword of `policy_kwargs` -> field of policy.network.
-NETWORK_KEYS = {
-    "net_arch": "net_arch",
-    "ortho_init": "ortho_init",
-    "log_std_init": "log_std_init",
-    "lstm_hidden_size": "lstm_hidden_size",
-}
+# Keywords of `policy_kwargs` that are fields of policy.network.
+NETWORK_KEYS = ("net_arch", "ortho_init", "log_std_init", "lstm_hidden_size")
 LSTM_FLAGS = {"shared_lstm": False, "enable_critic_lstm": True}  # of sb3-contrib
 SCHEDULED = {"learning_rate": "lr_schedule", "clip_range": "clip_schedule"}
 
 
-def translated(settings: Mapping[str, Any], *, verbose: int = 0) -> tuple[dict[str, Any], Schedules]:
+def translated(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Schedules]:
     """Stable-Baselines3's keywords as our settings, and the schedules that are functions.
 
     Raises InputError for one that has no counterpart, naming what to do instead.
     """
-    ours = {
-        name: value.item() if isinstance(value, numpy.generic) else value for name, value in settings.items()
-    }
+    ours = {k: v.item() if isinstance(v, numpy.generic) else v for k, v in settings.items()}
     schedules = {}
     ours.pop("_init_setup_model", None)
     for name in ("seed", "tensorboard_log", "policy_kwargs", "clip_range_vf", "target_kl"):
@@ -62,22 +55,17 @@ def _network(policy_kwargs: Mapping[str, Any]) -> dict[str, Any]:
         if name == "activation_fn":
             found = [known for known, module in ACTIVATIONS.items() if module is value or known == value]
             if not found:
-                raise InputError(
-                    f"policy_kwargs.activation_fn: {value!r} is not one of {', '.join(ACTIVATIONS)}"
-                )
+                known = ", ".join(ACTIVATIONS)
+                raise InputError(f"policy_kwargs.activation_fn: {value!r} is not one of {known}")
             network["activation"] = found[0]
         elif name in LSTM_FLAGS:
             if value is not LSTM_FLAGS[name]:
-                raise InputError(
-                    f"policy_kwargs.{name}: actor and critic have an LSTM each here; "
-                    "network={'share': True} gives them one, and one set of layers after it"
-                )
+                how = "network={'share': True} gives them one, and one set of layers after it"
+                raise InputError(f"policy_kwargs.{name}: actor and critic have an LSTM each here; {how}")
         elif name in NETWORK_KEYS:
-            network[NETWORK_KEYS[name]] = value
+            network[name] = value
         else:
             known = ", ".join(("activation_fn", *NETWORK_KEYS))
-            raise InputError(
-                f"policy_kwargs.{name} has no counterpart ({known} have); "
-                "pass an nn.Module as the policy instead"
-            )
+            how = "pass an nn.Module as the policy instead"
+            raise InputError(f"policy_kwargs.{name} has no counterpart ({known} have); {how}")
     return network

@@ -30,10 +30,8 @@ def build_vector(config: Config, env: Any = None, *, for_evaluation: bool = Fals
     if env is not None and not isinstance(env, str):
         vector = wrap_vector(env, seed=seed)
         if settings.n_envs not in (1, vector.num_envs):
-            raise InputError(
-                f"n_envs: the environment given has {vector.num_envs}, not {settings.n_envs}; give an "
-                f"id, or a Gymnasium vector environment of {settings.n_envs}"
-            )
+            how = f"give an id, or a Gymnasium vector environment of {settings.n_envs}"
+            raise InputError(f"n_envs: the environment given has {vector.num_envs}; {how}")
         return vector
     if settings.id is None:
         raise InputError("the environment was made in Python; give it again: PPO.load(folder, env)")
@@ -48,9 +46,7 @@ def build_vector(config: Config, env: Any = None, *, for_evaluation: bool = Fals
 
 
 def build_recorded(config: Config, show: Callable[[Frame, float], None]) -> Vector:
-    """One copy of what a run is evaluated in, begun from the same seeds; `show` gets its first episode's
-    frames.
-    """
+    """What a run is evaluated in, once, from the same seeds; `show` gets its first episode's frames."""
     assert config.env is not None and config.env.id is not None
     kwargs = config.env.kwargs | config.env.eval_kwargs
     seed = derived_seed(config.seed, "evaluation", 0)
@@ -58,6 +54,7 @@ def build_recorded(config: Config, show: Callable[[Frame, float], None]) -> Vect
 
 
 def has_two_players(env: EnvConfig) -> bool:
+    """Whether it is a game of PettingZoo, or played against the policy itself."""
     return env.self_play is not None or (env.id or "").startswith("classic/")
 
 
@@ -66,25 +63,17 @@ def _maker(name: str) -> Any:
 
 
 def build_control_policy(config: Config, env: Vector, module: nn.Module | None = None) -> Any:
-    """A network for the environment's spaces. `module` is the user's: a whole policy (`ActingPolicy`), or
-    what extracts features.
-    """
+    """A network for the environment's spaces, or over `module`; or `module`, an `ActingPolicy`, itself."""
     assert config.env is not None
     device = build_device(config.device)
     if module is not None and hasattr(module, "act"):
-        asked = {
-            name
-            for kind in (Policy, ActingPolicy)
-            for name in (*vars(kind), *kind.__annotations__)
-            if name[0] != "_"
-        }
-        if missing := sorted(name for name in asked if not hasattr(module, name)):
+        asked = {name for kind in (Policy, ActingPolicy) for name in (*vars(kind), *kind.__annotations__)}
+        if missing := sorted(name for name in asked if name[0] != "_" and not hasattr(module, name)):
             raise InputError(f"policy: yours has act, but lacks {', '.join(missing)} (docs/extending.md)")
         return module.to(device)
     # Only convolutions are large enough to gain from half precision.
-    wanted = (
-        config.policy.dtype if "Cnn" in config.policy.model or config.policy.dtype != "auto" else "float32"
-    )
+    is_small = config.policy.dtype == "auto" and "Cnn" not in config.policy.model
+    wanted = "float32" if is_small else config.policy.dtype
     policy = ControlPolicy(
         env.observation_spaces,
         env.action_space,
@@ -99,5 +88,5 @@ def build_control_policy(config: Config, env: Vector, module: nn.Module | None =
 
 
 def threads_for(policy: Any) -> int | None:
-    """A small network's operations are over before a second thread has begun; where cores are busy it waits for it."""
+    """One for a small network, whose operations are over before a second thread has begun."""
     return 1 if sum(p.numel() for p in policy.parameters()) < SMALL else None

@@ -1,6 +1,4 @@
-"""Config -> what a language model learns with: the policy, the task and its rewards, examples and
-preferences.
-"""
+"""Config -> what a language model learns with: the policy, the task and its rewards, the data."""
 
 from __future__ import annotations
 
@@ -11,16 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from surefoot.build.preflight import SETTINGS, build_device, model_of_run
-from surefoot.config import (
-    Config,
-    CriticConfig,
-    PolicyConfig,
-    PTXConfig,
-    RewardPart,
-    SFTConfig,
-    TaskConfig,
-    load_config,
-)
+from surefoot.config import Config, CriticConfig, PolicyConfig, PTXConfig, SFTConfig, TaskConfig, load_config
 from surefoot.core.seeds import derived_seed
 from surefoot.data import assets
 from surefoot.data.demonstrations import Demonstrations
@@ -36,26 +25,23 @@ from surefoot.rewards.model import RewardScorer
 from surefoot.train import checkpoint
 from surefoot.types import StopReason, Trajectory, Turn
 
+Log = Callable[[str], None]
+Rewarder = Callable[[str, str], RewardFunction]  # (what a key names, the key) -> the reward
 
-def build_policy(config: Config, *, log: Callable[[str], None] = assets.log_to_stderr) -> CausalLMPolicy:
+
+def build_policy(config: Config, *, log: Log = assets.log_to_stderr) -> CausalLMPolicy:
     """The policy of a run, fetched if need be."""
     device = build_device(config.device)
     source = assets.resolve(config.policy.model, log=log)
     check_model_folder(source)
     if not os.path.exists(source):
-        log(
-            f"{source} is no folder here and no asset ({', '.join(assets.ASSETS)}): "
-            "asking the Hugging Face hub for it"
-        )
-    return load_policy(
-        source,
-        config.policy.model_copy(update={"critic": _critic(config, log)}),
-        device=device,
-        seed=derived_seed(config.seed, "adapter", 0),
-    )
+        known = ", ".join(assets.ASSETS)
+        log(f"{source} is no folder here and no asset ({known}): asking the Hugging Face hub for it")
+    settings = config.policy.model_copy(update={"critic": _critic(config, log)})
+    return load_policy(source, settings, device=device, seed=derived_seed(config.seed, "adapter", 0))
 
 
-def _critic(config: Config, log: Callable[[str], None]) -> CriticConfig:
+def _critic(config: Config, log: Log) -> CriticConfig:
     """The critic that is built: the default where no values are learned, and its model as a folder."""
     critic = config.policy.critic
     if not config.ppo.has_critic:
@@ -68,47 +54,32 @@ def _critic(config: Config, log: Callable[[str], None]) -> CriticConfig:
 
 def build_reward_policy(config: Config, trunk: CausalLMPolicy) -> RewardModelPolicy:
     """A reward model over a language model, which it takes over."""
-    check_no_critic(trunk)
-    check_critic(trunk, config.policy.critic)
-    assert config.reward_model is not None
+    check_critic(trunk, config)
     return RewardModelPolicy(trunk, seed=derived_seed(config.seed, "reward head", 0))
 
 
-def check_critic(policy: Any, critic: CriticConfig) -> None:
-    """Raise InputError for a loaded policy that lacks what `policy.critic` asks for."""
-    if isinstance(policy, CausalLMPolicy):
+def check_critic(policy: Any, config: Config) -> None:
+    """Raise InputError for a loaded policy without the critic asked for, or with one that is not trained."""
+    critic = config.policy.critic
+    has_values = config.supervised is None and config.ppo.has_critic
+    if not has_values and getattr(policy, "critic", None) is not None:
+        what = "it has a separate critic, which this run would not train"
+        raise InputError(f"policy: {what}; load it with critic.kind: shared")
+    if isinstance(policy, CausalLMPolicy) and (has_values or config.reward_model is not None):
         lacks_own = critic.kind != "shared" and policy.critic is None
         if lacks_own or (critic.stop_gradient and not policy.stop_gradient):
-            raise InputError(
-                "policy: it was loaded without what policy.critic asks for; give load_policy the same "
-                "PolicyConfig(critic=...)"
-            )
-
-
-def check_no_critic(policy: Any) -> None:
-    """Raise InputError for a loaded policy that brings a critic's weights along to where no values are
-    learned.
-    """
-    if getattr(policy, "critic", None) is not None:
-        raise InputError(
-            "policy: it has a separate critic, which this run would not train; "
-            "load it with critic.kind: shared"
-        )
+            how = "give load_policy the same PolicyConfig(critic=...)"
+            raise InputError(f"policy: it was loaded without what policy.critic asks for; {how}")
 
 
 def build_preferences(config: Config, data: Any = None) -> PreferenceDataset:
-    """The preferences of a run: `data`, or what `reward_model.data` names.
-
-    Raises InputError for what says nothing.
-    """
+    """`data`, or what `reward_model.data` names. Raises InputError for what says nothing."""
     settings = config.reward_model
     assert settings is not None
+    data = settings.data if data is None else data
     if data is None:
-        if settings.data is None:
-            raise InputError(
-                "reward_model.data is missing: name a JSONL file of pairs or ratings, or give them in Python"
-            )
-        data = settings.data
+        how = "name a JSONL file of pairs or ratings, or give them in Python"
+        raise InputError(f"reward_model.data is missing: {how}")
     preferences = PreferenceDataset(data, held_out=settings.held_out, rating_range=settings.rating_range)
     if preferences.of_pairs and settings.rating_range is not None:
         raise InputError("reward_model.rating_range is for ratings, and these are pairs; leave it out")
@@ -118,89 +89,55 @@ def build_preferences(config: Config, data: Any = None) -> PreferenceDataset:
 
 
 def build_demonstrations(
-    settings: SFTConfig | PTXConfig, data: Any = None, *, log: Callable[[str], None] = assets.log_to_stderr
+    settings: SFTConfig | PTXConfig, data: Any = None, *, log: Log = assets.log_to_stderr
 ) -> Demonstrations:
-    """The examples of a run: `data`, or what the section names.
-
-    Raises InputError for what cannot be learned from.
-    """
-    is_sft = isinstance(settings, SFTConfig)
-    key, given = ("sft.data", "data") if is_sft else ("ptx.data", "ptx_data")
+    """`data`, or what the section names. Raises InputError for what cannot be learned from."""
+    key, given = ("sft.data", "data") if isinstance(settings, SFTConfig) else ("ptx.data", "ptx_data")
+    name = "data" if isinstance(settings, SFTConfig) else key
     if data is None:
         if settings.data is None:
-            raise InputError(
-                f"{key} is missing: name a JSONL file of examples; what was given in Python ({given}), "
-                "give again"
-            )
+            how = f"name a JSONL file of examples; what was given in Python ({given}), give again"
+            raise InputError(f"{key} is missing: {how}")
         data = assets.resolve(settings.data, key=key, log=log)
-    return Demonstrations(
-        data, held_out=settings.held_out, columns=settings.columns, name="data" if is_sft else key
-    )
+    return Demonstrations(data, held_out=settings.held_out, columns=settings.columns, name=name)
 
 
-def build_task(config: Config, *, log: Callable[[str], None] = assets.log_to_stderr) -> TextTask:
-    """The task of a run.
+def build_task(config: Config, *, log: Log = assets.log_to_stderr, build: Rewarder | None = None) -> TextTask:
+    """The task of a run, its rewards built by `build`, by default `build_reward`.
 
     Rewards are found before prompts are fetched; reward models are loaded when they are first asked.
     """
     task = config.task
     if task is None:
         raise InputError("the configuration has no task; name task.prompts and task.reward")
-
-    def build(part: RewardPart, key: str) -> RewardFunction:
-        return build_reward(part, key, config.device)
-
-    reward = build_rewards(task.reward, build)
-    metric = None if task.metric is None else build(RewardPart(name=task.metric), "task.metric")
-    return _task(task, reward, metric, log=log)
-
-
-def _task(
-    settings: TaskConfig,
-    reward: RewardFunction | MixedReward,
-    metric: RewardFunction | None,
-    *,
-    log: Callable[[str], None] = assets.log_to_stderr,
-) -> TextTask:
-    fields = settings.model_dump(include={"held_out", "prompt_column", "prompt_tokens", "chat"})
-    prompts = assets.resolve(settings.prompts, key="task.prompts", log=log)
+    reward, metric = _rewards(task, build or functools.partial(build_reward, device=config.device))
+    fields = task.model_dump(include={"held_out", "prompt_column", "prompt_tokens", "chat"})
+    prompts = assets.resolve(task.prompts, key="task.prompts", log=log)
     return TextTask(prompts, reward, metric=metric, **fields)
 
 
-def build_rewards(
-    reward: str | list[RewardPart], build: Callable[[RewardPart, str], RewardFunction]
-) -> RewardFunction | MixedReward:
-    """The one reward that `task.reward` names, or the sum of its parts; `build` makes each, as `build_reward`
-    does.
-    """
-    if isinstance(reward, str):
-        return build(RewardPart(name=reward), "task.reward")
-    return MixedReward(
-        {part.called: (build(part, f"task.reward, {part.called}"), part.weight) for part in reward}
-    )
+def _rewards(task: TaskConfig, build: Rewarder) -> tuple[RewardFunction | MixedReward, RewardFunction | None]:
+    """The reward, or the sum of its parts, and the metric; `build` makes each."""
+    reward: RewardFunction | MixedReward
+    if isinstance(task.reward, str):
+        reward = build(task.reward, "task.reward")
+    else:
+        parts = {part.called: part for part in task.reward}
+        built = {name: build(part.name, f"task.reward, {name}") for name, part in parts.items()}
+        reward = MixedReward({name: (built[name], part.weight) for name, part in parts.items()})
+    return reward, None if task.metric is None else build(task.metric, "task.metric")
 
 
-def build_reward(part: RewardPart, key: str, device: str) -> RewardFunction:
-    """The Python function, or the reward model's folder, that `part` names. Raises InputError naming `key`.
-
-    A reward model is loaded when it is first asked: what else is wrong with a run is found before.
-    """
-    if Path(part.name).is_dir():
-        return _reward_of_model(part, key, device)
-    if not is_function(part.name):
-        raise InputError(
-            f"{key}: expected 'file.py:function' or 'package.module:function', got {part.name!r}; "
-            "nor is it a reward model's folder"
-        )
-    return load_function(part.name, key=key)
-
-
-def _reward_of_model(part: RewardPart, key: str, device: str) -> RewardFunction:
-    folder = _reward_folder(part.name, key)
-
-    @functools.cache
-    def scorer() -> RewardScorer:
-        return RewardScorer(load_reward(folder, device=device, key=key))
+def build_reward(name: str, key: str, device: str) -> RewardFunction:
+    """The Python function, or the reward model's folder, of this name. Raises InputError naming `key`."""
+    if not Path(name).is_dir():
+        if not is_function(name):
+            form = "expected 'file.py:function' or 'package.module:function'"
+            raise InputError(f"{key}: {form}, got {name!r}; nor is it a reward model's folder")
+        return load_function(name, key=key)
+    folder = _reward_folder(name, key)
+    # Loaded when it is first asked: what else is wrong with a run is found before.
+    scorer = functools.cache(lambda: RewardScorer(load_reward(folder, device=device, key=key)))
 
     def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         return scorer()(prompts, completions)
@@ -209,10 +146,7 @@ def _reward_of_model(part: RewardPart, key: str, device: str) -> RewardFunction:
 
 
 def load_reward(folder: str | Path, *, device: str = "auto", key: str = "reward model") -> RewardModelPolicy:
-    """The reward model that lies in `folder`, its run folder or what `save` wrote.
-
-    Raises InputError naming `key`.
-    """
+    """The reward model in `folder`, its run's or what `save` wrote. Raises InputError naming `key`."""
     folder = _reward_folder(folder, key)
     settings = PolicyConfig(adapter=None, dtype=load_config(folder / SETTINGS).policy.dtype)
     policy = RewardModelPolicy(load_policy(str(folder), settings, device=build_device(device)), seed=0)
@@ -224,37 +158,33 @@ def _reward_folder(folder: str | Path, key: str) -> Path:
     """Where in `folder` the reward model is."""
     folder = Path(model_of_run(str(folder)))
     if not (folder / REWARD).is_file():
-        raise InputError(
-            f"{key}: no reward model in {folder}, which would have a {REWARD}; "
-            "train it to its end, or save it"
-        )
+        what = f"no reward model in {folder}, which would have a {REWARD}"
+        raise InputError(f"{key}: {what}; train it to its end, or save it")
     return folder
 
 
 def check_sources(config: Config, *, made: Collection[str]) -> TextTask | None:
-    """Read whatever a run learns from, but for paths that will have been `made` by then; the task, if its
-    prompts are there.
+    """Read what a run learns from, but for paths that will be `made`; the task, if its prompts are there.
 
-    Raises InputError for what cannot be learned from, and for rewards that fail. Reward models are not
-    loaded: stand-ins take their place.
+    Raises InputError for what cannot be learned from, and for rewards that fail; stand-ins take the place of
+    reward models.
     """
     for section in (config.sft, config.ptx):
         if section is not None and section.data not in made:
             build_demonstrations(section)
     if config.reward_model is not None and config.reward_model.data not in made:
         build_preferences(config)
-    if (settings := config.task) is None:
+    if config.task is None:
         return None
 
-    def checked(part: RewardPart, key: str) -> RewardFunction:
-        function = _stand_in if part.name in made else build_reward(part, key, config.device)
-        return _stand_in if Path(part.name).is_dir() else function
+    def checked(name: str, key: str) -> RewardFunction:
+        function = _stand_in if name in made else build_reward(name, key, config.device)
+        return _stand_in if Path(name).is_dir() else function
 
-    reward = build_rewards(settings.reward, checked)
-    metric = None if settings.metric is None else checked(RewardPart(name=settings.metric), "task.metric")
-    if settings.prompts in made:
+    if config.task.prompts in made:
+        _rewards(config.task, checked)
         return None
-    task = _task(settings, reward, metric)
+    task = build_task(config, build=checked)
     probe_functions(task)
     return task
 
@@ -265,16 +195,10 @@ def _stand_in(completions: Sequence[Any], **_: Any) -> list[float]:
 
 
 def probe_functions(task: TextTask) -> None:
-    """Call reward and metric on two made-up completions: a broken one should fail now, not after a rollout.
-
-    Raises InputError as `compute_rewards` does.
-    """
-    examples = (task.train * 2)[:2]
+    """Call reward and metric on two made-up completions: a broken one fails now, not after a rollout."""
     trajectories = [
-        Trajectory(
-            example.prompt, [Turn((), text, by_policy=True)], StopReason.LENGTH, columns=example.columns
-        )
-        for example, text in zip(examples, ("A short completion.", ""), strict=True)
+        Trajectory(one.prompt, [Turn((), text, by_policy=True)], StopReason.LENGTH, columns=one.columns)
+        for one, text in zip((task.train * 2)[:2], ("A short completion.", ""), strict=True)
     ]
     generators = checkpoint.generator_states()
     assign_rewards(task.reward, trajectories)

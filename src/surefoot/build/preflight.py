@@ -1,6 +1,4 @@
-"""What is known of a run before anything is loaded: its device, its models' folders, and whether it can begin
-at all.
-"""
+"""What is known of a run before anything is loaded: its device, its models, and whether it can begin."""
 
 from __future__ import annotations
 
@@ -30,17 +28,13 @@ def build_device(name: str) -> str:
 
 
 def preflight(config: Config) -> None:
-    """Raise InputError for what a new run can be refused for before anything is fetched or loaded: its name,
-    and its models.
-    """
+    """Raise InputError for a new run's name or models, before anything is fetched or loaded."""
     RunFolder.check_free(config)
     check_models(config)
 
 
 def check_models(config: Config, *, made: Collection[str] = ()) -> None:
-    """Raise InputError for a device that is not there, or models that are neither there nor will have been
-    `made`.
-    """
+    """Raise InputError for a device that is not there, or models that neither are nor will be `made`."""
     build_device(config.device)
     models = {"policy.model": config.policy.model, "policy.critic.model": config.policy.critic.model}
     for key, model in models.items():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from surefoot.build.control import build_vector, has_two_players, threads_for
-from surefoot.build.language import check_critic, check_no_critic
+from surefoot.build.language import check_critic
 from surefoot.config import Config, SelfPlayConfig, SFTConfig
 from surefoot.core.running import RunningStats
 from surefoot.core.seeds import derived_seed
@@ -31,16 +31,14 @@ from surefoot.train.ppo_objective import PPOObjective
 from surefoot.train.supervised_objectives import NLLObjective, PreferenceObjective, SumObjective
 from surefoot.train.update import make_optimizer
 
-# What a run learns in, or from.
-Environment = TextTask | Vector | Demonstrations | PreferenceDataset
+# What a run learns from, or in.
+Examples = Demonstrations | PreferenceDataset
+Environment = TextTask | Vector | Examples
 
 
 def build_rollout(config: Config, policy: Any, env: Environment) -> Rollout:
     """What collects the batches of a run."""
-    if config.supervised or not config.ppo.has_critic:
-        check_no_critic(policy)
-    else:
-        check_critic(policy, config.policy.critic)
+    check_critic(policy, config)
     if isinstance(env, Demonstrations):
         assert config.sft is not None
         return DemonstrationRollout(policy, env, sft=config.sft, seed=config.seed)
@@ -48,13 +46,8 @@ def build_rollout(config: Config, policy: Any, env: Environment) -> Rollout:
         assert config.reward_model is not None
         return PreferenceRollout(policy, env, settings=config.reward_model, seed=config.seed)
     if isinstance(env, TextTask):
-        return TextRollout(
-            policy,
-            env,
-            engine=text_engine(policy, config.generation),
-            config=config,
-            seed=config.seed,
-        )
+        engine = text_engine(policy, config.generation)
+        return TextRollout(policy, env, engine=engine, config=config, seed=config.seed)
     assert config.env is not None
     make = None if config.env.id is None else lambda: build_vector(config, for_evaluation=True)
     opponents = None
@@ -86,14 +79,11 @@ def build_objective(
         return ppo
     ptx = config.ptx
     assert ptx is not None
+    micro = config.ppo.micro_batch_tokens
     demonstrations = DemonstrationRollout(
         policy,
         examples,
-        sft=SFTConfig(
-            batch_size=ptx.batch_size,
-            max_tokens=ptx.max_tokens,
-            micro_batch_tokens=config.ppo.micro_batch_tokens,
-        ),
+        sft=SFTConfig(batch_size=ptx.batch_size, max_tokens=ptx.max_tokens, micro_batch_tokens=micro),
         # A separate seed: a list as long as the prompts would be in the prompts' order.
         seed=derived_seed(config.seed, "ptx", 0),
         key="ptx",
@@ -105,21 +95,13 @@ def build_objective(
 def build_training(
     config: Config,
     policy: Any,
-    env: Environment,
+    env: Environment | None,
+    parts: tuple[Rollout, Objective],
     folder: RunFolder | None = None,
-    *,
-    rollout: Rollout | None = None,
-    objective: Objective | None = None,
 ) -> loop.Training:
-    """A run at its beginning, in a new folder where none is given, or at the newest whole checkpoint of its
-    folder.
-
-    `rollout` and `objective` are what the functions above give, where they have been built before.
-    """
-    rollout = rollout or build_rollout(config, policy, env)
-    objective = objective or build_objective(config, policy, rollout)
-    # After the prompts were found to fit: a refused run leaves nothing.
+    """A run at its beginning, in a new folder, or at the newest whole checkpoint of `folder`."""
     folder = folder or RunFolder.create(config)
+    rollout, objective = parts
     training = loop.Training(
         config=config,
         policy=policy,
@@ -130,17 +112,16 @@ def build_training(
         total=_budget(config, env),
         threads=threads_for(policy) if config.env is not None else None,
     )
-    newest = checkpoint.newest_checkpoint(folder.checkpoints)
-    if newest is not None:
+    if (newest := checkpoint.newest_checkpoint(folder.checkpoints)) is not None:
         loop.restore(training, newest)
     else:
         folder.cut_logs({})
     return training
 
 
-def _budget(config: Config, env: Environment) -> int:
+def _budget(config: Config, env: Environment | None) -> int:
     """Units of the run: examples, episodes or timesteps."""
-    if isinstance(env, (Demonstrations, PreferenceDataset)):
+    if isinstance(env, Examples):
         settings = config.sft or config.reward_model
         assert settings is not None
         return settings.epochs * len(env.train)
@@ -152,10 +133,8 @@ def restore_best(policy: Any, folder: RunFolder, env: Any = None) -> Path:
 
     Raises InputError if the run has none yet: what is untrained must not pass for its own.
     """
-    path = checkpoint.pointed_checkpoint(folder.checkpoints, "best") or checkpoint.newest_checkpoint(
-        folder.checkpoints
-    )
-    if path is None:
+    best = checkpoint.pointed_checkpoint(folder.checkpoints, "best")
+    if (path := best or checkpoint.newest_checkpoint(folder.checkpoints)) is None:
         raise InputError(f"{folder.path} has no checkpoint yet; wait for its first one")
     tensors, state = checkpoint.load_checkpoint(path)
     checkpoint.restore_policy(policy, tensors["policy"])
