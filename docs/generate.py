@@ -6,6 +6,7 @@ from pathlib import Path
 
 from surefoot.config import Config, default_text, field_table
 from surefoot.config.kinds import SECTIONS
+from surefoot.config.tables import section_in
 from surefoot.train.metrics import METRICS
 
 COMMON = ("run", "policy", "evaluate")
@@ -54,11 +55,8 @@ def config_page() -> str:
         name, dot, _ = key.partition(".")
         if (name if dot else "") != section:
             section = name if dot else ""
-            about = (
-                (Config.model_fields[name].description or "").split("\n")[0]
-                if section
-                else "The run as a whole."
-            )
+            model = section_in(Config.model_fields[name].annotation)
+            about = (model.__doc__ or "").split("\n")[0] if model else "The run as a whole."
             lines += [
                 f"\n## {section or 'Top level'}\n\n{about}\n",
                 "| field | type | default | meaning |",

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-CODE = sorted({*ROOT.glob("src/**/*.py"), *ROOT.glob("src/**/*.yaml")} - {ROOT / "src/surefoot/config/moved.py"})
+CODE = sorted([*ROOT.glob("src/**/*.py"), *ROOT.glob("src/**/*.yaml")])
 PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("docs/*.py"), *ROOT.glob("examples/**/*.py")]
     + [path for pattern in ("*.md", "*.yaml", "*.py") for path in ROOT.glob(f"recipes/**/{pattern}")]

@@ -22,7 +22,6 @@ import torch
 
 from surefoot.build.training import build_objective, build_rollout, build_training
 from surefoot.config import field_table, make_config, nested, set_field, setting_keys
-from surefoot.config.moved import MOVED
 from surefoot.envs.text import TextTask
 from surefoot.policies.lm.policy import CausalLMPolicy, wrap_policy
 from surefoot.train import loop
@@ -96,7 +95,9 @@ def language_model(family: str) -> Any:
 
 def packages_key(name: str) -> str:
     """The package's dotted key of a setting of the page."""
-    return MOVED.get(name) or setting_keys()[name]
+    within = {f"kl_{leaf}": f"kl.{leaf}" for leaf in ("coef", "target", "horizon")}
+    within |= {"missing_eos_penalty": "shaping.missing_eos_penalty", "whiten_rewards": "shaping.whiten"}
+    return within.get(name) or setting_keys()[name]
 
 
 def package_run(lm: Any, settings: dict[str, Any], folder: Path) -> tuple[CausalLMPolicy, Metrics]:

@@ -23,60 +23,9 @@ from surefoot.config.files import (
 from surefoot.config.keywords import nested, setting_keys
 from surefoot.config.kinds import SUPERVISED
 from surefoot.config.policy import NETWORKS, AdapterConfig, CriticConfig, NetworkConfig, PolicyConfig
-from surefoot.config.ppo import KLConfig, PPOConfig
-from surefoot.config.rollout import (
-    GenerationConfig,
-    GroupConfig,
-    RejectionSamplingConfig,
-    RolloutConfig,
-    ShapingConfig,
-)
-from surefoot.config.root import Config
-from surefoot.config.run import EvaluateConfig, RunConfig
+from surefoot.config.ppo import GroupConfig, KLConfig, PPOConfig, ShapingConfig
+from surefoot.config.rollout import GenerationConfig, RejectionSamplingConfig, RolloutConfig
+from surefoot.config.root import Config, EvaluateConfig, RunConfig
 from surefoot.config.supervised import NewModelConfig, PTXConfig, RewardModelConfig, SFTConfig
 from surefoot.config.tables import default_text, field_table, with_settings
 from surefoot.config.task import RewardPart, TaskConfig, check_weights
-
-__all__ = [
-    "NETWORKS",
-    "SUPERVISED",
-    "AdapterConfig",
-    "Config",
-    "CriticConfig",
-    "EnvConfig",
-    "EvaluateConfig",
-    "GenerationConfig",
-    "GroupConfig",
-    "KLConfig",
-    "NetworkConfig",
-    "NewModelConfig",
-    "PPOConfig",
-    "PTXConfig",
-    "PolicyConfig",
-    "RejectionSamplingConfig",
-    "RewardModelConfig",
-    "RewardPart",
-    "RolloutConfig",
-    "RunConfig",
-    "SFTConfig",
-    "Section",
-    "SelfPlayConfig",
-    "ShapingConfig",
-    "TaskConfig",
-    "absolute_paths",
-    "check_weights",
-    "config_from",
-    "default_text",
-    "dump_config",
-    "field_table",
-    "load_config",
-    "make_config",
-    "make_paths_relative_to",
-    "nested",
-    "read_sections",
-    "sections_for",
-    "set_field",
-    "setting_keys",
-    "with_sampling",
-    "with_settings",
-]

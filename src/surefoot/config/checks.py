@@ -7,14 +7,8 @@ import math
 from surefoot.config.env import EnvConfig
 from surefoot.config.messages import short
 from surefoot.config.policy import NETWORKS, CriticConfig, PolicyConfig
-from surefoot.config.ppo import KLConfig, PPOConfig
-from surefoot.config.rollout import (
-    GenerationConfig,
-    GroupConfig,
-    RejectionSamplingConfig,
-    RolloutConfig,
-    ShapingConfig,
-)
+from surefoot.config.ppo import GroupConfig, KLConfig, PPOConfig, ShapingConfig
+from surefoot.config.rollout import GenerationConfig, RejectionSamplingConfig, RolloutConfig
 
 # Advantages that compare the completions of one prompt with each other.
 GROUPED = ("grpo", "dr_grpo", "rloo")
@@ -30,35 +24,25 @@ def check_rollout(
     rollout: RolloutConfig, group: GroupConfig, generation: GenerationConfig, ppo: PPOConfig
 ) -> None:
     """Raise ValueError: sizes that do not divide an update, and sampling that cannot be trained on."""
-    episodes = rollout.episodes_per_update
+    whole = rollout.episodes_per_update
     for key, size in {"ppo.batch_size": ppo.batch_size, "group.size": group.size}.items():
-        if episodes % size:
-            raise ValueError(
-                f"{key} ({size}) does not divide rollout.episodes_per_update ({episodes}); "
-                f"try {_nearest_divisor(episodes, size)}"
-            )
+        if whole % size:
+            near, of = _nearest_divisor(whole, size), f"rollout.episodes_per_update ({whole})"
+            raise ValueError(f"{key} ({size}) does not divide {of}; try {near}")
     for name in ("top_k", "top_p"):
         if getattr(generation, name) is not None:
-            raise ValueError(
-                f"generation.{name}: training needs log-probs over the full vocabulary; leave it out"
-            )
+            raise ValueError(f"generation.{name}: training needs the full vocabulary; leave it out")
     if generation.temperature == 0:
-        raise ValueError(
-            "generation.temperature 0 is greedy and cannot be trained on; use a positive temperature"
-        )
+        raise ValueError("generation.temperature: training needs more than 0 (greedy); leave it out")
 
 
 def check_advantage(ppo: PPOConfig, group: GroupConfig, shaping: ShapingConfig, critic: CriticConfig) -> None:
     """Raise ValueError: what the advantage needs and is not there, or has no use for."""
     kind = ppo.advantage
     if kind in GROUPED and group.size == 1:
-        raise ValueError(
-            f"ppo.advantage: {kind} compares completions of one prompt; give group.size 2 or more"
-        )
+        raise ValueError(f"ppo.advantage: {kind} compares completions of a prompt; give group.size 2 or more")
     if group.skip_zero_variance and kind not in GROUPED:
-        raise ValueError(
-            f"group.skip_zero_variance is for ppo.advantage: {', '.join(GROUPED)}; leave it out with {kind}"
-        )
+        raise ValueError(f"group.skip_zero_variance is for ppo.advantage: {', '.join(GROUPED)}, not {kind}")
     if critic.warmup_updates and critic.kind == "shared" and not critic.stop_gradient:
         raise ValueError(
             "policy.critic.warmup_updates trains the critic alone, but its loss would move the shared trunk; "
@@ -75,34 +59,26 @@ def check_advantage(ppo: PPOConfig, group: GroupConfig, shaping: ShapingConfig, 
     if name := next((name for name, is_used in used.items() if is_used), None):
         raise ValueError(f"{name} is for ppo.advantage: gae; {kind} has no critic")
     if ppo.gamma != 1 and kind != "reinforce_pp":
-        raise ValueError(
-            f"ppo.gamma is {ppo.gamma:g}; with ppo.advantage: {kind} the tokens of a completion share its "
-            "reward; leave it out"
-        )
+        raise ValueError(f"ppo.gamma: with {kind} the tokens of a completion share its reward; leave it out")
 
 
 def check_kl(kl: KLConfig, rollout: RolloutConfig) -> None:
     """Raise ValueError: an adaptive coefficient that could not adapt, or could turn negative."""
-    episodes = rollout.episodes_per_update
+    least = 0.2 * rollout.episodes_per_update
     if kl.target is not None and kl.coef == 0:
-        raise ValueError(
-            "kl.target adapts kl.coef, which is 0 and would stay 0; give kl.coef a positive start"
-        )
-    if kl.target is not None and 0.2 * episodes >= kl.horizon:
-        raise ValueError(
-            f"kl.horizon ({kl.horizon:g}) is too short: kl.coef changes by up to 20 % in that many episodes, "
-            f"and an update of {episodes} could take it to 0 or below; give more than {0.2 * episodes:g}"
-        )
+        raise ValueError("kl.target adapts kl.coef, and 0 would stay 0; give kl.coef a positive start")
+    if kl.target is not None and least >= kl.horizon:
+        # An update changes kl.coef by up to 20 % × episodes / horizon.
+        raise ValueError(f"kl.horizon ({kl.horizon:g}) could take kl.coef below 0; give more than {least:g}")
 
 
 def check_rejection(rejection: RejectionSamplingConfig, group: GroupConfig, *, has_task: bool) -> None:
     """Raise ValueError: rejection sampling without prompts, or of groups that do not divide it."""
+    size, whole = group.size, rejection.episodes
     if not has_task:
         raise ValueError("rejection_sampling completes the prompts of a task; give it a task section")
-    if rejection.episodes % group.size:
-        raise ValueError(
-            f"group.size ({group.size}) does not divide rejection_sampling.episodes ({rejection.episodes})"
-        )
+    if whole % size:
+        raise ValueError(f"group.size ({size}) does not divide rejection_sampling.episodes ({whole})")
 
 
 def check_environment(env: EnvConfig, ppo: PPOConfig, policy: PolicyConfig) -> None:
@@ -111,15 +87,11 @@ def check_environment(env: EnvConfig, ppo: PPOConfig, policy: PolicyConfig) -> N
         if getattr(ppo, name) != PPOConfig.model_fields[name].default:
             raise ValueError(f"ppo.{name} is for text tasks; leave it out")
     if policy.critic.model_copy(update={"gae_lambda": None}) != CriticConfig():
-        raise ValueError(
-            "policy.critic is for text tasks; with env policy.network.share says what they share"
-        )
+        raise ValueError("policy.critic is for text tasks; with env use policy.network.share")
     if policy.model not in NETWORKS:
-        raise ValueError(
-            f"policy.model is {short(policy.model)}; with env it is one of {', '.join(NETWORKS)}"
-        )
-    multiple = env.n_steps * max(1, round(ppo.batch_size / env.n_steps))
+        raise ValueError(f"policy.model: {short(policy.model)}; with env it is one of {', '.join(NETWORKS)}")
     if "Lstm" in policy.model and ppo.batch_size % env.n_steps:
+        multiple = env.n_steps * max(1, round(ppo.batch_size / env.n_steps))
         raise ValueError(
             f"ppo.batch_size ({ppo.batch_size}) is not a multiple of env.n_steps ({env.n_steps}): recurrent "
             f"policies are trained on whole sequences; try {multiple}"
@@ -129,9 +101,7 @@ def check_environment(env: EnvConfig, ppo: PPOConfig, policy: PolicyConfig) -> N
 def check_clip(ppo: PPOConfig) -> None:
     """Raise ValueError: a schedule that moves one of two bounds."""
     if ppo.clip_range_high is not None and ppo.clip_schedule != "constant":
-        raise ValueError(
-            "ppo.clip_schedule moves ppo.clip_range alone; leave it, or ppo.clip_range_high, out"
-        )
+        raise ValueError("ppo.clip_schedule moves ppo.clip_range alone; leave ppo.clip_range_high out")
 
 
 def _nearest_divisor(whole: int, wanted: int) -> int:

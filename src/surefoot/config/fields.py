@@ -28,6 +28,7 @@ Positive = Annotated[int, Field(gt=0, le=10**9)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Schedule = Literal["constant", "linear", "cosine"]
+Schedules = Schedule | Literal["function"]
 
 
 # --- texts that may be paths, which in a file are relative to it: the type says when they are ---
@@ -56,64 +57,46 @@ FolderPath = Annotated[PathText, IsPath(lambda text, folder: True)]
 # A model's folder, or the name of an asset or of a hub's model.
 ModelPath = Annotated[PathText, IsPath(_is_there)]
 # A file of rows, or an asset's name. A file that is not there yet must not be found elsewhere by accident.
-FilePath = Annotated[
-    PathText, IsPath(lambda text, folder: "/" in text or ".json" in text or _is_there(text, folder))
-]
+FilePath = Annotated[PathText, IsPath(lambda text, at: "/" in text or ".json" in text or _is_there(text, at))]
 # `file.py:function`, or a name that is imported.
 FunctionName = Annotated[str, IsPath(lambda text, folder: ".py:" in text)]
 # A function, or a reward model's folder.
 RewardPath = Annotated[PathText, IsPath(lambda text, folder: ".py:" in text or os.path.isdir(folder / text))]
 
-# --- rows of files, and examples to learn from, of `sft` and `ptx` ---
+# --- fields that sections share ---
 
-HeldOut = Annotated[
-    float,
-    Field(
-        ge=0,
-        lt=1,
-        description="Fraction of rows held out for evaluation, by a hash of the prompt (a demonstration's: "
-        "of all its text); above 0 at least one row where there are others (docs/sft.md#what-is-held-out).",
-    ),
-]
-ExamplesFile = Annotated[
-    FilePath | None,
-    Field(
-        description="JSONL file of `{text}`, `{prompt, completion}` or `{messages}` rows, one kind per file, "
-        "or a name `surefoot fetch` knows; `null`: rows given in Python."
-    ),
-]
-ExamplesColumns = Annotated[
-    dict[Literal["text", "prompt", "completion", "messages"], str],
-    Field(description="The file's names of these columns, where they differ: `{prompt: question}`."),
-]
-ExamplesMaxTokens = Annotated[
-    Positive | None,
-    Field(
-        description="Longer examples are truncated to this many tokens, and counted; "
-        "`null`: one longer than the model's context is refused."
-    ),
-]
+_HELD_OUT = (
+    "Fraction of rows held out for evaluation, by a hash of the prompt (docs/sft.md#what-is-held-out)."
+)
+HeldOut = Annotated[float, Field(ge=0, lt=1, description=_HELD_OUT)]
 
-# --- optimizer steps, of `ppo`, `sft` and `reward_model` ---
 
-LearningRate = Annotated[
-    float,
-    Field(gt=0, description="Adam's peak learning rate; full fine-tuning needs a smaller one than LoRA."),
-]
-LearningRateSchedule = Annotated[Schedule, Field(description="Learning rate schedule over the run.")]
-LearningRateWarmup = Annotated[
-    Fraction, Field(description="Fraction of the run in which the learning rate rises from 0.")
-]
-AdamEpsilon = Annotated[float, Field(gt=0, description="Adam's epsilon.")]
-MaxGradNorm = Annotated[float, Field(gt=0, description="The global gradient norm is clipped to this.")]
-MicroBatchTokens = Annotated[
-    Positive,
-    Field(
-        description="Most tokens (rows × longest row) in one forward and backward pass. "
-        "Speed and memory only: the gradient is the minibatch's."
-    ),
-]
-MaxBadSteps = Annotated[
-    Positive,
-    Field(description="Skipped steps (non-finite loss or gradient) in a row before the run stops."),
-]
+class ExampleFields(Section):
+    """What `sft` and `ptx` have in common: the file of examples."""
+
+    data: FilePath | None = setting(
+        None,
+        "JSONL file of `{text}`, `{prompt, completion}` or `{messages}` rows, one kind per file, or a name "
+        "`surefoot fetch` knows; `null`: rows given in Python.",
+    )
+    columns: dict[Literal["text", "prompt", "completion", "messages"], str] = setting(
+        {}, "The file's names of these columns, where they differ: `{prompt: question}`."
+    )
+    held_out: HeldOut = 0.1
+    max_tokens: Positive | None = setting(
+        None, "Longer examples are truncated; `null`: refused where longer than the model's context."
+    )
+
+
+class OptimizerFields(Section):
+    """What `ppo`, `sft` and `reward_model` have in common: the steps of Adam."""
+
+    learning_rate: float = setting(2e-4, "Adam's peak learning rate.", gt=0)
+    lr_schedule: Schedule = setting("cosine", "Learning rate schedule over the run.")
+    lr_warmup: Fraction = setting(0.05, "Fraction of the run in which the learning rate rises from 0.")
+    adam_epsilon: float = setting(1e-8, "Adam's epsilon.", gt=0)
+    max_grad_norm: float = setting(1.0, "The global gradient norm is clipped to this.", gt=0)
+    micro_batch_tokens: Positive = setting(
+        2048, "Most tokens (rows × longest) of one pass: memory, not math."
+    )
+    max_bad_steps: Positive = setting(5, "Steps skipped in a row (loss or gradient not finite) to stop at.")

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from surefoot.config.fields import Section
 from surefoot.config.kinds import SUPERVISED, foreign_sections
-from surefoot.config.messages import new_place, suggestion
+from surefoot.config.messages import suggestion
 from surefoot.config.root import Config
-from surefoot.config.tables import section_in
+from surefoot.config.tables import section_in, types_of_keys
 from surefoot.config.task import TaskConfig
 from surefoot.errors import InputError
 
@@ -46,8 +46,11 @@ def nested(settings: dict[str, Any], algorithm: Algorithm = "ppo") -> dict[str, 
     data: dict[str, Any] = {}
     for name, value in settings.items():
         if name not in keys:
-            near = new_place(name, keys) or suggestion(name, keys, "docs/config.md lists them")
-            if algorithm == "ppo" and name in TaskConfig.model_fields:
+            near = suggestion(name, keys, "docs/config.md lists them")
+            section, _, leaf = name.partition("_")
+            if section in keys and f"{section}.{leaf}" in types_of_keys():
+                near = f"; it is {section}={{{leaf!r}: ...}}"
+            elif algorithm == "ppo" and name in TaskConfig.model_fields:
                 near = "; it is TextTask's"
             raise InputError(f"unknown setting {name!r}{near}")
         section, _, leaf = keys[name].rpartition(".")

@@ -58,9 +58,7 @@ def check_sections(given: Collection[str]) -> None:
     """Raise ValueError: sections that do not go together."""
     kinds = [name for name in KINDS if name in given]
     if len(kinds) > 1:
-        raise ValueError(
-            f"a run has one of {', '.join(KINDS)}, and here are {' and '.join(kinds)}; leave one out"
-        )
+        raise ValueError(f"a run has one of {', '.join(KINDS)}, not {' and '.join(kinds)}; leave one out")
     kind = kind_of(given)
     for name in given:
         if name in foreign_sections(kind):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
-
-from surefoot.config.moved import MOVED
 
 # pydantic's error type -> what is said instead, and how to fix it.
 _PLAINER = {
@@ -34,11 +33,8 @@ def first_problem(
     # A misspelled key is also a missing one: say the former. Of a value's types, the one it comes nearest to.
     problem = min(problems, key=lambda p: (p["type"] != "extra_forbidden", -len(p["loc"])))
     parts = [str(part) for part in problem["loc"]]
-    while (
-        len(parts) > 1
-        and problem["type"] not in {"extra_forbidden", "missing"}
-        and ".".join(parts) not in kinds
-    ):
+    is_key = problem["type"] in {"extra_forbidden", "missing"}
+    while len(parts) > 1 and not is_key and ".".join(parts) not in kinds:
         parts.pop()  # which entry of a list, which type of several
     key = ".".join(parts)
     is_flag = bool(key) and any(f"{key}.".startswith(f"{f}.") or f"{f}.".startswith(f"{key}.") for f in flags)
@@ -47,9 +43,8 @@ def first_problem(
     if problem["type"] == "extra_forbidden":
         names = [as_flag(known) for known in kinds] if is_flag else kinds
         otherwise = "surefoot ppo --help lists them"
-        return (
-            f"{start}unknown {'flag' if is_flag else 'key'} {short(name)}{suggestion(name, names, otherwise)}"
-        )
+        what = "flag" if is_flag else "key"
+        return f"{start}unknown {what} {short(name)}{suggestion(name, names, otherwise)}"
     if problem["type"] == "missing":
         return f"{start}{name} is missing"
     if problem["type"] == "value_error":
@@ -60,30 +55,17 @@ def first_problem(
 
 def suggestion(name: str, candidates: Collection[str], otherwise: str) -> str:
     """'; did you mean …?' with the closest candidate, by its last part first, then by the whole."""
-    key = MOVED.get(_leaf(name).replace("-", "_"), "")
-    if known := next((candidate for candidate in candidates if candidate in (key, as_flag(key))), None):
-        return f"; it is {known!r}"
+    if same := next((known for known in candidates if _words(known) == _words(_leaf(name))), None):
+        return f"; it is {same!r}"  # kl_coef is kl.coef
     candidates = [candidate for candidate in candidates if not name.startswith(f"{candidate}.")]
     section = name.rpartition(".")[0]  # of two sections with such a field, the one that was meant
     by_leaf = {_leaf(c): c for c in sorted(candidates, key=lambda c: c.rpartition(".")[0] == section)}
 
     def like_leaf(cutoff: float) -> list[str]:
-        return [
-            by_leaf[match] for match in difflib.get_close_matches(_leaf(name), by_leaf, n=1, cutoff=cutoff)
-        ]
+        return [by_leaf[leaf] for leaf in difflib.get_close_matches(_leaf(name), by_leaf, 1, cutoff)]
 
     close = like_leaf(0.75) or difflib.get_close_matches(name, candidates, n=1) or like_leaf(0.6)
     return f"; did you mean {close[0]!r}?" if close else f"; {otherwise}"
-
-
-def new_place(name: str, keys: Mapping[str, str]) -> str:
-    """How a setting with another name is given as a keyword; `keys`: keyword -> dotted key."""
-    key = MOVED.get(name, "")
-    section, _, leaf = key.rpartition(".")
-    if keyword := next((word for word, known in keys.items() if known == section), None):
-        return f"; it is {keyword}={{{leaf!r}: ...}}"
-    keyword = next((word for word, known in keys.items() if known == key), None)
-    return f"; it is {keyword}" if keyword else ""
 
 
 def as_flag(key: str) -> str:
@@ -95,6 +77,10 @@ def short(value: Any) -> str:
     """A value as it would be written in Python, cut to what fits in a line."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _words(key: str) -> list[str]:
+    return re.findall("[a-z0-9]+", key)
 
 
 def _leaf(key: str) -> str:

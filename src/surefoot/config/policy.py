@@ -9,14 +9,7 @@ from pydantic import field_validator, model_validator
 from surefoot.config.fields import Fraction, ModelPath, Positive, Section, setting
 from surefoot.config.messages import short
 
-NETWORKS = (
-    "MlpPolicy",
-    "CnnPolicy",
-    "MultiInputPolicy",
-    "MlpLstmPolicy",
-    "CnnLstmPolicy",
-    "MultiInputLstmPolicy",
-)
+NETWORKS = tuple(f"{net}{lstm}Policy" for lstm in ("", "Lstm") for net in ("Mlp", "Cnn", "MultiInput"))
 
 
 class AdapterConfig(Section):
@@ -30,9 +23,7 @@ class AdapterConfig(Section):
     @classmethod
     def _names(cls, targets: str | list[str]) -> str | list[str]:
         if not targets or (isinstance(targets, str) and targets != "all-linear"):
-            raise ValueError(
-                f"write all-linear or a list of module names such as [q_proj, v_proj], not {short(targets)}"
-            )
+            raise ValueError(f"write all-linear or a list such as [q_proj, v_proj], not {short(targets)}")
         return targets
 
 
@@ -41,23 +32,15 @@ class CriticConfig(Section):
 
     kind: Literal["shared", "adapter", "separate"] = setting(
         "shared",
-        "A head on the policy's last hidden state, initially zero (`shared`), on a second LoRA adapter over "
-        "its frozen base (`adapter`), or on a separate transformer that is trained whole (`separate`).",
+        "A zero-initialized head on the policy's last hidden state, on that of a second LoRA adapter over "
+        "its frozen base, or on a separate transformer that is trained whole.",
     )
-    stop_gradient: bool = setting(
-        False,
-        "`shared`: the value loss stops at the head; with `reward_model` the head alone is trained.",
-    )
+    stop_gradient: bool = setting(False, "`shared`: value (or reward) losses train the head alone.")
     model: ModelPath | None = setting(
         None,
-        "`separate`: the model it starts from, named as in `policy.model`, with the policy's tokenizer, or a "
-        "reward model's folder, whose head it takes too; `null`: a copy of the policy's base.",
+        "`separate`: a model, or reward model, with the same tokenizer; `null`: the policy's base.",
     )
-    learning_rate: float | None = setting(
-        None,
-        "`adapter` and `separate`: the critic's peak learning rate; `null`: `ppo.learning_rate`.",
-        gt=0,
-    )
+    learning_rate: float | None = setting(None, "Peak, if not `shared`; `null`: ppo.learning_rate.", gt=0)
     gae_lambda: Fraction | None = setting(None, "λ of the critic's targets; `null`: that of the advantages.")
     warmup_updates: int = setting(0, "First updates, in which the critic alone is trained.", ge=0)
 
@@ -67,9 +50,7 @@ class CriticConfig(Section):
             if getattr(self, name) and self.kind != kind:
                 raise ValueError(f"{name} is for kind: {kind}, and this is {self.kind}; leave it out")
         if self.learning_rate is not None and self.kind == "shared":
-            raise ValueError(
-                "learning_rate is for a critic with separate weights, and this is shared; leave it out"
-            )
+            raise ValueError("learning_rate is for kind: adapter or separate; leave it out with shared")
         return self
 
 
@@ -77,20 +58,15 @@ class NetworkConfig(Section):
     """The network of `MlpPolicy` and its kin; names as in Stable-Baselines3's `policy_kwargs`."""
 
     net_arch: list[Positive] | dict[Literal["pi", "vf"], list[Positive]] | None = setting(
-        None,
-        "Widths of hidden layers, or `{pi: [64], vf: [64]}`; `null`: `[64, 64]`, none after a CNN.",
+        None, "Widths of hidden layers, or `{pi: [64], vf: [64]}`; `null`: `[64, 64]`, none after a CNN."
     )
     activation: Literal["tanh", "relu", "elu", "gelu", "silu", "leaky_relu"] = setting(
         "tanh", "Between layers."
     )
     share: bool = setting(False, "One trunk for policy and value instead of two (layers, and LSTM).")
-    ortho_init: bool = setting(
-        True, "Orthogonal initialization: gain √2 inside, 0.01 for actions, 1 for the value."
-    )
+    ortho_init: bool = setting(True, "Orthogonal initialization: gain √2; actions 0.01, the value 1.")
     log_std_init: float = setting(0.0, "Initial log standard deviation of continuous actions.")
-    use_sde: bool = setting(
-        False, "State-dependent exploration of continuous actions (Raffin et al. 2021, 2005.05719)."
-    )
+    use_sde: bool = setting(False, "State-dependent exploration (Raffin et al. 2021, arXiv:2005.05719).")
     sde_sample_freq: int = setting(-1, "Steps between two samples of its noise; -1: once per update.", ge=-1)
     lstm_hidden_size: Positive = setting(256, "Width of the LSTM of recurrent policies.")
 
@@ -100,24 +76,19 @@ class PolicyConfig(Section):
 
     model: ModelPath = setting(
         "smollm2-135m-instruct",
-        "A name `surefoot fetch` knows, a local folder, or a Hugging Face hub id; with `env` the kind of "
-        "network: `MlpPolicy`, `CnnPolicy`, `MultiInputPolicy`, or recurrent: `MlpLstmPolicy` and so on.",
+        "A name `surefoot fetch` knows, a local folder, or a Hugging Face hub id; with `env` the network: "
+        "`MlpPolicy`, `CnnPolicy`, `MultiInputPolicy`, or recurrent: `MlpLstmPolicy` and so on.",
     )
-    adapter: AdapterConfig | None = setting(
-        AdapterConfig(), "LoRA adapter; `null`: all weights are trained, a frozen copy is the reference."
-    )
+    adapter: AdapterConfig | None = setting(AdapterConfig(), "LoRA adapter; `null`: all weights are trained.")
     critic: CriticConfig = setting(CriticConfig(), "The value function.")
     network: NetworkConfig = setting(NetworkConfig(), "The network of `MlpPolicy` and its kin.")
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto",
-        "Arithmetic. Trained weights are always float32; `bfloat16` computes under autocast and stores a "
-        "frozen base in it. `auto`: bfloat16 where the hardware has it, else float32.",
+        "Of computation and frozen weights; trained ones are float32; `auto`: bfloat16 where it is fast.",
     )
 
     @model_validator(mode="after")
     def _adapters_together(self) -> PolicyConfig:
         if self.critic.kind == "adapter" and self.adapter is None:
-            raise ValueError(
-                "critic.kind: adapter needs the frozen base under policy.adapter, which is null; use separate"
-            )
+            raise ValueError("critic.kind: adapter needs policy.adapter, which is null; use separate")
         return self

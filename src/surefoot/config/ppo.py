@@ -1,40 +1,33 @@
-"""The algorithm: the sections `ppo`, of all runs with rewards, and `kl`, of those with a reference model."""
+"""The algorithm: the section `ppo`, of all runs with rewards, and `kl`, `group`, `shaping`, of text."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 from surefoot.config import fields as f
-from surefoot.config.fields import Section, setting
+from surefoot.config.fields import OptimizerFields, Section, setting
 
 
-class PPOConfig(Section):
+class PPOConfig(OptimizerFields):
     """The algorithm (Schulman et al. 2017, arXiv:1707.06347; text: Ziegler et al. 2019, arXiv:1909.08593)."""
 
     advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce_pp", "remax"] = setting(
         "gae", "Advantage estimator (docs/family.md); all but `gae` are for text and train no critic."
     )
-    batch_size: f.Positive = setting(
-        16, "Episodes (with `env`: timesteps) in a minibatch; of text it divides rollout.episodes_per_update."
-    )
+    batch_size: f.Positive = setting(16, "Episodes (with `env`: timesteps) in one minibatch.")
     n_epochs: f.Positive = setting(2, "Passes over the data of an update.")
     learning_rate: float = setting(3e-4, "Adam's peak learning rate.", gt=0)
-    lr_schedule: f.Schedule | Literal["function"] = setting(
+    lr_schedule: f.Schedules = setting(  # type: ignore[assignment]  # one more than supervised runs have
         "constant", "Learning rate schedule over the run; `function`: one that was given in Python."
     )
-    lr_warmup: f.LearningRateWarmup = 0.0
-    adam_epsilon: f.AdamEpsilon = 1e-5
-    max_grad_norm: f.MaxGradNorm = 1.0
+    lr_warmup: f.Fraction = setting(0.0, "Fraction of the run in which the learning rate rises from 0.")
+    adam_epsilon: float = setting(1e-5, "Adam's epsilon.", gt=0)
     clip_range: float = setting(0.2, "ε of the clipped surrogate.", gt=0)
-    clip_schedule: f.Schedule | Literal["function"] = setting("constant", "Schedule of ε over the run.")
+    clip_schedule: f.Schedules = setting("constant", "Schedule of ε over the run, likewise.")
     clip_range_high: float | None = setting(None, "ε of the ratio's upper bound; `null`: clip_range.", gt=0)
-    dual_clip: float | None = setting(
-        None, "c: where the advantage is negative the loss is at most c |A|; `null`: no bound.", gt=1
-    )
+    dual_clip: float | None = setting(None, "c: the loss is at most c |A| where A < 0.", gt=1)
     loss_aggregation: Literal["token", "sequence", "constant"] = setting(
-        "token",
-        "The loss is a mean over all completion tokens of the minibatch (`token`), over completions, each a "
-        "mean of its tokens (`sequence`), or over completions × max_new_tokens (`constant`).",
+        "token", "Mean over tokens, over sequences' means, or sum over completions × max_new_tokens."
     )
     clip_range_vf: float | None = setting(None, "Clip range of the value's change; `null`: unclipped.", gt=0)
     gamma: f.Fraction = setting(1.0, "Discount per step (of text: per completion token).")
@@ -42,15 +35,11 @@ class PPOConfig(Section):
     normalize_advantage: bool = setting(True, "Whiten advantages over each minibatch; with `gae` only.")
     vf_coef: f.NonNegative = setting(0.1, "Weight of the value loss.")
     value_loss: Literal["half_squared", "squared"] = setting(
-        "half_squared", "½ (V - R)², as TRL's `vf_coef` means it, or (V - R)², as Stable-Baselines3's does."
+        "half_squared", "½ (V - R)², as in TRL, or (V - R)², as in Stable-Baselines3."
     )
     ent_coef: f.NonNegative = setting(0.0, "Weight of the entropy bonus.")
     ent_schedule: f.Schedule = setting("constant", "Schedule of ent_coef over the run.")
-    target_kl: float | None = setting(
-        None, "Early stop: an update ends once a minibatch's KL(old‖new) exceeds this, nats per token.", gt=0
-    )
-    micro_batch_tokens: f.MicroBatchTokens = 2048
-    max_bad_steps: f.MaxBadSteps = 5
+    target_kl: float | None = setting(None, "Stop an update once KL(old‖new) per token exceeds this.", gt=0)
 
     @property
     def has_critic(self) -> bool:
@@ -62,14 +51,22 @@ class KLConfig(Section):
     """The penalty for moving away from the reference model."""
 
     coef: f.NonNegative = setting(0.05, "β of the per-token KL penalty.")
-    placement: Literal["reward", "loss"] = setting(
-        "reward", "The penalty stands in the `reward` (k1), or in the `loss` (k2 with the importance ratio)."
-    )
-    target: float | None = setting(
-        None, "Adaptive β: hold the mean sequence KL near this many nats; `null`: β is fixed.", gt=0
-    )
-    horizon: float = setting(
-        10_000.0,
-        "Episodes in which the adaptive β changes by at most 20 %; over a fifth of an update's.",
-        gt=0,
-    )
+    placement: Literal["reward", "loss"] = setting("reward", "In the reward (k1), or in the loss (k2).")
+    target: float | None = setting(None, "Adaptive β: holds sequence KL near this; `null`: β is fixed.", gt=0)
+    horizon: float = setting(10_000.0, "Episodes in which adaptive β changes by at most 20 %.", gt=0)
+
+
+class GroupConfig(Section):
+    """Several completions of one prompt, compared with each other."""
+
+    size: f.Positive = setting(1, "G: completions per prompt; divides rollout.episodes_per_update.")
+    skip_zero_variance: bool = setting(False, "Leave groups whose rewards are all equal out of the update.")
+
+
+class ShapingConfig(Section):
+    """From the reward function's result to the reward that is trained on, in this order."""
+
+    missing_eos_penalty: f.NonNegative | None = setting(None, "Subtracted from completions that are cut.")
+    scale: Literal["none", "running_std"] = setting("none", "Divide rewards by their running std, or not.")
+    clip: float | None = setting(None, "Clip rewards to ± this, after scaling.", gt=0)
+    whiten: bool = setting(False, "Whiten per-token rewards over the update, keeping their mean.")

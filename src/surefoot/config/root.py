@@ -1,35 +1,47 @@
-"""The whole configuration of a run: its sections together."""
+"""The whole configuration of a run: the sections `run` and `evaluate`, and all sections together."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from surefoot.config import checks
 from surefoot.config.env import EnvConfig
-from surefoot.config.fields import Section, setting
+from surefoot.config.fields import FolderPath, Positive, Section, setting
 from surefoot.config.kinds import KINDS, check_sections, foreign_sections, kind_of, with_defaults
+from surefoot.config.messages import short
 from surefoot.config.policy import PolicyConfig
-from surefoot.config.ppo import KLConfig, PPOConfig
-from surefoot.config.rollout import (
-    GenerationConfig,
-    GroupConfig,
-    RejectionSamplingConfig,
-    RolloutConfig,
-    ShapingConfig,
-)
-from surefoot.config.run import EvaluateConfig, RunConfig
+from surefoot.config.ppo import GroupConfig, KLConfig, PPOConfig, ShapingConfig
+from surefoot.config.rollout import GenerationConfig, RejectionSamplingConfig, RolloutConfig
 from surefoot.config.supervised import NewModelConfig, PTXConfig, RewardModelConfig, SFTConfig
 from surefoot.config.task import TaskConfig
 
 
-def _section(model: type[Section]) -> Any:
-    return Field(default_factory=model, description=model.__doc__)
+class RunConfig(Section):
+    """Where the run writes its files."""
+
+    name: str | None = setting(None, "Name of the run's folder; `null`: `ppo-1`, or the next that is free.")
+    folder: FolderPath = setting("runs", "Folder that holds run folders.")
+    checkpoint_every: Positive = setting(10, "Updates between checkpoints; with `env` 25,600 steps, ≤ 100.")
+    keep_checkpoints: int = setting(2, "Latest checkpoints kept, in addition to the best one.", ge=2)
+
+    @field_validator("name")
+    @classmethod
+    def _safe_name(cls, name: str | None) -> str | None:
+        if name is None:
+            return None
+        is_plain = name.isprintable() and ".." not in name and not set(name) & set("/\\")
+        if not is_plain or name in {"", "."} or len(name.encode()) > 200:
+            raise ValueError(f"{short(name)} is not a plain folder name; no slashes or '..', ≤ 200 bytes")
+        return name
 
 
-def _optional(model: type[Section]) -> Any:
-    return Field(None, description=model.__doc__)
+class EvaluateConfig(Section):
+    """Evaluation on held-out prompts or examples, or in a separate environment."""
+
+    every: Positive | None = setting(10, "Updates between evaluations; `null`: only at start and end.")
+    episodes: int = setting(64, "Held-out rows, or episodes of `env`, in each evaluation; 0: none.", ge=0)
 
 
 class Config(Section):
@@ -37,22 +49,22 @@ class Config(Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = setting(0, "All random numbers of the run follow from it.")
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "`auto`: cuda, else mps, else cpu.")
-    run: RunConfig = _section(RunConfig)
-    policy: PolicyConfig = _section(PolicyConfig)
-    task: TaskConfig | None = _optional(TaskConfig)
-    env: EnvConfig | None = _optional(EnvConfig)
-    sft: SFTConfig | None = _optional(SFTConfig)
-    new_model: NewModelConfig | None = _optional(NewModelConfig)
-    reward_model: RewardModelConfig | None = _optional(RewardModelConfig)
-    rejection_sampling: RejectionSamplingConfig | None = _optional(RejectionSamplingConfig)
-    generation: GenerationConfig = _section(GenerationConfig)
-    rollout: RolloutConfig = _section(RolloutConfig)
-    ppo: PPOConfig = _section(PPOConfig)
-    kl: KLConfig = _section(KLConfig)
-    group: GroupConfig = _section(GroupConfig)
-    shaping: ShapingConfig = _section(ShapingConfig)
-    ptx: PTXConfig | None = _optional(PTXConfig)
-    evaluate: EvaluateConfig = _section(EvaluateConfig)
+    run: RunConfig = RunConfig()
+    policy: PolicyConfig = PolicyConfig()
+    task: TaskConfig | None = None
+    env: EnvConfig | None = None
+    sft: SFTConfig | None = None
+    new_model: NewModelConfig | None = None
+    reward_model: RewardModelConfig | None = None
+    rejection_sampling: RejectionSamplingConfig | None = None
+    generation: GenerationConfig = GenerationConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    ppo: PPOConfig = PPOConfig()
+    kl: KLConfig = KLConfig()
+    group: GroupConfig = GroupConfig()
+    shaping: ShapingConfig = ShapingConfig()
+    ptx: PTXConfig | None = None
+    evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="before")
     @classmethod

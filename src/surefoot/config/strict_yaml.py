@@ -20,14 +20,10 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            # A few aliases of aliases make a file of a kilobyte as large as the memory.
-            raise yaml.MarkedYAMLError(
-                problem=f"the alias *{event.anchor} is not allowed; write the value out",
-                problem_mark=event.start_mark,
-            )
-        node: yaml.Node | None = super().compose_node(parent, index)
-        return node
+            event = self.peek_event()  # aliases of aliases make a file of a kilobyte as large as the memory
+            problem = f"the alias *{event.anchor} is not allowed; write the value out"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        return super().compose_node(parent, index)  # type: ignore[no-any-return]
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -36,9 +32,8 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem="a key here is not a name", problem_mark=key.start_mark)
             # YAML lets the last one win, and a whole section can vanish that way.
             if key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"{key.value!r} is there twice; keep one of the two", problem_mark=key.start_mark
-                )
+                problem = f"{key.value!r} is there twice; keep one of the two"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 

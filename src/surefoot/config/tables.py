@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel
@@ -37,18 +37,22 @@ class FieldRow(NamedTuple):
 @functools.cache
 def field_table() -> tuple[FieldRow, ...]:
     """Every field that is not a section, in the order of the models."""
+    return tuple(row for row in _walk(Config) if row.type)
 
-    def walk(model: type[BaseModel], prefix: str) -> list[FieldRow]:
-        rows = []
-        for name, info in model.model_fields.items():
-            if (inner := section_in(info.annotation)) is not None and not info.is_required():
-                rows += walk(inner, f"{prefix}{name}.")
-                continue
-            default = "required" if info.is_required() else _text(info.get_default(call_default_factory=True))
-            rows.append(FieldRow(prefix + name, _type_name(info.annotation), default, info.description or ""))
-        return rows
 
-    return tuple(walk(Config, ""))
+def _walk(model: type[BaseModel], prefix: str = "") -> Iterator[FieldRow]:
+    """Fields and sections of a model; a section, which is followed by its fields, has no type and default."""
+    for name, info in model.model_fields.items():
+        key, inner = prefix + name, section_in(info.annotation)
+        about = info.description or (inner.__doc__ if inner else None) or ""
+        if info.is_required():
+            yield FieldRow(key, _type_name(info.annotation), "required", about)
+        elif inner is not None:
+            yield FieldRow(key, "", "", about)
+            yield from _walk(inner, f"{key}.")
+        else:
+            default = _text(info.get_default(call_default_factory=True))
+            yield FieldRow(key, _type_name(info.annotation), default, about)
 
 
 def defaults_of(key: str) -> dict[str, str]:
@@ -79,20 +83,18 @@ def default_text(key: str, *, quote: str = "") -> str:
 
 def with_settings(keys: dict[str, str]) -> Callable[[Class], Class]:
     """A class decorator: the settings `keys` (keyword -> dotted key) go to its docstring, one line each."""
-    rows = {row.key: row.description for row in field_table()}
+    rows = {row.key: row for row in _walk(Config)}
 
     def line(name: str, key: str) -> str:
-        about = rows.get(key) or _section_about(key)
-        meaning = about.split("; ")[0].split(". ")[0].rstrip(".")
-        default = f" [{default_text(key)}]" if key in rows else ""
+        meaning = rows[key].description.split("; ")[0].split(". ")[0].rstrip(".")
+        default = f" [{default_text(key)}]" if rows[key].type else ""
         return textwrap.shorten(f"{name}: {meaning}{default}", 104, placeholder=" …")
 
     def decorate(cls: Class) -> Class:
         lines = [f"    {line(name, key)}" for name, key in keys.items()]
         if cls.__doc__ is not None:
-            cls.__doc__ = "\n".join(
-                [cls.__doc__.rstrip(), "", "    Settings, and their defaults:", "", *lines, "    "]
-            )
+            head = [cls.__doc__.rstrip(), "", "    Settings, and their defaults:", ""]
+            cls.__doc__ = "\n".join([*head, *lines, "    "])
         return cls
 
     return decorate
@@ -101,9 +103,7 @@ def with_settings(keys: dict[str, str]) -> Callable[[Class], Class]:
 @functools.cache
 def types_of_keys() -> dict[str, str]:
     """Type of every field by its dotted key; a section's is empty."""
-    types = {row.key: row.type for row in field_table()}
-    sections = {key.rsplit(".", depth)[0] for key in types for depth in range(1, key.count(".") + 1)}
-    return types | dict.fromkeys(sections, "")
+    return {row.key: row.type for row in _walk(Config)}
 
 
 def section_in(annotation: Any) -> type[Section] | None:
@@ -116,25 +116,11 @@ def section_in(annotation: Any) -> type[Section] | None:
     return None
 
 
-def _section_about(key: str) -> str:
-    """What a section is, by its dotted key."""
-    model: type[BaseModel] = Config
-    *parents, leaf = key.split(".")
-    for name in parents:
-        model = section_in(model.model_fields[name].annotation) or model
-    return model.model_fields[leaf].description or ""
-
-
 @functools.cache
 def _least() -> dict[str, tuple[Config, set[str]]]:
     """A configuration of each kind of run, and the keys that were given."""
-    return {
-        kind: (
-            Config.model_validate(data),
-            {f"{name}.{leaf}" for name, values in data.items() for leaf in values},
-        )
-        for kind, data in LEAST.items()
-    }
+    given = {kind: {f"{name}.{leaf}" for name in data for leaf in data[name]} for kind, data in LEAST.items()}
+    return {kind: (Config.model_validate(data), given[kind]) for kind, data in LEAST.items()}
 
 
 def _text(value: Any) -> str:

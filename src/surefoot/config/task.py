@@ -19,9 +19,7 @@ class RewardPart(Section):
 
     name: RewardPath = Field(description="Reward function, or a reward model's folder.")
     weight: float = setting(1.0, "Its weight in the sum; below 0 it is a cost, with 0 it is only logged.")
-    label: str | None = setting(
-        None, "Its name in metrics and samples; `null`: the function's, or the folder's last part."
-    )
+    label: str | None = setting(None, "Its name in metrics; `null`: the function's, or the folder's own.")
 
     @property
     def called(self) -> str:
@@ -34,20 +32,12 @@ class TaskConfig(Section):
 
     prompts: FilePath = Field(description="JSONL file of prompts, or a name `surefoot fetch` knows.")
     reward: RewardPath | list[RewardPart] = Field(
-        description="Reward function as `file.py:function` or `package.module:function`, or a reward model's "
-        "folder; or a list of `{name, weight, label}`, of which it is the weighted sum (docs/extending.md)."
+        description="`file.py:function`, `package.module:function`, a reward model's folder, or a list "
+        "of `{name, weight, label}`, which are added up (docs/extending.md)."
     )
-    metric: RewardPath | None = setting(
-        None,
-        "A metric in the same form, by which the best checkpoint is chosen; `null`: the reward.",
-    )
-    prompt_column: str = setting(
-        "prompt", "Column with the prompt; the others are passed to the reward function."
-    )
-    chat: bool = setting(
-        False,
-        "Render plain-text prompts with the chat template, as message lists always are.",
-    )
+    metric: RewardPath | None = setting(None, "Like a reward; chooses the best checkpoint; `null`: reward.")
+    prompt_column: str = setting("prompt", "Column with the prompt; the reward gets the others.")
+    chat: bool = setting(False, "Render text with the chat template, as lists of messages always are.")
     prompt_tokens: Positive | None = setting(None, "Keep only the first N tokens of each prompt.")
     held_out: HeldOut = 0.1
 
@@ -81,9 +71,7 @@ def check_weights(weights: Mapping[str, float]) -> None:
     """Raise ValueError: weights of a reward's parts, by label, that make no reward, or unusable labels."""
     for label, weight in weights.items():
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", label):
-            raise ValueError(
-                f"{short(label)} cannot name a metric; give a label of letters, digits, '.', '_' and '-'"
-            )
+            raise ValueError(f"{short(label)} cannot name a metric; use letters, digits, '.', '_' and '-'")
         if not math.isfinite(weight):
             raise ValueError(f"the weight of {label} is {weight}; give a finite number")
     if not any(weights.values()):
