@@ -1,4 +1,4 @@
-"""Advantages that compare the answers to one prompt: literals worked by hand, identities, a twin in plain Python."""
+"""Advantages that compare the completions to one prompt: literals worked by hand, identities, a twin in plain Python."""
 
 from __future__ import annotations
 
@@ -33,15 +33,8 @@ def test_group_advantages_are_the_numbers_worked_by_hand(kind: str, expected: li
     assert compared(kind) == pytest.approx(expected, abs=2e-4 if kind == "grpo" else 1e-6)
 
 
-def test_the_small_number_beside_the_deviation_is_that_of_trl() -> None:
+def test_the_small_number_beside_the_standard_deviation_is_that_of_trl() -> None:
     assert compared("grpo")[5] == pytest.approx(2 / (2**0.5 + 1e-4), rel=1e-6)
-
-
-def test_leaving_one_out_is_the_mean_baseline_scaled_by_the_group() -> None:
-    """RLOO = G/(G-1) · Dr.GRPO (arXiv:2503.20783, appendix A): a learning rate apart they are one method."""
-    scores, groups = torch.randn(40, generator=torch.Generator().manual_seed(0)), torch.arange(40) // 8
-    mean = torch.tensor(compared("dr_grpo", scores, groups))
-    torch.testing.assert_close(torch.tensor(compared("rloo", scores, groups)), mean * 8 / 7)
 
 
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo"])
@@ -66,7 +59,7 @@ def test_group_advantages_equal_their_twin_and_sum_to_zero_in_each_group(kind: s
 
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo"])
 @pytest.mark.parametrize("score", [0.3, -7.3, 1e6])
-def test_equal_scores_teach_nothing(kind: str, score: float) -> None:
+def test_equal_scores_give_no_advantage(kind: str, score: float) -> None:
     assert compared(kind, torch.full((6,), score), torch.zeros(6, dtype=torch.long)) == [0.0] * 6
 
 
@@ -75,9 +68,3 @@ def test_rows_in_which_nothing_was_written_enter_no_mean(kind: str) -> None:
     scores, groups = torch.cat([SCORES, torch.tensor([1e6])]), torch.cat([GROUPS, torch.tensor([4])])
     with_empty_row = compared(kind, scores, groups, torch.tensor([True] * 6 + [False]))
     assert with_empty_row == [*compared(kind), 0.0]
-
-
-def test_only_grpo_forgets_the_scale_of_the_scores() -> None:
-    for kind, factor in (("grpo", 1.0), ("dr_grpo", 10.0), ("rloo", 10.0)):
-        expected = [factor * a for a in compared(kind)]
-        assert compared(kind, SCORES * 10) == pytest.approx(expected, rel=1e-3)

@@ -52,7 +52,7 @@ def assert_near(gradient: Tensor, expected: Tensor) -> None:
         (k3, 0.1, 0.0, 1.42),
         (k1, 1.0, 0.0, 2.0),
         (k2, 1.0, 0.25, 1.73),
-        (k3, 1.0, 0.0, 1.70),
+        (k3, 1.0, 0.0, 1.7),
     ],
 )
 def test_bias_and_spread_are_those_of_two_gaussians(estimator: Estimator, mean: float, bias: float, spread: float) -> None:
@@ -66,15 +66,6 @@ def test_bias_and_spread_are_those_of_two_gaussians(estimator: Estimator, mean: 
     true = mean**2 / 2
     assert expected / true - 1.0 == pytest.approx(bias, abs=1e-4)
     assert math.sqrt(variance) / true == pytest.approx(spread, abs=0.006)
-
-
-def test_estimators_agree_on_five_actions() -> None:
-    logprobs = torch.log_softmax(LOGITS, dim=0)
-    true = float(logprobs.exp().dot(logprobs - REFERENCE))
-    assert float(logprobs.exp().dot(k1(logprobs, REFERENCE))) == pytest.approx(true, abs=1e-12)
-    assert float(logprobs.exp().dot(k3(logprobs, REFERENCE))) == pytest.approx(true, abs=1e-12)
-    assert (k2(logprobs, REFERENCE) >= 0).all() and (k3(logprobs, REFERENCE) >= 0).all()
-    assert (k1(logprobs, REFERENCE) < 0).any()
 
 
 def test_in_the_reward_k1_alone_has_the_gradient_of_the_kl() -> None:
@@ -122,13 +113,8 @@ def test_penalized_reward_leads_to_the_gradient_of_the_kl() -> None:
     beta = 0.3
 
     def objective(logprobs: Tensor) -> Tensor:
-        rewards = kl_penalized_rewards(
-            torch.zeros(5, 1, dtype=torch.float64),
-            logprobs.detach()[:, None],
-            REFERENCE[:, None],
-            torch.ones(5, 1, dtype=torch.bool),
-            coef=beta,
-        )
+        zeros, mask = torch.zeros(5, 1, dtype=torch.float64), torch.ones(5, 1, dtype=torch.bool)
+        rewards = kl_penalized_rewards(zeros, logprobs.detach()[:, None], REFERENCE[:, None], mask, coef=beta)
         return (logprobs.exp().detach() * rewards[:, 0]).dot(logprobs)
 
     assert_near(gradient_of(objective), -beta * REVERSE_KL)
@@ -157,7 +143,5 @@ def test_adaptive_coefficient_moves_towards_the_target() -> None:
     def adapted(kl: float) -> float:
         return adapted_kl_coef(1.0, kl, target=6.0, horizon=1000, episodes=100)
 
-    assert adapted(6.0) == 1.0
-    assert adapted(6.6) == pytest.approx(1.01)  # 10 % too far: dearer
-    assert adapted(5.4) == pytest.approx(0.99)  # 10 % too near: cheaper
-    assert adapted(600.0) == pytest.approx(1.02) and adapted(-600.0) == pytest.approx(0.98)  # the error is clipped
+    expected = {6.0: 1.0, 6.6: 1.01, 5.4: 0.99, 600.0: 1.02, -600.0: 0.98}  # 10 % too far: dearer; the error is clipped
+    assert {kl: adapted(kl) for kl in expected} == pytest.approx(expected)
