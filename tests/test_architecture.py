@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "surefoot"
@@ -40,18 +42,10 @@ ROOMS: dict[str, set[str]] = {
 NOUNS = {"errors", "types"}
 # Heavy library -> the rooms that may import it.
 HOMES = {
-    "transformers": {"policies.lm", "data"},
-    "peft": {"policies.lm"},
-    "tokenizers": {"policies.lm"},
-    "tensorboard": {"train.observers"},
-    "rich": {"train.observers", "cli"},
-    "vaderSentiment": {"rewards"},
-    "pydantic": {"config"},
-    "gymnasium": {"envs"},
-    "pettingzoo": {"envs"},
-    "matplotlib": {"cli", "api"},
-    "PIL": {"cli"},
-    "imageio_ffmpeg": {"cli"},
+    **{"transformers": {"policies.lm", "data"}, "peft": {"policies.lm"}, "tokenizers": {"policies.lm"}},
+    **{"gymnasium": {"envs"}, "pettingzoo": {"envs"}, "PIL": {"cli"}, "imageio_ffmpeg": {"cli"}},
+    **{"tensorboard": {"train.observers"}, "rich": {"train.observers", "cli"}, "matplotlib": {"cli", "api"}},
+    **{"vaderSentiment": {"rewards"}, "pydantic": {"config"}},
 }
 TORCH_FREE = {"config", "errors"}  # --help and a bad YAML file answer at once
 CORE_LIBRARIES = {"torch", "numpy", "__future__", "collections", "dataclasses", "hashlib", "math", "typing"}
@@ -92,6 +86,13 @@ def imports(file: str) -> list[tuple[int, str]]:
                 inner = f"{node.module}.{alias.name}"
                 found.append((node.lineno, inner if inner in modules() else node.module))
     return list(dict.fromkeys(found))
+
+
+def nodes(*kinds: type[ast.AST], rooms: set[str] | None = None) -> Iterator[tuple[str, Any]]:
+    """The nodes of these kinds in every file, or in those of some rooms, with the file."""
+    for file, (_, tree) in sources().items():
+        if rooms is None or room_of(file) in rooms:
+            yield from ((file, node) for node in ast.walk(tree) if isinstance(node, kinds))
 
 
 def room(module: str) -> str:
@@ -166,31 +167,21 @@ def test_libraries_have_their_homes() -> None:
 def test_training_does_not_ask_what_it_trains() -> None:
     """Neither which policy, nor which task, nor which objective: protocols are asked, not types and names."""
     kinds = {"is_lm", "CausalLMPolicy", "ControlPolicy", "TextRollout", "TextTask", "tokenizer", "PPOObjective"}
+    kind_of = re.compile(r"objective(\.name)? (==|!=|is(?! None)(?! not None)|in) |^isinstance\([^,]*(policy|objective|task)\b")
     offenders = []
-    for file in sources():
-        if room_of(file) not in {"train", "core"} or "objective" in Path(file).stem:
-            continue
-        for node in ast.walk(sources()[file][1]):
-            text = ast.unparse(node) if isinstance(node, (ast.Compare, ast.Call, ast.Name)) else ""
-            is_asked = isinstance(node, ast.Name) and node.id in kinds
-            is_asked |= isinstance(node, ast.Compare) and bool(
-                re.search(r"objective(\.name)? (==|!=|is(?! None)(?! not None)|in) ", text)
-            )
-            is_asked |= text.startswith("isinstance(") and bool(re.search(r"isinstance\([^,]*(policy|objective|task)\b", text))
-            if is_asked:
-                offenders.append(f"{file}:{node.lineno}: {text}")  # type: ignore[attr-defined]
+    for file, node in nodes(ast.Compare, ast.Call, ast.Name, rooms={"train", "core"}):
+        text = ast.unparse(node)
+        is_asked = text in kinds if isinstance(node, ast.Name) else kind_of.search(text)
+        if is_asked and "objective" not in Path(file).stem:
+            offenders.append(f"{file}:{node.lineno}: {text}")
     listed(offenders)
 
 
 def test_files_and_lines_stay_short() -> None:
     sizes = {name: len(lines) for name, (lines, _) in sources().items()}
     offenders = [f"{name}: {size} lines" for name, size in sizes.items() if size > FILE_LINES]
-    offenders += [
-        f"{name}:{number}: {len(line)} columns"
-        for name, (lines, _) in sources().items()
-        for number, line in enumerate(lines, start=1)
-        if len(line) > COLUMNS
-    ]
+    lines = [(f"{name}:{i}", line) for name, (lines, _) in sources().items() for i, line in enumerate(lines, start=1)]
+    offenders += [f"{place}: {len(line)} columns" for place, line in lines if len(line) > COLUMNS]
     if (total := sum(sizes.values())) > SOURCE_LINES:
         offenders.append(f"src: {total} lines, {SOURCE_LINES} at most")
     if (tests := sum(len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("tests/**/*.py"))) > total:
@@ -201,20 +192,18 @@ def test_files_and_lines_stay_short() -> None:
 
 def test_functions_stay_short() -> None:
     offenders = []
-    for file, (_, tree) in sources().items():
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                size = (node.end_lineno or 0) - node.lineno + 1
-                given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-                count = len([argument for argument in given if argument.arg not in {"self", "cls", "ctx"}])
-                if size > FUNCTION_LINES or count > PARAMETERS:
-                    offenders.append(f"{file}:{node.lineno} {node.name}: {size} lines, {count} parameters")
+    for file, node in nodes(ast.FunctionDef, ast.AsyncFunctionDef):
+        size = node.end_lineno - node.lineno + 1
+        given = {argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)}
+        count = len(given - {"self", "cls", "ctx"})
+        if size > FUNCTION_LINES or count > PARAMETERS:
+            offenders.append(f"{file}:{node.lineno} {node.name}: {size} lines, {count} parameters")
     listed(offenders)
 
 
 def test_classes_inherit_from_libraries_only() -> None:
     """But for the roots of the errors and of the configuration, and for protocols."""
-    classes = [(f, node) for f, (_, tree) in sources().items() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    classes = list(nodes(ast.ClassDef))
     protocols = {node.name for _, node in classes if any("Protocol" in ast.unparse(base) for base in node.bases)}
     errors = {node.name for file, node in classes if file == "errors.py"}
     own = {node.name for _, node in classes} - protocols - errors - {"Section", "OptimizerFields", "ExampleFields"}
@@ -228,13 +217,12 @@ def test_there_is_no_drawer_for_everything() -> None:
 
 def test_nothing_unsafe_loads_files() -> None:
     offenders = []
-    for file, (_, tree) in sources().items():
+    for file in sources():
         offenders += [f"{file}:{line}: imports {module}" for line, module in imports(file) if module.split(".")[0] in PICKLES]
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call):
-                keywords = {(keyword.arg, getattr(keyword.value, "value", None)) for keyword in node.keywords}
-                if ast.unparse(node.func) in UNSAFE_CALLS or keywords & {("trust_remote_code", True), ("shell", True)}:
-                    offenders.append(f"{file}:{node.lineno}: {ast.unparse(node)}")
+    for file, node in nodes(ast.Call):
+        keywords = {(keyword.arg, getattr(keyword.value, "value", None)) for keyword in node.keywords}
+        if ast.unparse(node.func) in UNSAFE_CALLS or keywords & {("trust_remote_code", True), ("shell", True)}:
+            offenders.append(f"{file}:{node.lineno}: {ast.unparse(node)}")
     listed(offenders)
 
 
@@ -263,18 +251,13 @@ def test_the_formula_is_few_calls_from_the_loop() -> None:
     """Breadth-first over calls by name, from `run` in train/loop.py to the function that has the clipped surrogate."""
     bodies: dict[str, list[ast.FunctionDef]] = {}
     formula: set[str] = set()
-    for file, (_, tree) in sources().items():
-        if room_of(file) in {"train", "core"}:
-            for node in ast.walk(tree):
-                if isinstance(node, ast.FunctionDef):
-                    bodies.setdefault(node.name, []).append(node)
-                    words = set(re.findall(r"\w+", ast.unparse(node)))
-                    formula |= {node.name} if "ratio" in words and words & {"clamp", "clip"} else set()
+    for _, node in nodes(ast.FunctionDef, rooms={"train", "core"}):
+        bodies.setdefault(node.name, []).append(node)
+        words = set(re.findall(r"\w+", ast.unparse(node)))
+        formula |= {node.name} if "ratio" in words and words & {"clamp", "clip"} else set()
     reached, hops = {"run"}, 0
     while not reached & formula and hops <= HOPS:
-        calls = [
-            node for name in reached for body in bodies.get(name, []) for node in ast.walk(body) if isinstance(node, ast.Call)
-        ]
-        reached = {ast.unparse(call.func).split(".")[-1] for call in calls} & bodies.keys()
+        walked = (node for name in reached for body in bodies.get(name, []) for node in ast.walk(body))
+        reached = {ast.unparse(n.func).split(".")[-1] for n in walked if isinstance(n, ast.Call)} & bodies.keys()
         hops += 1
     assert reached & formula and hops <= HOPS, f"{hops} calls from train/loop.py:run, {HOPS} at most"

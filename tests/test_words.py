@@ -10,8 +10,7 @@ ROOT = Path(__file__).parent.parent
 CODE = sorted([*ROOT.glob("src/**/*.py"), *ROOT.glob("src/**/*.yaml")])
 PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("docs/*.py"), *ROOT.glob("examples/**/*.py")]
-    + [path for pattern in ("*.md", "*.yaml", "*.py") for path in ROOT.glob(f"recipes/**/{pattern}")]
-    + [path for pattern in ("*.md", "*.yaml", "*.py") for path in ROOT.glob(f"benchmarks/**/{pattern}")]
+    + [p for top in ("recipes", "benchmarks") for end in ("md", "yaml", "py") for p in ROOT.glob(f"{top}/**/*.{end}")]
 )
 
 # Retired, as a regular expression -> what a native engineer of the field writes.
@@ -85,14 +84,11 @@ def test_retired_words_stay_out_of_the_pages() -> None:
 
 def test_identifiers_are_spelled_as_americans_do() -> None:
     found = []
-    for path in CODE:
-        if path.suffix == ".py":
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                names = [
-                    getattr(node, key) for key in ("id", "name", "attr", "arg") if isinstance(getattr(node, key, None), str)
-                ]
-                line = getattr(node, "lineno", 0)
-                found += [f"{path.relative_to(ROOT)}:{line}: {name}" for name in names if re.search(BRITISH, name)]
+    for path in (path for path in CODE if path.suffix == ".py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = {str(getattr(node, key, None)) for key in ("id", "name", "attr", "arg")}
+            line = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+            found += [f"{line}: {name}" for name in names if re.search(BRITISH, name)]
     listed(found)
 
 

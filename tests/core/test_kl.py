@@ -47,12 +47,8 @@ def assert_near(gradient: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize(
     ("estimator", "mean", "bias", "spread"),
     [
-        (k1, 0.1, 0.0, 20.0),
-        (k2, 0.1, 0.0025, 1.42),
-        (k3, 0.1, 0.0, 1.42),
-        (k1, 1.0, 0.0, 2.0),
-        (k2, 1.0, 0.25, 1.73),
-        (k3, 1.0, 0.0, 1.7),
+        *[(k1, 0.1, 0.0, 20.0), (k2, 0.1, 0.0025, 1.42), (k3, 0.1, 0.0, 1.42)],
+        *[(k1, 1.0, 0.0, 2.0), (k2, 1.0, 0.25, 1.73), (k3, 1.0, 0.0, 1.70)],
     ],
 )
 def test_bias_and_spread_are_those_of_two_gaussians(estimator: Estimator, mean: float, bias: float, spread: float) -> None:

@@ -5,7 +5,7 @@ The objective E[r] - β KL(π‖π_ref) + α H(π) over distributions of one wor
     π* ∝ exp((r + β log π_ref) / (β + α)),        for α = 0: π* ∝ π_ref exp(r / β),
 
 (Ziegler et al. 2019, arXiv:1909.08593, §2; any other π falls short by (β + α) KL(π‖π*)). A wrong sign, coefficient,
-estimator, temperature or mask anywhere between the sampler and the optimiser leads to another distribution.
+estimator, temperature or mask anywhere between the sampler and the optimizer leads to another distribution.
 """
 
 from __future__ import annotations
@@ -37,10 +37,6 @@ def table_reward(prompts: list[str], completions: list[str]) -> list[float]:
     return [float(REWARDS_CV[CONTEXTS.index(prompt), WORDS.index(word or END)]) for prompt, word in pairs]
 
 
-def no_reward(prompts: list[str], completions: list[str]) -> list[float]:
-    return [0.0 for _ in completions]
-
-
 @torch.no_grad()
 def distributions(policy: CausalLMPolicy, temperature: float = 1.0) -> Tensor:
     """The policy's log-probs [context, word], from transformers' own forward pass."""
@@ -48,26 +44,10 @@ def distributions(policy: CausalLMPolicy, temperature: float = 1.0) -> Tensor:
     return torch.log_softmax(policy.lm(input_ids=tokens).logits[:, -1].double() / temperature, dim=-1)
 
 
-def play(
-    policy: CausalLMPolicy,
-    reward: Any,
-    ppo: Config,
-    *,
-    seed: int,
-    episodes: int,
-    first_episode: int,
-    temperature: float = 1.0,
-) -> Batch:
-    generation = GenerationConfig(max_new_tokens=1, temperature=temperature, slots=episodes)
-    task = TextTask(CONTEXTS, reward, held_out=[])
-    return collect(
-        policy,
-        task,
-        episodes=episodes,
-        first_episode=first_episode,
-        seed=seed,
-        config=ppo.model_copy(update={"generation": generation}),
-    )
+def play(policy: CausalLMPolicy, reward: Any, ppo: Config, *, temperature: float = 1.0, **episodes: int) -> Batch:
+    generation = GenerationConfig(max_new_tokens=1, temperature=temperature, slots=episodes["episodes"])
+    config = ppo.model_copy(update={"generation": generation})
+    return collect(policy, TextTask(CONTEXTS, reward, held_out=[]), config=config, **episodes)
 
 
 def train(
@@ -143,7 +123,7 @@ def test_the_closed_form_optimum_is_reached(case: str) -> None:
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["all weights", "adapter"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_reward_rises_and_the_best_word_gets_likelier(seed: int, adapter: bool) -> None:
+def test_reward_rises_and_the_best_word_gets_more_probable(seed: int, adapter: bool) -> None:
     """OpenAI once flipped the sign of the reward by a refactoring and had, overnight, a fluent model of the worst kind
     (Ziegler et al. 2019, §4.4): nothing else in the run looked wrong.
     """
@@ -152,13 +132,10 @@ def test_reward_rises_and_the_best_word_gets_likelier(seed: int, adapter: bool) 
     train(policy, updates=12, seed=seed, kl={"coef": 0.05})
     after_CV = distributions(policy)
 
-    def mean_probability(of_CV: Tensor, word_C: Tensor) -> float:
-        return float(of_CV.exp().gather(-1, word_C[:, None]).mean())
-
     # Means over the contexts: a word with probability 0.003 may never be drawn, and is then never found.
-    best_C, worst_C = REWARDS_CV.argmax(-1), REWARDS_CV.argmin(-1)
-    assert mean_probability(after_CV, best_C) > mean_probability(before_CV, best_C) + 0.3
-    assert mean_probability(after_CV, worst_C) < mean_probability(before_CV, worst_C) / 2
+    best_C, worst_C = REWARDS_CV.argmax(-1, keepdim=True), REWARDS_CV.argmin(-1, keepdim=True)
+    before, after = ([float(x.exp().gather(-1, word_C).mean()) for word_C in (best_C, worst_C)] for x in (before_CV, after_CV))
+    assert after[0] > before[0] + 0.3 and after[1] < before[1] / 2
     reward_before, reward_after = (float((x.exp() * REWARDS_CV).sum(-1).mean()) for x in (before_CV, after_CV))
     assert reward_after > reward_before + 0.3
     assert kl(after_CV, before_CV) > 0.1
@@ -170,6 +147,6 @@ def test_without_reward_the_penalty_leads_back_to_the_reference() -> None:
     reference_CV = distributions(policy)
     train(policy, updates=12, kl={"coef": 0.05})
     far = kl(distributions(policy), reference_CV)
-    train(policy, no_reward, updates=30, seed=1, kl={"coef": 1.0})
+    train(policy, lambda prompts, completions: [0.0] * len(prompts), updates=30, seed=1, kl={"coef": 1.0})
     assert far > 0.1
     assert kl(distributions(policy), reference_CV) < 0.05 * far

@@ -16,9 +16,7 @@ from surefoot import PPO, evaluate_policy
 CHANCES = ((0.2, 0.8), (0.9, 0.1))
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_own_folder")
 
 
 class Bandit(gymnasium.Env):
@@ -59,12 +57,8 @@ class Corridor(gymnasium.Env):
 
 
 def train(policy: str, env: str, timesteps: int, **settings: Any) -> PPO:
-    model = PPO(policy, env_id_of(env), n_envs=16, seed=1, device="cpu", verbose=0, evaluate_episodes=0, **settings)
+    model = PPO(policy, f"{__file__}:{env}", n_envs=16, seed=1, device="cpu", verbose=0, evaluate_episodes=0, **settings)
     return model.learn(timesteps)
-
-
-def env_id_of(name: str) -> str:
-    return f"{__file__}:{name}"
 
 
 def test_a_contextual_bandit_is_solved_and_valued() -> None:

@@ -1,17 +1,14 @@
-"""PPO's relatives on the bandit whose optimum is known, and on answers of several words: no critic, the same program."""
+"""PPO's relatives on the bandit whose optimum is known, and on completions of several words: no critic, the same program."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from surefoot import PPO, TextTask
 from tests.learn.test_bandit import REWARDS_CV, distributions, kl, optimum, total_variation, train
-from tests.learn.test_tiny_tasks import PROMPTS, WORDS_PER_ANSWER, repeat
-from tests.learn.words import word_policy
+from tests.learn.words import repeat, word_policy, word_run
 
 
 @pytest.mark.parametrize(
@@ -31,7 +28,7 @@ def test_an_unbiased_baseline_leads_to_the_same_optimum(kind: str, kl_in: str) -
 
 
 def test_grpo_finds_the_best_word() -> None:
-    """Divided by its deviation, a group's noise near the optimum never fades: the way is the same, the end is not."""
+    """Divided by its std, a group's noise near the optimum never fades: the way is the same, the end is not."""
     policy = word_policy()
     before_CV = distributions(policy)
     train(policy, updates=12, kl={"coef": 0.05}, advantage="grpo", group={"size": 8})
@@ -40,59 +37,26 @@ def test_grpo_finds_the_best_word() -> None:
     assert gain > 0.3 and kl(after_CV, before_CV) > 0.1
 
 
-def run_of(tmp_path: Path, reward: Any, *, seed: int = 0, **settings: Any) -> PPO:
-    common: dict[str, Any] = {
-        "verbose": 0,
-        "run_folder": str(tmp_path),
-        "run_checkpoint_every": 1_000,
-        "evaluate_every": None,
-        "seed": seed,
-        "device": "cpu",
-        "max_new_tokens": WORDS_PER_ANSWER,
-        "episodes_per_update": 64,
-        "batch_size": 32,
-        "n_epochs": 2,
-        "learning_rate": 5e-3,
-        "group": {"size": 8},
-    }
-    task = TextTask(PROMPTS, reward, held_out=PROMPTS * 16)
-    return PPO(word_policy(seed=seed, width=32), task, **(common | settings))
-
-
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
-def test_answers_of_several_words_are_learnt_without_a_critic(kind: str, tmp_path: Path) -> None:
+def test_completions_of_several_words_are_learnt_without_a_critic(kind: str, tmp_path: Path) -> None:
     for seed in (0, 1):
-        settings = {"total_episodes": 3_200, "lr_schedule": "linear", "kl": {"coef": 0.01}}
-        model = run_of(tmp_path, repeat, seed=seed, advantage=kind, **settings)
+        settings = {"total_episodes": 3_200, "lr_schedule": "linear", "kl": {"coef": 0.01}, "group": {"size": 8}}
+        model = word_run(repeat, tmp_path, seed=seed, advantage=kind, **settings)
         untrained = model.evaluate()["eval/reward"]
         assert model.learn().evaluate()["eval/reward"] > untrained + 0.5, f"seed {seed}"
 
 
 def test_everything_at_once_learns_too(tmp_path: Path) -> None:
-    model = run_of(
-        tmp_path,
-        repeat,
-        total_episodes=1_920,
-        advantage="grpo",
-        loss_aggregation="constant",
-        clip_range_high=0.28,
-        dual_clip=3.0,
-        kl={"placement": "loss", "coef": 0.01, "target": 10.0},
-        tis_cap=2.0,
-        group={"skip_zero_variance": True},
-    )
+    loss = {"advantage": "grpo", "loss_aggregation": "constant", "clip_range_high": 0.28, "dual_clip": 3.0, "tis_cap": 2.0}
+    kl, group = {"placement": "loss", "coef": 0.01, "target": 10.0}, {"size": 8, "skip_zero_variance": True}
+    model = word_run(repeat, tmp_path, total_episodes=1_920, kl=kl, group=group, **loss)
     untrained = model.evaluate()["eval/reward"]
     assert model.learn().evaluate()["eval/reward"] > untrained + 0.3
 
 
 def test_a_run_without_any_signal_goes_to_its_end_and_changes_nothing(tmp_path: Path) -> None:
-    model = run_of(
-        tmp_path,
-        lambda prompts, completions: [1.0] * len(prompts),
-        total_episodes=192,
-        advantage="rloo",
-        group={"skip_zero_variance": True},
-    )
+    settings = {"total_episodes": 192, "advantage": "rloo", "group": {"size": 8, "skip_zero_variance": True}}
+    model = word_run(lambda prompts, completions: [1.0] * len(prompts), tmp_path, **settings)
     before = distributions(model.policy)
     model.learn()
     assert (distributions(model.policy) == before).all()

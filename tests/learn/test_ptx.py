@@ -8,16 +8,15 @@ from typing import Any
 import pytest
 
 from surefoot import PPO, SFT, TextTask
-from tests.learn.test_tiny_tasks import PROMPTS, WORDS_PER_ANSWER
-from tests.learn.words import word_policy
+from tests.learn.words import PLACES, PROMPTS, word_policy
 
-# Each prompt's own word, three times: what the policy is taught, and what no answer is rewarded for.
+# Each prompt's own word, three times: what is demonstrated, and what no completion is rewarded for.
 EXAMPLES = [{"prompt": prompt, "completion": f"{prompt} {prompt} {prompt}"} for prompt in PROMPTS]
 
 
 def other_word(prompts: list[str], completions: list[str]) -> list[float]:
-    """Share of the answer's places with a word that is in none of the demonstrations."""
-    return [text.split().count("g") / WORDS_PER_ANSWER for text in completions]
+    """Share of the completion's places with a word that is in none of the demonstrations."""
+    return [text.split().count("g") / PLACES for text in completions]
 
 
 def ended(tmp_path: Path, seed: int, coef: float) -> tuple[dict[str, float], dict[str, float]]:
@@ -25,21 +24,12 @@ def ended(tmp_path: Path, seed: int, coef: float) -> tuple[dict[str, float], dic
     policy = word_policy(seed=seed, width=32)
     common: dict[str, Any] = {"verbose": 0, "run_folder": str(tmp_path), "evaluate_every": None, "seed": seed, "device": "cpu"}
     SFT(policy, EXAMPLES * 8, held_out=0.0, epochs=6, learning_rate=5e-3, **common).learn()
-    model = PPO(
-        policy,
-        TextTask(PROMPTS, other_word, held_out=PROMPTS * 16),
-        # Twice and three times, so that some can be held out.
-        ptx_data=[*EXAMPLES, *({"prompt": p, "completion": f"{p} {p}"} for p in PROMPTS)],
-        ptx={"coef": coef, "batch_size": 4, "held_out": 0.5},
-        total_episodes=960,
-        episodes_per_update=64,
-        batch_size=32,
-        learning_rate=5e-3,
-        max_new_tokens=WORDS_PER_ANSWER,
-        kl={"coef": 0.0},
-        ent_coef=0.01,
-        **common,
-    )
+    # Twice and three times, so that some can be held out.
+    data = [*EXAMPLES, *({"prompt": p, "completion": f"{p} {p}"} for p in PROMPTS)]
+    sizes = {"total_episodes": 960, "episodes_per_update": 64, "batch_size": 32, "max_new_tokens": PLACES}
+    ptx, task = {"coef": coef, "batch_size": 4, "held_out": 0.5}, TextTask(PROMPTS, other_word, held_out=PROMPTS * 16)
+    rest = {"kl": {"coef": 0.0}, "ent_coef": 0.01, "learning_rate": 5e-3}
+    model = PPO(policy, task, ptx_data=data, ptx=ptx, **sizes, **rest, **common)
     before = model.evaluate()
     return before, model.learn().evaluate()
 
