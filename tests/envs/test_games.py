@@ -25,10 +25,16 @@ Views = dict[str, np.ndarray]
 TICTACTOE = game_factory("classic/tictactoe-v3")
 
 
-def scripted(moves: list[int]) -> Callable[[Views, np.ndarray], np.ndarray]:
-    """An opponent of one game, that plays these moves in this order."""
-    left = iter(moves)
-    return lambda views, indices: np.array([next(left)])
+def one_game(replies: list[int], make: Any = TICTACTOE) -> GameVectorEnv:
+    """A game whose opponent plays these moves in this order."""
+    left = iter(replies)
+    env = GameVectorEnv(make, 1, opponents=lambda views, indices: np.array([next(left)]))
+    env.reset(seed=0)
+    return env
+
+
+def go(komi: float) -> Any:
+    return game_factory("classic/go-v5", board_size=5, komi=komi)
 
 
 def lowest(views: Views, indices: np.ndarray) -> np.ndarray:
@@ -53,8 +59,7 @@ def test_random_games_end_as_often_as_enumeration_says():
         assert not truncated.any()
         if terminated.any():
             assert np.array_equal(rewards[terminated], infos["outcome"][terminated])
-            new = terminated & (outcomes == 9)
-            outcomes[new] = infos["outcome"][new]
+            outcomes = np.where(terminated & (outcomes == 9), infos["outcome"], outcomes)
             views, _ = env.reset(options={"reset_mask": terminated})
     as_x = np.where(seats == 0, outcomes, -outcomes)
     for outcome, chance in zip((1, -1, 0), oracle.random_play(), strict=True):
@@ -74,14 +79,12 @@ def test_spaces_and_views_are_the_board_as_the_learner_sees_it():
     assert views["action_mask"][0].tolist() == [1, 0, 1, 1, 1, 0, 1, 1, 1]
 
 
-@pytest.mark.parametrize(
-    ("replies", "actions", "outcome"),
-    [([3, 4], [0, 1, 2], 1), ([3, 4, 5], [0, 1, 8], -1), ([1, 4, 5, 6], [0, 2, 7, 3, 8], 0)],
-    ids=["won before the reply", "lost by the reply", "drawn"],
-)
+ENDS = [([3, 4], [0, 1, 2], 1), ([3, 4, 5], [0, 1, 8], -1), ([1, 4, 5, 6], [0, 2, 7, 3, 8], 0)]
+
+
+@pytest.mark.parametrize(("replies", "actions", "outcome"), ENDS, ids=["won before the reply", "lost by the reply", "drawn"])
 def test_a_games_end(replies, actions, outcome):
-    env = GameVectorEnv(TICTACTOE, 1, opponents=scripted(replies))
-    env.reset(seed=0)
+    env = one_game(replies)
     *before, (reward, terminated, infos) = play(env, actions)
     assert all(step == (0.0, False, {}) for step in before)
     assert (reward, terminated, infos["seat"].tolist(), infos["outcome"].tolist()) == (outcome, True, [0], [outcome])
@@ -92,43 +95,32 @@ def test_a_games_end(replies, actions, outcome):
 
 def test_seats_alternate_and_a_seed_decides_the_seat_so_that_it_repeats_the_episode():
     env = GameVectorEnv(TICTACTOE, 3, opponents=lowest)
-    seats = []
-    for seed in (None, None, None, [4, 7, 0]):
-        views, _ = env.reset(seed=seed)
-        seats.append(env.seats.tolist())
-        assert views["observation"].sum(axis=(1, 2, 3)).tolist() == seats[-1]  # one mark is there in the second seat
-    assert seats == [[0, 1, 0], [1, 0, 1], [0, 1, 0], [0, 1, 0]]
-    env.reset(seed=[6, None, None], options={"reset_mask": np.array([True, False, False])})
-    assert env.seats.tolist() == [0, 1, 0]
-    env.reset(options={"reset_mask": np.ones(3, dtype=bool)})
-    assert env.seats.tolist() == [1, 0, 1]
-
-
-def test_reset_mask_leaves_the_other_games_alone():
-    env = GameVectorEnv(TICTACTOE, 3, opponents=lowest)
+    every, first, second = np.array([[True, True, True], [True, False, False], [False, True, False]])
+    table = [(None, every, [0, 1, 0]), (None, every, [1, 0, 1]), (None, every, [0, 1, 0]), ([4, 7, 0], every, [0, 1, 0])]
+    table += [([6, None, None], first, [0, 1, 0]), (None, every, [1, 0, 1])]
+    for seed, mask, seats in table:
+        views, _ = env.reset(seed=seed, options={"reset_mask": mask})
+        assert env.seats.tolist() == seats
+        assert views["observation"].sum(axis=(1, 2, 3)).tolist() == seats  # one mark is there in the second seat
     env.reset(seed=0)
     before = env.step(np.array([8, 8, 8]))[0]
-    views, _ = env.reset(options={"reset_mask": np.array([False, True, False])})
-    assert env.seats.tolist() == [0, 0, 0] and views["observation"][1].sum() == 0  # game 1's seat has changed
-    for name in views:
-        assert np.array_equal(views[name][[0, 2]], before[name][[0, 2]])
-
-
-def games_of(env: GameVectorEnv, seed: int | list[int]) -> list[np.ndarray]:
-    views = [env.reset(seed=seed)[0]]
-    for _ in range(2):
-        views.append(env.step(lowest(views[-1], np.arange(env.num_envs)))[0])
-    return [view["observation"] for view in views]
+    views, _ = env.reset(options={"reset_mask": second})  # the other games are left alone
+    assert env.seats.tolist() == [0, 0, 0] and views["observation"][1].sum() == 0
+    assert all(np.array_equal(views[name][[0, 2]], before[name][[0, 2]]) for name in views)
 
 
 def test_a_game_follows_from_its_seed_alone():
+    def games_of(env: GameVectorEnv, seed: int | list[int]) -> np.ndarray:
+        views = [env.reset(seed=seed)[0]]
+        for _ in range(2):
+            views.append(env.step(lowest(views[-1], np.arange(env.num_envs)))[0])
+        return np.stack([view["observation"] for view in views])
+
     env = GameVectorEnv(TICTACTOE, 16)
     first = games_of(env, 3)
-    for again in (games_of(env, 3), games_of(GameVectorEnv(TICTACTOE, 16), list(range(3, 19)))):
-        assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not all(np.array_equal(a, b) for a, b in zip(first, games_of(env, 100), strict=True))
-    narrow = games_of(GameVectorEnv(TICTACTOE, 1), 3)
-    assert all(np.array_equal(a[:1], b) for a, b in zip(first, narrow, strict=True))
+    assert np.array_equal(first, games_of(env, 3)) and not np.array_equal(first, games_of(env, 100))
+    assert np.array_equal(first, games_of(GameVectorEnv(TICTACTOE, 16), list(range(3, 19))))
+    assert np.array_equal(first[:, :1], games_of(GameVectorEnv(TICTACTOE, 1), 3))
 
 
 def test_opponents_are_asked_once_a_round_for_just_the_games_that_wait():
@@ -148,33 +140,27 @@ def test_opponents_are_asked_once_a_round_for_just_the_games_that_wait():
     assert asked == [[1, 3], [0, 1, 2, 3]]
 
 
-@pytest.mark.parametrize(
-    ("actions", "named"),
-    [
-        ([8, 0], "action 0 is illegal in game 1; legal there: [1, 2, 3, 4, 5, 6, 7, 8]"),
-        ([9, 1], "action 9 is illegal in game 0"),
-        ([0, -1], "action -1 is illegal in game 1"),
-        ([0], "2 whole-numbered actions"),
-        ([0.0, 1.0], "got float64"),
-    ],
-)
-def test_illegal_actions_are_refused_before_any_game_moves(actions, named):
+ILLEGAL = [([9, 1], "action 9 is illegal in game 0"), ([0, -1], "action -1 is illegal in game 1")]
+ILLEGAL += [([8, 0], "action 0 is illegal in game 1; legal there: [1, 2, 3, 4, 5, 6, 7, 8]")]
+ILLEGAL += [([0], "2 whole-numbered actions"), ([0.0, 1.0], "got float64")]
+
+
+def test_illegal_actions_are_refused_before_any_game_moves():
     env = GameVectorEnv(TICTACTOE, 2, opponents=lowest)
     env.reset(seed=0)
-    with refused("learner", named):
-        env.step(np.array(actions))
+    for actions, named in ILLEGAL:
+        with refused("learner", named):
+            env.step(np.array(actions))
     env.step(np.array([8, 8]))  # neither game has moved, so 8 is still free in both
 
 
 def test_an_illegal_opponent_and_a_view_without_a_legal_move_are_named(monkeypatch):
-    env = GameVectorEnv(TICTACTOE, 1, opponents=scripted([4]))
-    env.reset(seed=0)
     with refused("opponent: action 4", "game 0"):
-        env.step(np.array([4]))
+        one_game([4]).step(np.array([4]))
     game = TICTACTOE()
     monkeypatch.setattr(game, "observe", lambda agent: {"observation": 0, "action_mask": np.zeros(9, np.int8)})
     with refused("game 0: player_1", "action_mask"):
-        GameVectorEnv(lambda: game, 1).reset(seed=0)
+        one_game([], lambda: game)
 
 
 def test_max_moves_cuts_a_game_off_on_the_learners_turn():
@@ -191,57 +177,46 @@ def test_max_moves_cuts_a_game_off_on_the_learners_turn():
     assert infos["outcome"][0] == 0 and views["action_mask"][0].tolist() == [0, 0, 1, 1, 1, 1, 1, 0, 0]
 
 
-@pytest.mark.parametrize(
-    ("make", "named"),
-    [
-        (game_factory("classic/no-such-game-v1"), "classic/no-such-game-v1"),
-        (game_factory("classic/go-v5", size=5), "unexpected keyword argument 'size'"),
-        (lambda: GameVectorEnv(TICTACTOE, 0), "num_envs >= 1"),
-        (lambda: GameVectorEnv(TICTACTOE, 2).reset(seed=[1]), "1 seeds for 2 games"),
-        (lambda: GameVectorEnv(TICTACTOE, 2).reset(options={"reset_mask": np.array([1, 0])}), "expected bool"),
-        (lambda: GameVectorEnv(game_factory("classic/rps-v2"), 1), "observation (a Box) and action_mask"),
-    ],
-)
+WRONG: list[tuple[Callable[[], object], str]] = [
+    (game_factory("classic/no-such-game-v1"), "classic/no-such-game-v1"),
+    (game_factory("classic/go-v5", size=5), "unexpected keyword argument 'size'"),
+    (lambda: GameVectorEnv(TICTACTOE, 0), "num_envs >= 1"),
+    (lambda: GameVectorEnv(TICTACTOE, 2).reset(seed=[1]), "1 seeds for 2 games"),
+    (lambda: GameVectorEnv(TICTACTOE, 2).reset(options={"reset_mask": np.array([1, 0])}), "expected bool"),
+    (lambda: GameVectorEnv(game_factory("classic/rps-v2"), 1), "observation (a Box) and action_mask"),
+]
+
+
+@pytest.mark.parametrize(("make", "named"), WRONG)
 def test_bad_input_gets_one_line(make, named):
     with refused(named):
         make()
 
 
-def test_go_ends_by_two_passes_and_white_has_the_komi():
-    for komi, reward in ((0.5, 1.0), (25.5, -1.0)):
-        env = GameVectorEnv(game_factory("classic/go-v5", board_size=5, komi=komi), 1, opponents=scripted([25, 25]))
-        env.reset(seed=0)
-        (first, over, _), (last, ended, infos) = play(env, [12, 25])  # black's one stone owns the 25 points
-        assert (first, over, last, ended, infos["outcome"][0]) == (0.0, False, reward, True, reward)
+@pytest.mark.parametrize(("komi", "reward"), [(0.5, 1.0), (25.5, -1.0)])
+def test_go_ends_by_two_passes_and_white_has_the_komi(komi, reward):
+    (first, over, _), (last, ended, infos) = play(one_game([25, 25], go(komi)), [12, 25])  # black's one stone owns 25 points
+    assert (first, over, last, ended, infos["outcome"][0]) == (0.0, False, reward, True, reward)
 
 
 def test_go_planes_are_the_last_movers_stones_first():
     """Unlike PettingZoo's documentation: plane 0 is the opponent's stones, plane 1 one's own, plane 16 is 1 for white."""
-    env = GameVectorEnv(game_factory("classic/go-v5", board_size=5, komi=0.5), 1, opponents=scripted([24]))
-    env.reset(seed=0)
-    planes = env.step(np.array([0]))[0]["observation"][0]
+    planes = one_game([24], go(0.5)).step(np.array([0]))[0]["observation"][0]
     assert planes.shape == (5, 5, 17)
     assert (planes[4, 4, 0], planes[0, 0, 1], planes[:, :, :2].sum(), planes[:, :, 16].sum()) == (1, 1, 2, 0)
 
 
 FAKE_GO = """
 import sys, time
+REPLIES = {"genmove": "= c3", "final_score": "= W+2.5"}
 for line in sys.stdin:
-    words = line.split()
-    if words[0] == "genmove":
-        print("= c3\\n", flush=True)
-    elif words[0] == "final_score":
-        print("= W+2.5\\n", flush=True)
-    elif words[0] == "hang":
+    word = line.split()[0]
+    if word == "hang":
         time.sleep(60)
-    elif words[0] == "die":
+    if word in ("die", "quit"):
         sys.exit(3)
-    elif words[:3] == ["play", "black", "A1"]:
-        print("? illegal move\\n", flush=True)
-    elif words[0] == "quit":
-        break
-    else:
-        print("= " + line.strip() + "\\n", flush=True)
+    reply = "? illegal move" if line.strip() == "play black A1" else REPLIES.get(word, "= " + line.strip())
+    print(reply + "\\n", flush=True)
 """
 
 
@@ -288,20 +263,20 @@ def test_gnu_go_and_pettingzoo_agree_on_every_board():
         player = go_gtp.GTPPlayer()
     except InputError as error:
         pytest.skip(str(error))
-    game, rng, captured = game_factory("classic/go-v5", board_size=5, komi=0.5)(), np.random.default_rng(0), 0
+    game, rng, captured, colours = go(0.5)(), np.random.default_rng(0), 0, ("black", "white")
     game.reset()
     with player:
         player.clear_board(5, 0.5)
         for move in range(60):
-            mask = game.observe(game.agent_selection)["action_mask"][:-1]
-            action, colour = int(rng.choice(np.flatnonzero(mask))), ("black", "white")[move % 2]
-            player.play(colour, go_gtp.vertex_of(action, 5))
+            action = int(rng.choice(np.flatnonzero(game.observe(game.agent_selection)["action_mask"][:-1])))
+            player.play(colours[move % 2], go_gtp.vertex_of(action, 5))
             game.step(action)
             planes = game.observe(game.agent_selection)["observation"]  # plane 0: of the player who has just moved
-            for plane, side in zip((0, 1), (colour, "white" if colour == "black" else "black"), strict=True):
-                stones = sorted(go_gtp.action_of(vertex, 5) for vertex in player.send(f"list_stones {side}").split())
+            for plane in (0, 1):
+                vertices = player.send(f"list_stones {colours[(move + plane) % 2]}").split()
+                stones = sorted(go_gtp.action_of(vertex, 5) for vertex in vertices)
                 assert stones == np.flatnonzero(planes[:, :, plane]).tolist()
-            captured = sum(int(player.send(f"captures {side}")) for side in ("black", "white"))
+            captured = sum(int(player.send(f"captures {side}")) for side in colours)
     assert captured > 0
 
 

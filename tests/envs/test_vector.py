@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,53 +21,33 @@ from surefoot.envs.make import make_vector, wrap_vector
 from surefoot.policies.control.policy import ControlPolicy
 from surefoot.rollout.gym import GymRollout, run_episodes
 from surefoot.types import Batch
+from tests.envs.counter import Counter
 from tests.fakes import config_of
 from tests.inputs import refusal
 
+pytestmark = pytest.mark.usefixtures("in_own_folder")
 MODES = list(AutoresetMode)
-BOTH = [SyncVectorEnv, AsyncVectorEnv]
+EACH_MODE = pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
 # Sub-environments by the length of their episodes and how those end.
 ENVS = [(3, "truncated"), (3, "terminated"), (2, "truncated"), (3, "both")]
 ONE_BOX = spaces.Box(0.0, 1.0, (1,))
 WITH_MASK = spaces.Dict({"obs": ONE_BOX, "action_mask": spaces.MultiBinary(3)})
 
 
-class Counter(gymnasium.Env):
-    """The observation counts steps, leaving state c pays c + 1, and `steps` counts every transition made."""
-
-    observation_space = spaces.Box(0.0, 100.0, (1,))
-    action_space = spaces.Discrete(2)
-
-    def __init__(self, length: int, end: str):
-        self.length, self.end, self.steps, self.count = length, end, 0, 0
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
-        super().reset(seed=seed)
-        self.count = 0
-        return self._observation(), {}
-
-    def step(self, action: int) -> Any:
-        assert self.count < self.length, "stepped after its end"
-        self.steps += 1
-        self.count += 1
-        over = self.count == self.length
-        return self._observation(), float(self.count), over and self.end != "truncated", over and self.end != "terminated", {}
-
-    def _observation(self) -> Any:
-        return numpy.array([self.count], dtype=numpy.float32)
-
-
 def counters(kind: Any, mode: AutoresetMode, envs: Any = ENVS) -> Vector:
     return wrap_vector(kind([lambda e=e: Counter(*e) for e in envs], autoreset_mode=mode), seed=0)
 
 
-def linear_critic(env: Vector, *, slope: float, at_zero: float, model: str = "MlpPolicy") -> ControlPolicy:
+def made(kind: Any, length: int = 9, end: str = "truncated", n_envs: int = 2) -> Vector:
+    return make_vector(kind, n_envs=n_envs, kwargs={"length": length, "end": end}, seed=0)
+
+
+def linear_critic(env: Vector, *, slope: float = 0.0, at_zero: float = 0.0, model: str = "MlpPolicy") -> ControlPolicy:
     """V(s) = at_zero + slope · s."""
     config = NetworkConfig(net_arch={"pi": [4], "vf": []}, lstm_hidden_size=4)
     policy = ControlPolicy(env.observation_spaces, env.action_space, config=config, kind=model)
-    with torch.no_grad():
-        policy.value_head.weight.fill_(slope)
-        policy.value_head.bias.fill_(at_zero)
+    torch.nn.init.constant_(policy.value_head.weight, slope)
+    torch.nn.init.constant_(policy.value_head.bias, at_zero)
     return policy
 
 
@@ -82,7 +61,7 @@ def collect(rollout: GymRollout, version: int = 0) -> Batch:
 
 
 def stepped(env: Any, n_steps: int = 12) -> Batch:
-    """A rollout of a fresh policy in an environment, or in one that a class makes without arguments."""
+    """A rollout of a fresh policy."""
     vector = wrap_vector(env, seed=0)
     return collect(rollout_of(ControlPolicy(vector.observation_spaces, vector.action_space), vector, n_steps))
 
@@ -108,7 +87,7 @@ def script(env: tuple[int, str], mode: AutoresetMode, n_steps: int, rollouts: in
 
 
 @pytest.mark.parametrize(("kind", "n_steps"), [*((SyncVectorEnv, n) for n in (1, 2, 3, 4, 7, 8)), (AsyncVectorEnv, 7)])
-@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+@EACH_MODE
 def test_only_what_happened_is_trained_on_in_every_autoreset_mode(mode: AutoresetMode, kind: Any, n_steps: int) -> None:
     env = counters(kind, mode)
     rollout = rollout_of(linear_critic(env, slope=100.0, at_zero=10.0), env, n_steps)
@@ -116,15 +95,10 @@ def test_only_what_happened_is_trained_on_in_every_autoreset_mode(mode: Autorese
     trained = 0
     for number in range(3):
         batch = collect(rollout, number)
-        for b in range(len(ENVS)):
-            mask_T = batch.mask_BT[b]
-            rows = zip(
-                batch.observations["obs"][b, mask_T, 0].tolist(),
-                batch.rewards_BT[b, mask_T].tolist(),
-                batch.ends_BT[b, mask_T].tolist(),
-                torch.where(batch.ends_BT, batch.bootstrap_BT, 0)[b, mask_T].tolist(),
-                strict=True,
-            )
+        bootstrap_BT = torch.where(batch.ends_BT, batch.bootstrap_BT, 0)
+        columns = (batch.observations["obs"][..., 0], batch.rewards_BT, batch.ends_BT, bootstrap_BT)
+        for b, mask_T in enumerate(batch.mask_BT):
+            rows = zip(*(column[b, mask_T].tolist() for column in columns), strict=True)
             assert [*map(list, rows)] == [[*map(float, row)] for row in expected[b][number]], (b, number)
         steps = batch.flatten()
         assert len(steps) == int(batch.mask_BT.sum()) and bool(steps.mask_BT.all())
@@ -136,11 +110,11 @@ def test_only_what_happened_is_trained_on_in_every_autoreset_mode(mode: Autorese
 
 
 @pytest.mark.parametrize("model", ["MlpPolicy", "MlpLstmPolicy"])
-@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+@EACH_MODE
 def test_a_time_limit_does_not_change_what_a_state_is_worth(mode: AutoresetMode, model: str) -> None:
     """Reward 1 for ever, cut every 8 steps: V = 1 / (1 - γ) is GAE's fixed point, at every step."""
     env = counters(SyncVectorEnv, mode, [(8, "truncated"), (5, "truncated")])
-    rollout = rollout_of(linear_critic(env, slope=0.0, at_zero=10.0, model=model), env, 19)
+    rollout = rollout_of(linear_critic(env, at_zero=10.0, model=model), env, 19)
     for number in range(3):
         batch = collect(rollout, number)
         batch.rewards_BT = batch.mask_BT.float()
@@ -150,10 +124,10 @@ def test_a_time_limit_does_not_change_what_a_state_is_worth(mode: AutoresetMode,
         assert batch.advantages_BT.abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+@EACH_MODE
 def test_episodes_are_reported_as_they_were_played(mode: AutoresetMode) -> None:
     env = counters(SyncVectorEnv, mode)
-    rollout = rollout_of(linear_critic(env, slope=0.0, at_zero=0.0), env, 5)
+    rollout = rollout_of(linear_critic(env), env, 5)
     found = [episode for number in range(4) for episode in collect(rollout, number).trajectories]
     kinds = {(episode.total, episode.steps, episode.truncated) for episode in found}
     assert kinds == {(6.0, 3, True), (6.0, 3, False), (3.0, 2, True)}
@@ -164,53 +138,44 @@ def test_episodes_are_reported_as_they_were_played(mode: AutoresetMode) -> None:
 
 def test_rewards_are_scaled_by_the_std_of_the_discounted_return() -> None:
     env = counters(SyncVectorEnv, AutoresetMode.NEXT_STEP, [(3, "terminated")])
-    rollout = rollout_of(linear_critic(env, slope=0.0, at_zero=0.0), env, 6, normalize_rewards=True)
+    rollout = rollout_of(linear_critic(env), env, 6, normalize_rewards=True)
     batch = collect(rollout)
     # Rewards 1 2 3 (reset) 1 2; discounted by 0.9: 1, 2.9, 5.61, then again 1, 2.9. The reset is no return.
-    returns, expected = [1.0, 2.9, 5.61, 1.0, 2.9], []
-    for n, reward in enumerate([1.0, 2.0, 3.0, 1.0, 2.0], start=1):
-        expected.append(min(reward / (float(numpy.std(returns[:n])) or 1.0), 10.0))
+    returns = [1.0, 2.9, 5.61, 1.0, 2.9]
+    stds = [float(numpy.std(returns[:n])) or 1.0 for n in range(1, 6)]
+    expected = [min(reward / std, 10.0) for reward, std in zip([1.0, 2.0, 3.0, 1.0, 2.0], stds, strict=True)]
     assert batch.rewards_BT[batch.mask_BT].tolist() == pytest.approx(expected, rel=1e-5)
     assert rollout.finished[0].total == 6.0
-
-
-# Environments that are wrong
 
 
 class Odd(Counter):
     """A counter that does one thing it should not, at its second step."""
 
-    def __init__(self, fault: str = "", at: int = 2):
+    def __init__(self, fault: str = ""):
         super().__init__(5, "terminated")
-        self.fault, self.at = fault, at
+        self.fault = fault
 
     def step(self, action: int) -> Any:
         observation, reward, *rest = super().step(action)
-        if self.steps == self.at and self.fault == "raises":
+        fault = self.fault if self.steps == 2 else ""
+        if fault == "raises":
             raise RuntimeError("the wheel\ncame off")
-        if self.steps == self.at and self.fault == "observation":
-            observation[:] = numpy.nan
-        return observation, numpy.inf if self.steps == self.at and self.fault == "reward" else reward, *rest
+        return observation + (numpy.nan if fault == "observation" else 0), numpy.inf if fault == "reward" else reward, *rest
 
 
-class Masked(gymnasium.Env):
-    """Three actions; a state after which none is legal, at the end or before it."""
+class Masked(Counter):
+    """Three actions, of which the second is legal; and a state after which none is, at the end or before it."""
 
-    observation_space = spaces.Dict({"obs": ONE_BOX, "action_mask": spaces.MultiBinary(3)})
+    observation_space = WITH_MASK
     action_space = spaces.Discrete(3)
 
-    def __init__(self, none_at: int, length: int = 3):
-        self.none_at, self.length, self.count = none_at, length, 0
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
-        super().reset(seed=seed)
-        self.count = 0
-        return self._observation(), {}
+    def __init__(self, length: int, none_at: Any):
+        super().__init__(length, "terminated")
+        self.none_at = none_at
 
     def step(self, action: int) -> Any:
         assert self._observation()["action_mask"][action], "illegal"
-        self.count += 1
-        return self._observation(), 0.0, self.count == self.length, False, {}
+        return super().step(action)
 
     def _observation(self) -> Any:
         mask = numpy.array([0, 1, 0], dtype=numpy.int8) * (self.count != self.none_at)
@@ -221,8 +186,6 @@ class ByMethod(Counter):
     """Its legal actions are what sb3-contrib's `action_masks` says: 0 at first, 1 from then on."""
 
     def action_masks(self) -> Any:
-        if self.end == "no mask":
-            raise RuntimeError("no mask today")
         return numpy.array([self.count == 0, self.count != 0])
 
     def step(self, action: int) -> Any:
@@ -254,131 +217,111 @@ class Acting(torch.nn.Identity):
     act = None
 
 
-class OtherSpaces(Counter):
-    def __init__(self, observation: Any = None, action: Any = None):
-        super().__init__(3, "terminated")
-        self.observation_space = observation or Counter.observation_space
-        self.action_space = action or Counter.action_space
+def odd_spaces(observation: Any = ONE_BOX, action: Any = Counter.action_space) -> Any:
+    env = Counter(3, "terminated")
+    env.observation_space, env.action_space = observation, action
+    return env
 
 
 def ppo(env: Any, policy: Any = "MlpPolicy", **settings: Any) -> PPO:
     return PPO(policy, env, **{"verbose": 0, "device": "cpu", "n_steps": 8, "batch_size": 8, "n_epochs": 1, **settings})
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+SPACES: list[tuple[Any, str]] = [
+    (odd_spaces(spaces.Tuple((ONE_BOX, ONE_BOX))), "observation space Tuple"),
+    (odd_spaces(spaces.Dict(a=spaces.Dict(b=spaces.Text(5)))), "observation space Text"),
+    (odd_spaces(action=spaces.Box(0, 1, (2, 2))), "action space Box(0.0, 1.0, (2, 2), float32)"),
+    (odd_spaces(action=spaces.Tuple((ONE_BOX,))), "action space Tuple("),
+    (odd_spaces(WITH_MASK, ONE_BOX), "Box"),
+    (odd_spaces(WITH_MASK), "shape [3]; Discrete(2) has 2"),
+    ("CartPol-v1", "'CartPole-v1'"),
+    (5, "int"),
+    (None, "env"),
+    ("highway-fast-v0", "highway_env:highway-fast-v0 (pip install 'surefoot[driving]')"),
+    ("ALE/Pong-v5", "ale_py:ALE/Pong-v5 (pip install 'surefoot[atari]')"),
+    ("broken.py:make", "the engine is missing"),
+]
+SETTINGS: list[tuple[Any, Any, dict[str, Any], str]] = [
+    ("CartPole-v1", "MlpPolcy", {}, "MlpPolicy"),
+    ("CartPole-v1", "CnnPolicy", {}, "policy.model"),
+    ("CartPole-v1", "MlpPolicy", {"n_envs": 2, "env_kwargs": {"wheels": 3}}, "wheels"),
+    ("CartPole-v1", "MlpLstmPolicy", {"batch_size": 12}, "ppo.batch_size (12)"),
+    (Counter(3, ""), "MlpPolicy", {"n_envs": 4}, "n_envs"),
+    (Counter(3, ""), Wide(), {}, "[2, 1] for 2 observations; not [2, 7]"),
+    (Counter(3, ""), Acting(), {}, "lacks acting, "),
+]
 
 
 @pytest.mark.parametrize(
-    ("make", "named"),
-    [
-        (lambda: ppo("CartPol-v1"), "'CartPole-v1'"),
-        (lambda: ppo("CartPole-v1", "MlpPolcy"), "MlpPolicy"),
-        (lambda: ppo("CartPole-v1", n_envs=2, env_kwargs={"wheels": 3}), "wheels"),
-        (lambda: ppo(5), "int"),
-        (lambda: ppo(None), "env"),
-        (lambda: ppo(OtherSpaces(spaces.Tuple((ONE_BOX, ONE_BOX)))), "observation space Tuple"),
-        (lambda: ppo(OtherSpaces(spaces.Dict(a=spaces.Dict(b=spaces.Text(5))))), "observation space Text"),
-        (lambda: ppo(OtherSpaces(action=spaces.Box(0, 1, (2, 2)))), "action space Box(0.0, 1.0, (2, 2), float32)"),
-        (lambda: ppo(OtherSpaces(action=spaces.Tuple((ONE_BOX,)))), "action space Tuple("),
-        (lambda: ppo(OtherSpaces(WITH_MASK, ONE_BOX)), "Box"),
-        (lambda: ppo(OtherSpaces(WITH_MASK)), "shape [3]; Discrete(2) has 2"),
-        (lambda: ppo("CartPole-v1", "CnnPolicy"), "policy.model"),
-        (lambda: ppo(Counter(3, ""), n_envs=4), "n_envs"),
-        (lambda: ppo("highway-fast-v0"), "highway_env:highway-fast-v0 (pip install 'surefoot[driving]')"),
-        (lambda: ppo("ALE/Pong-v5"), "ale_py:ALE/Pong-v5 (pip install 'surefoot[atari]')"),
-        (lambda: ppo(Counter(3, ""), Wide()), "[2, 1] for 2 observations; not [2, 7]"),
-        (lambda: ppo(Counter(3, ""), Acting()), "lacks acting, "),
-        (lambda: ppo("broken.py:make"), "the engine is missing"),
-        (lambda: ppo("CartPole-v1", "MlpLstmPolicy", n_steps=8, batch_size=12), "ppo.batch_size (12)"),
-    ],
+    ("env", "policy", "settings", "named"), [*((env, "MlpPolicy", {}, named) for env, named in SPACES), *SETTINGS]
 )
-def test_what_cannot_be_trained_on_is_one_line(make: Callable[[], object], named: str) -> None:
+def test_what_cannot_be_trained_on_is_one_line(env: Any, policy: Any, settings: dict[str, Any], named: str) -> None:
     Path("broken.py").write_text("def make():\n    raise RuntimeError('the engine is missing')\n")
-    refusal(make, named)
+    refusal(lambda: ppo(env, policy, **settings), named)
+
+
+FAULTS = [("raises", "env Odd failed: RuntimeError: the wheel came off"), ("killed", "env Odd failed")]
+FAULTS += [(what, f"the {named} of sub-environment 0") for what, named in (("observation", "observation obs"), ("reward",) * 2)]
 
 
 @pytest.mark.filterwarnings("ignore:.*ERROR:UserWarning")  # Gymnasium's log of what a worker raised
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
-@pytest.mark.parametrize(
-    ("fault", "named"),
-    [
-        ("raises", "env Odd failed: RuntimeError: the wheel came off"),
-        ("observation", "the observation obs of sub-environment 0"),
-        ("reward", "the reward of sub-environment 0"),
-    ],
-)
+@pytest.mark.parametrize(("fault", "named"), FAULTS)
 def test_an_environment_that_fails_is_one_line_and_leaves_no_worker(vectorization: str, fault: str, named: str) -> None:
     env = make_vector(Odd, n_envs=2, vectorization=vectorization, kwargs={"fault": fault}, seed=0)
     workers = list(env.env.processes) if vectorization == "async" else []
-    rollout = rollout_of(linear_critic(env, slope=0.0, at_zero=0.0), env, 8)
-    refusal(lambda: collect(rollout), named)
-    if fault != "raises":
+    rollout = rollout_of(linear_critic(env), env, 8)
+    if fault == "killed":
+        collect(rollout)
+        if not workers:
+            return
+        os.kill(workers[1].pid, signal.SIGKILL)
+    refusal(lambda: collect(rollout, 1), named)
+    if fault in ("observation", "reward"):
         env.close()
     for worker in workers:
         worker.join(5)
         assert not worker.is_alive()
 
 
-def test_a_worker_that_is_killed_is_one_line_and_takes_the_others_with_it() -> None:
-    env = make_vector(Odd, n_envs=3, vectorization="async", kwargs={}, seed=0)
-    rollout, workers = rollout_of(linear_critic(env, slope=0.0, at_zero=0.0), env, 8), list(env.env.processes)
-    collect(rollout)
-    os.kill(workers[1].pid, signal.SIGKILL)
-    refusal(lambda: collect(rollout, 1), "env Odd failed")
-    for worker in workers:
-        worker.join(5)
-        assert not worker.is_alive()
-
-
-@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+@EACH_MODE
 def test_no_legal_action_is_an_error_before_the_end_and_none_at_it(mode: AutoresetMode) -> None:
-    def env(none_at: int) -> Any:
-        return SyncVectorEnv([lambda: Masked(none_at)], autoreset_mode=mode)
+    def steps(none_at: int) -> Batch:
+        return stepped(SyncVectorEnv([lambda: Masked(3, none_at)], autoreset_mode=mode), 8)
 
-    refusal(lambda: stepped(env(1), 8), "sub-environment 0", "action_mask")
-    batch = stepped(env(3), 8)  # when all is over there is nothing to do, and nobody asks for it
+    refusal(lambda: steps(1), "sub-environment 0", "action_mask")
+    batch = steps(3)  # when all is over there is nothing to do, and nobody asks for it
     assert set(batch.actions_BT[batch.mask_BT].tolist()) == {1}
     assert batch.logprobs_BT[batch.mask_BT].abs().max() < 1e-6
 
 
 def test_masks_by_method_are_asked_for_as_sb3_contrib_does() -> None:
-    for env in (
-        wrap_vector(ByMethod(3, "truncated"), seed=0),
-        make_vector(ByMethod, n_envs=2, kwargs={"length": 3, "end": "truncated"}, seed=0),
-        *(wrap_vector(kind([lambda: ByMethod(3, "truncated")], autoreset_mode=MODES[2]), seed=0) for kind in BOTH),
-    ):
+    vectors = [kind([lambda: ByMethod(3, "truncated")], autoreset_mode=MODES[2]) for kind in (SyncVectorEnv, AsyncVectorEnv)]
+    for env in (wrap_vector(ByMethod(3, "truncated"), seed=0), made(ByMethod, 3), *vectors):
         batch = stepped(env)
         assert torch.equal(batch.actions_BT, (batch.observations["obs"][..., 0] != 0).long())
         env.close()
 
 
 def test_masks_of_several_choices_leave_an_action_in_each() -> None:
-    def env(end: str) -> Vector:
-        return make_vector(TwoChoices, n_envs=2, kwargs={"length": 4, "end": end}, seed=0)
-
-    first, second = (set(actions.flatten().tolist()) for actions in stepped(env("truncated")).actions_BT.unbind(-1))
+    first, second = (set(actions.flatten().tolist()) for actions in stepped(made(TwoChoices, 4)).actions_BT.unbind(-1))
     assert (first, second) == ({0, 1}, {2})
-    refusal(lambda: stepped(env("stuck")), "sub-environment 0", "action_mask")
+    refusal(lambda: stepped(made(TwoChoices, 4, "stuck")), "sub-environment 0", "action_mask")
 
 
 @pytest.mark.parametrize("kind", [ByMethod, TwoChoices, Masked])
 def test_masked_episodes_are_repeated_by_legal_actions(kind: Any) -> None:
     """Histories of unlike length: while the shorter one waits for its replay it must do nothing illegal."""
-    kwargs: Any = {"none_at": -1} if kind is Masked else {"length": 7, "end": "terminated"}
+    kwargs: Any = {"length": 7, "none_at": -1} if kind is Masked else {"length": 7, "end": "terminated"}
     env, again = (make_vector(kind, n_envs=3, kwargs=kwargs, seed=1) for _ in range(2))
     stepped(env, 3)
     env.actions[1] = env.actions[1][:1]  # as if its episode had begun two steps later
-    restored = again.restore(env.state())
-    assert restored is not None
-    if kind is not Masked:
-        assert [one.count for one in again.env.envs] == [3, 1, 3]
+    assert again.restore(env.state()) is not None and [one.count for one in again.env.envs] == [3, 1, 3]
 
 
 def test_an_episode_too_long_to_be_repeated_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("surefoot.envs.gym.LONGEST_REPLAY", 5)
-    env = make_vector(Counter, n_envs=2, kwargs={"length": 9, "end": "truncated"}, seed=0)
+    env = made(Counter)
     env.reset()
     for step in range(1, 13):
         env.step(numpy.zeros(2, dtype=numpy.int64))
@@ -398,22 +341,21 @@ def test_values_beyond_their_bounds_are_said_once_and_used(capsys: pytest.Captur
 
 @pytest.mark.parametrize("as_dict", [False, True])
 def test_a_final_observation_that_is_not_finite_is_an_error(as_dict: bool) -> None:
+    def shown(value: float) -> Any:
+        values = numpy.full((1, 1), value, dtype="f4")
+        return {"a": {"b": values}} if as_dict else values
+
     class Ends(gymnasium.vector.VectorEnv):
         metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": AutoresetMode.SAME_STEP}
         num_envs, single_action_space = 1, spaces.Discrete(2)
         single_observation_space: Any = spaces.Dict(a=spaces.Dict(b=ONE_BOX)) if as_dict else ONE_BOX
 
         def reset(self, *, seed: Any = None, options: Any = None) -> Any:
-            return self._shown(0.0), {}
+            return shown(0.0), {}
 
         def step(self, actions: Any) -> Any:
-            final = self._shown(numpy.nan) if as_dict else [numpy.array([numpy.nan], "f4")]
-            yes, no = numpy.ones(1, dtype=bool), numpy.zeros(1, dtype=bool)
-            return self._shown(0.0), numpy.zeros(1), no, yes, {"final_obs": final}
-
-        def _shown(self, value: float) -> Any:
-            values = numpy.full((1, 1), value, dtype="f4")
-            return {"a": {"b": values}} if as_dict else values
+            no = numpy.zeros(1, dtype=bool)
+            return shown(0.0), numpy.zeros(1), no, ~no, {"final_obs": shown(numpy.nan) if as_dict else [shown(numpy.nan)[0]]}
 
     refusal(lambda: stepped(Ends(), 3), "sub-environment 0", "not finite")
 
@@ -447,8 +389,7 @@ def test_an_observation_outside_its_space_is_one_line(space: Any) -> None:
 
 
 def test_observations_in_a_buffer_that_is_written_again_are_kept() -> None:
-    one = SyncVectorEnv([lambda: Counter(3, "truncated")], copy=False, autoreset_mode=AutoresetMode.DISABLED)
-    env = wrap_vector(one, seed=0)
+    env = wrap_vector(SyncVectorEnv([lambda: Counter(3, "truncated")], copy=False, autoreset_mode=MODES[-1]), seed=0)
     batch = collect(rollout_of(linear_critic(env, slope=100.0, at_zero=10.0), env, 5))
     assert batch.observations["obs"][0, :, 0].tolist() == [0, 1, 2, 0, 1]
     assert batch.bootstrap_BT[0, [2, 4]].tolist() == [310, 210]
@@ -473,7 +414,7 @@ def test_an_environment_may_change_the_action_it_is_given() -> None:
             action *= 5
             return super().step(0)
 
-    env = make_vector(Greedy, n_envs=2, kwargs={"length": 9, "end": "truncated"}, seed=0)
+    env = made(Greedy)
     batch = stepped(env, 5)
     assert set(batch.actions_BT.flatten().tolist()) == {0, 1, 2}
     assert numpy.array_equal(numpy.stack(env.actions[1]), batch.actions_BT[1].numpy())
@@ -481,15 +422,13 @@ def test_an_environment_may_change_the_action_it_is_given() -> None:
 
 def test_a_rollout_of_one_step_that_only_reset_changes_nothing() -> None:
     env = counters(SyncVectorEnv, AutoresetMode.NEXT_STEP, [(1, "terminated")])
-    model = ppo(env.env, n_steps=1, batch_size=2, evaluate_episodes=0).learn(4)
-    assert model.num_timesteps == 4
+    assert ppo(env.env, n_steps=1, batch_size=2, evaluate_episodes=0).learn(4).num_timesteps == 4
 
 
 def test_an_evaluation_that_never_ends_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("surefoot.rollout.gym.LONGEST_EPISODE", 50)
-    env = wrap_vector(Counter(10**9, "terminated"), seed=0)
-    policy = ControlPolicy(env.observation_spaces, env.action_space)
-    refusal(lambda: run_episodes(policy, env, 1), "50 steps", "max_episode_steps", "evaluate.episodes")
+    env = made(Counter, 10**9)
+    refusal(lambda: run_episodes(linear_critic(env), env, 1), "50 steps", "max_episode_steps", "evaluate.episodes")
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
@@ -503,7 +442,6 @@ def test_episodes_under_way_are_repeated_from_their_seeds(kind: str) -> None:
     restored = again.restore(env.state())
     assert restored is not None and numpy.array_equal(restored["obs"], observations["obs"])
     for row in actions[47:]:
-        step, other = env.step(row), again.step(row)
-        assert numpy.array_equal(step.observations["obs"], other.observations["obs"])
+        assert numpy.array_equal(env.step(row).observations["obs"], again.step(row).observations["obs"])
     env.close()
     again.close()

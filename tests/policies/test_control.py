@@ -21,6 +21,7 @@ from tests.golden import refused
 
 FEATURES = 6
 VECTOR = spaces.Box(-numpy.inf, numpy.inf, (3,))
+IMAGE = spaces.Box(0, 255, (36, 36, 1), dtype=numpy.uint8)
 HEADS: dict[str, tuple[Any, dict[str, Any]]] = {
     "discrete": (spaces.Discrete(5), {}),
     "multi-discrete": (spaces.MultiDiscrete([2, 4, 3]), {}),
@@ -28,7 +29,7 @@ HEADS: dict[str, tuple[Any, dict[str, Any]]] = {
     "gaussian": (spaces.Box(-1, 1, (3,)), {"log_std": -0.7}),
     "gsde": (spaces.Box(-1, 1, (3,)), {"log_std": -0.7, "use_sde": True}),
 }
-MASKED = {"discrete": 5, "multi-discrete": 9}
+SIZES = {"discrete": [5], "multi-discrete": [2, 4, 3]}
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -45,25 +46,27 @@ def head_of(kind: str) -> Any:
     return head
 
 
+def policy_of(kind: str = "MlpPolicy", observation: Any = VECTOR, actions: int = 4, **settings: Any) -> ControlPolicy:
+    parts = observation if isinstance(observation, dict) else {"obs": observation}
+    extras = {name: settings.pop(name) for name in ("seed", "normalize", "extractor") if name in settings}
+    return ControlPolicy(parts, spaces.Discrete(actions), kind=kind, config=NetworkConfig(**settings), **extras)
+
+
 def mask_of(kind: str, rows: int) -> Tensor | None:
     """Random masks with a legal action for each choice."""
-    if kind not in MASKED:
+    if kind not in SIZES:
         return None
-    mask = torch.rand((rows, MASKED[kind]), generator=generator(7)) < 0.5
-    for part in mask.split([5] if kind == "discrete" else [2, 4, 3], -1):
+    mask = torch.rand((rows, sum(SIZES[kind])), generator=generator(7)) < 0.5
+    for part in mask.split(SIZES[kind], -1):
         part[:, -1] |= ~part.any(-1)
     return mask
 
 
 def twin(kind: str, head: Any, latent: Tensor, mask: Tensor | None) -> list[Any]:
     """torch's own distributions: one for each action dimension that is chosen by itself."""
-    out = head.linear(latent)
-    if mask is not None:
-        out = out.masked_fill(~mask, -1e9)
-    if kind == "discrete":
-        return [Categorical(logits=out)]
-    if kind == "multi-discrete":
-        return [Categorical(logits=part) for part in out.split([2, 4, 3], -1)]
+    out = head.linear(latent) if mask is None else head.linear(latent).masked_fill(~mask, -1e9)
+    if kind in SIZES:
+        return [Categorical(logits=part) for part in out.split(SIZES[kind], -1)]
     if kind == "multi-binary":
         return [Independent(Bernoulli(logits=out), 1)]
     if kind == "gaussian":
@@ -72,8 +75,7 @@ def twin(kind: str, head: Any, latent: Tensor, mask: Tensor | None) -> list[Any]
     return [Independent(Normal(out, (variance + 1e-6).sqrt()), 1)]
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize(("kind", "masked"), [*((kind, False) for kind in HEADS), *((kind, True) for kind in SIZES)])
 def test_log_probs_entropies_and_their_gradients_are_those_of_torch_distributions(kind: str, masked: bool) -> None:
     head, latent = head_of(kind), torch.randn((40, FEATURES), generator=generator())
     mask = mask_of(kind, 40) if masked else None
@@ -81,84 +83,76 @@ def test_log_probs_entropies_and_their_gradients_are_those_of_torch_distribution
         actions = head.sample(latent, head.noise(1, 40, generator(3))[0], mask)
     ours = head.evaluate_actions(latent, actions, mask)
     choices = twin(kind, head, latent, mask)
-    parts = actions.unbind(-1) if kind == "multi-discrete" else [actions]
-    parts = [part.float() for part in parts] if kind == "multi-binary" else parts
-    theirs = (
-        sum(choice.log_prob(part) for choice, part in zip(choices, parts, strict=True)),
-        sum(choice.entropy() for choice in choices),
-    )
-    for mine, other in zip(ours, theirs, strict=True):
+    parts = [part.float() for part in (actions.unbind(-1) if kind == "multi-discrete" else [actions])]
+    logprobs = sum(choice.log_prob(part) for choice, part in zip(choices, parts, strict=True))
+    parameters = list(head.parameters())
+    for mine, other in zip(ours, (logprobs, sum(choice.entropy() for choice in choices)), strict=True):
         assert mine.shape == (40,) and mine.dtype == torch.float32
         assert torch.allclose(mine, other, atol=2e-5, rtol=1e-5)
-        gradients = [
-            torch.autograd.grad(x.sum(), list(head.parameters()), retain_graph=True, allow_unused=True) for x in (mine, other)
-        ]
-        for a, b in zip(*gradients, strict=True):
-            none = torch.zeros(())
-            assert torch.allclose(none if a is None else a, none if b is None else b, atol=2e-4, rtol=1e-4)
+        found = [torch.autograd.grad(x.sum(), parameters, retain_graph=True, allow_unused=True) for x in (mine, other)]
+        for a, b in zip(*([torch.zeros(()) if g is None else g for g in side] for side in found), strict=True):
+            assert torch.allclose(a, b, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("kind", ["discrete", "multi-discrete", "multi-binary"])
-def test_actions_are_drawn_as_often_as_their_probability_says(kind: str, masked: bool) -> None:
-    draws, head = 20_000, head_of(kind)
-    latent = torch.randn((1, FEATURES), generator=generator(5)).expand(draws, -1)
+def drawn(kind: str, masked: bool = False, draws: int = 20_000) -> tuple[Tensor, list[Any]]:
+    """Actions in one state, and the distributions that they should be of."""
+    head, latent = head_of(kind), torch.randn((1, FEATURES), generator=generator(5))
     mask = mask_of(kind, 1) if masked else None
+    masks = None if mask is None else mask.expand(draws, -1)
     with torch.no_grad():
-        actions = head.sample(latent, head.noise(1, draws, generator(11))[0], None if mask is None else mask.expand(draws, -1))
-        choices = twin(kind, head, latent[:1], mask)
-    if kind == "multi-binary":
-        chances = choices[0].base_dist.probs[0]
-        pairs = [(torch.stack([1 - p, p]), actions[:, i]) for i, p in enumerate(chances)]
-    else:
-        columns = [actions] if kind == "discrete" else list(actions.unbind(-1))
-        pairs = [(choice.probs[0], column) for choice, column in zip(choices, columns, strict=True)]
-    for probabilities, column in pairs:
-        expected = probabilities * draws
+        actions = head.sample(latent.expand(draws, -1), head.noise(1, draws, generator(11))[0], masks)
+        choices = twin(kind, head, latent, mask)
+        if kind not in SIZES and kind != "multi-binary":
+            assert torch.equal(head.sample(latent, None, None), choices[0].base_dist.mean)
+    return actions, choices
+
+
+@pytest.mark.parametrize("kind", [*SIZES, "multi-binary"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_actions_are_drawn_as_often_as_their_probability_says(kind: str, masked: bool) -> None:
+    actions, choices = drawn(kind, masked)
+    columns = actions.reshape(len(actions), -1).unbind(-1)
+    chances = [choice.probs[0] for choice in choices] if kind in SIZES else choices[0].base_dist.probs[0]
+    for chance, column in zip(chances, columns, strict=True):
+        expected = len(actions) * (chance if kind in SIZES else torch.stack([1 - chance, chance]))
         counts = torch.bincount(column, minlength=len(expected)).float()
-        assert counts[expected < 1e-3].sum() == 0  # the illegal ones
         possible = expected >= 1e-3
+        assert counts[~possible].sum() == 0  # the illegal ones
         chi_square = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
         assert chi_square < 25  # at most 4 degrees of freedom: less than one in ten thousand
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "gsde"])
 def test_continuous_actions_have_the_mean_and_std_of_their_log_probs(kind: str) -> None:
-    draws, head = 20_000, head_of(kind)
-    latent = torch.randn((1, FEATURES), generator=generator(5)).expand(draws, -1)
-    with torch.no_grad():
-        actions = head.sample(latent, head.noise(1, draws, generator(11))[0], None)
-        normal = twin(kind, head, latent[:1], None)[0].base_dist
-        assert torch.equal(head.sample(latent[:1], None, None), normal.mean)
-    assert ((actions.mean(0) - normal.mean[0]).abs() < 5 * normal.stddev[0] / draws**0.5).all()
-    assert torch.allclose(actions.std(0), normal.stddev[0], rtol=0.03)
+    actions, (choice,) = drawn(kind)
+    mean, std = choice.base_dist.mean[0], choice.base_dist.stddev[0]
+    assert ((actions.mean(0) - mean).abs() < 5 * std / len(actions) ** 0.5).all()
+    assert torch.allclose(actions.std(0), std, rtol=0.03)
 
 
-@pytest.mark.parametrize("kind", ["discrete", "multi-discrete"])
+@pytest.mark.parametrize("kind", SIZES)
 def test_no_noise_makes_an_illegal_action_and_illegal_ones_have_finite_log_probs(kind: str) -> None:
     head, latent, mask = head_of(kind), 50 * torch.randn((64, FEATURES), generator=generator()), mask_of(kind, 64)
     assert mask is not None
-    sizes = [5] if kind == "discrete" else [2, 4, 3]
     for noise in (head.noise(1, 64, generator())[0], torch.where(mask, -1e30, torch.inf)):
-        actions = head.sample(latent, noise, mask).reshape(64, -1)
-        for part, chosen in zip(mask.split(sizes, -1), actions.unbind(-1), strict=True):
+        actions = head.sample(latent, noise, mask)
+        columns = actions.reshape(64, -1)
+        for part, chosen in zip(mask.split(SIZES[kind], -1), columns.unbind(-1), strict=True):
             assert part.gather(-1, chosen[:, None]).all()
     assert torch.equal(head.sample(latent, None, mask), head.sample(latent, torch.zeros(()), mask))
-    actions[:, 0] = mask[:, : sizes[0]].float().argmin(-1)
-    logprobs, entropies = head.evaluate_actions(latent, actions[:, 0] if kind == "discrete" else actions, mask)
-    assert logprobs.isfinite().all() and entropies.isfinite().all()
+    columns[:, 0] = mask[:, : SIZES[kind][0]].float().argmin(-1)
+    logprobs, entropies = head.evaluate_actions(latent, columns.reshape(actions.shape), mask)
     (logprobs.sum() + entropies.sum()).backward()
-    assert all(parameter.grad.isfinite().all() for parameter in head.parameters())
+    assert all(x.isfinite().all() for x in (logprobs, entropies, *(parameter.grad for parameter in head.parameters())))
 
 
-@pytest.mark.parametrize(
-    ("kind", "width"),
-    [("discrete", (5,)), ("multi-discrete", (9,)), ("multi-binary", (4,)), ("gaussian", (3,)), ("gsde", (6, 3))],
-)
+WIDTHS = {"discrete": (5,), "multi-discrete": (9,), "multi-binary": (4,), "gaussian": (3,), "gsde": (6, 3)}
+
+
+@pytest.mark.parametrize(("kind", "width"), WIDTHS.items())
 def test_noise_has_an_entry_for_each_step_and_sub_environment(kind: str, width: tuple[int, ...]) -> None:
-    noise = head_of(kind).noise(7, 2, generator())
+    noise, again = (head_of(kind).noise(7, 2, generator()) for _ in range(2))
     assert len(noise) == 7 and all(noise[t].shape == (2, *width) for t in range(7))
-    again = head_of(kind).noise(7, 2, generator())
     assert all(torch.equal(noise[t], again[t]) for t in range(7))
 
 
@@ -168,36 +162,33 @@ def test_state_dependent_noise_is_held_for_n_steps(every: int, changes: list[int
     assert [t for t in range(1, 6) if not torch.equal(noise[t], noise[t - 1])] == changes
 
 
-# Observations
-
+FOUR, PAIR = [[[1, 0], [1, 0]], [[0, 0], [0, 0]]], spaces.MultiDiscrete([[2, 2], [2, 2]])
 OBSERVATIONS: list[tuple[Any, Any, list[float]]] = [
     (spaces.Discrete(4), [2, 0], [0, 0, 1, 0]),
     (spaces.Discrete(3, start=5), [7, 5], [0, 0, 1]),
     (spaces.MultiDiscrete([2, 3]), [[1, 2], [0, 0]], [0, 1, 0, 0, 1]),
-    (spaces.MultiDiscrete([[2, 2], [2, 2]]), [[[0, 1], [1, 0]], [[0, 0], [0, 0]]], [1, 0, 0, 1, 0, 1, 1, 0]),
+    (PAIR, FOUR, [0, 1, 1, 0, 0, 1, 1, 0]),
     (spaces.MultiBinary(3), [[1, 0, 1], [0, 0, 0]], [1, 0, 1]),
-    (spaces.MultiBinary((2, 2)), [[[1, 0], [0, 1]], [[0, 0], [0, 0]]], [1, 0, 0, 1]),
-    (spaces.Box(0, 9, (2, 2), dtype=numpy.float64), [[[1, 2], [3, 4]], [[0, 0], [0, 0]]], [1, 2, 3, 4]),
+    (spaces.MultiBinary((2, 2)), FOUR, [1, 0, 1, 0]),
+    (spaces.Box(0, 9, (2, 2), dtype=numpy.float64), FOUR, [1, 0, 1, 0]),
     (spaces.Box(0, 9, (2,), dtype=numpy.int64), [[7, 8], [0, 0]], [7, 8]),
 ]
 
 
 @pytest.mark.parametrize(("space", "values", "features"), OBSERVATIONS, ids=lambda value: str(value)[:40])
 def test_observations_become_features_of_the_right_width(space: Any, values: Any, features: list[float]) -> None:
-    policy = ControlPolicy({"obs": space}, spaces.Discrete(2))
-    prepared = policy.prepare({"obs": numpy.array(values, dtype=space.dtype)})
-    assert policy.extractor(prepared)[0].tolist() == features
+    policy = policy_of(observation=space)
+    assert policy.extractor(policy.prepare({"obs": numpy.array(values, dtype=space.dtype)}))[0].tolist() == features
     assert policy.layers.policy[0].in_features == len(features) == policy.extractor.features_dim
 
 
 def test_a_dict_is_its_parts_in_order_without_the_mask() -> None:
-    parts = {"b": spaces.Discrete(3), "a": VECTOR, "action_mask": spaces.MultiBinary(2)}
-    policy = ControlPolicy(parts, spaces.Discrete(2))
+    policy = policy_of(observation={"b": spaces.Discrete(3), "a": VECTOR, "action_mask": spaces.MultiBinary(2)}, actions=2)
     observations = {"a": numpy.array([[5.0, 6.0, 7.0]]), "action_mask": numpy.array([[1, 0]]), "b": numpy.array([1])}
     prepared = policy.prepare(observations)
     assert policy.extractor(prepared).tolist() == [[0, 1, 0, 5, 6, 7]]
     assert prepared["action_mask"].dtype == torch.bool
-    assert [int(policy.predict(observations, noise_from=generator(i))[0][0]) for i in range(20)] == [0] * 20
+    assert {int(policy.predict(observations, noise_from=generator(i))[0][0]) for i in range(20)} == {0}
 
 
 @pytest.mark.parametrize("dtype", [numpy.uint8, numpy.float32])
@@ -219,21 +210,18 @@ def test_images_are_the_same_with_their_channels_first_or_last(dtype: Any) -> No
 
 
 def test_images_beside_numbers_share_the_features() -> None:
-    parts = {"camera": spaces.Box(0, 255, (36, 36, 1), dtype=numpy.uint8), "speed": VECTOR}
+    parts = {"camera": IMAGE, "speed": VECTOR}
     for kind, width in {"MultiInputPolicy": 512 + 3, "MlpPolicy": 36 * 36 + 3}.items():  # as in Stable-Baselines3
-        assert ControlPolicy(parts, spaces.Discrete(2), kind=kind).extractor.features_dim == width
-    ControlPolicy({"obs": spaces.Box(-1, 1, (3,))}, spaces.Discrete(2), kind="MultiInputPolicy")  # needs no image
+        assert policy_of(kind, parts).extractor.features_dim == width
+    policy_of("MultiInputPolicy", VECTOR)  # needs no image
 
 
 def test_images_of_bytes_are_fractions_and_integers_can_be_normalized() -> None:
-    image = spaces.Box(0, 255, (36, 36, 1), dtype=numpy.uint8)
-    features = Extractor({"obs": image}, images=False)({"obs": torch.full((1, 36, 36, 1), 51, dtype=torch.uint8)})
+    features = Extractor({"obs": IMAGE}, images=False)({"obs": torch.full((1, 36, 36, 1), 51, dtype=torch.uint8)})
     torch.testing.assert_close(features, torch.full((1, 36 * 36), 0.2))
-    parts = {"count": spaces.Box(0, 1000, (3,), dtype=numpy.int64), "image": image}
-    policy = ControlPolicy(parts, spaces.Discrete(2), normalize=True)
+    policy = policy_of(observation={"count": spaces.Box(0, 1000, (3,), dtype=numpy.int64), "image": IMAGE}, normalize=True)
     assert set(policy.moments) == {"count"}
-    seen = numpy.array([[1, 2, 3], [3, 8, 1]])
-    prepared = policy.prepare({"count": seen}, learn=True)["count"]
+    prepared = policy.prepare({"count": numpy.array([[1, 2, 3], [3, 8, 1]])}, learn=True)["count"]
     torch.testing.assert_close(prepared, torch.tensor([[-1.0, -1, 1], [1, 1, -1]]), atol=1e-3, rtol=0)
 
 
@@ -251,57 +239,45 @@ def test_a_board_is_seen_cell_by_cell() -> None:
     assert not torch.allclose(extractor({"obs": here}), extractor({"obs": there}))
 
 
-# The network as a whole
-
-
 @pytest.mark.parametrize("kind", ["MlpPolicy", "MlpLstmPolicy"])
 def test_layers_start_orthogonal_with_the_gains_of_the_original(kind: str) -> None:
-    policy = ControlPolicy({"obs": VECTOR}, spaces.Discrete(4), kind=kind)
+    policy = policy_of(kind)
     hidden = [layer for tower in (policy.layers.policy, policy.layers.value) for layer in tower if isinstance(layer, nn.Linear)]
     gains = [(layer, 2**0.5) for layer in hidden] + [(policy.head.linear, 0.01), (policy.value_head, 1.0)]
     assert len(gains) == 6
     for layer, gain in gains:
-        singular = torch.linalg.svdvals(layer.weight.detach())
-        assert torch.allclose(singular, torch.tensor(gain), rtol=1e-4), layer
+        assert torch.allclose(torch.linalg.svdvals(layer.weight.detach()), torch.tensor(gain), rtol=1e-4), layer
         assert not layer.bias.any()
-    plain = ControlPolicy({"obs": VECTOR}, spaces.Discrete(4), config=NetworkConfig(ortho_init=False))
-    assert torch.linalg.svdvals(plain.head.linear.weight.detach()).max() > 0.1
+    assert torch.linalg.svdvals(policy_of(ortho_init=False).head.linear.weight.detach()).max() > 0.1
 
 
 def test_weights_follow_from_the_seed_and_leave_the_global_generator_alone() -> None:
     before = torch.random.get_rng_state()
-    same, again, other = (ControlPolicy({"obs": VECTOR}, spaces.Discrete(4), seed=seed) for seed in (1, 1, 2))
+    same, again, other = (policy_of(seed=seed).value_head.weight for seed in (1, 1, 2))
     assert torch.equal(before, torch.random.get_rng_state())
-    assert torch.equal(same.value_head.weight, again.value_head.weight)
-    assert not torch.equal(same.value_head.weight, other.value_head.weight)
+    assert torch.equal(same, again) and not torch.equal(same, other)
 
 
 @pytest.mark.parametrize("kind", ["MlpPolicy", "MlpLstmPolicy"])
 def test_a_shared_network_is_one_tower_and_a_separate_one_two(kind: str) -> None:
-    def policy(share: bool) -> ControlPolicy:
-        config = NetworkConfig(share=share, net_arch=[8], lstm_hidden_size=5)
-        return ControlPolicy({"obs": VECTOR}, spaces.Discrete(4), config=config, kind=kind)
-
-    def moved_by(loss: str) -> set[int]:
+    def moved_by(model: ControlPolicy, loss: str) -> set[int]:
         model.zero_grad(set_to_none=True)
-        view = model.evaluate(a_batch(model))
-        getattr(view, loss).sum().backward()
+        getattr(model.evaluate(a_batch(model)), loss).sum().backward()
         return {id(p) for p in model.parameters() if p.grad is not None and bool(p.grad.any())}
 
     lstm = 4 * 5 * (3 + 5 + 2) if "Lstm" in kind else 0
     trunk = lstm + (5 if lstm else 3) * 8 + 8
     for share, trunks in ((True, 1), (False, 2)):
-        model = policy(share)
+        model = policy_of(kind, share=share, net_arch=[8], lstm_hidden_size=5)
         assert sum(p.numel() for _, p in model.named_parameters_to_train()) == trunks * trunk + (8 * 4 + 4) + (8 + 1)
-        both = moved_by("logprobs_BT") & moved_by("values_BT")
-        assert bool(both) == share
+        assert bool(moved_by(model, "logprobs_BT") & moved_by(model, "values_BT")) == share
     with refused("one shared trunk cannot have different widths"):
-        ControlPolicy({"obs": VECTOR}, spaces.Discrete(4), config=NetworkConfig(share=True, net_arch={"pi": [4], "vf": [8]}))
+        policy_of(share=True, net_arch={"pi": [4], "vf": [8]})
 
 
 def test_normalized_observations_follow_their_running_mean_and_variance(tmp_path: Path) -> None:
-    space = {"obs": spaces.Box(-9, 9, (2,)), "count": spaces.Discrete(3)}
-    policy = ControlPolicy(space, spaces.Discrete(2), normalize=True)
+    parts = {"obs": spaces.Box(-9, 9, (2,)), "count": spaces.Discrete(3)}
+    policy, other = policy_of(observation=parts, normalize=True), policy_of(observation=parts, normalize=True, seed=9)
     seen = numpy.array([[1.0, 10.0], [3.0, 10.0], [8.0, 16.0]], dtype=numpy.float32)
     prepared = [policy.prepare({"obs": rows, "count": numpy.zeros(len(rows))}, learn=True) for rows in (seen[:2], seen[2:])]
     # Two batches and a start of weight 0.0001 at mean 0 and variance 1, pooled by hand.
@@ -316,36 +292,22 @@ def test_normalized_observations_follow_their_running_mean_and_variance(tmp_path
     far = policy.prepare({"obs": numpy.array([[1e9, -1e9]], dtype=numpy.float32), "count": numpy.zeros(1)})
     assert far["obs"].tolist() == [[10, -10]] and set(policy.moments) == {"obs"}
     policy.save(tmp_path)
-    other = ControlPolicy(space, spaces.Discrete(2), normalize=True, seed=9)
     other.load_extras(tmp_path)
     assert torch.equal(other.moments["obs"].variance, moments.variance) and other.moments["obs"].count == moments.count
-    one = {"obs": seen, "count": numpy.ones(3)}
-    assert torch.equal(
-        other.values(other.prepare(one), {}, episode_starts=torch.zeros(3)),
-        policy.values(policy.prepare(one), {}, episode_starts=torch.zeros(3)),
-    )
+    one, begins = {"obs": seen, "count": numpy.ones(3)}, torch.zeros(3)
+    ours, theirs = (each.values(each.prepare(one), {}, episode_starts=begins) for each in (policy, other))
+    assert torch.equal(ours, theirs)
 
 
 def test_the_users_network_makes_the_features() -> None:
-    class Own(nn.Module):
-        features_dim = 4
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(3, 4)
-
-        def forward(self, observation: Tensor) -> Tensor:
-            return self.layer(observation)
-
-    own = Own()
-    policy = ControlPolicy({"obs": VECTOR}, spaces.Discrete(2), extractor=own)
+    own = nn.Linear(3, 4)
+    own.features_dim = 4  # type: ignore[assignment]
+    policy = policy_of(extractor=own)
     assert policy.layers.policy[0].in_features == 4
-    assert any(parameter is own.layer.weight for _, parameter in policy.named_parameters_to_train())
+    assert any(parameter is own.weight for _, parameter in policy.named_parameters_to_train())
     with refused("your network needs a features_dim"):
-        ControlPolicy({"obs": VECTOR}, spaces.Discrete(2), extractor=nn.Identity())
+        policy_of(extractor=nn.Identity())
 
-
-# Recurrent state
 
 B, T, H = 3, 9, 5
 
@@ -358,25 +320,19 @@ def a_batch(policy: ControlPolicy, *, starts: list[tuple[int, int]] = ()) -> Bat
     for row, step in starts:
         starts_BT[row, step] = True
     recurrent = {**state, "state/episode_starts": starts_BT} if state else {}
-    zeros = torch.zeros(B, T)
+    zeros, names = torch.zeros(B, T), ("logprobs_BT", "values_BT", "rewards_BT", "bootstrap_BT")
     return Batch(
         observations={"obs": torch.randn((B, T, 3), generator=rng), **recurrent},
         actions_BT=torch.randint(4, (B, T), generator=rng),
         mask_BT=torch.ones((B, T), dtype=torch.bool),
-        logprobs_BT=zeros,
-        values_BT=zeros,
-        rewards_BT=zeros,
         ends_BT=zeros.bool(),
-        bootstrap_BT=zeros,
         row_size=T,
+        **dict.fromkeys(names, zeros),
     )
 
 
-def recurrent(*, share: bool = False) -> ControlPolicy:
-    config = NetworkConfig(share=share, net_arch=[8], lstm_hidden_size=H, ortho_init=False)
-    policy = ControlPolicy({"obs": VECTOR}, spaces.Discrete(4), config=config, kind="MlpLstmPolicy", seed=3)
-    assert policy.reads_whole_rows
-    return policy
+def recurrent(share: bool = False) -> ControlPolicy:
+    return policy_of("MlpLstmPolicy", share=share, net_arch=[8], lstm_hidden_size=H, ortho_init=False, seed=3)
 
 
 def one_by_one(policy: ControlPolicy, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -406,31 +362,23 @@ STARTS = {"none": [], "first": [(0, 0), (1, 0), (2, 0)], "middle": [(0, 4), (2, 
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("starts", STARTS)
 def test_a_row_at_once_is_a_row_step_by_step(starts: str, share: bool) -> None:
-    policy = recurrent(share=share)
-    batch = a_batch(policy, starts=STARTS[starts])
+    policy = recurrent(share)
+    batch, weights = a_batch(policy, starts=STARTS[starts]), torch.randn((2, B, T), generator=generator(8))
     view, slow = policy.evaluate(batch), one_by_one(policy, batch)
     gradients = []
-    for mine, other in zip((view.logprobs_BT, view.values_BT), slow, strict=True):
-        assert torch.allclose(mine, other, atol=1e-5)
-    weights = torch.randn((2, B, T), generator=generator(8))
     for logprobs, values in ((view.logprobs_BT, view.values_BT), slow):
+        assert torch.allclose(logprobs, slow[0], atol=1e-5) and torch.allclose(values, slow[1], atol=1e-5)
         policy.zero_grad(set_to_none=True)
         (weights[0] * logprobs + weights[1] * values).sum().backward()
         gradients.append([p.grad.clone() for p in policy.parameters()])
     for a, b in zip(*gradients, strict=True):
         assert a.isfinite().all() and torch.allclose(a, b, atol=1e-5, rtol=1e-4)
-
-
-def test_acting_carries_the_state_that_evaluating_does() -> None:
-    policy = recurrent()
-    batch = a_batch(policy, starts=STARTS["middle"])
-    state = {name: batch.observations[name][:, 0] for name in policy.initial_state(B)}
-    view = policy.evaluate(batch)
+    state = {name: batch.observations[name][:, 0] for name in policy.initial_state(B)}  # acting carries the same one
     for t in range(T):
-        observation, starts = {"obs": batch.observations["obs"][:, t]}, batch.observations["state/episode_starts"][:, t]
-        assert torch.allclose(policy.values(observation, state, episode_starts=starts), view.values_BT[:, t], atol=1e-5)
-        _, state = policy.act(observation, state, episode_starts=starts)
-    assert set(state) == set(policy.initial_state(B))
+        observation, begins = {"obs": batch.observations["obs"][:, t]}, batch.observations["state/episode_starts"][:, t]
+        assert torch.allclose(policy.values(observation, state, episode_starts=begins), view.values_BT[:, t], atol=1e-5)
+        _, state = policy.act(observation, state, episode_starts=begins)
+    assert policy.reads_whole_rows and set(state) == set(policy.initial_state(B))
 
 
 def test_what_was_before_an_episode_does_not_reach_it() -> None:
@@ -438,8 +386,7 @@ def test_what_was_before_an_episode_does_not_reach_it() -> None:
     batch = a_batch(policy, starts=[(0, 4), (1, 4), (2, 4)])
     before = policy.evaluate(batch)
     batch.observations["obs"][:, :4] += 100.0
-    for name in policy.initial_state(B):
-        batch.observations[name] = batch.observations[name] + 3.0
+    batch.observations |= {name: batch.observations[name] + 3.0 for name in policy.initial_state(B)}
     after = policy.evaluate(batch)
     assert torch.equal(before.logprobs_BT[:, 4:], after.logprobs_BT[:, 4:])
     assert torch.equal(before.values_BT[:, 4:], after.values_BT[:, 4:])

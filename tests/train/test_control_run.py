@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import signal
 import subprocess
@@ -24,32 +23,31 @@ from torch import nn
 from surefoot import PPO, BaseCallback, evaluate_policy
 from surefoot.policies.control.policy import ControlPolicy
 from surefoot.train import loop
+from tests.envs.counter import Counter
 from tests.inputs import refusal
 from tests.train.small_run import rows, weights
 
+pytestmark = pytest.mark.usefixtures("in_own_folder")
 N_ENVS, N_STEPS, UPDATES = 3, 16, 6
 BATCH = N_ENVS * N_STEPS
 SMALL: dict[str, Any] = {"n_envs": N_ENVS, "n_steps": N_STEPS, "batch_size": N_STEPS, "n_epochs": 2, "learning_rate": 0.01}
 SMALL |= {"seed": 5, "device": "cpu", "verbose": 0, "run_checkpoint_every": 2, "evaluate_episodes": 0}
+NORMALIZED = {"normalize_observations": True, "normalize_rewards": True, "env_kwargs": {"max_episode_steps": 13}}
+LSTM = {"policy_kwargs": {"lstm_hidden_size": 8}}
 RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "plain": ("MlpPolicy", "CartPole-v1", {"evaluate_episodes": 2, "evaluate_every": 2, "lr_schedule": "linear"}),
-    "normalized": (
-        "MlpPolicy",
-        "Pendulum-v1",
-        {"normalize_observations": True, "normalize_rewards": True, "env_kwargs": {"max_episode_steps": 13}},
-    ),
-    "lstm": ("MlpLstmPolicy", "CartPole-v1", {"policy_kwargs": {"lstm_hidden_size": 8}}),
+    "plain": ("MlpPolicy", "CartPole-v1", {}),
+    "normalized": ("MlpPolicy", "Pendulum-v1", NORMALIZED),
+    "lstm": ("MlpLstmPolicy", "CartPole-v1", LSTM),
 }
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+EACH_RUN = pytest.mark.parametrize(("policy", "env", "settings"), RUNS.values(), ids=RUNS)
 
 
 def small(policy: Any = "MlpPolicy", env: Any = "CartPole-v1", **settings: Any) -> PPO:
-    made_here = {} if isinstance(env, str) else {"n_envs": 1}
-    return PPO(policy, env, **{**SMALL, **made_here, **settings})
+    return PPO(policy, env, **{**SMALL, **({} if isinstance(env, str) else {"n_envs": 1}), **settings})
+
+
+def load(folder: str, env: Any = None, **settings: Any) -> PPO:
+    return PPO.load(folder, env, verbose=0, **settings)
 
 
 class Killed(BaseException):
@@ -59,7 +57,7 @@ class Killed(BaseException):
 def killing(at_step: int) -> Callable[..., bool]:
     left = iter(range(at_step))
 
-    def callback(locals_: Any, globals_: Any) -> bool:
+    def callback(*_: Any) -> bool:
         if next(left, None) is None:
             raise Killed
         return True
@@ -67,42 +65,19 @@ def killing(at_step: int) -> Callable[..., bool]:
     return callback
 
 
-class Constant(gymnasium.Env):
-    """Three steps, each paid the same; `seen` is the position."""
-
-    observation_space = spaces.Box(0, 9, (1,))
-    action_space = spaces.Discrete(2)
-
-    def __init__(self, reward: float = 1.0):
-        self.reward, self.count = reward, 0
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
-        super().reset(seed=seed)
-        self.count = 0
-        return numpy.zeros(1, dtype=numpy.float32), {}
-
-    def step(self, action: Any) -> Any:
-        self.count += 1
-        return numpy.full(1, self.count, dtype=numpy.float32), self.reward, self.count == 3, False, {"is_success": True}
+# Three steps, each paid the same.
+Constant = functools.partial(Counter, 3, "terminated")
 
 
 ODD = """
-import gymnasium, numpy, pathlib
+import pathlib
+from tests.envs.counter import Counter
 
-class Odd(gymnasium.Env):
-    observation_space, action_space = gymnasium.spaces.Box(0, 99, (1,)), gymnasium.spaces.Discrete(2)
-    steps = 0
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.count = 0
-        return numpy.zeros(1, "f4"), {}
-
+class Odd(Counter):
     def step(self, action):
-        self.count, self.steps = self.count + 1, self.steps + 1
-        if self.steps >= int(pathlib.Path("fail_at").read_text()):
+        if self.steps + 1 >= int(pathlib.Path("fail_at").read_text()):
             raise RuntimeError("the wheel came off")
-        return numpy.full(1, self.count, "f4"), float(action), self.count == 7, False, {}
+        return super().step(action)
 """
 
 
@@ -113,84 +88,68 @@ def same_weights(a: PPO, b: PPO) -> bool:
 
 def test_a_run_that_was_killed_goes_on_bit_for_bit() -> None:
     """With workers, continuous actions and normalization; tests/test_runs.py kills runs of the other kinds."""
-    policy, env, settings = RUNS["normalized"]
-    settings = {**settings, "vectorization": "async"}
-    whole = small(policy, env, run_name="whole", **settings).learn(UPDATES * BATCH)
-    killed = small(policy, env, run_name="killed", **settings)
+    whole, killed = (small("MlpPolicy", "Pendulum-v1", run_name=n, vectorization="async", **NORMALIZED) for n in ("w", "k"))
+    whole.learn(UPDATES * BATCH)
     with pytest.raises(Killed):  # in the rollout after update 3, one ahead of the newest checkpoint
         killed.learn(UPDATES * BATCH, callback=killing(3 * N_STEPS + 7))
-    resumed = PPO.load("runs/killed", verbose=0).learn()
+    resumed = load("runs/k").learn()
     assert resumed.is_finished and same_weights(whole, resumed) and not same_weights(whole, killed)
-    assert rows(Path("runs/whole")) == rows(Path("runs/killed"))
-    assert Path("runs/whole/samples.jsonl").read_text() == Path("runs/killed/samples.jsonl").read_text() != ""
+    assert rows(Path("runs/w")) == rows(Path("runs/k"))
+    assert Path("runs/w/samples.jsonl").read_text() == Path("runs/k/samples.jsonl").read_text() != ""
 
 
-@pytest.mark.parametrize("kind", ["plain", "normalized", "lstm"])
-def test_learning_twice_is_learning_once_for_longer(kind: str) -> None:
-    policy, env, settings = RUNS[kind]
-    settings = {**settings, "lr_schedule": "constant", "evaluate_episodes": 0}
+@EACH_RUN
+def test_learning_twice_is_learning_once_for_longer(policy: str, env: str, settings: dict[str, Any]) -> None:
     once = small(policy, env, run_name="once", **settings).learn(total_timesteps=4 * BATCH)
     twice = small(policy, env, run_name="twice", **settings).learn(2 * BATCH).learn(total_timesteps=2 * BATCH)
     assert same_weights(once, twice) and rows(Path("runs/once")) == rows(Path("runs/twice"))
 
 
 def test_in_an_environment_that_cannot_be_saved_new_episodes_begin() -> None:
-    def env() -> Any:
-        return SyncVectorEnv([lambda: gymnasium.make("CartPole-v1")] * 2)  # it resets itself, from no seed of ours
+    def env(n: int = 2) -> Any:
+        return SyncVectorEnv([lambda: gymnasium.make("CartPole-v1")] * n)  # it resets itself, from no seed of ours
 
     first = small(env=env(), run_name="own").learn(2 * BATCH)
-    refusal(lambda: PPO.load("runs/own", verbose=0), "PPO.load(folder, env)")
-    second = PPO.load("runs/own", env(), verbose=0)
+    refusal(lambda: load("runs/own"), "PPO.load(folder, env)")
+    refusal(lambda: load("runs/own", env(3)), "env", "num_envs 2")
+    second = load("runs/own", env())
     assert same_weights(first, second)
-    second.learn(2 * BATCH)
-    assert second.is_finished and not same_weights(first, second)
+    assert second.learn(2 * BATCH).is_finished and not same_weights(first, second)
 
 
-@pytest.mark.parametrize("kind", RUNS)
-def test_before_the_first_step_old_and_new_policy_are_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy, env, settings = RUNS[kind]
+@EACH_RUN
+def test_before_the_first_step_old_and_new_policy_are_one(
+    policy: str, env: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
-    monkeypatch.setattr(
-        "surefoot.train.ppo_objective.check_first_minibatch", lambda stats, *, exact: seen.append((stats, exact))
-    )
-    model = small(policy, env, **settings).learn(2 * BATCH)
-    ((stats, exact),) = seen  # once a run
-    assert exact and float(stats.approx_kl) < 1e-10
-    training = model._session.training
-    assert training is not None
-    batch = loop.collect(training)
-    part = batch if model.policy.reads_whole_rows else batch.flatten()
-    part = part.rows(torch.randperm(len(part), generator=torch.Generator().manual_seed(0)))
-    ratios = (model.policy.evaluate(part).logprobs_BT - part.logprobs_BT)[part.mask_BT].exp()
-    assert (ratios - 1).abs().max() < 2e-6
+    gate = "surefoot.train.ppo_objective.check_first_minibatch"
+    monkeypatch.setattr(gate, lambda stats, *, exact: seen.append((exact, float(stats.approx_kl) < 1e-10)))
+    small(policy, env, **settings).learn(2 * BATCH)
+    assert seen == [(True, True)]  # once a run
 
 
 @pytest.mark.parametrize("policy", ["MlpPolicy", "MlpLstmPolicy"])
 @pytest.mark.parametrize("reward", [0.0, 1.0])
 def test_equal_rewards_and_minibatches_of_one_step_stay_finite(reward: float, policy: str) -> None:
-    steps = 5 if policy == "MlpPolicy" else 1
-    model = small(policy, Constant(reward), n_steps=steps, batch_size=1, normalize_rewards=True, normalize_observations=True)
-    model.learn(10)
+    steps, normalized = 5 if policy == "MlpPolicy" else 1, {**NORMALIZED, "env_kwargs": {}}
+    model = small(policy, Constant(reward), n_steps=steps, batch_size=1, **normalized).learn(10)
     assert all(value.isfinite().all() for value in weights(model).values())
     found = rows(Path("runs/ppo-1"))
     assert len(found) == 10 // steps and all(numpy.isfinite(value) for row in found for value in row.values())
     assert found[-1]["ppo/skipped_steps"] == 0
 
 
-@pytest.mark.parametrize("kind", ["plain", "normalized", "lstm"])
-def test_a_saved_policy_predicts_the_same(kind: str) -> None:
-    policy, env, settings = RUNS[kind]
+@EACH_RUN
+def test_a_saved_policy_predicts_the_same(policy: str, env: str, settings: dict[str, Any]) -> None:
     model = small(policy, env, **settings).learn(2 * BATCH)
     model.save("saved")
-    loaded, best = PPO.load("saved", verbose=0), PPO.load("runs/ppo-1", verbose=0)
+    loaded = load("saved")
     observations = numpy.random.default_rng(0).normal(size=(7, *model.env.observation_spaces["obs"].shape)).astype("f4")
-    expected = model.predict(observations, deterministic=True)[0]
-    for other in (loaded, best):
-        assert numpy.array_equal(expected, other.predict(observations, deterministic=True)[0])
+    ours, *others = (each.predict(observations, deterministic=True)[0] for each in (model, loaded, load("runs/ppo-1")))
+    assert all(numpy.array_equal(ours, other) for other in others)
     assert loaded.config.ppo == model.config.ppo and loaded.env.reward_stats == model.env.reward_stats
-    assert model.env.reward_stats.count == (2 * BATCH if kind == "normalized" else 0)
-    loaded.learn(BATCH)  # and can be trained on, as another run
-    assert str(loaded.run_folder).endswith("ppo-2")
+    assert model.env.reward_stats.count == (2 * BATCH if settings is NORMALIZED else 0)
+    assert str(loaded.learn(BATCH).run_folder).endswith("ppo-2")  # it can be trained on, as another run
 
 
 @pytest.mark.parametrize(("env", "shape"), [("CartPole-v1", ()), ("Pendulum-v1", (1,))])
@@ -208,55 +167,45 @@ def test_predict_takes_one_observation_or_many(env: str, shape: tuple[int, ...])
 
 def test_predict_remembers_by_its_state_and_forgets_at_a_start() -> None:
     model = small("MlpLstmPolicy", "Pendulum-v1", policy_kwargs={"lstm_hidden_size": 8, "ortho_init": False})
-    seen = numpy.random.default_rng(0).normal(size=(2, 3)).astype("f4")
-    fresh, state = model.predict(seen, deterministic=True)
+    predict = functools.partial(model.predict, numpy.random.default_rng(0).normal(size=(2, 3)).astype("f4"), deterministic=True)
+    fresh, state = predict()
     assert [part.shape for part in state] == [(2, 8)] * 4
-    later, _ = model.predict(seen, state, deterministic=True)
-    begun, _ = model.predict(seen, state, numpy.array([True, False]), deterministic=True)
+    later, begun = predict(state)[0], predict(state, numpy.array([True, False]))[0]
     assert not numpy.allclose(fresh, later)
     assert numpy.allclose(begun[0], fresh[0]) and numpy.allclose(begun[1], later[1])
+    for wrong in (state[:2], [part[:1] for part in state]):
+        refusal(lambda wrong=wrong: predict(wrong), "state")
 
 
-def test_predict_needs_the_masks_it_was_trained_with_and_its_own_state() -> None:
-    class Masked(Constant):
+def test_predict_needs_the_masks_it_was_trained_with() -> None:
+    class Masked(Counter):
         def action_masks(self) -> Any:
             return numpy.array([self.count % 2 == 0, self.count % 2 == 1])
 
-    model = small(env=Masked())
-    seen = numpy.zeros((3, 1), dtype="f4")
+    predict, seen = small(env=Masked()).predict, numpy.zeros((3, 1), dtype="f4")
     masks = numpy.array([[True, False], [False, True], [True, True]])
-    assert model.predict(seen, action_masks=masks)[0][:2].tolist() == [0, 1]
-    assert model.predict(seen[0], action_masks=[False, True])[0] == 1
+    assert predict(seen, action_masks=masks)[0][:2].tolist() == [0, 1]
+    assert predict(seen[0], action_masks=[False, True])[0] == 1
     for wrong in (None, masks[:2], [True]):
-        refusal(lambda wrong=wrong: model.predict(seen, action_masks=wrong), "action_masks [3, 2]")
-    refusal(lambda: model.predict(seen[0], action_masks=[0, 0]), "row 0", "action_mask")
-    lstm = small("MlpLstmPolicy", "Pendulum-v1", policy_kwargs={"lstm_hidden_size": 8})
-    _, state = lstm.predict(numpy.zeros((2, 3), dtype="f4"))
-    for one in (state[:2], [part[:1] for part in state]):
-        refusal(lambda one=one: lstm.predict(numpy.zeros((2, 3)), one), "state")
+        refusal(lambda wrong=wrong: predict(seen, action_masks=wrong), "action_masks [3, 2]")
+    refusal(lambda: predict(seen[0], action_masks=[0, 0]), "row 0", "action_mask")
 
 
 def test_predict_checks_every_part_of_an_observation() -> None:
-    class Parts(Constant):
+    class Parts(Counter):
         observation_space = spaces.Dict({"box": spaces.Box(0, 9, ()), "count": spaces.Discrete(3, start=1)})
 
-        def reset(self, **kwargs: Any) -> Any:
-            return {"box": numpy.float32(0), "count": 1}, {}
+        def _observation(self) -> Any:
+            return {"box": numpy.float32(0), "count": 3 if self.count else 1}
 
-        def step(self, action: Any) -> Any:
-            _, *rest = super().step(action)
-            return {"box": numpy.float32(0), "count": 3}, *rest
-
-    model = small(env=Parts()).learn(BATCH)
-    assert model.predict({"box": numpy.float32(0), "count": 2})[0] in (0, 1)
-    assert model.predict({"box": numpy.zeros(4, dtype="f4"), "count": numpy.ones(4, dtype=int)})[0].shape == (4,)
-    for bad, named in (
-        ({"box": numpy.float32(numpy.nan), "count": 2}, "observation box of row 0"),
-        ({"box": numpy.float32(0)}, "'count'"),
-        ({"box": numpy.float32(0), "count": 4}, "observation count"),
-        ({"box": numpy.zeros(4, dtype="f4"), "count": numpy.ones(3, dtype=int)}, "count has shape [3]"),
-    ):
-        refusal(lambda bad=bad: model.predict(bad), named)
+    model, zero, ones = small(env=Parts()).learn(BATCH), numpy.float32(0), numpy.ones(4, dtype=int)
+    assert model.predict({"box": zero, "count": 2})[0] in (0, 1)
+    assert model.predict({"box": numpy.zeros(4, dtype="f4"), "count": ones})[0].shape == (4,)
+    bad = [({"box": numpy.float32(numpy.nan), "count": 2}, "observation box of row 0"), ({"box": zero}, "'count'")]
+    bad += [({"box": zero, "count": 4}, "observation count")]
+    bad += [({"box": numpy.zeros(4, dtype="f4"), "count": ones[:3]}, "count has shape [3]")]
+    for observation, named in bad:
+        refusal(lambda observation=observation: model.predict(observation), named)
 
 
 def test_in_an_environment_that_was_used_in_between_new_episodes_begin() -> None:
@@ -266,20 +215,10 @@ def test_in_an_environment_that_was_used_in_between_new_episodes_begin() -> None
         assert env.count == 1
         assert evaluate_policy(model, where, 2) == (6.0, 0.0)
         model.learn(16)
-    assert model.run_folder is not None
-    trained = [json.loads(line) for line in (model.run_folder / "samples.jsonl").read_text().splitlines()]
-    assert {(row["return"], row["steps"]) for row in trained} == {(6.0, 3)}
+    assert {(row["return"], row["steps"]) for row in rows(model.run_folder, "samples.jsonl")} == {(6.0, 3)}  # type: ignore
     env.step(0)  # somebody looks at it
     model.learn(16)
     assert {(episode.total, episode.steps) for episode in model._session.training.rollout.finished} == {(6.0, 3)}  # type: ignore
-    refusal(lambda: evaluate_policy(model, "CartPole-v1"), "Box(0.0, 9.0, (1,)")
-    frozen = small(env="FrozenLake-v1", n_envs=1)
-    refusal(lambda: evaluate_policy(frozen, "FrozenLake8x8-v1"), "Discrete(16)")
-
-
-def test_the_training_environment_is_not_evaluated_in_the_middle_of_a_rollout() -> None:
-    env = Constant()
-    model = small(env=env, n_steps=16)
     refusal(lambda: model.learn(16, callback=lambda *_: bool(evaluate_policy(model, env))), "training environment")
 
 
@@ -292,19 +231,17 @@ def test_infos_reach_callbacks_by_sub_environment() -> None:
 
 
 def test_a_model_of_an_environment_that_gymnasium_made_is_loaded_without_it() -> None:
-    small(env=gymnasium.make("CartPole-v1", max_episode_steps=9)).save("named")
-    model = PPO.load("named", verbose=0)
+    small(env=gymnasium.make("CartPole-v1", max_episode_steps=9)).save("saved")
+    model = load("saved")
     assert model.config.env is not None and model.config.env.id == "CartPole-v1"
     assert evaluate_policy(model, n_eval_episodes=2, warn=False)[0] <= 9
-    assert PPO.open("named").predict(numpy.zeros(4))[0] in (0, 1)
+    assert PPO.open("saved").predict(numpy.zeros(4))[0] in (0, 1)
     small(env=gymnasium.wrappers.FlattenObservation(gymnasium.make("CartPole-v1"))).save("wrapped")
-    refusal(lambda: PPO.load("wrapped", verbose=0), "give it again")
-
-
-def test_a_number_takes_the_place_of_a_schedule_that_was_a_function() -> None:
-    small(learning_rate=lambda left: 1e-3 * left).save("saved")
-    model = PPO.load("saved", verbose=0, learning_rate=2e-4, n_steps=numpy.int64(8), batch_size=8).learn(24)
-    assert rows(model.run_folder)[-1]["ppo/learning_rate"] == 2e-4  # type: ignore[arg-type]
+    refusal(lambda: load("wrapped"), "give it again")
+    short = gymnasium.make("CartPole-v1", max_episode_steps=7)  # one that is given takes precedence
+    model = load("saved", short)
+    assert model.env.env.envs[0] is short and model.config.env is not None and model.config.env.id is None
+    refusal(lambda: load("saved", "Pendulum-v1"), "saved")
 
 
 def test_the_users_policy_is_trained_and_loaded() -> None:
@@ -312,27 +249,24 @@ def test_the_users_policy_is_trained_and_loaded() -> None:
         """A policy that never sees the first number."""
 
         def prepare(self, observations: Any, *, learn: bool = False) -> Any:
-            hidden = {name: values * numpy.array([0, 1, 1, 1], dtype="f4") for name, values in observations.items()}
-            return super().prepare(hidden, learn=learn)
+            return super().prepare({"obs": observations["obs"] * numpy.array([0, 1, 1, 1], dtype="f4")}, learn=learn)
 
     box, choice = {"obs": spaces.Box(-1, 1, (4,))}, spaces.Discrete(2)
     model = small(Mine(box, choice), "CartPole-v1").learn(2 * BATCH)
     acts = [model.predict(numpy.array([x, 0.1, 0.2, 0.3]), deterministic=True)[0] for x in (-3.0, 3.0)]
     assert isinstance(model.policy, Mine) and acts[0] == acts[1]
     model.save("mine")
-    loaded = PPO.load("mine", policy=Mine(box, choice, seed=9), verbose=0)
+    loaded = load("mine", policy=Mine(box, choice, seed=9))
     assert isinstance(loaded.policy, Mine) and same_weights(model, loaded)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_a_run_and_its_workers_is_one_line_and_a_checkpoint(number: int) -> None:
     """As a terminal sends Ctrl-C: to every process of the group."""
+    sizes = f"n_steps: {N_STEPS}, total_timesteps: 10_000_000"
+    env = f"env: {{id: CartPole-v1, n_envs: 2, vectorization: async, {sizes}}}"
+    Path("run.yaml").write_text(f"{{{env}, evaluate: {{episodes: 0}}, ppo: {{batch_size: {N_STEPS}}}}}")
     command = [Path(sys.executable).with_name("surefoot"), "ppo", "run.yaml", "--run.name", "stopped"]
-    Path("run.yaml").write_text(
-        "{env: {id: CartPole-v1, n_envs: 2, vectorization: async, "
-        f"n_steps: {N_STEPS}, total_timesteps: 10_000_000}}, evaluate: {{episodes: 0}}, "
-        f"ppo: {{batch_size: {N_STEPS}}}}}"
-    )
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True, text=True)
     log, deadline = Path("runs/stopped/metrics.jsonl"), time.monotonic() + 60
     while time.monotonic() < deadline and (not log.exists() or log.read_bytes().count(b"\n") < 5):
@@ -342,76 +276,44 @@ def test_a_signal_to_a_run_and_its_workers_is_one_line_and_a_checkpoint(number: 
     assert process.returncode == 128 + number, said
     lines = [line for line in said.splitlines() if line]
     assert len(lines) == 1 and lines[0].startswith("surefoot: stopped after update "), said
-    assert PPO.load("runs/stopped", verbose=0).num_timesteps > 0
-
-
-def test_an_environment_that_is_given_goes_before_the_one_in_the_file() -> None:
-    small(env="CartPole-v1").save("saved")
-    short = gymnasium.make("CartPole-v1", max_episode_steps=7)
-    model = PPO.load("saved", short, verbose=0)
-    assert model.env.env.envs[0] is short and model.config.env is not None and model.config.env.id is None
-    refusal(lambda: PPO.load("saved", "Pendulum-v1", verbose=0), "saved")
+    assert load("runs/stopped").num_timesteps > 0
 
 
 def test_the_users_network_keeps_its_weights_and_what_is_frozen_stays() -> None:
-    class Mine(nn.Module):
-        features_dim = 3
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear, self.frozen = nn.Linear(4, 3), nn.Linear(3, 3).requires_grad_(False)
-
-        def forward(self, observations: torch.Tensor) -> torch.Tensor:
-            return torch.tanh(self.frozen(self.linear(observations)))
-
-    mine = Mine()
+    mine = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3).requires_grad_(False), nn.Tanh())
+    mine.features_dim = 3  # type: ignore[assignment]
     before = {name: value.clone() for name, value in mine.state_dict().items()}
     model = small(mine, "CartPole-v1")
     assert all(torch.equal(value, mine.state_dict()[name]) for name, value in before.items())
     model.learn(2 * BATCH)
     changed = {name for name, value in before.items() if not torch.equal(value, mine.state_dict()[name])}
-    assert changed == {"linear.weight", "linear.bias"}
-    assert PPO.load("runs/ppo-1", verbose=0, policy=mine).num_timesteps == 2 * BATCH
-
-
-def test_a_run_with_another_num_envs_is_refused() -> None:
-    env = SyncVectorEnv([Constant] * 2)
-    small(env=env, run_name="two").learn(2 * N_STEPS)
-    refusal(lambda: PPO.load("runs/two", SyncVectorEnv([Constant] * 3), verbose=0), "env", "num_envs 2")
+    assert changed == {"0.weight", "0.bias"}
+    assert load("runs/ppo-1", policy=mine).num_timesteps == 2 * BATCH
 
 
 @pytest.mark.filterwarnings("ignore:.*ERROR:UserWarning")  # Gymnasium's log of what a worker raised
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 def test_an_environment_that_fails_in_the_middle_of_a_run_leaves_a_checkpoint(vectorization: str) -> None:
     Path("odd.py").write_text(ODD)
-    model = small(env="odd.py:Odd", vectorization=vectorization, run_checkpoint_every=100, n_envs=2, run_name="odd")
     Path("fail_at").write_text(str(3 * N_STEPS + 5))
-    refusal(lambda: model.learn(UPDATES * 2 * N_STEPS), "env Odd", "the wheel came off")
+    settings = {"env": "odd.py:Odd", "vectorization": vectorization, "n_envs": 2, "run_checkpoint_every": 100}
+    refusal(lambda: small(run_name="odd", **settings).learn(UPDATES * 2 * N_STEPS), "env Odd", "the wheel came off")
     Path("fail_at").write_text("1000000")
-    resumed = PPO.load("runs/odd", verbose=0)
+    resumed = load("runs/odd")
     assert resumed.num_timesteps == 3 * 2 * N_STEPS
-    whole = small(env="odd.py:Odd", vectorization=vectorization, n_envs=2, run_name="whole").learn(UPDATES * 2 * N_STEPS)
-    assert same_weights(whole, resumed.learn())
-
-
-def test_steps_of_a_rollout_that_was_given_up_are_not_counted() -> None:
-    model = small(n_envs=1)
-    model.learn(4 * N_STEPS, callback=lambda locals_, globals_: model.num_timesteps < N_STEPS + 3)
-    assert model.num_timesteps == N_STEPS
+    assert same_weights(small(run_name="whole", **settings).learn(UPDATES * 2 * N_STEPS), resumed.learn())
 
 
 def test_evaluation_is_the_mean_of_whole_episodes() -> None:
-    model = small(env=Constant(2.0))
-    envs = SyncVectorEnv([lambda: Constant(2.0), lambda: Constant(4.0)])
+    model, envs = small(env=Constant(2.0)), SyncVectorEnv([lambda: Constant(2.0), lambda: Constant(4.0)])
     assert evaluate_policy(model, Constant(2.0), n_eval_episodes=3) == (6.0, 0.0)
     assert evaluate_policy(model, envs, n_eval_episodes=4) == (9.0, 3.0)
     assert evaluate_policy(model, envs, 3, return_episode_rewards=True) == ([6.0, 6.0, 12.0], [3, 3, 3])
-    with pytest.raises(AssertionError, match=r"Constant: mean return 6\.00, not above 7\.00"):
+    with pytest.raises(AssertionError, match=r"Counter: mean return 6\.00, not above 7\.00"):
         evaluate_policy(model, Constant(2.0), reward_threshold=7)
     refusal(lambda: evaluate_policy(model), "env")
-
-
-# Schedules and callbacks
+    refusal(lambda: evaluate_policy(model, "CartPole-v1"), "Box(0.0, 100.0, (1,)")
+    refusal(lambda: evaluate_policy(small(env="FrozenLake-v1", n_envs=1), "FrozenLake8x8-v1"), "Discrete(16)")
 
 
 def test_a_learning_rate_may_be_a_function_of_what_is_left() -> None:
@@ -419,12 +321,15 @@ def test_a_learning_rate_may_be_a_function_of_what_is_left() -> None:
         return 1e-3 * left
 
     model = small(learning_rate=rate, run_name="mine")
+    model.save("saved")
     with pytest.raises(Killed):
         model.learn(4 * BATCH, callback=killing(2 * N_STEPS + 1))
-    refusal(lambda: PPO.load("runs/mine", verbose=0).learn(), "ppo.learning_rate")
-    PPO.load("runs/mine", verbose=0, learning_rate=rate).learn()
+    refusal(lambda: load("runs/mine").learn(), "ppo.learning_rate")
+    load("runs/mine", learning_rate=rate).learn()
     found = [row["ppo/learning_rate"] for row in rows(Path("runs/mine"))]
     assert found == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+    number = load("saved", learning_rate=2e-4, n_steps=numpy.int64(8), batch_size=8).learn(24)  # takes its place
+    assert rows(number.run_folder)[-1]["ppo/learning_rate"] == 2e-4  # type: ignore[arg-type]
 
 
 def test_schedules_reach_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -443,26 +348,25 @@ class Recorder(BaseCallback):
     def __init__(self, stop_at: int | None = None):
         super().__init__()
         self.heard: list[str] = []
-        self.dones: list[Any] = []
+        self.dones: list[bool] = []
         self.stop_at = stop_at
         for name in ("init_callback", "on_training_start", "on_rollout_start", "on_rollout_end", "on_training_end"):
             setattr(self, f"_{name}", functools.partial(self.heard.append, name))
 
     def _on_step(self) -> bool:
         self.heard.append("step")
-        self.dones.append(self.locals["dones"])
+        self.dones.append(bool(self.locals["dones"][0]))
         assert self.locals["rewards"].shape == (self.training_env.num_envs,)
         return self.n_calls != self.stop_at
 
 
 def test_callbacks_hear_of_everything_in_its_order() -> None:
-    recorder = Recorder()
-    model = small(env=Constant(), n_steps=4, batch_size=4).learn(8, callback=recorder)
+    recorder, again = Recorder(), Recorder()
+    model = small(env=Constant(1.0), n_steps=4, batch_size=4).learn(8, callback=recorder)
     begins, rollout = ["init_callback", "on_training_start"], ["on_rollout_start", *["step"] * 4, "on_rollout_end"]
     assert recorder.heard == [*begins, *rollout, *rollout, "on_training_end"]
-    assert [bool(done[0]) for done in recorder.dones] == [False, False, True, False, False, True, False, False]
+    assert recorder.dones == [False, False, True, False, False, True, False, False]
     assert recorder.model is model and (recorder.n_calls, recorder.num_timesteps, model.num_timesteps) == (8, 8, 8)
-    again = Recorder()
     model.learn(4, callback=[again, lambda *_: True])
     assert again.heard == [*begins, *rollout, "on_training_end"] and model.num_timesteps == 12
 
@@ -470,53 +374,38 @@ def test_callbacks_hear_of_everything_in_its_order() -> None:
 @pytest.mark.parametrize("stop_at", [6, 8])
 def test_a_callback_that_returns_false_ends_the_training(stop_at: int) -> None:
     recorder = Recorder(stop_at)
-    model = small(env=Constant(), n_steps=4, batch_size=4, run_name="mine").learn(100, callback=recorder)
+    model = small(env=Constant(1.0), n_steps=4, batch_size=4, run_name="mine").learn(100, callback=recorder)
     assert recorder.heard.count("step") == stop_at and recorder.heard[-1] == "on_training_end"
-    assert [row["update"] for row in rows(Path("runs/mine"))] == [1]
-    assert not model.is_finished
-    PPO.load("runs/mine", Constant(), verbose=0).learn(4)
+    # The steps of a rollout that was given up are not counted.
+    assert len(rows(Path("runs/mine"))) == 1 and model.num_timesteps == 4 and not model.is_finished
+    load("runs/mine", Constant(1.0)).learn(4)
 
 
-# Keywords
-
-
-def test_stable_baselines3s_keywords_mean_what_they_mean_there(tmp_path: Path) -> None:
+def test_stable_baselines3s_keywords_mean_what_they_mean_there() -> None:
     same_name = {"learning_rate": 1e-3, "batch_size": 16, "n_epochs": 3, "gamma": 0.9, "gae_lambda": 0.8, "clip_range": 0.3}
     same_name |= {"clip_range_vf": None, "normalize_advantage": False, "ent_coef": 0.01, "vf_coef": 0.7}
     same_name |= {"max_grad_norm": 0.9, "target_kl": None}
-    theirs = {"n_steps": 32, "use_sde": True, "sde_sample_freq": 4, "tensorboard_log": str(tmp_path / "board"), "seed": None}
+    rest = {"n_steps": 32, "use_sde": True, "sde_sample_freq": 4, "tensorboard_log": "board", "seed": None}
+    rest |= {"verbose": 0, "device": "cpu", "_init_setup_model": True}
     networks = {"activation_fn": nn.ReLU, "net_arch": {"pi": [8, 6], "vf": [4]}, "log_std_init": -2.0}
-    rest = {"policy_kwargs": networks, "verbose": 0, "device": "cpu", "_init_setup_model": True}
-    model = PPO("MlpPolicy", "Pendulum-v1", **same_name, **theirs, **rest)
-    ppo = model.config.ppo
+    model = PPO("MlpPolicy", "Pendulum-v1", **same_name, **rest, policy_kwargs=networks)
+    ppo, layers, head = model.config.ppo, model.policy.layers, model.policy.head
     assert {name: getattr(ppo, name) for name in same_name} == same_name and ppo.value_loss == "squared"
-    assert model.config.env.n_steps == 32 and model.config.run.folder == str(tmp_path / "board")
-    layers = model.policy.layers
-    towers = (layers.policy, layers.value)
-    widths = [[layer.out_features for layer in tower if isinstance(layer, nn.Linear)] for tower in towers]
-    assert widths == [[8, 6], [4]] and isinstance(layers.policy[1], nn.ReLU)
-    assert type(model.policy.head).__name__ == "StateDependentHead" and model.policy.head.sample_freq == 4
-    assert model.policy.head.log_std.detach().unique().tolist() == [-2.0]
-    model.learn(32)
-    assert (tmp_path / "board" / "ppo-1" / "metrics.jsonl").is_file()
+    towers = ((layer for layer in tower if isinstance(layer, nn.Linear)) for tower in (layers.policy, layers.value))
+    assert [[layer.out_features for layer in tower] for tower in towers] == [[8, 6], [4]]
+    assert isinstance(layers.policy[1], nn.ReLU) and type(head).__name__ == "StateDependentHead"
+    assert head.sample_freq == 4 and head.log_std.detach().unique().tolist() == [-2.0]
+    assert model.config.env.n_steps == 32 and model.config.run.folder == "board"
+    assert rows(model.learn(32).run_folder)[1]["timesteps"] == 32
 
 
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"policy_kwargs": {"optimizer_class": torch.optim.SGD}}, "policy_kwargs.optimizer_class"),
-        ({"policy_kwargs": {"activation_fn": nn.Softmax}}, "policy_kwargs.activation_fn"),
-        ({"policy_kwargs": {"shared_lstm": True}}, "policy_kwargs.shared_lstm"),
-        ({"policy_kwargs": {"enable_critic_lstm": False}}, "policy_kwargs.enable_critic_lstm"),
-        ({"policy_kwargs": {"net_arch": {"q": [3]}}}, "policy.network.net_arch"),
-        ({"policy_kwargs": {"net_arch": [0]}}, "policy.network.net_arch"),
-        ({"clip_range_vf": lambda left: left}, "clip_range_vf"),
-        ({"stats_window_size": 7}, "stats_window_size"),
-        ({"learning_rat": 1.0}, "'learning_rate'"),
-        ({"total_episodes": 7}, "rollout"),
-        ({"kl": {"coef": 0.1}}, "kl"),
-    ],
-    ids=lambda value: str(value)[:40],
-)
+IN_KWARGS = {"optimizer_class": torch.optim.SGD, "activation_fn": nn.Softmax, "shared_lstm": True, "enable_critic_lstm": False}
+KEYWORDS = [({"policy_kwargs": {name: value}}, f"policy_kwargs.{name}") for name, value in IN_KWARGS.items()]
+KEYWORDS += [({"policy_kwargs": {"net_arch": value}}, "policy.network.net_arch") for value in ({"q": [3]}, [0])]
+KEYWORDS += [({"clip_range_vf": lambda left: left}, "clip_range_vf"), ({"stats_window_size": 7}, "stats_window_size")]
+KEYWORDS += [({"learning_rat": 1.0}, "'learning_rate'"), ({"total_episodes": 7}, "rollout"), ({"kl": {"coef": 0.1}}, "kl")]
+
+
+@pytest.mark.parametrize(("settings", "saved"), KEYWORDS, ids=lambda value: str(value)[:40])
 def test_a_keyword_without_a_counterpart_is_one_line(settings: dict[str, Any], named: str) -> None:
     refusal(lambda: small(**settings), named)
