@@ -406,6 +406,6 @@ KEYWORDS += [({"clip_range_vf": lambda left: left}, "clip_range_vf"), ({"stats_w
 KEYWORDS += [({"learning_rat": 1.0}, "'learning_rate'"), ({"total_episodes": 7}, "rollout"), ({"kl": {"coef": 0.1}}, "kl")]
 
 
-@pytest.mark.parametrize(("settings", "saved"), KEYWORDS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("settings", "named"), KEYWORDS, ids=lambda value: str(value)[:40])
 def test_a_keyword_without_a_counterpart_is_one_line(settings: dict[str, Any], named: str) -> None:
     refusal(lambda: small(**settings), named)
