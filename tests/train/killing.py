@@ -40,43 +40,38 @@ def number_in(path: Path | None) -> int:
     return int(state["number"])
 
 
-def nothing_yet(folder):
+def nothing_yet(folder: Path) -> None:
     """The run's first checkpoint is saved: before it there is none, after it there is one."""
 
 
-def two_and_the_best(folder):
+def two_and_the_best(folder: Path) -> None:
     for number in (3, 4):
         save(folder, number)
     point(folder, "best", "00000003")
 
 
-def an_old_one_to_remove(folder):
+def an_old_one_to_remove(folder: Path) -> None:
     two_and_the_best(folder)
     save(folder, 5)
 
 
-def the_same_alone(folder):
+def the_same_alone(folder: Path) -> None:
     save(folder, 5)
 
 
-def the_same_while_the_old_one_still_steps_aside(folder):
-    save(folder, 5)
-    shutil.copytree(folder / "00000005", folder / "00000005.old")
+def the_same_while_the_old_one_still_steps_aside(folder: Path) -> None:
+    shutil.copytree(save(folder, 5), folder / "00000005.old")
 
 
-def a_damaged_one_of_that_number(folder):
+def a_damaged_one_of_that_number(folder: Path) -> None:
     an_old_one_to_remove(folder)
     (folder / "00000005" / "policy.safetensors").write_bytes(b"")
 
 
 # What is there before checkpoint 5 is saved -> the least number that must be loadable however the saving ends.
 BEFORE: dict[Callable[[Path], None], int] = {
-    nothing_yet: 0,
-    two_and_the_best: 4,
-    an_old_one_to_remove: 5,
-    the_same_alone: 5,
-    the_same_while_the_old_one_still_steps_aside: 5,
-    a_damaged_one_of_that_number: 4,
+    **{nothing_yet: 0, two_and_the_best: 4, an_old_one_to_remove: 5, the_same_alone: 5},
+    **{the_same_while_the_old_one_still_steps_aside: 5, a_damaged_one_of_that_number: 4},
 }
 
 
@@ -88,18 +83,18 @@ def kill_at_every_call(folder: Path) -> dict[str, int]:
         ready.mkdir(parents=True)
         prepare(ready)
         for nth in itertools.count(1):
-            struck = folder / "struck"
-            shutil.copytree(ready, struck)
-            if not _killed(lambda struck=struck: save(struck, 5, note="new"), nth):
-                kills[prepare.__name__] = nth - 1
-                shutil.rmtree(struck)
-                break
-            _look(struck, least)
+            struck = shutil.copytree(ready, folder / "struck")
+            is_killed = _killed(lambda struck=struck: save(struck, 5, note="new"), nth)
+            if is_killed:
+                _look(struck, least)
             shutil.rmtree(struck)
+            if not is_killed:
+                kills[prepare.__name__] = nth - 1
+                break
     return kills
 
 
-def _look(folder: Path, least: int):
+def _look(folder: Path, least: int) -> None:
     has_best = (folder / "best").exists()
     assert number_in(newest_checkpoint(folder)) >= least
     assert not has_best or number_in(pointed_checkpoint(folder, "best")) == 3
@@ -115,7 +110,7 @@ def _killed(work: Callable[[], Any], nth: int) -> bool:
     if child == 0:
         counter = itertools.count(1)
 
-        def strike(event: str, arguments: tuple[object, ...]):
+        def strike(event: str, arguments: tuple[object, ...]) -> None:
             if event in CALLS and next(counter) == nth:
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -140,11 +135,10 @@ def kill_at_random(folder: Path, kills: int) -> dict[str, int]:
                 save(folder, number, size=400_000)
                 os.write(write, number.to_bytes(4, "little"))
         os.close(write)
-        first = os.read(read, 4)  # past the start of the process, into the loop
+        acknowledged = os.read(read, 4)  # past the start of the process, into the loop
         time.sleep(chance.uniform(0, 0.03))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        acknowledged = first
         while more := os.read(read, 1 << 16):
             acknowledged = more[-4:]
         os.close(read)

@@ -15,20 +15,16 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).parent.parent.parent
 # The command line sets the last two itself, but only an interpreter that has not imported the libraries takes notice.
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 @dataclass
@@ -56,39 +52,37 @@ class Ended:
     stderr: str
 
 
-@dataclass
-class Job:
-    """One `surefoot` command line."""
+def _job(folder: Path, arguments: Sequence[object], strikes: Sequence[Strike]) -> str:
+    """One `surefoot` command line, as JSON."""
+    hits = [asdict(strike) for strike in strikes]
+    return json.dumps({"arguments": [str(a) for a in arguments], "folder": str(folder), "strikes": hits})
 
-    arguments: Sequence[str]
-    folder: str
-    strikes: Sequence[Strike] = field(default_factory=list)
+
+def _ended(code: int, folder: Path) -> Ended:
+    return Ended(code, *((folder / name).read_text() for name in ("stdout.txt", "stderr.txt")))
 
 
 class Warm:
     """The tests' side of the warm interpreter."""
 
     def __enter__(self) -> Warm:
-        command, pipe = [sys.executable, "-m", "tests.train.warm"], subprocess.PIPE
-        self._process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdin=pipe, stdout=pipe, text=True)
+        command, pipes = [sys.executable, "-m", "tests.train.warm"], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self._process: Any = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, text=True, **pipes)
         return self
 
-    def __exit__(self, *_: object):
+    def __exit__(self, *_: object) -> None:
         self._process.communicate(timeout=60)
 
     def start(self, folder: Path, *arguments: object, strikes: Sequence[Strike] = ()) -> int:
         """Begin `surefoot ARGUMENTS` in `folder`; its process id."""
-        job = Job([str(argument) for argument in arguments], str(folder), strikes)
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(asdict(job)) + "\n")
+        self._process.stdin.write(_job(folder, arguments, strikes) + "\n")
         self._process.stdin.flush()
         self._folder = folder
         return int(self._answer())
 
     def wait(self) -> Ended:
         """Wait for the process begun last."""
-        code = int(self._answer())
-        return Ended(code, *((self._folder / name).read_text() for name in ("stdout.txt", "stderr.txt")))
+        return _ended(int(self._answer()), self._folder)
 
     def run(self, folder: Path, *arguments: object, strikes: Sequence[Strike] = ()) -> Ended:
         """Begin and wait."""
@@ -96,13 +90,12 @@ class Warm:
         return self.wait()
 
     def _answer(self) -> str:
-        assert self._process.stdout is not None
         line = self._process.stdout.readline()
         assert line, "the warm interpreter died"
         return line
 
 
-def wait_for(path: Path):
+def wait_for(path: Path) -> None:
     """Return as soon as there is something at `path`."""
     give_up = time.monotonic() + 60
     while not path.exists():
@@ -112,10 +105,8 @@ def wait_for(path: Path):
 
 def cold(folder: Path, *arguments: object, strikes: Sequence[Strike] = ()) -> Ended:
     """The same in a fresh interpreter: another hash seed, other addresses, nothing inherited."""
-    job = Job([str(argument) for argument in arguments], str(folder), strikes)
-    command = [sys.executable, "-m", "tests.train.warm", json.dumps(asdict(job))]
-    ended = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=False)
-    return Ended(ended.returncode, *((folder / name).read_text() for name in ("stdout.txt", "stderr.txt")))
+    command = [sys.executable, "-m", "tests.train.warm", _job(folder, arguments, strikes)]
+    return _ended(subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=False).returncode, folder)
 
 
 def _play(job: dict[str, Any]) -> NoReturn:
@@ -134,8 +125,6 @@ def _play(job: dict[str, Any]) -> NoReturn:
     except SystemExit as error:
         code = error.code
     except BaseException:
-        import traceback
-
         traceback.print_exc()
         code = 99
     sys.stdout.flush()
@@ -143,7 +132,7 @@ def _play(job: dict[str, Any]) -> NoReturn:
     os._exit(int(code or 0))
 
 
-def _arm(strike: Strike):
+def _arm(strike: Strike) -> None:
     if strike.since is None:
         _at_call(strike.place, strike.nth, functools.partial(_hit, strike), after=strike.after)
     else:
@@ -151,13 +140,11 @@ def _arm(strike: Strike):
         _at_call(place, count, functools.partial(_arm, replace(strike, since=None)))
 
 
-def _at_call(place: str, nth: int, act: Callable[[], None], *, after: bool = False):
+def _at_call(place: str, nth: int, act: Callable[[], None], *, after: bool = False) -> None:
     """Call `act` at the `nth` call of `place` from now on."""
     module, _, path = place.partition(":")
     *owners, name = path.split(".")
-    owner: Any = importlib.import_module(module)
-    for inner in owners:
-        owner = getattr(owner, inner)
+    owner: Any = functools.reduce(getattr, owners, importlib.import_module(module))
     function, calls = getattr(owner, name), 0
 
     @functools.wraps(function)
@@ -175,7 +162,7 @@ def _at_call(place: str, nth: int, act: Callable[[], None], *, after: bool = Fal
     setattr(owner, name, counted)
 
 
-def _hit(strike: Strike):
+def _hit(strike: Strike) -> None:
     if strike.file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (strike.file_bytes, strike.file_bytes))
     for number in strike.signals:
@@ -183,7 +170,7 @@ def _hit(strike: Strike):
         time.sleep(strike.pause)
 
 
-def _serve():
+def _serve() -> None:
     import peft
     import torch.utils.tensorboard
     import transformers.models.llama.modeling_llama
