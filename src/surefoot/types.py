@@ -176,7 +176,7 @@ class Preference:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """An example to imitate. Loss falls on the text, the completion, or the assistant's messages.
+    """An example to train on. Loss falls on the text, the completion, or the assistant's messages.
 
     Example: `Demonstration("reviews.jsonl, line 3", {"prompt": "The film", "completion": " was great"})`.
     """

@@ -104,6 +104,15 @@ def test_lambda_one_is_the_monte_carlo_return_minus_the_value_and_lambda_zero_th
     assert one_row(rewards, values, gamma=gamma, lam=0.0, bootstrap=0.7)[0].tolist() == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize(("lam", "expected"), [(0.95, 0.95**199), (1.0, 1.0)])
+def test_lambda_decides_how_far_back_a_last_reward_is_seen(lam: float, expected: float) -> None:
+    rewards = torch.zeros(1, 200)
+    rewards[0, -1] = 1.0
+    mask, zeros = torch.ones(1, 200, dtype=torch.bool), torch.zeros(1, 200)
+    ends = {"mask_BT": mask, "ends_BT": rewards > 0, "bootstrap_BT": zeros}
+    assert float(gae(rewards, zeros, **ends, gamma=1.0, lam=lam)[0][0, 0]) == pytest.approx(expected, rel=1e-4)
+
+
 def test_environment_tokens_cost_no_step() -> None:
     """2 written + 6 of a tool + 2 written + 3 of padding: stepping through the tool's would give .483 at λ .95."""
     mask = [1, 1, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RunningStats:
-    """Count, mean and sum of squared deviations of everything seen.
+    """Count, mean and sum of squared differences from the mean, of everything seen.
 
     Merging is Chan, Golub & LeVeque (1979), "Updating formulae ... for computing sample variances", eq. 2.1.
     Example: `RunningStats().updated([1.0, 3.0])` has mean 2 and population variance 1.
@@ -20,12 +20,12 @@ class RunningStats:
 
     count: int = 0
     mean: float = 0.0
-    squared_deviations: float = 0.0
+    squared_differences: float = 0.0
 
     @property
     def std(self) -> float:
         """Population standard deviation; 1 until two different values were seen, so that dividing is safe."""
-        std = (self.squared_deviations / self.count) ** 0.5 if self.count else 0.0
+        std = (self.squared_differences / self.count) ** 0.5 if self.count else 0.0
         # Equal values have a spread too, of rounding errors: dividing by that would blow them up.
         return std if std > 1e-9 * abs(self.mean) else 1.0
 
@@ -35,12 +35,12 @@ class RunningStats:
             return self
         n = len(values)
         mean = sum(values) / n
-        deviations = sum((value - mean) ** 2 for value in values)
+        squares = sum((value - mean) ** 2 for value in values)
         total, delta = self.count + n, mean - self.mean
         return RunningStats(
             count=total,
             mean=self.mean + delta * n / total,
-            squared_deviations=self.squared_deviations + deviations + delta**2 * self.count * n / total,
+            squared_differences=self.squared_differences + squares + delta**2 * self.count * n / total,
         )
 
 
@@ -67,10 +67,10 @@ class RunningMoments:
         values = values.double()
         n, mean = len(values), values.mean(0)
         delta, total = mean - self.mean, self.count + n
-        deviations = (
+        squares = (
             self.variance * self.count + ((values - mean) ** 2).sum(0) + delta**2 * (self.count * n / total)
         )
-        self.mean, self.variance, self.count = self.mean + delta * (n / total), deviations / total, total
+        self.mean, self.variance, self.count = self.mean + delta * (n / total), squares / total, total
 
     def normalized(self, values: Tensor, *, clip: float) -> Tensor:
         """(values - mean) / std, within ± clip; float32."""

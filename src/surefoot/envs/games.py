@@ -16,7 +16,7 @@ from surefoot.envs.gym import Vector
 from surefoot.errors import InputError
 
 if TYPE_CHECKING:
-    from pettingzoo import AECEnv  # type: ignore[import-untyped]
+    from pettingzoo import AECEnv  # type: ignore
 
 Array: TypeAlias = NDArray[Any]
 Observations: TypeAlias = dict[str, Array]
@@ -35,8 +35,8 @@ def game_factory(name: str, **kwargs: Any) -> Callable[[], AECEnv]:
 
     def make() -> AECEnv:
         try:
-            from pettingzoo import make as make_env  # type: ignore[import-untyped]
-            from pettingzoo.env_registry.exceptions import PettingZooRegistryError  # type: ignore[import-untyped]
+            from pettingzoo import make as make_env  # type: ignore
+            from pettingzoo.env_registry.exceptions import PettingZooRegistryError  # type: ignore
         except ImportError as error:
             raise InputError(f"game {name!r}: {error}; pip install 'pettingzoo>=1.27' pygame-ce") from error
         try:

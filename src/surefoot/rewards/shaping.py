@@ -14,8 +14,8 @@ def shape_rewards(
 ) -> RunningStats:
     """Fill up `reward_parts` of every trajectory; `reward_parts["shaped"]` is what its last turn is paid.
 
-    In this order: the penalty for a completion cut off by the length limit; division by the running standard
-    deviation of all rewards so far; clipping. Returns the stats with this batch in them.
+    In this order: the penalty for a completion cut off by the length limit; division by the running std of
+    all rewards so far; clipping. Returns the stats with this batch in them.
     """
     for t in trajectories:
         shaped = t.reward

@@ -72,8 +72,8 @@ def _write(aside: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapp
         shutil.rmtree(aside)
     aside.mkdir()
     for name, contents in tensors.items():
-        copies = {key: value.detach().contiguous().cpu() for key, value in contents.items()}
-        save_file(copies, aside / f"{name}.safetensors")
+        on_cpu = {key: value.detach().contiguous().cpu() for key, value in contents.items()}
+        save_file(on_cpu, aside / f"{name}.safetensors")
     text = json.dumps(state, default=lambda values: values.tolist())  # arrays and tensors
     (aside / "state.json").write_text(text)
     files = {}

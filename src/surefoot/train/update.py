@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from contextlib import nullcontext
 
@@ -88,24 +89,22 @@ def update(
         group["lr"] = rate * group.get("scale", 1.0)
     accelerator = objective.accelerator
     with nullcontext(optimizer) if accelerator is None else accelerator.lent(optimizer) as optimizer:
-        for _ in range(settings.n_epochs):
-            for piece, rows in minibatches(batch, rows_per_minibatch, generator):
-                stats = None
-                while stats is None:
-                    optimizer.zero_grad(set_to_none=True)
-                    try:
-                        stats = objective.gradient(policy, piece, rows, token_budget=budget.tokens)
-                    except torch.OutOfMemoryError as error:  # the same gradient, from smaller micro-batches
-                        budget.shrink(error, smallest=int(batch.mask_BT.shape[1]))
-                is_first = check_first and not result.steps + result.skipped
-                may_step = objective.gates(stats, is_first=is_first, exact=policy.exact_logprobs)
-                result.add(stats)
-                if not may_step:
-                    result.stopped_early = True
-                    break
-                take_step(optimizer, stats, settings, result)
-            if result.stopped_early:
+        epochs = (minibatches(batch, rows_per_minibatch, generator) for _ in range(settings.n_epochs))
+        for piece, rows in itertools.chain.from_iterable(epochs):
+            stats = None
+            while stats is None:
+                optimizer.zero_grad(set_to_none=True)
+                try:
+                    stats = objective.gradient(policy, piece, rows, token_budget=budget.tokens)
+                except torch.OutOfMemoryError as error:  # the same gradient, from smaller micro-batches
+                    budget.shrink(error, smallest=int(batch.mask_BT.shape[1]))
+            is_first = check_first and not result.steps + result.skipped
+            may_step = objective.gates(stats, is_first=is_first, exact=policy.exact_logprobs)
+            result.add(stats)
+            if not may_step:
+                result.stopped_early = True
                 break
+            take_step(optimizer, stats, settings, result)
     result.grad_norm /= max(result.steps, 1)
     return result
 
