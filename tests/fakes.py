@@ -28,12 +28,9 @@ def config_of(base: Config | None = None, /, **settings: Any) -> Config:
         inner = {k: over(getattr(section, k), v) if k == "critic" and isinstance(v, dict) else v for k, v in values.items()}
         return type(section).model_validate({name: getattr(section, name) for name in type(section).model_fields} | inner)
 
-    update = {
-        name: over(getattr(config, name), values) if isinstance(values, dict) else values for name, values in given.items()
-    }
-    if ptx is not None:
-        update["ptx"] = PTXConfig.model_validate(ptx)
-    return config.model_copy(update=update)
+    for name, values in given.items():
+        given[name] = over(getattr(config, name), values) if isinstance(values, dict) else values
+    return config.model_copy(update=given if ptx is None else given | {"ptx": PTXConfig.model_validate(ptx)})
 
 
 VOCABULARY = 7
@@ -139,9 +136,8 @@ def padded(batch: Batch, columns: int, *, poison: float) -> Batch:
     def wider(value: Tensor) -> Tensor:
         return torch.nn.functional.pad(value, (0, columns)) if value.dim() > 1 else value
 
-    changes: dict[str, Any] = {
-        f.name: wider(value) for f in dataclasses.fields(batch) if isinstance(value := getattr(batch, f.name), Tensor)
-    }
+    found = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    changes: dict[str, Any] = {name: wider(value) for name, value in found.items() if isinstance(value, Tensor)}
     changes["observations"] = {name: wider(value) for name, value in batch.observations.items()}
     wide = dataclasses.replace(batch, **changes)
     for name in ("logprobs_BT", "values_BT", "rewards_BT", "bootstrap_BT", "reference_logprobs_BT", "behavior_logprobs_BT"):
@@ -155,18 +151,14 @@ def train(policy: BigramPolicy, batch: Batch, config: Config, **options: Any) ->
     return update(policy, batch, PPOObjective(config), **options)
 
 
-def gradient_of(
-    objective: Objective, policy: Any, batch: Batch, *, rows: Tensor | None = None, tokens: int = 1_000
-) -> tuple[list[Tensor], Any]:
-    """Copies of the gradients of a minibatch, by default of all rows, in the order of the parameters, and its sums."""
+def gradient_of(objective: Objective, policy: Any, batch: Batch, *, rows: Tensor | None = None, tokens: int = 1_000) -> Any:
+    """A list of copies of the gradients of a minibatch, by default of all rows, and its sums."""
     found, stats = named_gradient(objective, policy, batch, tokens, rows)
     return list(found.values()), stats
 
 
-def named_gradient(
-    objective: Objective, policy: Any, batch: Batch, tokens: int = 10**6, rows: Tensor | None = None
-) -> tuple[dict[str, Tensor], Any]:
-    """The gradients that a minibatch of all rows leaves, by parameter, and its sums."""
+def named_gradient(objective: Objective, policy: Any, batch: Batch, tokens: int = 10**6, rows: Tensor | None = None) -> Any:
+    """The gradients that a minibatch, by default of all rows, leaves, by parameter, and its sums."""
     parameters = dict(policy.named_parameters_to_train())
     for parameter in parameters.values():
         parameter.grad = None

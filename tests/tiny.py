@@ -51,15 +51,9 @@ FAMILIES = (*_CONFIGS, LSTM)
 def tiny_config(family: str, **overrides: Any) -> Any:
     """A transformers config of `family`: two layers of width 32."""
     name, settings = _CONFIGS.get(family, ("", {"hidden_size": 32}))
-    common = {
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": CONTEXT,
-        "initializer_range": WIDE,
-        "tie_word_embeddings": family in ("gpt2", "gemma", "gemma2"),
-        "bos_token_id": None,
-        "eos_token_id": END,
-        "pad_token_id": PAD,
-    }
+    common = {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT, "initializer_range": WIDE}
+    common |= {"bos_token_id": None, "eos_token_id": END, "pad_token_id": PAD}
+    common["tie_word_embeddings"] = family in ("gpt2", "gemma", "gemma2")
     kind = LstmConfig if family == LSTM else getattr(transformers, name)
     return kind(**{**common, **settings, **overrides})
 
@@ -83,12 +77,9 @@ def tiny_tokenizer(*, pad_is_eos: bool = False, chat: bool = False) -> Any:
     backend = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=MERGES))
     backend.add_special_tokens(SPECIAL)
     backend.decoder = decoders.Fuse()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<eos>",
-        pad_token="<eos>" if pad_is_eos else "<pad>",
-        chat_template=CHAT_TEMPLATE if chat else None,
-    )
+    named = {"eos_token": "<eos>", "pad_token": "<eos>" if pad_is_eos else "<pad>"}
+    template = CHAT_TEMPLATE if chat else None
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **named)
 
 
 def tiny_policy(
@@ -103,10 +94,7 @@ def tiny_policy(
     lm: Any = None,
     **overrides: Any,
 ) -> CausalLMPolicy:
-    """A policy over `tiny_lm`; `moved` gives everything that is trained, the critic too, a random push.
-
-    An LSTM is trained whole, whatever `adapter` says.
-    """
+    """A policy over `tiny_lm`; `moved` gives all that is trained a random push. An LSTM is trained whole, adapter or not."""
     lm = tiny_lm(family, **overrides) if lm is None else lm
     adapter = adapter and not isinstance(lm, LstmForCausalLM)
     critic = critic or CriticConfig(stop_gradient=stop_gradient)
@@ -144,7 +132,6 @@ def written_batch(rows: Iterable[tuple[Sequence[int], Sequence[int]]]) -> Batch:
     return text_batch(trajectories, device=torch.device("cpu"))
 
 
-@torch.no_grad()
 def plain_scores(
     policy: CausalLMPolicy, prompt: Sequence[int], answer: Sequence[int], *, lm: Any = None, temperature: float = 1.0
 ) -> dict[str, Tensor]:

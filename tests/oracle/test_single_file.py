@@ -1,14 +1,16 @@
-"""The page `examples/single_file/ppo_lm.py` and the package are two programs for one algorithm: their numbers are equal.
+"""The pages of `examples/single_file` and the package are two programs for one algorithm: their numbers are equal.
 
-The page reads one completion at a time, without cache, padding, mask or micro-batch, and sums up advantages as they are
-defined; whatever the package does for speed must not show.
+`ppo_lm.py` reads one completion at a time, without cache, padding, mask or micro-batch, and sums up advantages as they are
+defined; `ppo_gym.py` is held against both ways in which the package finds a gradient, autograd and the one written out.
 """
 
 from __future__ import annotations
 
 import ast
 import copy
+import functools
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -17,65 +19,82 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import Mock
 
+import gymnasium
 import pytest
 import torch
 
+from surefoot import PPO
 from surefoot.build.training import build_objective, build_rollout, build_training
 from surefoot.config import field_table, make_config, nested, set_field, setting_keys
 from surefoot.envs.text import TextTask
+from surefoot.policies.control import fast_mlp
 from surefoot.policies.lm.policy import CausalLMPolicy, wrap_policy
 from surefoot.train import loop
 from tests.tiny import tiny_lm, tiny_tokenizer
 
-PAGE = Path(__file__).parents[2] / "examples" / "single_file" / "ppo_lm.py"
+PAGES = Path(__file__).parents[2] / "examples" / "single_file"
+Metrics = list[dict[str, float]]
 
 # Prompts of several lengths, five of them: passes over the prompts and updates begin at different episodes.
 PROMPTS = ["abc the ", "hello you ", "x", "the end and then ", "why: 1"]
 END_TOKENS = [1, 8, 20, 33, 47, 60]  # so many that about half of the completions end before the limit of 7 tokens
-RUN = {"seed": 3, "total_episodes": 48, "episodes_per_update": 12, "batch_size": 4, "n_epochs": 2, "learning_rate": 3e-4}
-SAMPLING = {"max_new_tokens": 7, "temperature": 1.0}
+LM_RUN = {"seed": 3, "total_episodes": 48, "episodes_per_update": 12, "batch_size": 4, "n_epochs": 2, "learning_rate": 3e-4}
+LM_RUN |= {"max_new_tokens": 7, "temperature": 1.0}
+GYM_RUN = {"seed": 3, "total_timesteps": 1024, "n_envs": 4, "n_steps": 64, "batch_size": 48, "n_epochs": 3}
+GYM_RUN |= {"learning_rate": 1e-3, "lr_schedule": "constant"}
 
-# The page's name -> the package's, and the absolute part of the tolerance; the relative part is 1e-5 for all. Log-probs
-# near -4 are known to half a unit of their last place, 2.4e-7. `kl` sums their differences over a completion; the policy
-# loss is a mean of terms of size one that nearly cancel; `approx_kl` is about the square of such a difference, halved.
+# The page's name -> the package's, a factor, and the absolute part of the tolerance; the relative part is 1e-5 for all.
+# Log-probs near -4 are known to half a unit of their last place, 2.4e-7. `kl` sums their differences over a completion; the
+# policy loss is a mean of terms of size one that nearly cancel; `approx_kl` is about the square of such a difference, halved.
+# Of environments the package halves (V - R)²; returns and values of CartPole are near 10, the gradient's norm with them.
 COMPARED = {
-    "reward": ("reward/mean", 1e-6),
-    "kl": ("kl/reference", 5e-6),
-    "kl_coef": ("kl/coef", 1e-8),
-    "policy_loss": ("ppo/policy_loss", 1e-6),
-    "value_loss": ("critic/value_loss", 1e-7),
-    "entropy": ("policy/entropy", 1e-6),
-    "approx_kl": ("ppo/approx_kl", 1e-7),
-    "clip_fraction": ("ppo/clip_fraction", 1e-7),
-    "grad_norm": ("ppo/grad_norm", 1e-5),
+    "policy_loss": ("ppo/policy_loss", 1.0, 1e-6),
+    "entropy": ("policy/entropy", 1.0, 1e-6),
+    "approx_kl": ("ppo/approx_kl", 1.0, 1e-7),
+    "clip_fraction": ("ppo/clip_fraction", 1.0, 1e-7),
+    "grad_norm": ("ppo/grad_norm", 1.0, 1e-5),
 }
-
-Metrics = list[dict[str, float]]
+LM_COMPARED = COMPARED | {"reward": ("reward/mean", 1.0, 1e-6), "kl": ("kl/reference", 1.0, 5e-6)}
+LM_COMPARED |= {"kl_coef": ("kl/coef", 1.0, 1e-8), "value_loss": ("critic/value_loss", 1.0, 1e-7)}
+GYM_COMPARED = COMPARED | {"timesteps": ("timesteps", 1.0, 0.0), "return": ("rollout/ep_rew_mean", 1.0, 1e-9)}
+GYM_COMPARED |= {"value_loss": ("critic/value_loss", 0.5, 1e-6)}
+# A module of the page -> the package's.
+MODULES = {"actor.4": "head.linear", "critic.4": "value_head", "actor": "layers.policy", "critic": "layers.value"}
+MODULES |= {"log_std": "head.log_std"}
 
 CASES: dict[str, dict[str, Any]] = {
     "defaults": {},
+    "entropy_bonus": {"ent_coef": 0.05},
+    "trust_region": {"target_kl": 1e-3},
+    "plain_advantages": {"normalize_advantage": False, "max_grad_norm": 1000.0},
+    "linear_schedule": {"lr_schedule": "linear"},
+}
+LM_CASES = CASES | {
     "policy_clip": {"clip_range": 0.05},
     "value_clip": {"clip_range_vf": 0.005, "vf_coef": 1.0},
     "missing_eos_penalty": {"missing_eos_penalty": 0.7},
     "discount": {"gamma": 0.95, "gae_lambda": 0.9},
     "adaptive_kl": {"kl_target": 0.05, "kl_horizon": 20.0},
-    "entropy_bonus": {"ent_coef": 0.05},
-    "trust_region": {"target_kl": 1e-3},
     "whitened_rewards": {"whiten_rewards": True},
-    "plain_advantages": {"normalize_advantage": False, "max_grad_norm": 100.0},
-    "linear_schedule": {"lr_schedule": "linear"},
     "temperature": {"temperature": 0.7},
+}
+GYM_CASES = CASES | {  # `env` and `kwargs` say what is played, everything else is a setting
+    "policy_clip": {"clip_range": 0.01},
+    "value_clip": {"clip_range_vf": 0.05},
+    "truncation": {"kwargs": {"max_episode_steps": 12}},
+    "discount": {"gamma": 0.9, "gae_lambda": 0.8},
+    "whole_batch": {"batch_size": 256},
+    "continuous": {"env": "Pendulum-v1", "kwargs": {"max_episode_steps": 50}, "gamma": 0.9, "ent_coef": 0.01},
 }
 # What must have been counted at least once, or equality would say nothing about it.
 COUNTED = {"policy_clip": "ppo/clip_fraction", "value_clip": "critic/clip_fraction", "trust_region": "ppo/stopped_early"}
 
 
-@pytest.fixture(scope="module")
-def page() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ppo_lm", PAGE)
+@functools.cache
+def page(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, PAGES / f"{name}.py")
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["ppo_lm"] = module
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -100,7 +119,13 @@ def packages_key(name: str) -> str:
     return within.get(name) or setting_keys()[name]
 
 
-def package_run(lm: Any, settings: dict[str, Any], folder: Path) -> tuple[CausalLMPolicy, Metrics]:
+def lm_page_run(lm: Any, settings: dict[str, Any]) -> tuple[Any, Metrics]:
+    rows: Metrics = []
+    module = page("ppo_lm")
+    return module.train(lm, tiny_tokenizer(), PROMPTS, reward, module.Settings(**settings), report=rows.append), rows
+
+
+def lm_package_run(lm: Any, settings: dict[str, Any], folder: Path) -> tuple[CausalLMPolicy, Metrics]:
     """The package's own loop, with five cache slots for twelve episodes and two completions or so in a micro-batch."""
     ours = {"run_folder": str(folder), "run_name": "oracle", "adapter": None, "dtype": "float32"}
     data = nested({"device": "cpu", "slots": 5, "micro_batch_tokens": 40, **ours})
@@ -111,10 +136,34 @@ def package_run(lm: Any, settings: dict[str, Any], folder: Path) -> tuple[Causal
     task = TextTask(PROMPTS, reward, held_out=[])
     rollout = build_rollout(config, policy, task)
     training = build_training(config, policy, task, (rollout, build_objective(config, policy, rollout)))
-    observer = Mock()
-    training.observers = [observer]
+    training.observers = [observer := Mock()]
     loop.run(training)
     return policy, [call.args[0] for call in observer.log.call_args_list]
+
+
+def gym_page_run(settings: dict[str, Any]) -> tuple[Any, Metrics]:
+    settings, rows = dict(settings), []
+    make = functools.partial(gymnasium.make, settings.pop("env", "CartPole-v1"), **settings.pop("kwargs", {}))
+    with torch.random.fork_rng():
+        return page("ppo_gym").train(make, page("ppo_gym").Settings(**settings), report=rows.append), rows
+
+
+def gym_package_run(settings: dict[str, Any], folder: Path) -> tuple[Any, Metrics]:
+    settings = dict(settings)
+    env, kwargs = settings.pop("env", "CartPole-v1"), settings.pop("kwargs", {})
+    settings |= {"run_folder": str(folder), "evaluate_episodes": 0, "device": "cpu", "verbose": 0}
+    model = PPO("MlpPolicy", env, env_kwargs=kwargs, **settings)
+    lines = (Path(model.learn().run_folder or "") / "metrics.jsonl").read_text().splitlines()
+    return model.policy, [json.loads(line) for line in lines]
+
+
+def assert_equal_rows(case: str, rows: Metrics, package_rows: Metrics, compared: dict[str, tuple[str, float, float]]) -> None:
+    assert len(rows) == len(package_rows) == 4
+    assert case not in COUNTED or any(row[COUNTED[case]] > 0 for row in package_rows)
+    for update, (row, package_row) in enumerate(zip(rows, package_rows, strict=True)):
+        for name, (package_name, factor, absolute) in compared.items():
+            expected = pytest.approx(factor * row[name], rel=1e-5, abs=absolute)
+            assert package_row[package_name] == expected, f"{name} in update {update}"
 
 
 def largest_difference(some_parameters: Any, others: Any) -> float:
@@ -122,23 +171,14 @@ def largest_difference(some_parameters: Any, others: Any) -> float:
     return max(float((a.detach() - b.detach()).abs().max()) for a, b in pairs)
 
 
-@pytest.mark.parametrize(("case", "family"), [*((case, "llama") for case in CASES), ("defaults", "gpt2")])
-def test_page_and_package_agree(case: str, family: str, page: ModuleType, tmp_path: Path) -> None:
-    settings = {**RUN, **SAMPLING, **CASES[case]}
-    untrained = language_model(family)
+@pytest.mark.parametrize(("case", "family"), [*((case, "llama") for case in LM_CASES), ("defaults", "gpt2")])
+def test_page_and_package_agree(case: str, family: str, tmp_path: Path) -> None:
+    settings, untrained = {**LM_RUN, **LM_CASES[case]}, language_model(family)
     lm_of_page, lm_of_package = copy.deepcopy(untrained), copy.deepcopy(untrained)
-
-    rows: Metrics = []
-    page_policy = page.train(lm_of_page, tiny_tokenizer(), PROMPTS, reward, page.Settings(**settings), report=rows.append)
-    package_policy, package_rows = package_run(lm_of_package, settings, tmp_path)
-
-    assert len(rows) == len(package_rows) == 4
+    page_policy, rows = lm_page_run(lm_of_page, settings)
+    package_policy, package_rows = lm_package_run(lm_of_package, settings, tmp_path)
     assert any(0 < row["length/end_rate"] < 1 for row in package_rows)
-    assert case not in COUNTED or any(row[COUNTED[case]] > 0 for row in package_rows)
-    for row, package_row in zip(rows, package_rows, strict=True):
-        for name, (package_name, absolute) in COMPARED.items():
-            expected = pytest.approx(row[name], rel=1e-5, abs=absolute)
-            assert package_row[package_name] == expected, f"{name} in update {row['update']}"
+    assert_equal_rows(case, rows, package_rows, LM_COMPARED)
     assert largest_difference(lm_of_package.parameters(), lm_of_page.parameters()) < 1e-6
     assert largest_difference(package_policy.value_head.parameters(), page_policy.critic.parameters()) < 1e-6
     # A hundred and more times the tolerance: there was something to be equal in.
@@ -146,51 +186,92 @@ def test_page_and_package_agree(case: str, family: str, page: ModuleType, tmp_pa
     assert package_policy.value_head.weight.abs().max() > 1e-4
 
 
-def test_every_case_changes_the_run(page: ModuleType) -> None:
+@pytest.fixture
+def _one_thread():
+    """As the page's `main` and the package have it for a network of this size."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.parametrize("gradient", ["fast", "autograd"])
+@pytest.mark.parametrize("case", GYM_CASES)
+def test_page_and_package_agree_in_environments(case: str, gradient: str, tmp_path: Path, monkeypatch: Any) -> None:
+    settings, asked, supports = {**GYM_RUN, **GYM_CASES[case]}, [], fast_mlp.supports
+
+    def only_if_fast(*arguments: Any) -> bool:
+        asked.append(gradient == "fast" and supports(*arguments))
+        return asked[-1]
+
+    monkeypatch.setattr(fast_mlp, "supports", only_if_fast)
+    page_policy, rows = gym_page_run(settings)
+    package_policy, package_rows = gym_package_run(settings, tmp_path)
+    assert set(asked) == {gradient == "fast"}
+    assert_equal_rows(case, rows, package_rows, GYM_COMPARED)
+    theirs, size = dict(package_policy.named_parameters()), page_policy.actor[0].in_features
+    space = gymnasium.make(settings.get("env", "CartPole-v1")).action_space
+    with torch.random.fork_rng():
+        untrained = dict(page("ppo_gym").Policy(size, space, GYM_RUN["seed"]).named_parameters())
+    for name, parameter in page_policy.named_parameters():
+        counterpart = next(name.replace(ours, package) for ours, package in MODULES.items() if name.startswith(ours))
+        assert largest_difference([parameter], [theirs.pop(counterpart)]) < 5e-7, name
+        assert largest_difference([parameter], [untrained[name]]) > 1e-4, name  # or equality is that of what stood still
+    assert not theirs
+
+
+def test_every_case_changes_the_run() -> None:
     """Otherwise two of them would be one, and a setting that both programs ignore would pass."""
-    ends = {}
-    for case, changes in CASES.items():
-        rows: Metrics = []
-        settings = page.Settings(**{**RUN, **SAMPLING, "total_episodes": 24, **changes})
-        lm = language_model("llama")
-        page.train(lm, tiny_tokenizer(), PROMPTS, reward, settings, report=rows.append)
-        ends[case] = float(lm.get_output_embeddings().weight.detach().double().sum())
-    assert len(set(ends.values())) == len(CASES), ends
+    for cases in (LM_CASES, GYM_CASES):
+        ends = set()
+        for changes in cases.values():
+            if cases is LM_CASES:
+                lm_page_run(lm := language_model("llama"), {**LM_RUN, "total_episodes": 24, **changes})
+                weight = lm.get_output_embeddings().weight
+            else:
+                weight = gym_page_run({**GYM_RUN, "total_timesteps": 512, **changes})[0].critic[0].weight
+            ends.add(float(weight.detach().double().sum()))
+        assert len(ends) == len(cases)
 
 
-def test_the_page_is_a_page_and_needs_no_other() -> None:
-    source = PAGE.read_text()
-    nodes = list(ast.walk(ast.parse(source)))
+@pytest.mark.parametrize(("name", "needs"), [("ppo_lm", {"transformers"}), ("ppo_gym", {"numpy", "gymnasium"})])
+def test_the_page_is_a_page_and_needs_no_other_and_its_settings_are_the_packages(name: str, needs: set[str]) -> None:
+    nodes = list(ast.walk(ast.parse((PAGES / f"{name}.py").read_text())))
     imported = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     imported |= {str(node.module).split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert {"torch", "transformers"} <= imported
-    assert imported <= {"torch", "transformers", *sys.stdlib_module_names}
+    assert imported - sys.stdlib_module_names == {"torch", *needs}
+    assert {packages_key(key) for key in page(name).Settings.__dataclass_fields__} <= {key for key, *_ in field_table()}
 
 
-def test_its_settings_are_the_packages(page: ModuleType) -> None:
-    assert {packages_key(name) for name in page.Settings.__dataclass_fields__} <= {key for key, *_ in field_table()}
-
-
-def script(*arguments: str) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(PAGE), *arguments]
+def script(name: str, *arguments: str) -> list[str]:
+    command, environment = [sys.executable, str(PAGES / f"{name}.py"), *arguments], {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr
-    return result.stdout
+    return result.stdout.splitlines()
 
 
-def test_the_script_explains_itself_and_learns_without_a_model() -> None:
-    assert all(flag in script("--help") for flag in ("--model", "--episodes", "--kl-coef", "(default 0.05)"))
-    rewards = [float(line.split()[3]) for line in script("--episodes", "384").splitlines() if line.startswith("update")]
-    assert len(rewards) == 24
+def test_the_scripts_explain_themselves() -> None:
+    lm, gym = ("--model", "--episodes", "--kl-coef", "(default 0.05)"), ("--env", "--timesteps", "(default 0.95)")
+    for name, flags in (("ppo_lm", lm), ("ppo_gym", gym)):
+        shown = "\n".join(script(name, "--help"))
+        assert all(flag in shown for flag in flags)
+
+
+def test_the_scripts_learn() -> None:
+    rewards = [float(line.split()[3]) for line in script("ppo_lm", "--episodes", "384") if line.startswith("update")]
     # Untrained, 5 of 27 letters are vowels: the first means lie near 0.17, each within 0.04 or so (128 letters).
-    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.1
+    assert len(rewards) == 24 and sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.1
+    # An untrained policy keeps the pole up for some 20 steps, and the mean is over the latest 100 episodes.
+    *updates, last = script("ppo_gym", "--timesteps", "16384")
+    returns = [float(line.split()[5]) for line in updates]
+    assert len(returns) == 16 and returns[0] < 40 and returns[-1] > 60 and float(last.split()[-1]) > 60
 
 
-def test_the_script_takes_a_model_folder(tmp_path: Path) -> None:
-    with torch.random.fork_rng():
-        language_model("llama").save_pretrained(tmp_path)
+def test_the_scripts_take_a_model_folder_and_another_environment(tmp_path: Path) -> None:
+    language_model("llama").save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    lines = script("--model", str(tmp_path), "--episodes", "32", "--max-new-tokens", "3").splitlines()
-    assert [line.split()[:2] for line in lines[:2]] == [["update", "1"], ["update", "2"]]
-    assert len(lines) == 6
+    lines = script("ppo_lm", "--model", str(tmp_path), "--episodes", "32", "--max-new-tokens", "3")
+    assert [line.split()[:2] for line in lines[:2]] == [["update", "1"], ["update", "2"]] and len(lines) == 6
+    *updates, last = script("ppo_gym", "--env", "Pendulum-v1", "--timesteps", "2048", "--n-epochs", "1")
+    assert len(updates) == 2 and -2000 < float(last.split()[-1]) < 0

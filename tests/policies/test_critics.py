@@ -21,8 +21,7 @@ from surefoot.rollout.logprobs import fill_logprobs
 from surefoot.storage.safetensors import read_tensors
 from surefoot.train.ppo_objective import PPOObjective, advantages
 from surefoot.train.update import make_optimizer
-from surefoot.types import Batch
-from tests.fakes import config_of, gradient_of, train
+from tests.fakes import assert_close, config_of, named_gradient, train
 from tests.inputs import model_folder, refusal
 from tests.policies.test_training import first_minibatch, rollout
 from tests.tiny import FAMILIES, LSTM, random_tokens, tiny_lm, tiny_policy, tiny_tokenizer, written_batch
@@ -31,23 +30,11 @@ from tests.train.small_run import rows
 ADAPTER, SEPARATE = CriticConfig(kind="adapter"), CriticConfig(kind="separate")
 KINDS = pytest.mark.parametrize("critic", [ADAPTER, SEPARATE], ids=["adapter", "separate"])
 # What is trained beside it: only a separate critic can go with either.
-SETTINGS = pytest.mark.parametrize(
-    ("critic", "adapter"),
-    [(ADAPTER, True), (SEPARATE, True), (SEPARATE, False)],
-    ids=["adapter", "separate", "separate, all weights"],
-)
+BESIDE = [(ADAPTER, True), (SEPARATE, True), (SEPARATE, False)]
+SETTINGS = pytest.mark.parametrize(("critic", "adapter"), BESIDE, ids=["adapter", "separate", "separate, all weights"])
 PAIRS = [(random_tokens(p, seed=p), random_tokens(a, seed=40 + a)) for p, a in ((3, 5), (1, 1), (9, 4), (2, 12))]
-RUN: dict[str, Any] = {
-    "dtype": "float32",
-    "verbose": 0,
-    "total_episodes": 8,
-    "episodes_per_update": 8,
-    "batch_size": 4,
-    "max_new_tokens": 4,
-    "learning_rate": 0.01,
-    "run_checkpoint_every": 1,
-}
-
+RUN: dict[str, Any] = {"dtype": "float32", "verbose": 0, "total_episodes": 8, "episodes_per_update": 8, "batch_size": 4}
+RUN |= {"max_new_tokens": 4, "learning_rate": 0.01, "run_checkpoint_every": 1}
 
 pytestmark = pytest.mark.usefixtures("in_own_folder")
 
@@ -91,20 +78,16 @@ def plain_values(policy: CausalLMPolicy, family: str) -> Tensor:
             if ".lora_A." in name:
                 b, weight = trained[name.replace(".lora_A.", ".lora_B.")], weights[name.split(".lora_A.")[0] + ".weight"]
                 weight += (scale * b @ a).T if weight.shape != (b @ a).shape or family == "gpt2" else scale * b @ a
-    found = []
-    for prompt, answer in PAIRS:
-        for t in range(len(answer)):
-            tokens = torch.tensor([[*prompt, *answer[:t]]])
-            hidden = lm(input_ids=tokens, use_cache=False, output_hidden_states=True).hidden_states[-1][0, -1]
-            found.append(policy.value_head(hidden))
-    return torch.cat(found)
+    rows = [torch.tensor([[*prompt, *answer[:t]]]) for prompt, answer in PAIRS for t in range(len(answer))]
+    found = [lm(input_ids=row, use_cache=False, output_hidden_states=True).hidden_states[-1][0, -1] for row in rows]
+    return torch.cat([policy.value_head(hidden) for hidden in found])
 
 
 def gradients(policy: CausalLMPolicy, loss: Tensor) -> set[str]:
     """Names of the parameters that the loss reaches."""
-    named = dict(policy.named_parameters_to_train())
-    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True, retain_graph=True)
-    return {name for name, gradient in zip(named, found, strict=True) if gradient is not None and gradient.abs().max() > 0}
+    names, parameters = zip(*policy.named_parameters_to_train(), strict=True)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+    return {name for name, gradient in zip(names, found, strict=True) if gradient is not None and gradient.abs().max() > 0}
 
 
 CRITICS = [(family, critic) for family in FAMILIES for critic in (ADAPTER, SEPARATE) if family != LSTM or critic is SEPARATE]
@@ -112,9 +95,7 @@ CRITICS = [(family, critic) for family in FAMILIES for critic in (ADAPTER, SEPAR
 
 @pytest.mark.parametrize(("family", "critic"), CRITICS, ids=lambda one: getattr(one, "kind", one))
 def test_values_are_those_of_the_critics_own_model(family, critic):
-    policy = tiny_policy(family, critic=critic, moved=True)
-    batch = written_batch(PAIRS)
-    assert policy.compute_values is not None
+    policy, batch = tiny_policy(family, critic=critic, moved=True), written_batch(PAIRS)
     with torch.no_grad():
         found, alone = policy.evaluate(batch).values_BT, policy.compute_values(batch)
     assert torch.allclose(found[batch.mask_BT], plain_values(policy, family), atol=2e-4)
@@ -122,20 +103,20 @@ def test_values_are_those_of_the_critics_own_model(family, critic):
 
 
 @KINDS
-def test_the_critic_does_not_read_demonstrations(monkeypatch, critic):
-    policy = tiny_policy(critic=critic, moved=True)
-    batch = written_batch(PAIRS)
+def test_the_critic_reads_neither_demonstrations_nor_what_no_values_are_learned_of(monkeypatch, critic):
+    policy, batch = tiny_policy(critic=critic, moved=True), written_batch(PAIRS)
     expected = policy.evaluate(batch)
     monkeypatch.setattr(policy, "_critics_hidden", lambda batch: pytest.fail("the critic read them"))
     found = policy.evaluate(dataclasses.replace(batch, values_BT=torch.empty(0)))
     assert torch.equal(found.logprobs_BT, expected.logprobs_BT) and torch.equal(found.entropies_BT, expected.entropies_BT)
     assert (found.values_BT == 0).all() and (expected.values_BT[batch.mask_BT] != 0).all()
+    fill_logprobs(policy, batch, token_budget=10**6, exact_logprobs=policy.exact_logprobs)
+    assert (batch.values_BT == 0).all() and batch.reference_logprobs_BT is not None
 
 
 @SETTINGS
 def test_the_value_loss_reaches_the_critic_alone_and_the_policy_loss_the_policy_alone(critic, adapter):
-    policy = tiny_policy(critic=critic, adapter=adapter, moved=True)
-    batch = written_batch(PAIRS)
+    policy, batch = tiny_policy(critic=critic, adapter=adapter, moved=True), written_batch(PAIRS)
     policy.reference_logprobs(batch)  # switches adapters off and on again
     names = {name for name, _ in policy.named_parameters_to_train()}
     own = {name for name in names if critics_own(name)}
@@ -155,12 +136,9 @@ def test_policy_and_reference_are_what_they_are_without_the_critic(critic, adapt
     plain, policy = tiny_policy(adapter=adapter), tiny_policy(critic=critic, adapter=adapter)
     batch = written_batch(PAIRS)
     own = dict(plain.named_parameters_to_train())
-    for name, parameter in policy.named_parameters_to_train():
-        if not critics_own(name):
-            assert torch.equal(parameter, own[name]), name
-    assert policy.fingerprint() == plain.fingerprint()
     with torch.no_grad():
         for name, parameter in policy.named_parameters_to_train():
+            assert critics_own(name) or torch.equal(parameter, own[name]), name
             parameter.add_(0.05)
             if not critics_own(name):
                 own[name].add_(0.05)
@@ -171,7 +149,7 @@ def test_policy_and_reference_are_what_they_are_without_the_critic(critic, adapt
     policy.save_model(Path("with"))
     plain.save_model(Path("without"))
     saved, expected = (read_tensors(Path(folder) / "model.safetensors") for folder in ("with", "without"))
-    assert saved.keys() == expected.keys() and all(torch.equal(saved[name], expected[name]) for name in saved)
+    assert_close(saved, expected, 0.0)
 
 
 def test_the_critics_adapter_starts_at_0_from_its_seed_alone():
@@ -186,40 +164,27 @@ def test_the_critics_adapter_starts_at_0_from_its_seed_alone():
 
 @KINDS
 def test_the_gradient_does_not_depend_on_how_a_minibatch_is_split(critic):
-    def gradient(tokens: int) -> dict[str, Tensor]:
-        policy, config = tiny_policy(critic=critic, moved=True), config_of(batch_size=12, n_epochs=1, vf_coef=1.0)
-        gradient_of(PPOObjective(config), policy, advantages(rollout(policy), config), tokens=tokens)
-        return {name: p.grad.clone() for name, p in policy.named_parameters_to_train() if p.grad is not None}
-
-    whole, split = gradient(10**6), gradient(60)
-    assert whole.keys() == split.keys() and any(map(critics_own, whole))
-    for name, expected in whole.items():
-        assert torch.allclose(split[name], expected, atol=1e-5 * max(1.0, float(expected.abs().max()))), name
+    policy, config = tiny_policy(critic=critic, moved=True), config_of(batch_size=12, n_epochs=1, vf_coef=1.0)
+    batch = advantages(rollout(policy), config)
+    whole, split = (named_gradient(PPOObjective(config), policy, batch, tokens)[0] for tokens in (10**6, 60))
+    assert any(map(critics_own, whole))
+    assert_close(split, whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @SETTINGS
 def test_a_rollouts_values_are_the_critics_and_the_first_ratio_is_1(critic, adapter, dtype):
-    policy = tiny_policy(critic=critic, adapter=adapter, dtype=dtype, moved=True)
+    policy, exact = tiny_policy(critic=critic, adapter=adapter, dtype=dtype, moved=True), dtype == torch.float32
     batch = rollout(policy, episodes=32)
-    assert (batch.behavior_logprobs_BT is None) == (dtype == torch.float32)  # what the sampler gave is kept
+    assert (batch.behavior_logprobs_BT is None) == exact  # what the sampler gave is kept
     with torch.no_grad():
         expected = policy.compute_values(batch)
     assert expected.abs().max() > 0.1
-    assert torch.allclose(batch.values_BT, expected, atol=1e-4 if dtype == torch.float32 else 0.05)
+    assert torch.allclose(batch.values_BT, expected, atol=1e-4 if exact else 0.05)
     config = config_of(batch_size=4, n_epochs=1, learning_rate=1e-6, micro_batch_tokens=90)
     seen = first_minibatch(train(policy, batch, config))
-    exact = dtype == torch.float32
     assert seen["ratio"] == pytest.approx(1, abs=1e-6 if exact else 1e-3) and seen["clipped"] == 0
     assert seen["ratio_max"] == pytest.approx(1, abs=1e-4 if exact else 0.05)
-
-
-def test_where_no_values_are_learned_none_are_computed():
-    policy = tiny_policy(critic=SEPARATE)
-    batch = written_batch(PAIRS)
-    policy.critic.body.forward = None  # type: ignore[union-attr,method-assign]
-    fill_logprobs(policy, batch, token_budget=10**6, exact_logprobs=policy.exact_logprobs)
-    assert (batch.values_BT == 0).all() and batch.reference_logprobs_BT is not None
 
 
 def test_a_critic_may_start_as_another_model():
@@ -235,14 +200,12 @@ def test_a_reward_model_is_a_critic_whose_value_at_the_end_token_is_the_calibrat
     policy = loaded(CriticConfig(kind="separate", model=str(reward_folder)), adapter=adapter)
     judge = RewardModel.load(reward_folder)
     assert judge.policy.shift != 0 and judge.policy.scale != 1
-    texts = ["film 3 is good", "film 8 is bad", "the end"]
-    tokenizer = tiny_tokenizer()
+    texts, tokenizer = ["film 3 is good", "film 8 is bad", "the end"], tiny_tokenizer()
     encoded = [(*tokenizer(text)["input_ids"], tokenizer.eos_token_id) for text in texts]
     batch = written_batch((tokens, (7,)) for tokens in encoded)  # the value before 7 is read at the end token
     with torch.no_grad():
         values = policy.evaluate(batch).values_BT[batch.mask_BT]
-    assert values.tolist() == pytest.approx(judge.score(["", "", ""], texts), abs=1e-5)
-    assert max(values) - min(values) > 0.1
+    assert values.tolist() == pytest.approx(judge.score(["", "", ""], texts), abs=1e-5) and values.std() > 0.05
     # Its run folder names it too.
     run = reward_folder.parent / "runs" / "run"
     shutil.copytree(reward_folder, run / "model", dirs_exist_ok=True)
@@ -262,18 +225,17 @@ def task() -> TextTask:
 def test_save_and_load_keep_the_critic(critic):
     model = PPO(model_folder(), task(), critic=critic, **RUN).learn()
     model.save("out")
-    kept = read_tensors(Path("out/surefoot_critic.safetensors"))
     again = PPO.load("out", task(), verbose=0)
-    before, after = ({n: p for n, p in m.policy.named_parameters_to_train() if critics_own(n)} for m in (model, again))
-    assert before.keys() == after.keys() and len(kept) == len(before)
-    assert all(torch.equal(parameter, after[name]) for name, parameter in before.items())
+    both = ({n: p.detach() for n, p in m.policy.named_parameters_to_train() if critics_own(n)} for m in (model, again))
+    before, after = both
+    assert_close(after, before, 0.0)
+    assert len(read_tensors(Path("out/surefoot_critic.safetensors"))) == len(before)
     assert model.policy.value_head.weight.abs().max() > 0
     assert PPO.open("out").policy.critic is None  # to write with, it needs none
     again.learn(8)
     # As a critic of another kind it is refused.
-    kinds, text = ("separate", "adapter"), Path("out/surefoot.yaml").read_text()
-    now, other = kinds if critic.kind == "separate" else kinds[::-1]
-    Path("out/surefoot.yaml").write_text(text.replace(f"kind: {now}", f"kind: {other}"))
+    other, text = "adapter" if critic.kind == "separate" else "separate", Path("out/surefoot.yaml").read_text()
+    Path("out/surefoot.yaml").write_text(text.replace(f"kind: {critic.kind}", f"kind: {other}"))
     refusal(lambda: PPO.load("out", task()), "out/surefoot_critic.safetensors does not fit", "policy.critic: trunk.")
 
 
@@ -295,12 +257,12 @@ def test_without_values_no_critic_is_built(advantage):
 
 def test_while_the_critic_warms_up_the_policy_and_the_kl_coefficient_stay():
     """A policy that stands still has KL 0, which a controller would take for a coefficient too high."""
-    settings = RUN | {"total_episodes": 24, "kl": {"coef": 0.1, "target": 1e-6, "horizon": 80.0}}
-    model = PPO(model_folder(), task(), critic={"kind": "adapter", "warmup_updates": 2}, run_name="run", **settings)
+    settings = RUN | {"total_episodes": 24, "kl": {"coef": 0.1, "target": 1e-6, "horizon": 80.0}, "run_name": "run"}
+    model = PPO(model_folder(), task(), critic={"kind": "adapter", "warmup_updates": 2}, **settings)
     before = {name: p.detach().clone() for name, p in model.policy.named_parameters_to_train()}
     model.learn(16)
-    moved = {name for name, p in model.policy.named_parameters_to_train() if not torch.equal(p, before[name])}
-    assert moved and all(map(critics_own, moved))
+    trained = dict(model.policy.named_parameters_to_train())
+    assert {critics_own(name) for name, p in trained.items() if not torch.equal(p, before[name])} == {True}
     model.learn(8)
     # Updates 1 and 2 warm up; 3 is the first to be counted, too late for its own coefficient.
     assert [row["kl/coef"] for row in rows(Path("runs/run")) if "kl/coef" in row] == [0.1, 0.1, 0.1]
@@ -336,15 +298,12 @@ def bert() -> str:
 
 
 CASES: dict[str, tuple[Callable[[Path], str], list[str]]] = {
-    "no folder": (lambda _: "./none", ["policy.critic.model: no folder ./none"]),
-    "no model": (lambda _: ".", ["policy.critic.model .", "config.json"]),
-    "other tokenizer": (
-        lambda _: other_model("other", tokenizer=other_tokenizer()),
-        ["policy.critic.model other", "'film' is 57"],
-    ),
-    "fewer embeddings": (lambda _: other_model("other", vocab_size=58), ["policy.critic.model other", "58", "61"]),
+    "no folder": (lambda _: "./none", ["model: no folder ./none"]),
+    "no model": (lambda _: ".", ["model .", "config.json"]),
+    "other tokenizer": (lambda _: other_model("other", tokenizer=other_tokenizer()), ["model other", "'film' is 57"]),
+    "fewer embeddings": (lambda _: other_model("other", vocab_size=58), ["model other", "58", "61"]),
     "a damaged reward model": (without_calibration, ["odd/surefoot_reward.safetensors"]),
-    "it looks ahead": (lambda _: bert(), ["policy.critic.model bert", "looks ahead"]),
+    "it looks ahead": (lambda _: bert(), ["model bert", "looks ahead"]),
 }
 
 
@@ -365,31 +324,13 @@ def test_a_configs_critic_lies_beside_the_file(tmp_path, monkeypatch):
     assert load_config("../project/c.yaml").policy.critic.model == "../project/critic"
 
 
-def test_the_batch_of_a_rollout_is_scored_by_micro_batches():
-    policy = tiny_policy(critic=ADAPTER, moved=True)
-    whole, split = written_batch(PAIRS), written_batch(PAIRS)
-    sizes: list[int] = []
-
-    def values(part: Batch) -> Tensor:
-        sizes.append(len(part))
-        assert policy.compute_values is not None
-        return policy.compute_values(part)
-
-    fill_logprobs(policy, whole, token_budget=10**6, exact_logprobs=True, values=values)
-    fill_logprobs(policy, split, token_budget=20, exact_logprobs=True, values=values)
-    assert sizes[0] == 4 and len(sizes) > 3
-    assert torch.allclose(whole.values_BT, split.values_BT, atol=1e-5) and whole.values_BT.abs().max() > 0
-
-
 def test_a_critic_has_a_learning_rate_which_the_schedule_moves_too():
     policy = tiny_policy(critic=SEPARATE)
     before = {name: p.detach().clone() for name, p in policy.named_parameters_to_train()}
     config = config_of(learning_rate=0.01, n_epochs=1, batch_size=100, max_grad_norm=1e9)
     optimizer = make_optimizer(policy, PPOObjective(config), critic_learning_rate=0.001)
     train(policy, rollout(policy), config, optimizer=optimizer, learning_rate=0.005)  # half of its highest
-    largest = {True: 0.0, False: 0.0}
-    for name, parameter in policy.named_parameters_to_train():
-        is_critics = critics_own(name)
-        largest[is_critics] = max(largest[is_critics], float((parameter.detach() - before[name]).abs().max()))
+    moved = {n: float((p.detach() - before[n]).abs().max()) for n, p in policy.named_parameters_to_train()}
+    largest = {own: max(size for name, size in moved.items() if critics_own(name) == own) for own in (True, False)}
     # Adam's first step is its learning rate, but for ε, whatever the gradient.
     assert largest == {True: pytest.approx(0.0005, rel=0.02), False: pytest.approx(0.005, rel=0.02)}

@@ -45,10 +45,9 @@ def folder(whole_model, tmp_path) -> Path:
 
 
 @pytest.fixture
-def sharded(tmp_path) -> Path:
-    folder = tmp_path / "sharded"
+def sharded(whole_model, tmp_path) -> Path:
+    folder = Path(shutil.copytree(whole_model, tmp_path / "sharded", ignore=shutil.ignore_patterns(WEIGHTS)))
     tiny_lm().save_pretrained(folder, max_shard_size="20KB")
-    tiny_tokenizer().save_pretrained(folder)
     assert len(list(folder.glob("*.safetensors"))) > 2
     return folder
 
@@ -60,9 +59,7 @@ def refuse(folder: Path | str, *named: str) -> None:
 def test_loading_and_saving_print_nothing(whole_model, tmp_path, capfd) -> None:
     transformers.utils.logging.enable_progress_bar()
     load_policy(str(whole_model), FLOAT32).save(tmp_path)
-    out, err = capfd.readouterr()
-    assert (out, err) == ("", "")
-    assert transformers.utils.logging.is_progress_bar_enabled()
+    assert (*capfd.readouterr(),) == ("", "") and transformers.utils.logging.is_progress_bar_enabled()
 
 
 @pytest.mark.parametrize("adapter", [True, False], ids=["LoRA", "all weights"])
@@ -89,31 +86,24 @@ def test_a_bfloat16_base_is_saved_with_the_adapter_merged_in_float32(tmp_path):
     base = {name: p.float() for name, p in tiny_lm().to(torch.bfloat16).named_parameters()}
     policy.save(tmp_path)
     saved = load_file(tmp_path / WEIGHTS)
-    moved = [name for name in saved if not torch.equal(saved[name], base[name])]
     assert saved["model.layers.0.self_attn.q_proj.weight"].dtype == torch.float32
-    assert len(moved) == 14  # seven linear layers in each of two blocks
+    assert sum(not torch.equal(saved[name], base[name]) for name in saved) == 14  # seven linear layers in two blocks
 
 
-def test_loading_a_saved_folder_whole_or_sharded_gives_the_same_policy(folder, sharded):
+def test_loading_a_saved_folder_whole_or_sharded_gives_the_same_policy(whole_model, sharded):
     made, batch = tiny_policy(), written_batch(PAIRS)
-    for loaded in (load_policy(str(folder), FLOAT32), load_policy(str(sharded), FLOAT32)):
+    for loaded in (load_policy(str(folder), FLOAT32) for folder in (whole_model, sharded)):
         assert torch.equal(loaded.evaluate(batch).logprobs_BT, made.evaluate(batch).logprobs_BT)
         assert loaded.tokenizer("the end")["input_ids"] == made.tokenizer("the end")["input_ids"]
         assert loaded.model_end_tokens == made.model_end_tokens
         assert loaded.fingerprint() == made.fingerprint()
 
 
-@pytest.mark.parametrize("adapter", [AdapterConfig(rank=4), None], ids=["LoRA", "all weights"])
-def test_bfloat16_stores_only_a_frozen_base_in_bfloat16(folder, adapter):
-    policy = load_policy(str(folder), PolicyConfig(adapter=adapter, dtype="bfloat16"))
-    frozen = {p.dtype for p in policy.lm.parameters() if not p.requires_grad}
-    assert frozen == ({torch.bfloat16} if adapter else set())
-    assert {p.dtype for _, p in policy.named_parameters_to_train()} == {torch.float32}
-
-
-def test_a_folder_that_is_not_there_is_named(tmp_path):
-    refuse(tmp_path / "nowhere", str(tmp_path / "nowhere"))
-    refuse("./nowhere", "./nowhere")
+def test_bfloat16_stores_only_a_frozen_base_in_bfloat16(whole_model):
+    for adapter, stored in ((AdapterConfig(rank=4), {torch.bfloat16}), (None, set())):
+        policy = load_policy(str(whole_model), PolicyConfig(adapter=adapter, dtype="bfloat16"))
+        assert {p.dtype for p in policy.lm.parameters() if not p.requires_grad} == stored
+        assert {p.dtype for _, p in policy.named_parameters_to_train()} == {torch.float32}
 
 
 def rewritten(folder: Path, change: Callable[[bytes], bytes], name: str = WEIGHTS) -> None:
@@ -187,36 +177,35 @@ class _Canary:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth", "model.pkl", WEIGHTS])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth", "model.pkl", WEIGHTS, "theirs.py"])
 def test_pickled_weights_are_refused_without_being_opened(folder, tmp_path, name):
     canary = tmp_path / "canary"
-    (folder / WEIGHTS).unlink()
-    (folder / name).write_bytes(pickle.dumps(_Canary(canary)))
-    refuse(folder, name, "safetensors")
-    assert not canary.exists()
-
-
-def test_code_that_comes_with_a_model_is_not_run(folder, tmp_path):
-    canary = tmp_path / "canary"
-    auto_map = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
-    reconfigured(model_type="their_own", auto_map=auto_map)(folder)
-    (folder / "theirs.py").write_text(f"import pathlib\npathlib.Path({str(canary)!r}).touch()\n")
-    refuse(folder, str(folder))
+    if name == "theirs.py":  # nor is code that comes with a model run
+        auto_map = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+        reconfigured(model_type="their_own", auto_map=auto_map)(folder)
+        (folder / name).write_text(f"import pathlib\npathlib.Path({str(canary)!r}).touch()\n")
+        refuse(folder, str(folder))
+    else:
+        (folder / WEIGHTS).unlink()
+        (folder / name).write_bytes(pickle.dumps(_Canary(canary)))
+        refuse(folder, name, "safetensors")
     assert not canary.exists()
 
 
 def test_a_missing_or_truncated_shard_and_a_damaged_index_are_named(sharded):
     shard = sorted(sharded.glob("model-*.safetensors"))[1]
     rewritten(sharded, lambda data: data[:-1], shard.name)
-    refuse(sharded, shard.name)
-    shard.unlink()
-    refuse(sharded, shard.name)
+    for damage in (lambda: None, shard.unlink):
+        damage()
+        refuse(sharded, shard.name)
     for text in ("{", "[]", "{}", '{"weight_map": []}'):
         (sharded / "model.safetensors.index.json").write_text(text)
         refuse(sharded, "index.json")
 
 
-def test_a_hub_id_is_left_to_transformers():
+def test_a_folder_that_is_not_there_is_named_and_a_hub_id_is_left_to_transformers(tmp_path):
+    for nowhere in (str(tmp_path / "nowhere"), "./nowhere"):
+        refuse(nowhere, nowhere)
     check_model_folder("someone/some-model")
     check_model_folder("gpt2")
 
@@ -228,7 +217,7 @@ def test_dtype_auto_takes_bfloat16_only_where_the_processor_has_it(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has_it=has_it: has_it)
         # Emulated bfloat16, as on older GPUs, is slower than float32 and does not count.
         monkeypatch.setattr(
-            torch.cuda, "is_bf16_supported", lambda including_emulation=True, has_it=has_it: has_it or including_emulation
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True, now=has_it: now or including_emulation
         )
         assert resolve_dtype("auto", "cpu") == resolve_dtype("auto", "cuda") == expected
     assert resolve_dtype("auto", "mps") == torch.float32

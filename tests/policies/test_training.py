@@ -22,7 +22,6 @@ PROMPTS = ["the", "a band in the sun.", "1, 2, 3", "who?", "an inner thing and a
 # The token budgets differ on purpose: old and new log-probs come from batches of other shapes.
 PPO = config_of(batch_size=4, n_epochs=1, learning_rate=1e-6, micro_batch_tokens=90, kl={"coef": 0.1})
 EXACT, ROUGH = torch.float32, torch.bfloat16
-MODES = [(adapter, dtype) for adapter in (True, False) for dtype in (EXACT, ROUGH)]
 
 
 def reward(prompts, completions, **columns):
@@ -79,20 +78,17 @@ def test_in_bfloat16_scoring_again_makes_the_first_ratio_1(family, adapter):
     assert_first_ratio_is_1(policy, batch, exact=False)
 
 
-@pytest.mark.parametrize(("adapter", "dtype"), MODES, ids=str)
+@pytest.mark.parametrize("dtype", [EXACT, ROUGH], ids=str)
+@pytest.mark.parametrize("adapter", [True, False])
 def test_one_step_at_learning_rate_1e_6_changes_every_parameter_it_should(adapter, dtype):
     # Weights held in bfloat16 would round such a step away.
     policy = tiny_policy(adapter=adapter, dtype=dtype, moved=True)
     before = {name: p.detach().clone() for name, p in policy.named_parameters_to_train()}
     frozen = policy.fingerprint()
-    batch = rollout(policy)
-    result = train(policy, batch, config_of(PPO, batch_size=12))
-    assert (result.steps, result.skipped) == (1, 0)
-    unchanged = [name for name, p in policy.named_parameters_to_train() if torch.equal(p, before[name])]
-    assert unchanged == []
-    steps = torch.cat([(p.detach() - before[name]).flatten() for name, p in policy.named_parameters_to_train()])
-    assert steps.abs().max() == pytest.approx(1e-6, rel=0.3)  # Adam's first step is the learning rate
-    assert policy.fingerprint() == frozen
+    result = train(policy, rollout(policy), config_of(PPO, batch_size=12))
+    assert (result.steps, result.skipped) == (1, 0) and policy.fingerprint() == frozen
+    moved = {name: float((p.detach() - before[name]).abs().max()) for name, p in policy.named_parameters_to_train()}
+    assert min(moved.values()) > 0 and max(moved.values()) == pytest.approx(1e-6, rel=0.3)  # Adam's first step
 
 
 @pytest.mark.parametrize("dtype", [EXACT, ROUGH], ids=str)

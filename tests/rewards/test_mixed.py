@@ -7,8 +7,10 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
+import torch
 import yaml
 
 from surefoot import PPO, RewardModel, TextTask
@@ -33,14 +35,9 @@ def vowels(prompts, completions, **columns):
     return [sum(letter in "aeiou" for letter in text) for text in completions]
 """
 PARTS = [{"name": "reward.py:long", "weight": -0.5}, {"name": "reward.py:vowels", "weight": 2, "label": "aeiou"}]
-
-
-def long(prompts, completions, **columns):
-    return [float(len(text)) for text in completions]
-
-
-def vowels(prompts, completions, **columns):
-    return [sum(letter in "aeiou" for letter in text) for text in completions]
+functions: dict[str, Any] = {}
+exec(TWO, functions)
+long, vowels = functions["long"], functions["vowels"]
 
 
 def test_the_sum_by_hand_and_what_shaping_adds():
@@ -57,14 +54,9 @@ def test_the_sum_by_hand_and_what_shaping_adds():
 
 
 def test_each_part_gets_what_a_function_gets_and_is_checked_as_one():
-    seen: list[Any] = []
-
-    def recording(**given):
-        seen.append(given)
-        return [1.0]
-
+    recording = Mock(return_value=[1.0])
     assign_rewards(MixedReward({"a": (recording, 1), "b": (recording, 1)}), [trajectory("x", columns={"answer": 4})])
-    assert seen[0] == seen[1] and seen[0]["answer"] == [4] and seen[0]["completions"] == ["x"]
+    assert recording.mock_calls == [call(prompts=["How are you?"], completions=["x"], answer=[4])] * 2
     for bad in (lambda **given: [math.nan], lambda **given: [1.0, 2.0], lambda **given: 1 / 0):
         with refused("the reward b function"):
             assign_rewards(MixedReward({"a": (long, 1), "b": (bad, 1)}), [trajectory("x")])
@@ -72,27 +64,27 @@ def test_each_part_gets_what_a_function_gets_and_is_checked_as_one():
         assign_rewards(MixedReward({"a": (lambda **given: [1e300], 1e300)}), [trajectory("x")])
 
 
-@pytest.mark.parametrize(
-    ("parts", "named"),
-    [
-        ({}, "weight"),
-        ({"a": (long, 0.0)}, "weight"),
-        ({"a": (long, math.nan)}, "the weight of a is nan"),
-        ({"a": (len, True)}, "got 'a'"),
-        ({"a": len}, "got 'a'"),
-        ({"a": (1.0, len)}, "got 'a'"),
-        ({"a/b": (long, 1.0)}, "'a/b'"),
-        ([len], "function"),
-    ],
-)
+UNFIT = [
+    ({}, "weight"),
+    ({"a": (long, 0.0)}, "weight"),
+    ({"a": (long, math.nan)}, "the weight of a is nan"),
+    ([len], "function"),
+]
+UNFIT += [
+    ({"a": (len, True)}, "got 'a'"),
+    ({"a": len}, "got 'a'"),
+    ({"a": (1.0, len)}, "got 'a'"),
+    ({"a/b": (long, 1.0)}, "'a/b'"),
+]
+
+
+@pytest.mark.parametrize(("parts", "named"), UNFIT)
 def test_what_is_not_a_reward_in_python_is_one_line(parts, named):
     with refused("reward: ", named):
         TextTask(["a"], parts)
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"group": {"size": 4}, "advantage": "grpo"}, {"group": {"size": 4}, "advantage": "remax"}]
-)
+@pytest.mark.parametrize("settings", [{}, {"group": {"size": 4}, "advantage": "remax"}])
 def test_a_batch_is_that_of_the_one_function_that_is_the_sum(settings):
     def both(prompts, completions, **columns):
         return [-0.5 * a + 2 * b for a, b in zip(long(prompts, completions), vowels(prompts, completions), strict=True)]
@@ -100,10 +92,9 @@ def test_a_batch_is_that_of_the_one_function_that_is_the_sum(settings):
     ppo = config_of(micro_batch_tokens=60, **settings)
     mixed = played(env=task(reward={"long": (long, -0.5), "vowels": (vowels, 2)}), ppo=ppo)
     whole = played(env=task(reward=both), ppo=ppo)
-    assert bool((mixed.rewards_BT == whole.rewards_BT).all())
-    if mixed.baselines_B is not None and whole.baselines_B is not None:
-        assert bool((mixed.baselines_B == whole.baselines_B).all())
-    lengths = [len(t.completion_text) for t in mixed.trajectories]  # type: ignore[union-attr]
+    assert torch.equal(mixed.rewards_BT, whole.rewards_BT) and (mixed.baselines_B is None) == (not settings)
+    assert mixed.baselines_B is None or torch.equal(mixed.baselines_B, whole.baselines_B)
+    lengths = [len(t.completion_text) for t in mixed.trajectories]
     assert mixed.metrics["reward/part/long"] == pytest.approx(sum(lengths) / len(lengths))
     assert mixed.metrics.keys() - whole.metrics.keys() == {"reward/part/long", "reward/part/vowels"}
     parts = -0.5 * mixed.metrics["reward/part/long"] + 2 * mixed.metrics["reward/part/vowels"]
@@ -117,12 +108,11 @@ def test_a_file_names_parts_which_are_logged_evaluated_and_resumed(tmp_path, mon
     flags = ("--run.folder", "runs", "--device", "cpu")
     assert (done := run_cli("ppo", project, *flags, "--run.name", "whole")).code == 0, done.err
     logged = rows(Path("runs/whole"))
+    last = [row for row in logged if "eval/reward" in row][-1]
     updates = [row for row in logged if "reward/mean" in row]
     assert len(updates) == 4
-    for row in updates:
-        assert row["reward/mean"] == pytest.approx(-0.5 * row["reward/part/long"] + 2 * row["reward/part/aeiou"], abs=1e-5)
-    last = [row for row in logged if "eval/reward" in row][-1]
-    assert last["eval/reward"] == pytest.approx(-0.5 * last["eval/part/long"] + 2 * last["eval/part/aeiou"])
+    for row, total, part in [(last, "eval/reward", "eval/part/"), *((row, "reward/mean", "reward/part/") for row in updates)]:
+        assert row[total] == pytest.approx(-0.5 * row[f"{part}long"] + 2 * row[f"{part}aeiou"], abs=1e-5)
     for sample in rows(Path("runs/whole"), "samples.jsonl"):
         assert sample["reward"]["part/long"] == len(sample["completion"])
     kept = yaml.safe_load(Path("runs/whole/config.yaml").read_text())["task"]["reward"]
@@ -137,48 +127,28 @@ def test_a_file_names_parts_which_are_logged_evaluated_and_resumed(tmp_path, mon
     assert len(timeless[1]) == 4 and timeless[0] == timeless[1]
 
 
-def test_paths_of_parts_are_the_files_and_survive_a_round_trip(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "project"
-    project = write_project(folder, reward=TWO, task={"reward": [*PARTS, {"name": "judge", "weight": 1}]})
-    (folder / "judge").mkdir()
+def test_paths_of_parts_are_the_files_and_survive_a_round_trip(tmp_path):
+    project = write_project(tmp_path, reward=TWO, task={"reward": [*PARTS, {"name": "judge", "weight": 1}]})
+    (tmp_path / "judge").mkdir()
     config = load_config(project)
-    names = [f"{folder / 'reward.py'}:long", f"{folder / 'reward.py'}:vowels", str(folder / "judge")]
-    for found in (config, absolute_paths(config)):
-        assert [part.name for part in found.task.reward] == names  # type: ignore[union-attr]
-    assert [part.called for part in absolute_paths(config).task.reward] == ["long", "aeiou", "judge"]  # type: ignore[union-attr]
+    names = [f"{tmp_path / 'reward.py'}:long", f"{tmp_path / 'reward.py'}:vowels", str(tmp_path / "judge")]
+    for found in (config.task.reward, absolute_paths(config).task.reward):
+        assert [(part.name, part.called) for part in found] == list(zip(names, ["long", "aeiou", "judge"], strict=True))
 
 
 LONG = {"name": "reward.py:long"}
 
 
-@pytest.mark.parametrize(
-    ("reward", "named"),
-    [
-        ([{**LONG, "wieght": 1}], ["part 1", "'wieght'", "'weight'"]),
-        ([{"weight": 1}], ["part 1: name"]),
-        ([{**LONG, "weight": "x"}], ["part 1: weight", "'x'"]),
-        ([{**LONG, "weight": math.inf}], ["part 1: weight", "inf"]),
-        ([LONG, {"name": "other.py:long"}], ["'long'"]),
-        ([{**LONG, "weight": 0}], ["weight"]),
-        ([{**LONG, "label": "a b"}], ["'a b'"]),
-        (["reward.py:long"], ["part 1", "'reward.py:long'"]),
-        ([], ["weight"]),
-    ],
-)
+NO_REWARD = [([{**LONG, "wieght": 1}], ["part 1", "'wieght'", "'weight'"]), ([{"weight": 1}], ["part 1: name"])]
+NO_REWARD += [([{**LONG, "weight": bad}], ["part 1: weight", named]) for bad, named in (("x", "'x'"), (math.inf, "inf"))]
+NO_REWARD += [([LONG, {"name": "other.py:long"}], ["'long'"]), ([{**LONG, "weight": 0}], ["weight"]), ([], ["weight"])]
+NO_REWARD += [([{**LONG, "label": "a b"}], ["'a b'"]), (["reward.py:long"], ["part 1", "'reward.py:long'"])]
+
+
+@pytest.mark.parametrize(("reward", "named"), NO_REWARD)
 def test_parts_that_make_no_reward_are_one_line(tmp_path, reward, named):
     project = write_project(tmp_path, reward=TWO, task={"reward": reward})
     run_cli("ppo", project).refused(f"{project}: task.reward: ", *named)
-
-
-def test_what_parts_lack_is_said_before_any_model_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    RewardModel(model_folder(), PAIRS, run_folder="runs", **FAST | {"epochs": 1}).learn().save("judge")
-    monkeypatch.setattr("surefoot.build.language.load_policy", None)
-    project = write_project(tmp_path, reward=TWO)
-    for name, named in (("reward.py:short", "'short'"), ("model", "reward model")):
-        found = run_cli("ppo", project, "--task.reward", json.dumps([{"name": "judge"}, {"name": name}]))
-        found.refused(f"task.reward, {name.split(':')[-1]}: ", named)
 
 
 def test_a_reward_model_is_a_part_of_a_mixed_reward(tmp_path, monkeypatch):
@@ -196,6 +166,10 @@ def test_a_reward_model_is_a_part_of_a_mixed_reward(tmp_path, monkeypatch):
     assert [one["reward"]["reward"] for one in samples] == pytest.approx(total, abs=1e-4)
     # The same from Python.
     env = TextTask(["film 1 is"], {"judge": (loaded, 0.5), "long": (long, 0.1)}, held_out=0.0)
-    answer = trajectory(texts[1][0], prompt=texts[0][0])
-    assign_rewards(env.reward, [answer])
+    assign_rewards(env.reward, [answer := trajectory(texts[1][0], prompt=texts[0][0])])
     assert answer.reward == pytest.approx(total[0], abs=1e-4)
+    # What a part lacks is said before any model is loaded.
+    monkeypatch.setattr("surefoot.build.language.load_policy", None)
+    for name, named in (("reward.py:short", "'short'"), ("model", "reward model")):
+        found = run_cli("ppo", project, "--task.reward", json.dumps([{"name": "judge"}, {"name": name}]))
+        found.refused(f"task.reward, {name.split(':')[-1]}: ", named)

@@ -42,22 +42,17 @@ def test_missing_end_is_subtracted_from_the_score() -> None:
 def test_scaling_divides_by_the_running_std_and_keeps_the_mean_where_it_is() -> None:
     batch = rows(1.0, 3.0, 5.0)
     stats = shape_rewards(batch, ShapingConfig(scale="running_std"), RunningStats())
-    std = (8 / 3) ** 0.5
-    assert [t.reward_parts["shaped"] for t in batch] == pytest.approx([1 / std, 3 / std, 5 / std])
+    assert [t.reward_parts["shaped"] for t in batch] == pytest.approx([x / (8 / 3) ** 0.5 for x in (1, 3, 5)])
     assert (stats.count, stats.mean) == (3, 3.0)
     later = rows(3.0, 3.0, 3.0)
-    stats = shape_rewards(later, ShapingConfig(scale="running_std"), stats)
-    assert stats.count == 6
+    assert shape_rewards(later, ShapingConfig(scale="running_std"), stats).count == 6
     assert later[0].reward_parts["shaped"] == pytest.approx(3.0 / (8 / 6) ** 0.5)
 
 
 @pytest.mark.parametrize("scores", [[0.1], [0.1, 0.1, 0.1], [0.0, 0.0], [-0.7] * 10])
-def test_scaling_equal_scores_leaves_them_alone(scores: list[float]) -> None:
+def test_scaling_equal_scores_leaves_them_alone_and_clipping_bounds_both_sides(scores: list[float]) -> None:
     assert totals(rows(*scores), scale="running_std") == scores
-
-
-def test_clipping_bounds_both_sides() -> None:
-    assert totals(rows(-7.0, -0.5, 0.5, 7.0), clip=1.0) == [-1.0, -0.5, 0.5, 1.0]
+    assert totals(rows(-7.0, *scores, 7.0), clip=1.0) == [-1.0, *scores, 1.0]
 
 
 def test_penalty_comes_before_scaling_and_scaling_before_clipping() -> None:

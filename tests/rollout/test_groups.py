@@ -39,19 +39,13 @@ def test_the_completions_of_a_prompt_stand_in_a_row_and_differ() -> None:
 
 
 def test_the_next_update_goes_on_with_the_next_prompts() -> None:
-    whole = played(episodes=12, group={"size": 2})
-    later = played(episodes=4, first_episode=8, group={"size": 2})
-    assert [(t.prompt, t.completion_tokens) for t in later.trajectories] == [
-        (t.prompt, t.completion_tokens) for t in whole.trajectories[8:]
-    ]
-    assert later.groups_B.tolist() == whole.groups_B.tolist()[8:] == [4, 4, 5, 5]
+    whole, later = played(group={"size": 2}), played(episodes=4, first_episode=8, group={"size": 2})
+    texts, late = ([(t.prompt, t.completion_tokens) for t in batch.trajectories] for batch in (whole, later))
+    assert late == texts[8:] and later.groups_B.tolist() == whole.groups_B.tolist()[8:] == [4, 4, 5, 5]
     assert played(episodes=7).groups_B.tolist() == list(range(7))  # alone each completion is a group
-
-
-@pytest.mark.parametrize(("episodes", "first"), [(10, 0), (12, 6)])
-def test_groups_are_never_cut(episodes: int, first: int) -> None:
-    with refused("no whole groups of group.size"):
-        played(episodes=episodes, first_episode=first, group={"size": 4})
+    for episodes, first in ((10, 0), (12, 6)):
+        with refused("no whole groups of group.size"):
+            played(episodes=episodes, first_episode=first, group={"size": 4})
 
 
 @pytest.mark.parametrize("clip", [None, 30.0])
