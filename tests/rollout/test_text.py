@@ -190,7 +190,7 @@ def test_every_pass_over_the_prompts_is_another_permutation():
     assert tuple(env.training_example(i, 0).text for i in range(8)) == passes[1]
 
 
-def test_truncated_or_greedy_sampling_is_refused_in_training():
+def test_truncated_sampling_is_refused_in_training():
     for name, value, said in (("top_p", 0.9, "top_p"), ("top_k", 5, "top_k"), ("temperature", 0.0, "greedy")):
         with refused("generation." if value else "", said):
             make_config({"generation": {name: value}}, where="test")
