@@ -36,7 +36,7 @@ class EnvConfig(Section):
     n_steps: Positive = setting(2048, "Steps of each sub-environment in one update.")
     n_envs: Positive = setting(1, "Number of sub-environments.")
     vectorization: Literal["sync", "async", "native"] = setting(
-        "sync", "One process, a worker process per sub-environment, or the environment's (Atari, CartPole)."
+        "sync", "`sync`: one process; `async`: a worker process each; `native`: its own (Atari, CartPole)."
     )
     kwargs: dict[str, Any] = setting({}, "Keyword arguments; of games also `max_moves`, for truncation.")
     eval_kwargs: dict[str, Any] = setting({}, "Changes to `kwargs` for evaluation.")

@@ -23,7 +23,7 @@ class GenerationConfig(Section):
     slots: Positive = setting(64, "Rows decoded together; waiting prompts take the slots of finished rows.")
     tis_cap: float | None = setting(
         None,
-        "c: losses are weighted by min(π_trainer / π_sampler, c) where these differ; `null`: by 1.",
+        "Truncated importance sampling (bfloat16): weight min(π_trainer / π_sampler, this); `null`: 1.",
         gt=0,
     )
 
