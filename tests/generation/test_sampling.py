@@ -39,10 +39,6 @@ def drawn(logits_V: Tensor, uniform: float, params: SamplingParams = PLAIN) -> t
     return int(token), logprob.item(), entropy.item()
 
 
-def draw(logits_V: Tensor, uniform: float, params: SamplingParams = PLAIN) -> int:
-    return drawn(logits_V, uniform, params)[0]
-
-
 def random_logits(vocabulary: int, *, seed: int) -> Tensor:
     return torch.randn(vocabulary, generator=torch.Generator().manual_seed(seed))
 
@@ -71,8 +67,8 @@ def test_log_probs_and_entropies_are_those_of_the_distribution(params):
 @pytest.mark.parametrize("first_weight", [1e-6, 0.1, 0.3, 1.0, 1e6])
 def test_the_smallest_and_the_largest_uniform_take_the_first_and_the_last_token_that_has_weight(last, first_weight):
     logits = only({0: first_weight, last: 1.0}, 2 * BLOCK + 88)
-    assert draw(logits, LAST_UNIFORM) == last and draw(logits, 0.0) == 0
-    assert draw(only({last: first_weight, 2 * BLOCK + 87: 1.0}, 2 * BLOCK + 88), 0.0) == last
+    assert drawn(logits, LAST_UNIFORM)[0] == last and drawn(logits, 0.0)[0] == 0
+    assert drawn(only({last: first_weight, 2 * BLOCK + 87: 1.0}, 2 * BLOCK + 88), 0.0)[0] == last
 
 
 def test_tokens_without_weight_beside_a_block_edge_are_never_drawn():
@@ -99,8 +95,7 @@ def test_rounding_at_a_block_edge_never_leads_to_a_token_without_weight():
 def test_a_token_far_below_rounding_of_float32_still_has_its_share():
     # 1e-9 beside 1 vanishes in a float32 sum, yet its slice of the unit interval must belong to it.
     logits = only({3: 1.0, BLOCK + 4: 1e-9}, 2 * BLOCK)
-    assert draw(logits, 1 - 0.5e-9) == BLOCK + 4
-    assert draw(logits, 1 - 2e-9) == 3
+    assert [drawn(logits, 1 - below)[0] for below in (0.5e-9, 2e-9)] == [BLOCK + 4, 3]
 
 
 def test_top_k_keeps_k_tokens_and_renormalizes():
@@ -124,20 +119,16 @@ def test_top_p_keeps_the_token_that_crosses_p_at_the_temperature():
     counts = even_counts(logits, SamplingParams(top_p=0.5))
     assert counts.tolist() == pytest.approx([0, 20_000 * 4 / 7, 0, 20_000 * 3 / 7], abs=1.01)
     assert drawn(logits, 0.99, SamplingParams(top_p=1e-9)) == (1, 0.0, 0.0)  # one token is always left
+    token, logprob, _ = drawn(torch.full((300,), float("nan")), 0.7)  # a model that has diverged
+    assert 0 <= token < 300 and math.isnan(logprob)
     # At temperature 1 the first token alone holds 0.6; at 3 it holds less and a second one is needed.
     logits = torch.tensor([0.6, 0.2, 0.2]).log() + torch.tensor([0.0, 0.1, 0.0])
     for temperature, more in ((1.0, False), (3.0, True)):
         assert bool(even_counts(logits, SamplingParams(temperature=temperature, top_p=0.55), count=100)[1]) == more
 
 
-def test_logits_of_a_diverged_model_give_a_token_that_exists():
-    token, logprob, _ = drawn(torch.full((300,), float("nan")), 0.7)
-    assert 0 <= token < 300 and math.isnan(logprob)
-
-
 def test_uniforms_depend_on_the_seed_alone_and_not_on_the_length_limit():
+    state = torch.random.get_rng_state()
     assert torch.equal(request_uniforms(7, 5), request_uniforms(7, 40)[:5])
     assert not torch.equal(request_uniforms(7, 5), request_uniforms(8, 5))
-    state = torch.random.get_rng_state()
-    request_uniforms(7, 5)
     assert torch.equal(torch.random.get_rng_state(), state)

@@ -81,7 +81,7 @@ def test_advantages_cross_what_others_said_in_one_step():
 
 def test_the_line_of_samples_has_the_turns_where_there_are_more_than_two():
     record = Trajectory("said", TOY, StopReason.LENGTH, reward=1.0, kl=0.1).record()
-    assert record["completion"] == "wrotewrote" and record["tokens"] == 4 and record["reward"] == {"reward": 1.0}
+    assert (record["completion"], record["tokens"], record["reward"]) == ("wrotewrote", 4, {"reward": 1.0})
     assert [turn["by_policy"] for turn in record["turns"]] == [False, True, False, True]
     assert record["turns"][3] == {"text": "wrote", "by_policy": True, "reward": 1.0}
     assert "turns" not in Trajectory("said", TOY[:2], StopReason.LENGTH).record()
