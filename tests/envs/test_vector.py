@@ -209,12 +209,11 @@ class TwoChoices(Counter):
         return {"obs": numpy.zeros(1, dtype=numpy.float32), "action_mask": mask}
 
 
-class Wide(torch.nn.Identity):
-    features_dim = 7
-
-
-class Acting(torch.nn.Identity):
-    act = None
+def network(**attributes: Any) -> Any:
+    made = torch.nn.Identity()
+    for name, value in attributes.items():
+        setattr(made, name, value)
+    return made
 
 
 def odd_spaces(observation: Any = ONE_BOX, action: Any = Counter.action_space) -> Any:
@@ -246,9 +245,10 @@ SETTINGS: list[tuple[Any, Any, dict[str, Any], str]] = [
     ("CartPole-v1", "CnnPolicy", {}, "policy.model"),
     ("CartPole-v1", "MlpPolicy", {"n_envs": 2, "env_kwargs": {"wheels": 3}}, "wheels"),
     ("CartPole-v1", "MlpLstmPolicy", {"batch_size": 12}, "ppo.batch_size (12)"),
-    (Counter(3, ""), "MlpPolicy", {"n_envs": 4}, "n_envs"),
-    (Counter(3, ""), Wide(), {}, "[2, 1] for 2 observations; not [2, 7]"),
-    (Counter(3, ""), Acting(), {}, "lacks acting, "),
+    (Counter(), "MlpPolicy", {"n_envs": 4}, "n_envs"),
+    (Counter(), network(features_dim=7), {}, "[2, 1] for 2 observations; not [2, 7]"),
+    (Counter(), network(act=None), {}, "lacks acting, "),
+    (Counter(), network(), {}, "your network needs a features_dim"),
 ]
 
 
@@ -385,7 +385,7 @@ def test_an_observation_outside_its_space_is_one_line(space: Any) -> None:
         def _observation(self) -> Any:
             return self.count if isinstance(space, spaces.Discrete) else numpy.array([0, self.count])
 
-    refusal(lambda: stepped(Outside(5, "truncated")), "obs")
+    refusal(lambda: stepped(Outside(5)), "obs")
 
 
 def test_observations_in_a_buffer_that_is_written_again_are_kept() -> None:

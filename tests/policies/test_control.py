@@ -146,16 +146,6 @@ def test_no_noise_makes_an_illegal_action_and_illegal_ones_have_finite_log_probs
     assert all(x.isfinite().all() for x in (logprobs, entropies, *(parameter.grad for parameter in head.parameters())))
 
 
-WIDTHS = {"discrete": (5,), "multi-discrete": (9,), "multi-binary": (4,), "gaussian": (3,), "gsde": (6, 3)}
-
-
-@pytest.mark.parametrize(("kind", "width"), WIDTHS.items())
-def test_noise_has_an_entry_for_each_step_and_sub_environment(kind: str, width: tuple[int, ...]) -> None:
-    noise, again = (head_of(kind).noise(7, 2, generator()) for _ in range(2))
-    assert len(noise) == 7 and all(noise[t].shape == (2, *width) for t in range(7))
-    assert all(torch.equal(noise[t], again[t]) for t in range(7))
-
-
 @pytest.mark.parametrize(("every", "changes"), [(-1, []), (1, [1, 2, 3, 4, 5]), (2, [2, 4]), (4, [4])])
 def test_state_dependent_noise_is_held_for_n_steps(every: int, changes: list[int]) -> None:
     noise = action_head(spaces.Box(-1, 1, (2,)), FEATURES, use_sde=True, sde_sample_freq=every).noise(6, 1, generator())
@@ -209,14 +199,10 @@ def test_images_are_the_same_with_their_channels_first_or_last(dtype: Any) -> No
     assert torch.allclose(features, cnn.linear(cnn.layers(plain).flatten(1)).relu(), atol=1e-5)
 
 
-def test_images_beside_numbers_share_the_features() -> None:
-    parts = {"camera": IMAGE, "speed": VECTOR}
+def test_images_beside_numbers_share_the_features_and_integers_can_be_normalized() -> None:
     for kind, width in {"MultiInputPolicy": 512 + 3, "MlpPolicy": 36 * 36 + 3}.items():  # as in Stable-Baselines3
-        assert policy_of(kind, parts).extractor.features_dim == width
+        assert policy_of(kind, {"camera": IMAGE, "speed": VECTOR}).extractor.features_dim == width
     policy_of("MultiInputPolicy", VECTOR)  # needs no image
-
-
-def test_images_of_bytes_are_fractions_and_integers_can_be_normalized() -> None:
     features = Extractor({"obs": IMAGE}, images=False)({"obs": torch.full((1, 36, 36, 1), 51, dtype=torch.uint8)})
     torch.testing.assert_close(features, torch.full((1, 36 * 36), 0.2))
     policy = policy_of(observation={"count": spaces.Box(0, 1000, (3,), dtype=numpy.int64), "image": IMAGE}, normalize=True)
@@ -299,16 +285,6 @@ def test_normalized_observations_follow_their_running_mean_and_variance(tmp_path
     assert torch.equal(ours, theirs)
 
 
-def test_the_users_network_makes_the_features() -> None:
-    own = nn.Linear(3, 4)
-    own.features_dim = 4  # type: ignore[assignment]
-    policy = policy_of(extractor=own)
-    assert policy.layers.policy[0].in_features == 4
-    assert any(parameter is own.weight for _, parameter in policy.named_parameters_to_train())
-    with refused("your network needs a features_dim"):
-        policy_of(extractor=nn.Identity())
-
-
 B, T, H = 3, 9, 5
 
 
@@ -379,15 +355,3 @@ def test_a_row_at_once_is_a_row_step_by_step(starts: str, share: bool) -> None:
         assert torch.allclose(policy.values(observation, state, episode_starts=begins), view.values_BT[:, t], atol=1e-5)
         _, state = policy.act(observation, state, episode_starts=begins)
     assert policy.reads_whole_rows and set(state) == set(policy.initial_state(B))
-
-
-def test_what_was_before_an_episode_does_not_reach_it() -> None:
-    policy = recurrent()
-    batch = a_batch(policy, starts=[(0, 4), (1, 4), (2, 4)])
-    before = policy.evaluate(batch)
-    batch.observations["obs"][:, :4] += 100.0
-    batch.observations |= {name: batch.observations[name] + 3.0 for name in policy.initial_state(B)}
-    after = policy.evaluate(batch)
-    assert torch.equal(before.logprobs_BT[:, 4:], after.logprobs_BT[:, 4:])
-    assert torch.equal(before.values_BT[:, 4:], after.values_BT[:, 4:])
-    assert not torch.allclose(before.values_BT[:, :4], after.values_BT[:, :4])

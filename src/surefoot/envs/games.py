@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = NDArray[Any]
 Observations: TypeAlias = dict[str, Array]
+GameMaker: TypeAlias = "Callable[..., AECEnv]"
 Opponents: TypeAlias = Callable[[Observations, Array], Array]
 """From the observations {"observation": [M, ...], "action_mask": [M, n]} of the games in which the
 opponent moves, and the indices [M] of those games, to one legal action for each [M]."""
 
 
-def game_factory(name: str, **kwargs: Any) -> Callable[[], AECEnv]:
+def game_factory(name: str, **kwargs: Any) -> GameMaker:
     """What makes one game of PettingZoo's registry: `game_factory("classic/go-v5", board_size=5, komi=0.5)`.
 
     Without PettingZoo's checking wrappers: `GameVectorEnv` checks a whole batch at once, up to three times as
@@ -60,9 +61,7 @@ def random_opponent(rngs: Sequence[np.random.Generator]) -> Opponents:
     return choose
 
 
-def make_games(
-    make: Callable[..., AECEnv] | str, *, n_envs: int, kwargs: Mapping[str, Any], seed: int
-) -> Vector:
+def make_games(make: GameMaker | str, *, n_envs: int, kwargs: Mapping[str, Any], seed: int) -> Vector:
     """`n_envs` games of PettingZoo's id, or of what a function makes; `max_moves` is `GameVectorEnv`'s."""
     rest = {name: value for name, value in kwargs.items() if name != "max_moves"}
     maker = game_factory(make, **rest) if isinstance(make, str) else functools.partial(make, **rest)
@@ -88,7 +87,7 @@ class GameVectorEnv(VectorEnv[Observations, Array, Array]):
 
     def __init__(
         self,
-        make_game: Callable[[], AECEnv],
+        make: GameMaker,
         num_envs: int,
         *,
         opponents: Opponents | None = None,
@@ -98,7 +97,7 @@ class GameVectorEnv(VectorEnv[Observations, Array, Array]):
             raise InputError(f"games need num_envs >= 1 and max_moves >= 2, got {num_envs} and {max_moves}")
         self.num_envs, self.max_moves = num_envs, max_moves
         self.metadata = {"autoreset_mode": AutoresetMode.DISABLED}
-        self._games = [make_game() for _ in range(num_envs)]
+        self._games = [make() for _ in range(num_envs)]
         self.single_observation_space, self.single_action_space = _spaces(self._games[0])
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -129,9 +128,7 @@ class GameVectorEnv(VectorEnv[Observations, Array, Array]):
         if seed is None or isinstance(seed, (int, np.integer)):
             seed = [None if seed is None else seed + i for i in range(self.num_envs)]
         if len(seed) != self.num_envs:
-            raise InputError(
-                f"reset: {len(seed)} seeds for {self.num_envs} games; give one each, or a number"
-            )
+            raise InputError(f"reset: {len(seed)} seeds for {self.num_envs} games; give one each or a number")
         for per_game in (self._moves, self._rewards, self._returns, self._terminated, self._truncated):
             per_game[chosen] = 0
         for i in np.flatnonzero(chosen).tolist():
@@ -188,9 +185,8 @@ class GameVectorEnv(VectorEnv[Observations, Array, Array]):
         if not legal.all():
             i = int(np.flatnonzero(~legal)[0])
             allowed = np.flatnonzero(masks[i]).tolist()
-            raise InputError(
-                f"{player}: action {actions[i]} is illegal in game {indices[i]}; legal there: {allowed}"
-            )
+            where = f"is illegal in game {indices[i]}; legal there: {allowed}"
+            raise InputError(f"{player}: action {actions[i]} {where}")
         for i, action in zip(indices.tolist(), actions.tolist(), strict=True):
             game, learner = self._games[i], self._learner(i)
             game.step(action)
@@ -238,10 +234,8 @@ def _spaces(game: AECEnv) -> tuple[spaces.Dict, spaces.Discrete]:
     board = view.spaces.get("observation") if isinstance(view, spaces.Dict) else None
     is_counted = isinstance(actions, spaces.Discrete) and actions.start == 0
     if len(kinds) != 2 or kinds[0] != kinds[1] or not isinstance(board, spaces.Box) or not is_counted:
-        raise InputError(
-            f"game {game}: two players need the same observations, observation (a Box) and action_mask, and "
-            f"actions Discrete(n); it has {len(kinds)} players, {view} and {actions}"
-        )
+        need = "two players, observation (a Box) and action_mask the same for both, actions Discrete(n)"
+        raise InputError(f"game {game}: expected {need}; it has {len(kinds)} players, {view} and {actions}")
     observed = spaces.Box(board.low.astype(np.float32), board.high.astype(np.float32), dtype=np.float32)
     n = int(actions.n)
     return spaces.Dict({"observation": observed, "action_mask": spaces.MultiBinary(n)}), spaces.Discrete(n)

@@ -120,9 +120,8 @@ class Vector:
         if not numpy.isfinite(rewards).all():
             index = int(numpy.argmin(numpy.isfinite(rewards)))
             raise InputError(f"env: the reward of sub-environment {index} is not a finite number")
-        return VectorStep(
-            arrays, rewards, terminated & valid, truncated & valid, ended, valid, starts, final, infos
-        )
+        ends = (terminated & valid, truncated & valid, ended)
+        return VectorStep(arrays, rewards, *ends, valid, starts, final, infos)
 
     def state(self) -> dict[str, Any]:
         """Seeds and actions of the episodes under way, if they can be repeated: JSON, but for arrays."""
@@ -131,10 +130,7 @@ class Vector:
         return {"episodes": self.episodes.copy(), "actions": actions}
 
     def restore(self, state: dict[str, Any]) -> Arrays | None:
-        """Repeat the episodes under way; the observations to act on, or None if new ones have to begin.
-
-        Raises InputError if the state is that of another number of sub-environments.
-        """
+        """Repeat the episodes under way: what to act on, or None. Raises InputError for another num_envs."""
         if (n := len(state["episodes"])) != self.num_envs:
             raise InputError(f"env: the run has num_envs {n}, the environment given has {self.num_envs}")
         self.episodes[:] = state["episodes"]
@@ -208,9 +204,7 @@ class Vector:
         final = {name: values.copy() for name, values in arrays.items()}
         given = infos.get("final_obs", infos.get("final_observation"))
         if given is None:
-            raise InputError(
-                "env: it resets within the step but gives no info['final_obs']; use AutoresetMode.NEXT_STEP"
-            )
+            raise InputError("env: it resets in step without info['final_obs']; use AutoresetMode.NEXT_STEP")
         by_name = flat(given) if isinstance(given, Mapping) else {}
         for i in ended.nonzero()[0]:
             row = {name: values[i] for name, values in by_name.items()} or flat(given[i])

@@ -19,6 +19,7 @@ from surefoot.envs.gym import Vector, env_name
 from surefoot.errors import InputError
 
 Frame = NDArray[numpy.uint8]  # [H, W, 3]
+Show = Callable[[Frame, float], None]  # gets each frame, and the frames per second
 # What an id begins with -> the module that registers it, and our extra that brings it.
 PROVIDERS = {"ALE/": ("ale_py", "atari")} | {
     f"{name}-": ("highway_env", "driving")
@@ -59,8 +60,7 @@ def wrap_vector(env: Any, *, seed: int) -> Vector:
     if isinstance(env, gymnasium.vector.VectorEnv):
         return Vector(env, seed=seed)
     if not isinstance(env, gymnasium.Env):
-        kind = type(env).__name__
-        raise InputError(f"env: expected a Gymnasium id, environment or vector environment, got {kind}")
+        raise InputError(f"env: expected a Gymnasium id or (vector) environment, got {type(env).__name__}")
     vector = gymnasium.vector.SyncVectorEnv([lambda: env], autoreset_mode=AutoresetMode.DISABLED)
     return Vector(vector, seed=seed, name=env_name(env))
 
@@ -99,12 +99,11 @@ def _parts(vector: Vector) -> list[Any]:
 class Recorder(gymnasium.Wrapper[Any, Any, Any, Any]):
     """Hands the frames of the first episode to `show`, its last one included."""
 
-    def __init__(self, env: gymnasium.Env[Any, Any], show: Callable[[Frame, float], None]):
+    def __init__(self, env: gymnasium.Env[Any, Any], show: Show):
         super().__init__(env)
         self.show, self.resets = show, 0
         self.frames_per_sec = 0.0  # highway-env sets it
-        # highway-env's way to show what lies between two decisions.
-        if hasattr(env.unwrapped, "set_record_video_wrapper"):
+        if hasattr(env.unwrapped, "set_record_video_wrapper"):  # shows what lies between two decisions
             env.unwrapped.set_record_video_wrapper(self)
 
     def reset(self, **settings: Any) -> Any:
@@ -129,13 +128,8 @@ class Recorder(gymnasium.Wrapper[Any, Any, Any, Any]):
         self.show(frame, float(self.env.unwrapped.metadata.get("render_fps", 30)))
 
 
-def recorded_vector(
-    make: Any, *, kwargs: Mapping[str, Any], seed: int, show: Callable[[Frame, float], None]
-) -> Vector:
-    """An id, or what a function makes, rendered; `show` gets each frame [H, W, 3] and the frames per second.
-
-    Raises InputError, with the reason, for an environment that gives no frames.
-    """
+def recorded_vector(make: Any, *, kwargs: Mapping[str, Any], seed: int, show: Show) -> Vector:
+    """An id, or what a function makes, rendered for `show`. Raises InputError where there are no frames."""
 
     def made(**settings: Any) -> gymnasium.Env[Any, Any]:
         env = gymnasium.make(make, **settings) if isinstance(make, str) else make(**settings)
@@ -150,8 +144,7 @@ def recorded_vector(
 def _made(name: str, make: Callable[[], Any]) -> Any:
     try:
         with warnings.catch_warnings():
-            # That there is a newer version, once for each sub-environment.
-            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)  # that there is a newer version, for each
             return make()
     except gymnasium.error.UnregisteredEnv as error:
         why = " ".join(str(error).split()).partition(". Did you mean")[0].rstrip(".")

@@ -18,19 +18,13 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def leaves(space: spaces.Space[Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of an observation space by name, nested ones as `outer.inner`.
-
-    Raises InputError for other containers than Dict.
-    """
+    """Leaves of a space by name, nested ones as `outer.inner`. Raises InputError for containers but Dict."""
     if isinstance(space, spaces.Dict):
         parts = {f"{prefix}{name}": part for name, part in space.spaces.items()}
         return {name: leaf for key, part in parts.items() for name, leaf in leaves(part, f"{key}.").items()}
     if not isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
-        kind = type(space).__name__
-        raise InputError(
-            f"env: the observation space {kind} is not supported; Box, Discrete, MultiDiscrete, MultiBinary "
-            "and Dict are (gymnasium.wrappers.FlattenObservation makes a Box of most others)"
-        )
+        ours = "Box, Discrete, MultiDiscrete, MultiBinary and Dict are (FlattenObservation makes most a Box)"
+        raise InputError(f"env: the observation space {type(space).__name__} is not supported; {ours}")
     return {prefix.removesuffix(".") or OBSERVATION: space}
 
 
@@ -43,10 +37,7 @@ def flat(observations: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def batched(spaces_by_name: Mapping[str, Any], observation: Any, masks: Any = None) -> tuple[Arrays, bool]:
-    """One observation or N, with `masks` [A] or [N, A], as arrays [N, ...] by name; and whether it was one.
-
-    Raises InputError for a shape that is neither.
-    """
+    """Observations (one or N) as arrays [N, ...]; whether it was one. Raises InputError for other shapes."""
     arrays = {name: numpy.asarray(values) for name, values in flat(observation).items()}
     if masks is not None:
         arrays[ACTION_MASK] = numpy.asarray(masks)
@@ -61,9 +52,8 @@ def batched(spaces_by_name: Mapping[str, Any], observation: Any, masks: Any = No
     for name, space in expected.items():
         if arrays[name].shape != (rows, *space.shape):
             shape, one = list(arrays[name].shape[is_one:]), list(space.shape)
-            raise InputError(
-                f"predict: the observation {name} has shape {shape}; one is {one}, N are {['N', *one]}"
-            )
+            fitting = f"one is {one}, N are {['N', *one]}"
+            raise InputError(f"predict: the observation {name} has shape {shape}; {fitting}")
     if ACTION_MASK in spaces_by_name:
         given, wanted = arrays.get(ACTION_MASK), (rows, *spaces_by_name[ACTION_MASK].shape)
         if given is None or given.shape != wanted:
@@ -80,9 +70,7 @@ class Checks:
     action. Box values beyond their bounds are warned of once and used: published environments have them.
     """
 
-    def __init__(
-        self, spaces_by_name: Mapping[str, Any], action_space: Any, *, name: str, where: str = "env"
-    ):
+    def __init__(self, spaces_by_name: Mapping[str, Any], action_space: Any, name: str, where: str = "env"):
         self.spaces, self.action_space, self.name, self.where = spaces_by_name, action_space, name, where
         self.row = "sub-environment" if where == "env" else "row"
         if ACTION_MASK in spaces_by_name:
@@ -101,9 +89,8 @@ class Checks:
             can_act = [choice.any(-1) for choice in choices(self.action_space, masks)]
             stuck = ~numpy.logical_and.reduce(can_act)
             if place := self._first(stuck if is_over is None else stuck & ~is_over):
-                raise InputError(
-                    f"{self.where}: {place} has no legal action in its action_mask; end the episode there"
-                )
+                why = "has no legal action in its action_mask; end the episode there"
+                raise InputError(f"{self.where}: {place} {why}")
         for name, (low, high) in list(self._limits.items()):
             if not ((values := arrays[name]) < low).any() and not (values > high).any():
                 continue
@@ -122,9 +109,8 @@ class Checks:
             if values.dtype.kind == "f" and not math.isfinite(values.sum()):
                 finite = numpy.isfinite(values.reshape(len(values), -1)).all(1)
                 if place := self._first(~finite):
-                    raise InputError(
-                        f"{self.where}: the observation {name} of {place} is not finite; fix the environment"
-                    )
+                    what = f"{self.where}: the observation {name} of {place}"
+                    raise InputError(f"{what} is not finite; fix the environment")
 
     def _first(self, is_wrong: Any) -> str:
         return f"{self.row} {int(numpy.argmax(is_wrong))}" if is_wrong.any() else ""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from surefoot.types import Batch, Demonstration, Episode, Preference, Trajectory
+
+Poll: TypeAlias = Callable[[], None] | None
+Evaluated: TypeAlias = tuple[dict[str, float], Sequence[Trajectory | Episode | Demonstration | Preference]]
 
 
 class Rollout(Protocol):
@@ -30,14 +33,10 @@ class Rollout(Protocol):
     def can_evaluate(self) -> bool:
         """Whether there are held-out episodes."""
 
-    def collect(
-        self, *, first: int, count: int, version: int = 0, poll: Callable[[], None] | None = None
-    ) -> Batch:
+    def collect(self, *, first: int, count: int, version: int = 0, poll: Poll = None) -> Batch:
         """`count` units as a batch with rewards and reference log-probs. `poll` may raise to abandon it."""
 
-    def evaluate(
-        self, episodes: int, *, version: int = 0, poll: Callable[[], None] | None = None
-    ) -> tuple[dict[str, float], Sequence[Trajectory | Episode | Demonstration | Preference]]:
+    def evaluate(self, episodes: int, *, version: int = 0, poll: Poll = None) -> Evaluated:
         """`eval/…` metrics of the weights of `version` on held-out episodes, and the episodes."""
 
     def start_over(self) -> None:

@@ -23,12 +23,14 @@ from surefoot.envs.gym import LONGEST_REPLAY, Vector, VectorStep
 from surefoot.envs.observations import Arrays
 from surefoot.errors import InputError
 from surefoot.policies.base import ActingPolicy
+from surefoot.rollout.base import Evaluated, Poll
 from surefoot.rollout.logprobs import fill_logprobs
 from surefoot.rollout.opponents import OpponentPool
 from surefoot.types import EPISODE_STARTS, Batch, Episode
 
 Array: TypeAlias = NDArray[Any]
 Tensors: TypeAlias = dict[str, Tensor]
+Advanced: TypeAlias = tuple[Tensor, VectorStep, dict[int, Episode]]
 CLIP_REWARD = 10.0
 LONGEST_EPISODE = 100_000  # steps of an evaluation: what has not ended by then never will
 UNDER_WAY = ("returns", "discounted", "lengths")  # of a position, in a checkpoint
@@ -45,9 +47,7 @@ class Position:
         self.returns, self.discounted = numpy.zeros(num_envs), numpy.zeros(num_envs)
         self.lengths = numpy.zeros(num_envs, dtype=numpy.int64)
 
-    def advance(
-        self, policy: ActingPolicy, env: Vector, prepared: Tensors, noise: Any
-    ) -> tuple[Tensor, VectorStep, dict[int, Episode]]:
+    def advance(self, policy: ActingPolicy, env: Vector, prepared: Tensors, noise: Any) -> Advanced:
         """Act everywhere: the actions, what came of them, and the episodes that ended, by sub-environment."""
         starts = self.episode_starts
         actions, self.state = policy.act(prepared, self.state, episode_starts=starts, noise=noise)
@@ -98,9 +98,7 @@ class GymRollout:
         """Whether there is a separate environment to evaluate in."""
         return self.make_evaluation is not None
 
-    def collect(
-        self, *, first: int, count: int, version: int = 0, poll: Callable[[], None] | None = None
-    ) -> Batch:
+    def collect(self, *, first: int, count: int, version: int = 0, poll: Poll = None) -> Batch:
         """`count` timesteps from where the last call stopped; a batch [num_envs, steps] with log-probs."""
         started, steps = time.perf_counter(), count // self.env.num_envs
         if self.opponents is not None:
@@ -135,9 +133,7 @@ class GymRollout:
         batch.metrics |= {"time/rollout_s": rolled - started, "time/score_s": time.perf_counter() - rolled}
         return batch
 
-    def evaluate(
-        self, episodes: int, *, version: int = 0, poll: Callable[[], None] | None = None
-    ) -> tuple[dict[str, float], list[Episode]]:
+    def evaluate(self, episodes: int, *, version: int = 0, poll: Poll = None) -> Evaluated:
         """Run whole episodes with greedy actions, from the same seeds every time."""
         assert self.make_evaluation is not None
         with contextlib.closing(self.make_evaluation()) as env:
@@ -147,9 +143,7 @@ class GymRollout:
     def start_over(self) -> None:
         """Begin new episodes: somebody has stepped the environment. Raises InputError during a rollout."""
         if self._is_collecting:
-            raise InputError(
-                "the training environment is in the middle of a rollout; evaluate in another one"
-            )
+            raise InputError("the training environment is in the middle of a rollout; evaluate in another")
         self.env.position = None
 
     def state(self) -> dict[str, Any]:
@@ -263,7 +257,7 @@ def run_episodes(
     env: Vector,
     episodes: int,
     *,
-    poll: Callable[[], None] | None = None,
+    poll: Poll = None,
     on_step: Callable[[VectorStep], None] | None = None,
     seed: int | None = None,
 ) -> list[Episode]:
@@ -286,10 +280,9 @@ def run_episodes(
         for i, episode in ended.items():
             finished[i] = [*finished[i], episode][: shares[i]]
         if at.lengths.max() > LONGEST_EPISODE:
-            raise InputError(
-                f"env {env.name}: an episode has not ended after {LONGEST_EPISODE} steps; give it a time "
-                "limit (env.kwargs: {max_episode_steps: 1000}), or set evaluate.episodes: 0"
-            )
+            why = f"env {env.name}: an episode has not ended after {LONGEST_EPISODE} steps"
+            limit = "give it a time limit (env.kwargs: {max_episode_steps: 1000})"
+            raise InputError(f"{why}; {limit}, or set evaluate.episodes: 0")
     return [episode for own in finished for episode in own]
 
 

@@ -31,9 +31,7 @@ class OpponentPool:
 
     def __init__(self, policy: ActingPolicy, env: Any, settings: SelfPlayConfig):
         if policy.reads_whole_rows:
-            raise InputError(
-                "policy.model: two-player games are for policies without an LSTM; use MlpPolicy or CnnPolicy"
-            )
+            raise InputError("policy.model: two-player games are for policies without an LSTM: MlpPolicy, …")
         self.policy, self.settings = policy, settings
         self.pool: list[int] = []  # oldest first
         self.latest = RANDOM  # before the first rollout
@@ -42,8 +40,7 @@ class OpponentPool:
         self.ratings = {RANDOM: 0.0}  # and of the pool
         self.playing = np.full(env.num_envs, RANDOM)  # the opponents, int [N]
         self._rngs: Sequence[np.random.Generator] = env.rngs
-        # A game's generator is new where the game is.
-        self._known: list[Any] = [None] * env.num_envs
+        self._known: list[Any] = [None] * env.num_envs  # a game's generator is new where the game is
         self._moves: list[list[int]] = [[] for _ in range(env.num_envs)]  # the opponents', in games under way
         self._replayed: list[int] | None = None  # while games are repeated: how many of those moves were
         env.opponents = self
