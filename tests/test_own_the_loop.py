@@ -95,3 +95,17 @@ def test_an_id_or_a_bare_environment_begins_new_episodes_in_each_call() -> None:
 def test_what_is_no_environment_is_refused() -> None:
     assert "CartPole-v1" in refusal(lambda: make_env("CartPol-v1"))
     refusal(lambda: collect(make_policy(make_env("CartPole-v1")), 5), "env: expected a Gymnasium id")
+
+
+def test_an_environment_that_two_models_use_one_after_the_other_is_each_ones_own(in_own_folder: None) -> None:
+    env = make_env("CartPole-v1", n_envs=2)
+    small = {"normalize_rewards": True, "n_steps": 16, "batch_size": 16, "verbose": 0, "evaluate_episodes": 0}
+    for kind in ("MlpPolicy", "MlpLstmPolicy"):
+        PPO(kind, env, **small).learn(32)
+        assert env.reward_stats.count == 32  # not those of the model before
+
+
+def test_an_id_is_made_as_the_configuration_says() -> None:
+    config = Config(policy={"model": "MlpPolicy"}, env={"n_steps": 8, "n_envs": 4, "kwargs": {"max_episode_steps": 3}})
+    batch = collect(make_policy(make_env("CartPole-v1")), "CartPole-v1", config=config)
+    assert batch.mask_BT.shape == (4, 8) and all(episode.steps <= 3 for episode in batch.trajectories)

@@ -112,3 +112,8 @@ def test_micro_batches_keep_to_the_token_budget_and_leave_nobody_out(budget):
     for group in groups:
         assert len(group) == 1 or len(group) * batch.rows(group).mask_BT.shape[1] <= budget
     assert budget < 10_000 or len(groups) == 1
+
+
+def test_a_turn_of_the_policy_needs_a_log_prob_and_a_value_for_each_token():
+    with pytest.raises(ValueError, match="2 tokens"):
+        batch_of([prompt(11), Turn((21, 2), "wrote", True)])

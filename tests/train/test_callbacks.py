@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy
 import pytest
 
 from surefoot import PPO, SFT, BaseCallback, RewardModel, TextTask
@@ -104,3 +105,24 @@ def test_callbacks_need_a_training_alone():
         loop.run(training)
     assert len(recorder) == 4 and not training.observers
     refusal(lambda: text().learn(callback=5), "callback", "int")
+
+
+@pytest.mark.parametrize("ends", [False, numpy.bool_(False), 0])
+def test_whatever_is_false_ends_a_run_and_none_goes_on(ends):
+    seen: list[Any] = []
+    model = MODELS["environment"][0]().learn(callback=[lambda *_: None, lambda *_: seen.append(1) or ends])
+    assert len(seen) == 1 and not model.is_finished
+
+
+def test_the_penalty_moves_even_where_a_callback_raises():
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    model = text()
+    model = PPO(model.policy, model.env, kl={"target": 0.01, "horizon": 20.0}, total_episodes=16, episodes_per_update=4,
+                batch_size=4, n_epochs=1, max_new_tokens=2, learning_rate=0.1, **SMALL)  # fmt: skip
+    with pytest.raises(ZeroDivisionError):
+        model.learn(callback=fail)
+    model.learn()
+    coefs = [row["kl/coef"] for row in rows(model.run_folder) if "kl/coef" in row]
+    assert coefs[0] != coefs[1]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from surefoot.build.control import build_control_policy, build_vector
-from surefoot.config import Config
+from surefoot.config import Config, make_config
 from surefoot.core.seeds import derived_seed
 from surefoot.envs.gym import Vector
 from surefoot.envs.text import TextTask
+from surefoot.errors import InputError
 from surefoot.generation.engine import Engine
 from surefoot.policies.control.policy import ControlPolicy
 from surefoot.rollout.gym import GymRollout
@@ -24,9 +25,11 @@ def make_env(
     `seed` decides every episode that we begin; `kwargs` go to `gymnasium.make`. Raises InputError for what
     cannot be made or has spaces that cannot be trained on.
     """
+    if env is None:
+        raise InputError("make_env: name a Gymnasium id, or give an environment")
     name = env if isinstance(env, str) else None
     settings = {"id": name, "n_envs": n_envs, "vectorization": vectorization, "kwargs": kwargs}
-    return build_vector(_config(seed=seed, env=settings), env)
+    return build_vector(_config("make_env", seed=seed, env=settings), env)
 
 
 def make_policy(
@@ -39,11 +42,12 @@ def make_policy(
 ) -> ControlPolicy:
     """A policy and critic for the spaces of `env`, with random weights that follow from `seed`.
 
-    `kind` is one of `MlpPolicy`, `CnnPolicy`, `MultiInputPolicy`, `MlpLstmPolicy`, `CnnLstmPolicy`; `network`
-    is fields of `policy.network`, such as `net_arch=[64, 64]`. Raises InputError for spaces it does not fit.
+    `kind` is one of `MlpPolicy`, `CnnPolicy`, `MultiInputPolicy`, or one of these with an LSTM, such as
+    `MlpLstmPolicy`; `network` is fields of `policy.network`, such as `net_arch=[64, 64]`. Raises InputError
+    for spaces that it does not fit.
     """
     settings = {"normalize_observations": normalize_observations}
-    config = _config(seed=seed, policy={"model": kind, "network": network}, env=settings)
+    config = _config("make_policy", seed=seed, policy={"model": kind, "network": network}, env=settings)
     return build_control_policy(config, env)  # type: ignore[no-any-return]
 
 
@@ -71,13 +75,16 @@ def collect(
         engine: writes the completions; by default our own.
         config: `generation`, `group` and `shaping` of text, `env` of Gymnasium, and `ppo`; by default theirs.
     """
-    config = config or (Config() if isinstance(env, TextTask) else _config(env={}))
+    config = config or (Config() if isinstance(env, TextTask) else _config("collect", env={}))
     if isinstance(env, TextTask):
         engine = engine or text_engine(policy, config.generation)
         text = TextRollout(policy, env, engine=engine, config=config, seed=seed)
         return text.collect(first=first_episode, count=episodes, version=version)
-    assert config.env is not None, "collect: a Gymnasium environment needs a config with the section env"
-    vector = env if isinstance(env, Vector) else make_env(env, seed=derived_seed(seed, "collect", version))
+    if config.env is None:
+        raise InputError("collect: a Gymnasium environment needs a config with the section env")
+    settings = config.env.model_copy(update={"id": env if isinstance(env, str) else None})
+    seeded = {"seed": derived_seed(seed, "collect", version), "env": settings}
+    vector = env if isinstance(env, Vector) else build_vector(config.model_copy(update=seeded), env)
     rollout = GymRollout(policy, vector, settings=config.env, ppo=config.ppo, seed=seed)
     try:
         return rollout.collect(first=0, count=rollout.per_update, version=version)
@@ -86,5 +93,5 @@ def collect(
             vector.close()
 
 
-def _config(**sections: Any) -> Config:
-    return Config(**{"policy": {"model": "MlpPolicy"}} | sections)
+def _config(where: str, **sections: Any) -> Config:
+    return make_config({"policy": {"model": "MlpPolicy"}} | sections, where=f"{where}(...)")

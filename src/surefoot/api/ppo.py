@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from surefoot.api.generate import generate_text
-from surefoot.api.session import Session, check_policy, merge, open_folder, put_data, resume
+from surefoot.api.session import Session, check_count, check_policy, merge, open_folder, put_data, resume
 from surefoot.api.stable_baselines import SCHEDULED, Schedules, translated
 from surefoot.build.control import build_control_policy, build_vector
 from surefoot.build.language import build_demonstrations, build_policy, build_task, probe_functions
@@ -155,10 +155,10 @@ class PPO:
         name = "total_timesteps" if is_control else "total_episodes"
         if other is not None:
             raise InputError(f"learn: this run counts {name.removeprefix('total_')}; say learn({name}=...)")
+        check_count(name, more := total if named is None else named)
         if self._has_learned and self.config.env is not None and self.config.env.id is None:
             self._session.start_over()  # the environment is the user's, who may have used it in between
         self._has_learned = True
-        more = total if named is None else named
         self._session.learn(more, name, callback=callback, model=self, show=progress_bar)
         return self
 

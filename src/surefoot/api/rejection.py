@@ -118,12 +118,15 @@ class RejectionSampling:
             checkpoint.seed_generators(derived_seed(self.config.seed, "global generators", 0))
             folder.cut_logs({})
             return 0
-        progress = json.loads(file.read_bytes())
-        if progress["prompts"] != self._digest:
-            raise InputError("task.prompts: not the prompts that the run began with; continue with those")
-        folder.cut_logs(progress["log_sizes"])
-        checkpoint.restore_generators(progress["generators"])
-        return int(progress["episodes"])
+        try:
+            progress = json.loads(file.read_bytes())
+            if progress["prompts"] != self._digest:
+                raise InputError("task.prompts: not the prompts that the run began with; continue with those")
+            folder.cut_logs(progress["log_sizes"])
+            checkpoint.restore_generators(progress["generators"])
+            return int(progress["episodes"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{file} is damaged: {error!r}; sample into another run") from None
 
     def _sample_batch(self, folder: RunFolder, first: int) -> int:
         """Sample the next batch and log it durably; the number of episodes after it."""

@@ -2,8 +2,8 @@
 
 learn      Train for a number of units more or, without one, to the end that was asked for last. The run's
            folder is made at the first `learn` and held until it returns; a new run starts Python's, NumPy's
-           and torch's global generators from its seed. Whatever stops it leaves a checkpoint, and `learn()`
-           goes on from there.
+           and torch's global generators from its seed. A signal and any of our errors leave a
+           checkpoint, and `learn()` goes on from there.
 evaluate   The `eval/…` metrics that the run itself logs, of the policy as it is: on the first N held-out
            prompts, examples or preferences, or N episodes; by default N is `evaluate.episodes`.
 save       The model and its settings in a folder, without what belongs to the run.
@@ -132,7 +132,7 @@ class Session:
             training.total = training.progress.collected + more * units
         with self._held(training), observed(training, show=bool(self.verbose or show)):
             with calling(callback, training, model) as adapter:
-                self._adapter = adapter
+                self._adapter = adapter if callback else None
                 try:
                     if not training.is_finished:
                         loop.run(training)

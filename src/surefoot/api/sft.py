@@ -10,7 +10,7 @@ from surefoot.api.generate import generate_text
 from surefoot.api.session import Session, check_policy, open_folder, resume, supervised_config
 from surefoot.build.language import build_demonstrations, build_policy
 from surefoot.build.preflight import preflight
-from surefoot.config import Config, setting_keys, with_settings
+from surefoot.config import Config, CriticConfig, SFTConfig, setting_keys, with_settings
 from surefoot.policies.lm.policy import CausalLMPolicy
 from surefoot.storage.run_folder import RunFolder
 
@@ -95,5 +95,7 @@ class SFT:
         """
         config, run = open_folder(folder, "SFT", is_given=data is not None)
         if run is None:
-            return cls(str(folder), data, config=config, verbose=verbose)
+            policy = config.policy.model_copy(update={"critic": CriticConfig()})
+            again = Config(seed=config.seed, device=config.device, policy=policy, sft=SFTConfig())
+            return cls(str(folder), data, config=again, verbose=verbose)
         return resume(run, cls, config.policy.model, data, config=config, verbose=verbose)

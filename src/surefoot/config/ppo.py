@@ -56,7 +56,7 @@ class KLConfig(Section):
     placement: Literal["reward", "loss"] = setting("reward", "In the reward (k1), or in the loss (k2).")
     target: float | None = setting(None, "Adaptive β: holds sequence KL near this; `null`: β is fixed.", gt=0)
     horizon: float = setting(
-        10_000.0, "Episodes in which adaptive β moves at most 20 %; over 1/5 update.", gt=0
+        10_000.0, "Episodes in which adaptive β moves 20 % at most; over 1/5 of an update's.", gt=0
     )
 
 

@@ -39,7 +39,7 @@ class RewardModelConfig(OptimizerFields):
     rating_range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = setting(
         None, "Lowest and highest allowed rating, such as `[-4, 4]`."
     )
-    center: f.NonNegative = setting(0.0, "Weight of (r_chosen + r_rejected)², as against drift; often 0.01.")
+    center: f.NonNegative = setting(0.0, "Weight of (r_chosen + r_rejected)², against drift; often 0.01.")
     epochs: f.Positive = setting(2, "Passes over the preferences; rounded up to whole updates.")
     batch_size: f.Positive = setting(32, "Preferences in one optimizer step.")
 

@@ -43,7 +43,7 @@ def split(rows: Sequence[Row], keys: Sequence[str], held_out: float) -> tuple[li
     """`rows` in two, in their order: those to train on and those held out for evaluation.
 
     A row is held out if the hash of its key, a number in [0, 1), is below the fraction `held_out`: rows of
-    one key stay together, and more rows move none across. Where that would hold out none, the key of the
+    one key stay together, and more rows move none across. But where that would hold out none, the key of the
     lowest hash is held out, unless more than half of the rows have it; where it would hold out all, the key
     of the highest is trained on. Raises InputError for a fraction outside [0, 1).
     """

@@ -157,14 +157,18 @@ class Vector:
 
     def save(self, folder: Path) -> None:
         """Write the statistics that normalize rewards, if there are any, beside a policy."""
+        (folder / REWARD_STATS).unlink(missing_ok=True)  # another model's
         if self.reward_stats.count:
             (folder / REWARD_STATS).write_text(json.dumps(asdict(self.reward_stats)), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote."""
-        if (folder / REWARD_STATS).is_file():
-            stats = json.loads((folder / REWARD_STATS).read_text(encoding="utf-8"))
-            self.reward_stats = RunningStats(**stats)
+        """Read what `save` wrote; episodes begin. Raises InputError for a file that is damaged."""
+        self.position = None
+        if (file := folder / REWARD_STATS).is_file():
+            try:
+                self.reward_stats = RunningStats(**json.loads(file.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError) as error:
+                raise InputError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from None
 
     def close(self) -> None:
         """End the environments and their workers."""

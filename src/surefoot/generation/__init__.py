@@ -1,1 +1,1 @@
-"""The token engine: tokens in, tokens and behavior log-probs out. Knows no text, task or reward."""
+"""The token engine: tokens in, tokens and log-probs out. Knows no task or reward; text in stop strings."""

@@ -72,7 +72,7 @@ def generate(
     numbers = engine.submit(requests)
     completions: dict[int, Completion] = {}
     try:
-        while len(completions) < len(numbers):
+        while not completions.keys() >= set(numbers):
             completions |= {completion.request_id: completion for completion in engine.poll()}
             if poll is not None:
                 poll()

@@ -49,7 +49,9 @@ def _columns(trajectory: Trajectory) -> tuple[list[Any], ...]:
     columns: tuple[list[Any], ...] = ([], [], [], [], [])
     end = 0
     for turn in trajectory.turns:
-        nothing = [0.0] * len(turn.tokens)
+        count, nothing = len(turn.tokens), [0.0] * len(turn.tokens)
+        if turn.by_policy and not count == len(turn.logprobs) == len(turn.values):
+            raise ValueError(f"a policy's turn of {count} tokens needs as many logprobs and values")
         measured = (turn.logprobs, turn.values) if turn.by_policy else (nothing, nothing)
         more: tuple[Any, ...] = (turn.tokens, [turn.by_policy] * len(turn.tokens), *measured, nothing)
         for column, added in zip(columns, more, strict=True):

@@ -41,7 +41,7 @@ class Position:
     """Where a policy stands in a vector environment: what it acts on next, and the episodes under way [N]."""
 
     def __init__(self, policy: ActingPolicy, observations: Arrays, num_envs: int):
-        self.observations = observations
+        self.policy, self.observations = policy, observations
         self.state = policy.initial_state(num_envs)  # recurrent, before them; empty without an LSTM
         self.episode_starts = torch.ones(num_envs, dtype=torch.bool, device=policy.device)
         self.returns, self.discounted = numpy.zeros(num_envs), numpy.zeros(num_envs)
@@ -103,8 +103,11 @@ class GymRollout:
         started, steps = time.perf_counter(), count // self.env.num_envs
         if self.opponents is not None:
             self.opponents.begin(version)
-        is_new, n = self.env.position is None, self.env.num_envs
-        at = self.env.position = self.env.position or Position(self.policy, self.env.reset(), n)
+        at, n = self.env.position, self.env.num_envs
+        if at is not None and at.policy is not self.policy:  # another's episodes, and its statistics
+            at, self.env.reward_stats = None, RunningStats()
+        is_new = at is None
+        at = self.env.position = at or Position(self.policy, self.env.reset(), n)
         generator = torch.Generator().manual_seed(derived_seed(self.seed, "actions", version))
         noise = self.policy.noise(steps, n, generator)
         buffer = RolloutBuffer(at.state)

@@ -44,7 +44,7 @@ class BaseCallback:
     def on_step(self) -> bool:
         """Count the step and ask `_on_step`."""
         self.n_calls += 1
-        return self._on_step() is not False
+        return goes_on(self._on_step())
 
     def _on_step(self) -> bool:
         """Override: a step is done. False ends the training."""
@@ -103,12 +103,17 @@ class CallbackAdapter:
         for callback in self.callbacks:
             if isinstance(callback, BaseCallback):
                 callback.num_timesteps, callback.locals = self.num_timesteps, found
-                goes_on = callback.on_step()
+                may_go_on = callback.on_step()
             else:
-                goes_on = callback(found, {}) is not False
-            if not goes_on:
+                may_go_on = goes_on(callback(found, {}))
+            if not may_go_on:
                 self._should_end = True
                 return
+
+
+def goes_on(result: Any) -> bool:
+    """What a callback's result means: None goes on, and what is false, NumPy's False or a 0 too, ends."""
+    return result is None or bool(result)
 
 
 def infos_by_env(infos: Mapping[str, Any], num_envs: int) -> list[dict[str, Any]]:
@@ -142,9 +147,9 @@ def calling(callback: Any, training: Training, model: Any = None) -> Iterator[Ca
         return
     training.on_env_step = adapter.on_env_step
     training.observers.append(adapter)
-    adapter.call("init_callback", training, model)
-    adapter.call("_on_training_start")
     try:
+        adapter.call("init_callback", training, model)
+        adapter.call("_on_training_start")
         yield adapter
     finally:
         training.on_env_step = lambda: None

@@ -132,13 +132,19 @@ def run(training: Training) -> None:
                     return
                 raise
             check_first &= result.stats is None  # an update may have had nothing to learn from
-            log(t, batch, metrics)
             try:
-                t.objective.finish(batch)
-                _check_bad_steps(t)
-            except (GateError, NonFiniteError):
-                save(t, snapshot(t))
-                raise
+                log(t, batch, metrics)
+            finally:  # β moves whatever an observer raises
+                _finish(t, batch)
+
+
+def _finish(t: Training, batch: Batch) -> None:
+    try:
+        t.objective.finish(batch)
+        _check_bad_steps(t)
+    except (GateError, NonFiniteError):
+        save(t, snapshot(t))
+        raise
 
 
 def collect(t: Training) -> Batch:
