@@ -2,6 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# A process and one thread for every core: tests are many small programs, and threads that wait by spinning stop others.
+PYTEST = OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n auto --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all messages check format bench docs recipe
@@ -21,10 +23,10 @@ demo: $(READY)  ## PPO fine-tunes a real model towards a real reward: about 5 mi
 	@$(BIN)/surefoot demo
 
 test: $(READY)  ## The tests that CI runs
-	$(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test-all: $(READY)  ## All tests, the slow ones too (kill and resume, learning on the real model)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 messages: $(READY)  ## Write tests/messages.txt, the wording of every refusal, from a run of all tests
 	SUREFOOT_MESSAGES=renew $(BIN)/python -m pytest -q

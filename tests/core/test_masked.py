@@ -24,6 +24,8 @@ def test_whitening_uses_the_population_variance() -> None:
     assert kept.flatten().tolist() == pytest.approx(WHITENED, abs=1e-4)
     shifted = whiten(GRID, everything(GRID))
     assert shifted.flatten().tolist() == pytest.approx([x - 1.6 for x in WHITENED], abs=1e-4)
+    with_n_minus_1 = (GRID - GRID.mean()) / GRID.std()  # as TRL and Stable-Baselines3 divide
+    assert torch.allclose(shifted, with_n_minus_1 * (9 / 8) ** 0.5, atol=1e-5)
 
 
 def test_whitening_sees_only_the_mask() -> None:

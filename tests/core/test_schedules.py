@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from transformers import get_scheduler
 
 from surefoot.core.schedules import KINDS, schedule
 
@@ -42,3 +44,12 @@ def test_schedule_ends_at_zero_and_stays_there(kind: str) -> None:
 def test_unknown_schedule_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"'exponential'.*constant, linear, cosine"):
         schedule("exponential", 0, 10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_warm_up_is_one_update_ahead_of_transformers_and_the_rest_is_the_same(kind: str) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    name = "constant_with_warmup" if kind == "constant" else kind
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=10)
+    rates = [theirs.get_last_lr()[0] for _ in range(10) if optimizer.step() is None and theirs.step() is None]
+    assert multipliers(kind, 10, warmup=0.3) == pytest.approx([*rates[:3], 1.0, *rates[3:9]])

@@ -104,7 +104,6 @@ def test_a_huge_line_is_refused_and_not_read_into_memory(jsonl, monkeypatch):
         (frozenset({"one"}), ("data", "a set")),
         (type("Frame", (), {"iterrows": None, "__iter__": lambda self: iter(["prompt"])})(), ("to_dict('records')",)),
     ],
-    ids=str,
 )
 def test_what_holds_no_rows_is_refused(tmp_path, monkeypatch, source, names):
     monkeypatch.chdir(tmp_path)

@@ -60,7 +60,6 @@ def test_the_prompt_column_can_have_another_name():
         ([{"prompt": "one", "prompts": 1}], ("prompts, row 1", "'prompts'")),
         ([{"prompt": "one", "completions": 3}], ("prompts, row 1", "'completions'")),
     ],
-    ids=str,
 )
 def test_prompts_of_no_usable_kind_are_refused(tmp_path, monkeypatch, prompts, names):
     monkeypatch.chdir(tmp_path)
