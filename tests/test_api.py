@@ -14,8 +14,8 @@ import transformers
 
 import surefoot
 from surefoot import PPO, SFT, RewardModel, TextTask, advantages, collect, load_policy, update
-from surefoot.config import AdapterConfig, Config, PolicyConfig, make_config
-from tests.inputs import PROMPTS, Rows, model_folder, refusal
+from surefoot.config import AdapterConfig, Config, make_config
+from tests.inputs import PROMPTS, model_folder, refusal
 from tests.tiny import tiny_policy, tiny_tokenizer
 
 SMALL = {"total_episodes": 8, "episodes_per_update": 4, "batch_size": 4, "n_epochs": 1, "max_new_tokens": 3, "dtype": "float32"}
@@ -107,22 +107,15 @@ def test_ten_lines_train_a_model_with_a_reward_of_ones_own(capsys):
 
     model = PPO(model_folder(), TextTask(PROMPTS, more_words), learning_rate=1e-3, **SMALL)
     assert model.learn() is model
-    assert isinstance(model.generate("the film"), str)
+    one, several = model.generate("the film", seed=4), model.generate(["the film", "two"], seed=4)
+    assert isinstance(one, str) and several[0] == one and len(several) == 2 and model.generate([]) == []
     model.save("out")
     opened = transformers.AutoModelForCausalLM.from_pretrained("out")
     tokens = torch.tensor([tiny_tokenizer()("the film")["input_ids"]])
     assert torch.allclose(opened(tokens).logits, model.policy.lm(tokens).logits, atol=1e-4)
     assert model.run_folder == Path("runs/ppo-1") and "update 2/2" in capsys.readouterr().out
     for prompts, completions, columns in seen:
-        assert len(prompts) == len(completions) == len(columns["answer"])
-        assert [len(p) for p in prompts] == columns["answer"] and all(isinstance(c, str) for c in completions)
-
-
-def test_a_reward_may_name_its_columns():
-    def exact(prompts, completions, answer):
-        return [float(len(c) == n) for c, n in zip(completions, answer, strict=True)]
-
-    assert small(env=TextTask(Rows(PROMPTS), exact)).learn().run_folder is not None
+        assert [len(p) for p in prompts] == columns["answer"] and [type(c) for c in completions] == [str] * len(prompts)
 
 
 def test_chat_messages_reach_the_reward_as_messages():
@@ -136,21 +129,6 @@ def test_chat_messages_reach_the_reward_as_messages():
     model = small(tiny_policy(tokenizer=tiny_tokenizer(chat=True)), TextTask(chats, on_messages, held_out=0)).learn(4)
     assert all(prompt in chats and [m["role"] for m in completion] == ["assistant"] for prompt, completion in seen)
     assert len(model.generate([chats[0], "plain text"])) == 2
-
-
-def test_plain_prompts_can_be_sent_as_chat():
-    policy = tiny_policy(tokenizer=tiny_tokenizer(chat=True))
-    batch = collect(policy, TextTask(["one"], reward, held_out=0, chat=True), episodes=1)
-    chat = policy.tokenizer.apply_chat_template(
-        [{"role": "user", "content": "one"}], add_generation_prompt=True, return_dict=True
-    )
-    assert batch.trajectories[0].prompt_tokens == tuple(chat["input_ids"])
-    assert batch.trajectories[0].prompt == "one" and isinstance(batch.trajectories[0].completion_text, str)
-
-
-def test_nothing_is_shown_when_nothing_is_asked_for(capfd):
-    small().learn()
-    assert capfd.readouterr() == ("", "")
 
 
 def test_settings_and_config_are_the_same_thing():
@@ -173,6 +151,7 @@ def test_settings_and_config_are_the_same_thing():
         ({"adapter": {"rnk": 2}}, "'policy.adapter.rank'"),
         ({"run_name": "../up"}, "run.name"),
         ({"n_steps": 5}, "n_steps"),
+        ({"model": "another"}, "model"),
     ],
 )
 def test_a_wrong_setting_is_refused_before_the_model_is_loaded(monkeypatch, settings, named):
@@ -188,12 +167,14 @@ def test_what_is_no_policy_or_no_task_is_refused_and_a_folder_is_text_or_path():
     assert {PPO(kind(model_folder())).policy.lm.config.vocab_size for kind in (str, Path)} == {61}
 
 
-def test_the_try_of_the_reward_leaves_the_global_generators_alone():
+def test_the_try_of_the_reward_leaves_the_global_generators_alone_and_nothing_is_shown(capfd):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
     small(env=TextTask(PROMPTS, lambda prompts, completions, **columns: torch.rand(len(prompts)).tolist()))
     assert torch.equal(torch.rand(3), expected)
+    small().learn()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_what_cannot_be_trained_or_evaluated_is_refused_and_leaves_nothing():
@@ -227,14 +208,10 @@ def test_evaluation_measures_what_was_held_out():
     [
         ("", "generate"),
         (["one", " "], "prompt 2"),
-        (5, "int"),
         (None, "NoneType"),
-        (["one", 5], "prompt 2"),
         ([{"role": "user", "content": "hi"}], "prompt 1"),
-        ([[{"role": "user"}]], "prompt 1"),
         ([[{"role": "user", "content": "hi"}]], "chat template"),
         ("x" * 100, "100 tokens"),
-        ("half \ud83d", "generate"),
     ],
 )
 def test_prompts_that_cannot_be_continued_are_refused(prompts, named):
@@ -244,13 +221,6 @@ def test_prompts_that_cannot_be_continued_are_refused(prompts, named):
 @pytest.mark.parametrize(("name", "value"), [("top_q", 3), ("max_new_tokens", 0), ("top_p", 3.0)])
 def test_sampling_settings_are_checked(name, value):
     refusal(lambda: PPO(tiny_policy()).generate("one", **{name: value}), name)
-
-
-def test_one_prompt_gives_a_string_and_several_a_list():
-    model = PPO(tiny_policy())
-    assert isinstance(model.generate("one"), str)
-    assert [type(text) for text in model.generate(["one", "two"])] == [str, str] and model.generate([]) == []
-    assert model.generate(["one"], seed=4)[0] == model.generate("one", seed=4)
 
 
 def test_generating_stops_at_the_strings_the_policy_was_trained_to_stop_at():
@@ -271,25 +241,6 @@ def test_generating_goes_through_the_template_of_a_task_that_was_trained_through
     assert as_chat != small(policy).generate(prompt)
 
 
-def test_a_saved_model_is_loaded_with_its_critic_and_settings():
-    model = PPO(model_folder(), task(), verbose=0, kl={"coef": 0.3}, run_name="mine", **SMALL).learn()
-    model.save("out")
-    loaded = PPO.load("out", task(), verbose=0)
-    assert loaded.config.kl.coef == 0.3 and loaded.config.run.name is None  # what it trains is another run
-    assert torch.equal(loaded.policy.value_head.weight, model.policy.value_head.weight)
-    assert loaded.policy.value_head.weight.abs().sum() > 0
-    assert loaded.learn(4).run_folder != model.run_folder
-
-
-def test_relative_names_in_a_run_folder_are_found_from_anywhere(monkeypatch, tmp_path):
-    shutil.copytree(model_folder(), "model")
-    PPO("model", task(), verbose=0, run_name="mine", **SMALL).learn(4)
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    assert PPO.load("../runs/mine", task(), verbose=0).learn(4).run_folder is not None
-    assert isinstance(PPO.open("../runs/mine").generate("one"), str)
-
-
 def test_folders_that_cannot_be_loaded_or_written_are_one_line():
     Path("empty").mkdir()
     shutil.copytree(model_folder(), "plain")
@@ -301,8 +252,3 @@ def test_folders_that_cannot_be_loaded_or_written_are_one_line():
     assert not Path("canary").exists()
     Path("file").touch()
     refusal(lambda: PPO(tiny_policy()).save("file/out"), "file/out")
-
-
-def test_load_policy_gives_what_ppo_takes():
-    policy = load_policy(str(model_folder()), PolicyConfig(adapter=AdapterConfig(rank=2), dtype="float32"))
-    assert small(policy).learn(4).policy is policy

@@ -44,8 +44,8 @@ def finished(trained) -> Path:
     return trained[0]
 
 
-def python(*arguments: str, **settings: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60, check=False, **settings)  # type: ignore[call-overload]
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60, check=False)
 
 
 @pytest.mark.parametrize(
@@ -120,24 +120,16 @@ PPO, GENERATE = ["ppo", "config.yaml"], ["generate", "model", "x"]
         (["reward-model", "config.yaml"], ["config.yaml", "reward_model.data"]),
         (["ppo", "sft.yaml"], ["sft.yaml", "sft section", "surefoot sft sft.yaml"]),
         (["ppo", "."], [".: cannot be read"]),
-        (["resume"], ["RUN", "surefoot resume --help"]),
         (["resume", "no"], ["no is not a run folder"]),
         (["resume", "model"], ["model is not a run folder"]),
         (["resume", "runs/x", "--seed", "3"], ["--seed 3"]),
-        (["generate", "model"], ["TEXT", "surefoot generate --help"]),
-        ([*GENERATE, "y"], ["arguments: y"]),
         (["generate", "model", "  "], ["text is empty"]),
         ([*GENERATE, "--seed", "a"], ["--seed", "'a'"]),
         ([*GENERATE, "--temperature", "-1"], ["temperature", "got -1.0"]),
-        ([*GENERATE, "--temperature", "nan"], ["temperature", "got nan"]),
         ([*GENERATE, "--max-new-tokens", "0"], ["max_new_tokens", "got 0"]),
-        ([*GENERATE, "--top-k", "-1"], ["top_k", "got -1"]),
         ([*GENERATE, "--top-p", "2"], ["top_p", "got 2.0"]),
         (["generate", "./no", "x"], ["policy.model: no folder ./no"]),
-        (["generate", "config.yaml", "x"], ["policy.model: no folder config.yaml"]),
-        (["fetch"], ["NAME", "surefoot fetch --help"]),
         (["fetch", "tweeets"], ["'tweeets'", *assets.ASSETS]),
-        (["demo", "more"], ["arguments: more"]),
         (["demo", "--nosuch", "1"], ["'--nosuch'"]),
         (["demo", "--run.name", "../x"], ["--run.name", "'../x'"]),
     ],
@@ -188,16 +180,13 @@ def test_a_device_this_machine_lacks_is_refused_before_anything_is_fetched(proje
         run_cli("ppo", "config.yaml", "--device", "cuda", *flags).refused("device: cuda", "auto or cpu")
 
 
-@pytest.mark.parametrize("source", ["run", "model of the run", "model folder", "asset"])
-def test_generate_continues_a_text_with_any_model(finished, monkeypatch, source):
+def test_generate_continues_a_text_with_any_model(finished, monkeypatch):
     monkeypatch.setattr(assets, "fetch", lambda name, log: model_folder())
-    names = {"run": finished, "model of the run": finished / "model", "model folder": model_folder()}
-    name = names.get(source, "smollm2-135m-instruct")
-    first = run_cli("generate", name, "the film", "--max-new-tokens", "5")
-    assert first.code == 0 and first.err == "" and first.out.strip()
-    assert run_cli("generate", name, "the film", "--max-new-tokens", "5").out == first.out
-    others = {run_cli("generate", name, "the film", "--max-new-tokens", "5", "--seed", seed).out for seed in range(4)}
-    assert len(others) > 1
+    for name in (finished, finished / "model", model_folder(), "smollm2-135m-instruct"):
+        command = ("generate", name, "the film", "--max-new-tokens", "5")
+        first = run_cli(*command)
+        assert first.code == 0 and first.err == "" and first.out.strip() and run_cli(*command).out == first.out
+        assert len({run_cli(*command, "--seed", seed).out for seed in range(4)}) > 1
 
 
 def test_generate_obeys_its_flags(finished):
@@ -207,10 +196,8 @@ def test_generate_obeys_its_flags(finished):
 
 
 def test_generate_sends_a_chat_through_the_template(finished, monkeypatch):
-    plain, chat = (
-        run_cli("generate", model_folder(chat=True), "the film", "--temperature", "0", *flag).out for flag in ([], ["--chat"])
-    )
-    assert plain != chat
+    command = ("generate", model_folder(chat=True), "the film", "--temperature", "0")
+    assert run_cli(*command).out != run_cli(*command, "--chat").out
     run_cli("generate", finished, "the film", "--chat").refused("chat template")
 
 

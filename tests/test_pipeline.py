@@ -243,7 +243,7 @@ def test_a_folder_that_is_no_whole_run_is_to_be_removed(tmp_path: Path):
 def test_an_empty_section_has_its_defaults_and_a_part_that_is_a_stage_is_called_by_its_name(tmp_path: Path):
     parts = [{"name": "stage:judge"}, {"name": "stage:judge2", "weight": 0.5}, {"name": "stage:judge", "label": "other"}]
     stages = STAGES | {"judge2": STAGES["judge"], "more": changed("tuned", task=task(reward=parts))["tuned"]}
-    stages["answers"] = STAGES["answers"] | {"rejection_sampling": None}
+    stages["answers"] = STAGES["answers"] | {"rejection_sampling": None, "ppo": {"batch_size": 7}}  # it updates nothing
     loaded = {stage.name: stage.config for stage in load_pipeline(write(tmp_path, stages))}
     assert loaded["answers"].rejection_sampling == RejectionSamplingConfig()
     settings = loaded["more"].task

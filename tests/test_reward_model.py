@@ -111,7 +111,8 @@ def test_what_is_saved_scores_as_what_was_trained(adapter):
     # Where prompt ends and completion begins does not matter: what is scored is the text.
     assert loaded.score(["film"], [" 3 is good"]) == loaded.score(["film 3"], [" is good"])
     assert transformers.AutoModelForCausalLM.from_pretrained("out").config.model_type == "llama"
-    refusal(loaded.learn, "RewardModel(model, data)")
+    for unable in (loaded.learn, loaded.evaluate):
+        refusal(unable, "RewardModel.load(run_folder)")
     assert loaded.score([], []) == []
 
 

@@ -63,7 +63,7 @@ def test_three_sentences_are_learnt_by_heart_and_go_on_to_ppo(capsys):
     first = rows(ppo.learn().run_folder or Path())[0]
     assert first["kl/reference"] == pytest.approx(0, abs=1e-4) and first["length/end_rate"] > 0.5
     # Its settings lie beside it too, and its own run can be opened as a policy, not as a PPO run.
-    assert PPO.load("out", TextTask(["a"], reward, held_out=0.0), verbose=0).config.sft is None
+    assert PPO.load("out", TextTask(["a"], reward, held_out=0.0), verbose=0).config == PPO("out", **SMALL).config
     refusal(lambda: PPO.load("runs/sft-1"), "SFT.load")
 
 
@@ -156,6 +156,7 @@ def test_verbs_and_files_that_do_not_belong_together_are_refused(base):
     [
         (lambda: SFT(model_folder()), "sft.data"),
         (lambda: SFT(7, SENTENCES), "policy"),
+        (lambda: SFT(model_folder(), SENTENCES, model="another"), "model"),
         (lambda: SFT(model_folder(), SENTENCES, kl={"coef": 1}), "'kl'"),
         (lambda: SFT(model_folder(), SENTENCES, epoch=1), "'epochs'"),
         (lambda: SFT(model_folder(), [*SENTENCES, PAIRS[0]]), "data, row 4"),

@@ -36,16 +36,15 @@ def evaluate_policy(
         raise InputError(f"evaluate_policy: n_eval_episodes is {n_eval_episodes}; play at least one")
     if model.config.env is None:
         raise InputError("evaluate_policy is for environments; a language model has evaluate")
+    if env is None and model.config.env.id is None:
+        raise InputError("evaluate_policy: the model's environment was made in Python; pass one")
     if env is None:
-        if model.config.env.id is None:
-            raise InputError("evaluate_policy: the model's environment was made in Python; pass one")
         vector = build_vector(model.config, for_evaluation=True)
     elif isinstance(env, str):
         vector = make_vector(env, n_envs=1, vectorization="sync", kwargs={}, seed=seed)
     else:
         vector = wrap_vector(env, seed=seed)
-    is_training_env = share_envs(vector, model.env)
-    if is_training_env:
+    if share_envs(vector, model.env):
         model._session.start_over()  # refused in the middle of a rollout
     try:
         vector.check_same_spaces(model.env)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def new_model(
     return write_new_model(make_config(settings, where="new_model(...)"), texts)
 
 
-def write_new_model(config: Config, data: Any = None, *, log: Callable[[str], None] = log_to_stderr) -> Path:
+def write_new_model(config: Config, data: Any = None) -> Path:
     """The model that `config` describes, in the folder `policy.model`, from `data` or what `sft.data` names.
 
     Raises InputError as `new_model` does.
@@ -46,8 +46,10 @@ def write_new_model(config: Config, data: Any = None, *, log: Callable[[str], No
 
     assert config.new_model is not None and config.sft is not None
     folder = Path(config.policy.model)
-    check_new_folder(folder)
-    contents = [example.contents for example in build_demonstrations(config.sft, data, log=log).train]
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "exists and is not empty" if folder.is_dir() else "is a file"
+        raise InputError(f"policy.model: {folder} {what}; name a new folder for the new model")
+    contents = [example.contents for example in build_demonstrations(config.sft, data).train]
     tokenizer = learn_tokenizer(plain_texts(contents), config.new_model.vocab, chat="messages" in contents[0])
     lm = random_lm(config.new_model, tokenizer, seed=derived_seed(config.seed, "new model", 0))
     with writing(folder), whole_folder(folder) as aside:
@@ -55,12 +57,5 @@ def write_new_model(config: Config, data: Any = None, *, log: Callable[[str], No
             lm.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
     made = f"{config.new_model.kind} of {sum(p.numel() for p in lm.parameters()):,} weights"
-    log(f"{folder}: {made} over {len(tokenizer):,} tokens, from {len(contents):,} examples")
+    log_to_stderr(f"{folder}: {made} over {len(tokenizer):,} tokens, from {len(contents):,} examples")
     return folder
-
-
-def check_new_folder(folder: Path) -> None:
-    """Raise InputError for a folder that has something in it, or a file of that name."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        what = "exists and is not empty" if folder.is_dir() else "is a file"
-        raise InputError(f"policy.model: {folder} {what}; name a new folder for the new model")

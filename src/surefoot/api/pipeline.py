@@ -43,10 +43,10 @@ class Stage:
     @property
     def kind(self) -> Product:
         """What the product is."""
-        if self.config.rejection_sampling is not None:
-            return "examples"
-        model: Product = "an environment's policy" if self.config.env else "a language model"
-        return "a reward model" if self.config.reward_model else model
+        kinds: dict[str, Product] = {"RejectionSampling": "examples", "RewardModel": "a reward model"}
+        return kinds.get(
+            self.config.opener, "an environment's policy" if self.config.env else "a language model"
+        )
 
 
 def load_pipeline(path: Path | str, overrides: Mapping[str, str] | None = None) -> list[Stage]:
@@ -59,44 +59,46 @@ def load_pipeline(path: Path | str, overrides: Mapping[str, str] | None = None) 
     data, here = read_sections(path), Path(path).parent.absolute()
     given = data.get("stages")
     for sections in (data.get("common"), *(given.values() if isinstance(given, dict) else ())):
-        make_paths_relative_to(here, sections if isinstance(sections, dict) else {})
+        if isinstance(sections, dict):
+            make_paths_relative_to(here, sections)
     make_paths_relative_to(here, {"run": data})  # the pipeline's folder
     for key, text in (overrides or {}).items():
         set_field(data, key, text)
     pipeline = checked(data, str(path))
     stages: dict[str, Stage] = {}
     for name, sections in pipeline.stages.items():
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or len(name) > 64:
+        if not re.fullmatch(r"[a-z][a-z0-9_]{,63}", name):
             how = "take lower-case letters, digits and _"
             raise InputError(f"{path}: {name[:60]!r} is not a valid name of a stage; {how}")
         stages[name] = _stage(name, sections, pipeline, f"{path}, stage {name}", stages)
-    made = {str(stage.product): stage for stage in stages.values()}
-    for stage in stages.values():
+    made = {str(stage.product) for stage in stages.values()}
+    for name, stage in stages.items():
         try:
-            _check_inputs(stage, made)
+            check_models(stage.config, made=made)
+            task = check_sources(stage.config, made=made)
+            if (rejection := stage.config.rejection_sampling) is not None:
+                check_join(stage.config, task, is_made=rejection.join not in made)
         except InputError as error:
-            raise InputError(f"{path}, stage {stage.name}: {error}") from None
+            raise InputError(f"{path}, stage {name}: {error}") from None
     return list(stages.values())
 
 
-def run_pipeline(stages: list[Stage], *, verbose: int = 1) -> None:
+def run_pipeline(stages: list[Stage]) -> None:
     """Bring every stage to its end, in order. Raises what a run raises; the same call then goes on."""
     for stage in stages:
         _check_begun(stage, stages)
     for number, stage in enumerate(stages, start=1):
-        is_finished, is_begun = stage.product.exists(), (stage.folder / "config.yaml").is_file()
-        note = ", finished before" if is_finished else ""
+        note = ", finished before" if (is_finished := stage.product.exists()) else ""
         print(f"stage {number} of {len(stages)}: {stage.name}{note}", flush=True)
-        if not is_finished and is_begun:
-            runs.finish(runs.resume(stage.folder, verbose=verbose))
-        elif not is_finished:
-            runs.finish(runs.start(stage.config, verbose=verbose))
+        if not is_finished:
+            is_begun = (stage.folder / "config.yaml").is_file()
+            runs.finish(runs.resume(stage.folder) if is_begun else runs.start(stage.config))
 
 
 def _stage(
     name: str, sections: dict[str, Any], pipeline: PipelineConfig, where: str, earlier: Mapping[str, Stage]
 ) -> Stage:
-    left = {stage.name: (stage.kind, str(stage.product)) for stage in earlier.values()}
+    left = {before: (stage.kind, str(stage.product)) for before, stage in earlier.items()}
     data: dict[str, Any] = {}
     merge(data, with_products(pipeline.common, {}, where))
     merge(data, with_products(sections, left, where))
@@ -115,15 +117,6 @@ def _stage(
     config = make_config(data, where=where)
     runs.check(config, where=where)
     return Stage(name, config)
-
-
-def _check_inputs(stage: Stage, made: Mapping[str, Stage]) -> None:
-    """Raise InputError for what no run could be made of even after the stages in `made`."""
-    config = stage.config
-    check_models(config, made=made)
-    task = check_sources(config, made=made)
-    if config.rejection_sampling is not None:
-        check_join(config, task, is_made=config.rejection_sampling.join not in made)
 
 
 def _check_begun(stage: Stage, stages: list[Stage]) -> None:

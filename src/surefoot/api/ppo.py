@@ -10,22 +10,14 @@ import torch
 from torch import nn
 
 from surefoot.api.generate import generate_text
-from surefoot.api.session import Session, check_count, check_policy, merge, open_folder, put_data, resume
+from surefoot.api.session import HasSession, Session, check_policy, merge, named_file, open_folder, resume
 from surefoot.api.stable_baselines import SCHEDULED, Schedules, translated
 from surefoot.build.control import build_control_policy, build_vector
 from surefoot.build.language import build_demonstrations, build_policy, build_task, probe_functions
 from surefoot.build.preflight import SETTINGS, preflight
 from surefoot.build.training import restore_best
-from surefoot.config import (
-    NETWORKS,
-    Config,
-    load_config,
-    make_config,
-    nested,
-    sections_for,
-    setting_keys,
-    with_settings,
-)
+from surefoot.config import NETWORKS, Config, load_config, make_config, sections_for, with_settings
+from surefoot.config.keywords import nested, setting_keys
 from surefoot.core.seeds import derived_seed
 from surefoot.envs.gym import Vector
 from surefoot.envs.make import made_from
@@ -38,7 +30,7 @@ from surefoot.storage.run_folder import RunFolder
 
 
 @with_settings(setting_keys("ppo"))
-class PPO:
+class PPO(HasSession):
     """Train a policy in an environment with PPO.
 
     For language: `policy` is an asset's name, a local model folder, a Hugging Face hub id or a loaded
@@ -66,15 +58,15 @@ class PPO:
         **settings: Any,
     ):
         is_module = isinstance(policy, nn.Module) and not isinstance(env, TextTask)
-        has_env = config is not None and config.env is not None
-        is_control = has_env or str(policy) in NETWORKS or is_module
+        is_control = is_module or str(policy) in NETWORKS or (config is not None and config.env is not None)
         if is_control and env is None and config is None:
             raise InputError(f"env: PPO({policy!r:.40}) needs a Gymnasium id or (vector) environment")
         if not is_control and not isinstance(env, (TextTask, type(None))):
             given = repr(env) if isinstance(env, str) else f"a {type(env).__name__}"
             how = f"for Gymnasium the policy is one of {', '.join(NETWORKS)}"
             raise InputError(f"env: expected a TextTask(prompts, reward), got {given:.60}; {how}")
-        check_policy(policy, nn.Module if is_control else CausalLMPolicy)
+        # A module makes features alone: `model` is the network after it.
+        check_policy(policy, {} if is_module else settings, nn.Module if is_control else CausalLMPolicy)
         schedules: Schedules = {}
         if is_control:
             settings, schedules = translated(settings)
@@ -124,16 +116,6 @@ class PPO:
         """Timesteps (of a task: episodes) so far; callbacks see it grow with every step."""
         return self._session.collected
 
-    @property
-    def run_folder(self) -> Path | None:
-        """Where the run lies, once it has begun."""
-        return self._session.run_folder
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the run has been trained to its end."""
-        return self._session.is_finished
-
     def learn(
         self,
         total: int | None = None,
@@ -155,7 +137,7 @@ class PPO:
         name = "total_timesteps" if is_control else "total_episodes"
         if other is not None:
             raise InputError(f"learn: this run counts {name.removeprefix('total_')}; say learn({name}=...)")
-        check_count(name, more := total if named is None else named)
+        more = total if named is None else named
         if self._has_learned and self.config.env is not None and self.config.env.id is None:
             self._session.start_over()  # the environment is the user's, who may have used it in between
         self._has_learned = True
@@ -208,15 +190,11 @@ class PPO:
 
         Critic and settings lie beside the weights for `PPO.load`. Raises InputError if it cannot be written.
         """
-        self._session.save(folder, self._nameable())
-
-    def _nameable(self) -> Config:
-        """The configuration, with the id that Gymnasium made the environment from: `load` can make it too."""
-        env = self.config.env
-        if env is None or env.id is not None or (spec := made_from(self.env)) is None:
-            return self.config
-        named = env.model_copy(update={"id": spec[0], "kwargs": spec[1]})
-        return self.config.model_copy(update={"env": named})
+        config, env = self.config, self.config.env
+        if env is not None and env.id is None and (spec := made_from(self.env)) is not None:
+            named = env.model_copy(update={"id": spec[0], "kwargs": spec[1]})  # `load` can make it too
+            config = config.model_copy(update={"env": named})
+        self._session.save(folder, config)
 
     @classmethod
     def load(cls, folder: str | Path, env: Any = None, *, verbose: int = 1, **given: Any) -> PPO:
@@ -235,10 +213,9 @@ class PPO:
             if isinstance(model.env, Vector):
                 model.env.load(Path(folder))
             return model
-        if env is None and config.env is None:
-            env = build_task(config)
+        source = build_task(config) if env is None and config.env is None else env
         policy = given.pop("policy", config.policy.model)
-        return resume(run, cls, policy, env, config=config, verbose=verbose, **given)
+        return resume(run, cls, policy, source, config=config, verbose=verbose, **given)
 
     @classmethod
     def open(cls, source: str | Path, env: Any = None) -> PPO:
@@ -251,14 +228,13 @@ class PPO:
             config = run.config()
             if config.opener in ("RewardModel", "RejectionSampling"):
                 raise InputError(f"{source} is a run of {config.opener}, which trains no policy to use")
-            begun = run if config.env is not None else None
+            begun = run if config.env else None
             model = cls(config.policy.model, env, config=config, verbose=0, run=begun)
             restore_best(model.policy, run, model.env)
             return model
         settings = Path(source) / SETTINGS
-        if settings.is_file() and load_config(settings).env is not None:
-            return cls.load(source, env, verbose=0)
-        return cls(str(source), verbose=0)
+        is_control = settings.is_file() and load_config(settings).env is not None
+        return cls.load(source, env, verbose=0) if is_control else cls(str(source), verbose=0)
 
 
 def _put_environment(data: dict[str, Any], env: Any, settings: dict[str, Any], schedules: Schedules) -> None:
@@ -278,5 +254,4 @@ def _put_demonstrations(data: dict[str, Any], ptx_data: Any, *, is_begun: bool) 
     if is_begun and data.get("ptx") is None:
         raise InputError("ptx_data: the run was begun without demonstrations; leave it out")
     if not is_begun:
-        data["ptx"] = data.get("ptx") or {}
-        put_data(data["ptx"], ptx_data)
+        data["ptx"] = (data.get("ptx") or {}) | {"data": named_file(ptx_data)}

@@ -14,9 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from surefoot.api.session import open_folder
 from surefoot.build.language import build_demonstrations, build_policy, build_task, probe_functions
-from surefoot.build.preflight import preflight
 from surefoot.config import Config, SFTConfig
 from surefoot.core.seeds import derived_seed
 from surefoot.data import assets
@@ -37,23 +35,20 @@ PROGRESS = "progress.json"
 class RejectionSampling:
     """One run of the section `rejection_sampling` of `config`; `run` is an existing run folder to go on in.
 
-    Raises InputError for anything unusable, before the model is loaded where that can be known.
+    `policy` is the model's name, as in `config`. Raises InputError for anything unusable, before the model is
+    loaded where that can be known.
     """
 
-    def __init__(self, config: Config, *, run: RunFolder | None = None, verbose: int = 1):
-        if config.rejection_sampling is None:
-            raise InputError("rejection_sampling: the configuration has no such section; add it")
-        if run is None:
-            preflight(config)
-        self.config, self.settings, self.verbose = config, config.rejection_sampling, verbose
-        self.task = build_task(config)
-        check_join(config, self.task)
-        probe_functions(self.task)
-        policy = build_policy(config)
-        policy.drop_reference()
-        engine = text_engine(policy, config.generation)
-        self.rollout = TextRollout(policy, self.task, engine=engine, config=config, seed=config.seed)
-        self._digest = hashlib.sha256(repr(self.task.train).encode()).hexdigest()
+    def __init__(self, policy: str, task: TextTask, *, config: Config, run: RunFolder | None = None):
+        assert config.rejection_sampling is not None and policy == config.policy.model
+        self.config, self.settings, self.task = config, config.rejection_sampling, task
+        check_join(config, task)
+        probe_functions(task)
+        sampler = build_policy(config)
+        sampler.drop_reference()
+        engine = text_engine(sampler, config.generation)
+        self.rollout = TextRollout(sampler, task, engine=engine, config=config, seed=config.seed)
+        self._digest = hashlib.sha256(repr(task.train).encode()).hexdigest()
         self._folder = run
         self._stop = StopRequest()
 
@@ -85,31 +80,29 @@ class RejectionSampling:
 
     def save(self, path: Path) -> None:
         """Write the best usable completions as examples. Raises InputError if there are none."""
-        settings = self.settings
         assert self._folder is not None
+        settings = self.settings
         usable = [row for row in self._folder.read("samples.jsonl") if row["reward"] is not None]
         if not usable:
             what = f"of {settings.episodes} completions none is usable (not empty, ended by itself)"
             raise InputError(f"{what}; raise generation.max_new_tokens, or end them with generation.stop")
-        best = sorted(usable, key=lambda row: -row["reward"]["reward"])
-        best = best[: max(1, round(settings.keep * len(usable)))]
+        kept = max(1, round(settings.keep * len(usable)))
+        best = sorted(usable, key=lambda row: -row["reward"]["reward"])[:kept]
         examples = [example_of(row["prompt"], row["completion"], chat=self.task.chat) for row in best]
         lines = dict.fromkeys(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
-        given = b""
-        if settings.join is not None:
-            source = assets.resolve(settings.join, key="rejection_sampling.join")
-            given = Path(source).read_bytes().rstrip() + b"\n"
+        given = b"" if settings.join is None else _joined(settings.join).read_bytes().rstrip() + b"\n"
         with writing(path):
             write_durably(path, given + "".join(lines).encode("utf-8", "backslashreplace"))
-        kept = f"kept the best {len(best)} ({len(lines)} different)"
+        best_of = f"kept the best {kept} ({len(lines)} different)"
         lowest = f"rewards from {best[-1]['reward']['reward']:.3f}"
-        print(f"{settings.episodes} completions, {len(usable)} usable; {kept}, {lowest}: {path}")
+        print(f"{settings.episodes} completions, {len(usable)} usable; {best_of}, {lowest}: {path}")
 
     @classmethod
-    def load(cls, folder: str | Path, *, verbose: int = 1) -> RejectionSampling:
+    def load(cls, folder: str | Path) -> RejectionSampling:
         """Go on from a run folder, bit for bit. Raises InputError for a folder of another kind."""
-        config, run = open_folder(folder, "RejectionSampling")
-        return cls(config, run=run, verbose=verbose)
+        run = RunFolder.open(folder)
+        config = run.config()
+        return cls(config.policy.model, build_task(config), config=config, run=run)
 
     def _restore(self, folder: RunFolder) -> int:
         """Go back to the last whole batch, logs and global generators too; the episodes until then."""
@@ -165,10 +158,9 @@ class RejectionSampling:
         state["generators"] = checkpoint.generator_states()
         with writing(folder.path / PROGRESS):
             write_durably(folder.path / PROGRESS, json.dumps(state).encode())
-        if self.verbose:
-            mean = f"  reward {metrics['reward/mean']:+.3f}" if usable else ""
-            length = f"length {metrics['length/mean']:.1f}"
-            print(f"episode {after}/{self.settings.episodes}{mean}  {length}", flush=True)
+        mean = f"  reward {metrics['reward/mean']:+.3f}" if usable else ""
+        length = f"length {metrics['length/mean']:.1f}"
+        print(f"episode {after}/{self.settings.episodes}{mean}  {length}", flush=True)
         return after
 
 
@@ -198,9 +190,13 @@ def check_join(config: Config, task: TextTask | None, *, is_made: bool = True) -
         raise InputError("task.prompts are strings and messages; task.chat: true makes messages of both")
     if settings.join is None or not is_made:
         return
-    if not Path(source := assets.resolve(settings.join, key="rejection_sampling.join")).is_file():
+    if not (source := _joined(settings.join)).is_file():
         raise InputError(f"rejection_sampling.join: no file {settings.join}")
-    kind = " and ".join(build_demonstrations(SFTConfig(data=source, held_out=0.0)).train[0].contents)
+    kind = " and ".join(build_demonstrations(SFTConfig(data=str(source), held_out=0.0)).train[0].contents)
     if kinds and kind not in kinds:
         which = f"rejection_sampling.join has {kind}, and the completions will be {min(kinds)}"
         raise InputError(f"{which}; a file holds one kind")
+
+
+def _joined(name: str) -> Path:
+    return Path(assets.resolve(name, key="rejection_sampling.join"))

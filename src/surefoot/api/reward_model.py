@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from surefoot.api.session import Session, check_policy, open_folder, resume, supervised_config
-from surefoot.build.language import build_policy, build_preferences, build_reward_policy, load_reward
+from surefoot.api.session import HasSession, Session, check_policy, open_folder, resume, supervised_config
+from surefoot.build.language import build_policy, build_preferences, check_critic, load_reward
 from surefoot.build.preflight import preflight
 from surefoot.config import Config, setting_keys, with_settings
+from surefoot.core.seeds import derived_seed
 from surefoot.data.preferences import PreferenceDataset
 from surefoot.errors import InputError
 from surefoot.policies.lm.policy import CausalLMPolicy
@@ -24,7 +25,7 @@ from surefoot.storage.run_folder import RunFolder
 
 
 @with_settings(setting_keys("reward_model"))
-class RewardModel:
+class RewardModel(HasSession):
     """Learn to score texts as people judged them: `TextTask(prompts, RewardModel.load(folder))`.
 
     `policy` is an asset's name, a local model folder, a Hugging Face hub id or a loaded `CausalLMPolicy`,
@@ -48,8 +49,9 @@ class RewardModel:
         run: RunFolder | None = None,
         **settings: Any,
     ):
-        check_policy(policy, CausalLMPolicy, RewardModelPolicy)
-        self.config = supervised_config("reward_model", policy, data, config, settings=settings, run=run)
+        check_policy(policy, settings, CausalLMPolicy, RewardModelPolicy)
+        given = data if run is None else None  # a run that is begun names its own
+        self.config = supervised_config("reward_model", policy, given, config, settings)
         self._calibrated_at: int | None = None  # number of updates
         self._calibration: dict[str, Any] = {}
         self.data: PreferenceDataset | None = None
@@ -60,18 +62,9 @@ class RewardModel:
                 preflight(self.config)
             self.data = build_preferences(self.config, data)
             trunk = policy if isinstance(policy, CausalLMPolicy) else build_policy(self.config)
-            self.policy = build_reward_policy(self.config, trunk)
+            check_critic(trunk, self.config)
+            self.policy = RewardModelPolicy(trunk, seed=derived_seed(self.config.seed, "reward head", 0))
         self._session = Session(self.config, self.policy, self.data, run=run, verbose=verbose)
-
-    @property
-    def run_folder(self) -> Path | None:
-        """Where the run lies, once it has begun."""
-        return self._session.run_folder
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the run has been trained to its end."""
-        return self._session.is_finished
 
     def learn(self, total_epochs: int | None = None, callback: Any = None) -> RewardModel:
         """Train for `total_epochs` more passes over the preferences, or to the end that was asked for last.

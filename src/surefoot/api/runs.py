@@ -24,36 +24,36 @@ if TYPE_CHECKING:
     Run = PPO | SFT | RewardModel | RejectionSampling
 
 
-def check(config: Config, *, where: str = "config") -> None:
-    """Raise InputError for a configuration that is none of a run, but only of what Python adds to it."""
-    if config.env is None and config.task is None and config.supervised is None:
-        raise InputError(f"{where}: no task (task.prompts, task.reward) and no environment (env.id)")
-    if config.sft is not None and config.sft.data is None:
-        raise InputError(f"{where}: no examples to learn from; name a JSONL file as sft.data")
-    if config.reward_model is not None and config.reward_model.data is None:
-        raise InputError(f"{where}: no preferences to learn from; name a JSONL file as reward_model.data")
+def check(config: Config, *, where: str = "config", verb: str | None = None) -> None:
+    """Raise InputError for a configuration without what runs of `verb`, by default its own, learn from."""
+    verb, of_files = (
+        verb or config.verb,
+        {
+            "sft": "examples to learn from; name a JSONL file as sft.data",
+            "reward-model": "preferences to learn from; name a JSONL file as reward_model.data",
+        },
+    )
+    section = config.sft if verb == "sft" else config.reward_model
+    if not (section and section.data if verb in of_files else config.env or config.task):
+        of_text = "task (task.prompts, task.reward) and no environment (env.id)"
+        raise InputError(f"{where}: no {of_files.get(verb, of_text)}")
 
 
-def start(config: Config, *, verbose: int = 1) -> Run:
+def start(config: Config) -> Run:
     """The new run that `config` describes, not yet begun. Raises InputError for anything unusable."""
-    check(config)
-    opener = _opener(config)
-    if config.rejection_sampling is not None:
-        run: Run = opener(config, verbose=verbose)
-    elif config.task is None:
-        run = opener(config.policy.model, config=config, verbose=verbose)
-    else:
-        from surefoot.build.language import build_task
-        from surefoot.build.preflight import preflight
+    from surefoot.build.language import build_task
+    from surefoot.build.preflight import preflight
 
-        preflight(config)  # before prompts are fetched
-        run = opener(config.policy.model, build_task(config), config=config, verbose=verbose)
+    check(config)
+    preflight(config)  # before prompts are fetched
+    source = None if config.task is None else build_task(config)
+    run: Run = _opener(config)(config.policy.model, source, config=config)
     return run
 
 
-def resume(folder: str | Path, *, verbose: int = 1) -> Run:
+def resume(folder: str | Path) -> Run:
     """The run in `folder` at its newest whole checkpoint. Raises InputError for one that needs Python."""
-    run: Run = _opener(RunFolder.open(folder).config()).load(folder, verbose=verbose)
+    run: Run = _opener(RunFolder.open(folder).config()).load(folder)
     return run
 
 
@@ -69,18 +69,16 @@ def product(config: Config, folder: Path) -> Path:
 
 
 def finish(run: Run) -> Path:
-    """Bring a run to its end and leave its product in its folder, unless both is done; the product.
+    """Bring a run to its end and leave its product in its folder; the product.
 
     Raises what stopped it; where the user can fix that, saying how to go on.
     """
-    if run.run_folder is not None and run.is_finished and product(run.config, run.run_folder).exists():
-        return product(run.config, run.run_folder)
     try:
         run.learn()
     except InputError as error:
-        saved = ("checkpoints/latest", "progress.json")
-        if run.run_folder is not None and any((run.run_folder / name).exists() for name in saved):
-            how = f"surefoot resume {shlex.quote(str(run.run_folder))}"
+        folder, saved = run.run_folder, ("checkpoints/latest", "progress.json")
+        if folder is not None and any((folder / name).exists() for name in saved):
+            how = f"surefoot resume {shlex.quote(str(folder))}"
             raise InputError(f"{error}; the run is saved, once this is fixed go on with: {how}") from error
         raise
     assert run.run_folder is not None

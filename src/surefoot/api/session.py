@@ -18,20 +18,13 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from surefoot.build.preflight import SETTINGS
 from surefoot.build.training import Environment, Examples, build_objective, build_rollout, build_training
-from surefoot.config import (
-    SUPERVISED,
-    Config,
-    absolute_paths,
-    dump_config,
-    load_config,
-    make_config,
-    nested,
-    sections_for,
-)
+from surefoot.config import Config, absolute_paths, dump_config, load_config, make_config, sections_for
+from surefoot.config.keywords import Algorithm, nested
+from surefoot.config.kinds import SUPERVISED
 from surefoot.data.demonstrations import Demonstrations
 from surefoot.envs.gym import Vector
 from surefoot.errors import InputError
@@ -63,31 +56,21 @@ class Session:
         self.config, self.policy, self.source, self.verbose = config, policy, source, verbose
         self.schedules: Mapping[str, Callable[[float], float]] = {}
         self.demonstrations: Demonstrations | None = None
-        self._folder = run
+        self.folder = run  # once the run has begun
         self._training: loop.Training | None = None
         self._adapter: CallbackAdapter | None = None  # while learning
-
-    @property
-    def run_folder(self) -> Path | None:
-        """Where the run lies, once it has begun."""
-        return self._folder.path if self._folder else None
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the run has been trained to its end."""
-        return self._training is not None and self._training.is_finished
 
     @property
     def collected(self) -> int:
         """Units of the budget so far; in a callback, those of the rollout under way too."""
         if self._adapter is not None:
             return self._adapter.num_timesteps
-        return self._training.progress.collected if self._training is not None else 0
+        return self._training.progress.collected if self._training else 0
 
     @property
     def updates(self) -> int:
         """Updates done so far."""
-        return self._training.progress.updates if self._training is not None else 0
+        return self._training.progress.updates if self._training else 0
 
     @functools.cached_property
     def parts(self) -> tuple[Rollout, Objective]:
@@ -95,7 +78,10 @@ class Session:
         if self.source is None:
             kind = self.config.opener
             argument, what, _ = SOURCES[kind]
-            raise InputError(f"there is nothing to train on; give the {what}: {kind}(model, {argument})")
+            if kind == "RewardModel":  # one without preferences is what `save` wrote
+                how = "to train or evaluate it load its run: RewardModel.load(run_folder)"
+                raise InputError(f"a saved reward model only scores; {how}")
+            raise InputError(f"nothing to train or evaluate on; give the {what}: {kind}(model, {argument})")
         rollout = build_rollout(self.config, self.policy, self.source)
         objective = build_objective(self.config, self.policy, rollout, self.demonstrations)
         if self.verbose and (notice := rollout.notice or objective.notice):
@@ -106,9 +92,9 @@ class Session:
     def training(self) -> loop.Training:
         """What the loop works with, built when it is first asked for; for a new run that makes its folder."""
         if self._training is None:
-            training = build_training(self.config, self.policy, self.source, self.parts, self._folder)
+            training = build_training(self.config, self.policy, self.source, self.parts, self.folder)
             training.schedules = dict(self.schedules)
-            self._training, self._folder = training, training.folder
+            self._training, self.folder = training, training.folder
         return self._training
 
     def learn(
@@ -152,9 +138,9 @@ class Session:
             raise InputError(f"evaluate.episodes is 0; say how many: evaluate({name}=64)")
         rollout, objective = self.parts
         if not rollout.can_evaluate:
-            *_, held_out = SOURCES[self.config.opener]
             if self.config.env is not None:
                 raise InputError("evaluate needs an environment id; or use evaluate_policy(model, env)")
+            *_, held_out = SOURCES[self.config.opener]
             raise InputError(f"no held-out {held_out} to evaluate on; give more, or a larger held_out")
         metrics, _ = rollout.evaluate(count, version=self.updates)
         return metrics | objective.evaluate(count)
@@ -168,9 +154,9 @@ class Session:
             self.policy.save(place)
             if isinstance(self.source, Vector):
                 self.source.save(place)
-            # Without `run` and the supervised sections: what is trained from it is another run.
-            settings = dump_config(config, exclude={"run", "new_model", *SUPERVISED})
-            (place / SETTINGS).write_text(settings, encoding="utf-8")
+            # What is trained from it is another run, and after a supervised one of another kind.
+            foreign = {"run", "new_model", *SUPERVISED} | ({"evaluate"} if config.supervised else set())
+            (place / SETTINGS).write_text(dump_config(config, exclude=foreign), encoding="utf-8")
 
     @contextlib.contextmanager
     def _held(self, training: loop.Training) -> Iterator[None]:
@@ -214,9 +200,19 @@ def open_folder(folder: str | Path, kind: str, *, is_given: bool = False) -> tup
 
 
 class HasSession(Protocol):
-    """A model with a session."""
+    """What `PPO`, `SFT` and `RewardModel` say of their run alike."""
 
     _session: Session
+
+    @property
+    def run_folder(self) -> Path | None:
+        """Where the run lies, once it has begun."""
+        return self._session.folder.path if self._session.folder else None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has been trained to its end."""
+        return self._session._training is not None and self._session._training.is_finished
 
 
 Opened = TypeVar("Opened", bound=HasSession)
@@ -234,8 +230,10 @@ def resume(run: RunFolder, opener: Callable[..., Opened], *arguments: Any, **giv
     return model
 
 
-def check_policy(policy: Any, *kinds: type) -> None:
-    """Raise InputError unless `policy` names a model, or is one of these kinds."""
+def check_policy(policy: Any, settings: Mapping[str, Any], *kinds: type) -> None:
+    """Raise InputError unless `policy` alone names a model, or is one of these kinds."""
+    if "model" in settings:
+        raise InputError("model: the policy is what is given first; leave model out")
     if not isinstance(policy, (str, Path, *kinds)):
         what = f"expected a model's name or folder, or what load_policy gives, got a {type(policy).__name__}"
         raise InputError(f"policy: {what}")
@@ -256,27 +254,21 @@ def merge(data: dict[str, Any], changes: Mapping[str, Any]) -> None:
             data[key] = value
 
 
-def put_data(section: dict[str, Any], data: Any) -> None:
-    """What is given takes precedence over the file that the section names."""
-    section["data"] = str(data) if isinstance(data, (str, Path)) else None
-
-
 def supervised_config(
-    section: Literal["sft", "reward_model"],
-    policy: Any,
-    data: Any,
-    config: Config | None,
-    *,
-    settings: dict[str, Any],
-    run: RunFolder | None,
+    section: Algorithm, policy: Any, data: Any, config: Config | None, settings: dict[str, Any]
 ) -> Config:
-    """`config`, with `settings` over it, for training `policy` on `data`; of a `run` its own."""
+    """`config`, with `settings` over it, for training `policy` on `data`, or on what the section names."""
     values = sections_for(config, section)
     values[section] = values.get(section) or {}
     values["new_model"] = None  # made before; with it policy.model could be nothing but a folder's path
     merge(values, nested(settings, section))
-    if data is not None and run is None:
-        put_data(values[section], data)
+    if data is not None:
+        values[section]["data"] = named_file(data)
     if isinstance(policy, (str, Path)):
         values.setdefault("policy", {})["model"] = str(policy)
     return make_config(values, where="SFT(...)" if section == "sft" else "RewardModel(...)")
+
+
+def named_file(data: Any) -> str | None:
+    """The name of data that is a file; what is given takes precedence over the one that a section names."""
+    return str(data) if isinstance(data, (str, Path)) else None

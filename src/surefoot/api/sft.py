@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from surefoot.api.generate import generate_text
-from surefoot.api.session import Session, check_policy, open_folder, resume, supervised_config
+from surefoot.api.session import HasSession, Session, check_policy, open_folder, resume, supervised_config
 from surefoot.build.language import build_demonstrations, build_policy
 from surefoot.build.preflight import preflight
 from surefoot.config import Config, CriticConfig, SFTConfig, setting_keys, with_settings
@@ -16,7 +16,7 @@ from surefoot.storage.run_folder import RunFolder
 
 
 @with_settings(setting_keys("sft"))
-class SFT:
+class SFT(HasSession):
     """Fine-tune a language model on examples of what it should write (supervised fine-tuning).
 
     `policy` is an asset's name, a local model folder, a Hugging Face hub id or a loaded `CausalLMPolicy`;
@@ -40,24 +40,15 @@ class SFT:
         run: RunFolder | None = None,
         **settings: Any,
     ):
-        check_policy(policy, CausalLMPolicy)
-        self.config = supervised_config("sft", policy, data, config, settings=settings, run=run)
+        check_policy(policy, settings, CausalLMPolicy)
+        given = data if run is None else None  # a run that is begun names its own
+        self.config = supervised_config("sft", policy, given, config, settings)
         if run is None:
             preflight(self.config)
         assert self.config.sft is not None
         self.data = build_demonstrations(self.config.sft, data)
         self.policy = policy if isinstance(policy, CausalLMPolicy) else build_policy(self.config)
         self._session = Session(self.config, self.policy, self.data, run=run, verbose=verbose)
-
-    @property
-    def run_folder(self) -> Path | None:
-        """Where the run lies, once it has begun."""
-        return self._session.run_folder
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the run has been trained to its end."""
-        return self._session.is_finished
 
     def learn(self, total_epochs: int | None = None, callback: Any = None) -> SFT:
         """Train for `total_epochs` more passes over the examples, or to the end that was asked for last.

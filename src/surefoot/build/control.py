@@ -87,6 +87,6 @@ def build_control_policy(config: Config, env: Vector, module: nn.Module | None =
     return policy.to(device)
 
 
-def threads_for(policy: Any) -> int | None:
-    """One for a small network, whose operations are over before a second thread has begun."""
-    return 1 if sum(p.numel() for p in policy.parameters()) < SMALL else None
+def is_small(policy: Any) -> bool:
+    """Whether the network's operations are over before a second thread has begun."""
+    return bool(sum(p.numel() for p in policy.parameters()) < SMALL)

@@ -25,37 +25,24 @@ from surefoot.rewards.model import RewardScorer
 from surefoot.train import checkpoint
 from surefoot.types import StopReason, Trajectory, Turn
 
-Log = Callable[[str], None]
 Rewarder = Callable[[str, str], RewardFunction]  # (what a key names, the key) -> the reward
 
 
-def build_policy(config: Config, *, log: Log = assets.log_to_stderr) -> CausalLMPolicy:
+def build_policy(config: Config) -> CausalLMPolicy:
     """The policy of a run, fetched if need be."""
     device = build_device(config.device)
-    source = assets.resolve(config.policy.model, log=log)
+    source = assets.resolve(config.policy.model)
     check_model_folder(source)
     if not os.path.exists(source):
         known = ", ".join(assets.ASSETS)
-        log(f"{source} is no folder here and no asset ({known}): asking the Hugging Face hub for it")
-    settings = config.policy.model_copy(update={"critic": _critic(config, log)})
+        what = f"{source} is no folder here and no asset ({known})"
+        assets.log_to_stderr(f"{what}: asking the Hugging Face hub for it")
+    critic = config.policy.critic if config.ppo.has_critic else CriticConfig()  # the default learns no values
+    if critic.model is not None:
+        model = model_of_run(assets.resolve(critic.model, key="policy.critic.model"))
+        critic = critic.model_copy(update={"model": model})
+    settings = config.policy.model_copy(update={"critic": critic})
     return load_policy(source, settings, device=device, seed=derived_seed(config.seed, "adapter", 0))
-
-
-def _critic(config: Config, log: Log) -> CriticConfig:
-    """The critic that is built: the default where no values are learned, and its model as a folder."""
-    critic = config.policy.critic
-    if not config.ppo.has_critic:
-        return CriticConfig()
-    if critic.model is None:
-        return critic
-    source = model_of_run(assets.resolve(critic.model, key="policy.critic.model", log=log))
-    return critic.model_copy(update={"model": source})
-
-
-def build_reward_policy(config: Config, trunk: CausalLMPolicy) -> RewardModelPolicy:
-    """A reward model over a language model, which it takes over."""
-    check_critic(trunk, config)
-    return RewardModelPolicy(trunk, seed=derived_seed(config.seed, "reward head", 0))
 
 
 def check_critic(policy: Any, config: Config) -> None:
@@ -88,32 +75,27 @@ def build_preferences(config: Config, data: Any = None) -> PreferenceDataset:
     return preferences
 
 
-def build_demonstrations(
-    settings: SFTConfig | PTXConfig, data: Any = None, *, log: Log = assets.log_to_stderr
-) -> Demonstrations:
+def build_demonstrations(settings: SFTConfig | PTXConfig, data: Any = None) -> Demonstrations:
     """`data`, or what the section names. Raises InputError for what cannot be learned from."""
-    key, given = ("sft.data", "data") if isinstance(settings, SFTConfig) else ("ptx.data", "ptx_data")
-    name = "data" if isinstance(settings, SFTConfig) else key
-    if data is None:
-        if settings.data is None:
-            how = f"name a JSONL file of examples; what was given in Python ({given}), give again"
-            raise InputError(f"{key} is missing: {how}")
-        data = assets.resolve(settings.data, key=key, log=log)
-    return Demonstrations(data, held_out=settings.held_out, columns=settings.columns, name=name)
+    is_sft = isinstance(settings, SFTConfig)
+    key, given, name = ("sft.data", "data", "data") if is_sft else ("ptx.data", "ptx_data", "ptx.data")
+    if data is None and settings.data is None:
+        how = f"name a JSONL file of examples; what was given in Python ({given}), give again"
+        raise InputError(f"{key} is missing: {how}")
+    source = assets.resolve(str(settings.data), key=key) if data is None else data
+    return Demonstrations(source, held_out=settings.held_out, columns=settings.columns, name=name)
 
 
-def build_task(config: Config, *, log: Log = assets.log_to_stderr, build: Rewarder | None = None) -> TextTask:
+def build_task(config: Config, build: Rewarder | None = None) -> TextTask:
     """The task of a run, its rewards built by `build`, by default `build_reward`.
 
     Rewards are found before prompts are fetched; reward models are loaded when they are first asked.
     """
     task = config.task
-    if task is None:
-        raise InputError("the configuration has no task; name task.prompts and task.reward")
+    assert task is not None
     reward, metric = _rewards(task, build or functools.partial(build_reward, device=config.device))
     fields = task.model_dump(include={"held_out", "prompt_column", "prompt_tokens", "chat"})
-    prompts = assets.resolve(task.prompts, key="task.prompts", log=log)
-    return TextTask(prompts, reward, metric=metric, **fields)
+    return TextTask(assets.resolve(task.prompts, key="task.prompts"), reward, metric=metric, **fields)
 
 
 def _rewards(task: TaskConfig, build: Rewarder) -> tuple[RewardFunction | MixedReward, RewardFunction | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from surefoot.build.control import build_vector, has_two_players, threads_for
+from surefoot.build.control import build_vector, has_two_players, is_small
 from surefoot.build.language import check_critic
 from surefoot.config import Config, SelfPlayConfig, SFTConfig
 from surefoot.core.running import RunningStats
@@ -102,6 +102,9 @@ def build_training(
     """A run at its beginning, in a new folder, or at the newest whole checkpoint of `folder`."""
     folder = folder or RunFolder.create(config)
     rollout, objective = parts
+    total = config.rollout.total_episodes if config.env is None else config.env.total_timesteps
+    if isinstance(env, Examples) and (settings := config.sft or config.reward_model) is not None:
+        total = settings.epochs * len(env.train)
     training = loop.Training(
         config=config,
         policy=policy,
@@ -109,23 +112,14 @@ def build_training(
         objective=objective,
         optimizer=make_optimizer(policy, objective, critic_learning_rate=config.policy.critic.learning_rate),
         folder=folder,
-        total=_budget(config, env),
-        threads=threads_for(policy) if config.env is not None else None,
+        total=total,
+        threads=1 if config.env is not None and is_small(policy) else None,
     )
     if (newest := checkpoint.newest_checkpoint(folder.checkpoints)) is not None:
         loop.restore(training, newest)
     else:
         folder.cut_logs({})
     return training
-
-
-def _budget(config: Config, env: Environment | None) -> int:
-    """Units of the run: examples, episodes or timesteps."""
-    if isinstance(env, Examples):
-        settings = config.sft or config.reward_model
-        assert settings is not None
-        return settings.epochs * len(env.train)
-    return config.rollout.total_episodes if config.env is None else config.env.total_timesteps
 
 
 def restore_best(policy: Any, folder: RunFolder, env: Any = None) -> Path:

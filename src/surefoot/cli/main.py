@@ -55,10 +55,7 @@ def _start(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     if config.verb not in (verb, "ppo"):
         section = config.verb.replace("-", "_")
         raise InputError(f"{options.file}: its {section} section is for: surefoot {config.verb} {file}")
-    if config.verb != verb:
-        data = {"sft": "examples as sft.data", "reward-model": "preferences as reward_model.data"}[verb]
-        raise InputError(f"{options.file}: nothing to learn from; name a JSONL file of {data}")
-    runs.check(config, where=options.file)
+    runs.check(config, where=options.file, verb=verb)
     is_new, model = config.new_model is not None and "policy.model" not in overrides, config.policy.model
     if is_new and not os.path.isdir(model):
         raise InputError(f"policy.model: no folder {model}; make it first: surefoot new-model {file}")
@@ -83,8 +80,7 @@ def _new_model(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 def _pipeline(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from surefoot.api.pipeline import load_pipeline, run_pipeline
 
-    stages = load_pipeline(options.file, overrides)
-    run_pipeline(stages)
+    run_pipeline(stages := load_pipeline(options.file, overrides))
     print(f"done:  {stages[-1].product}")
 
 
@@ -92,10 +88,9 @@ def _resume(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from surefoot.api import runs
 
     run = runs.resume(options.run)
-    assert run.run_folder is not None
-    product = runs.product(run.config, run.run_folder)
+    product = runs.product(run.config, Path(options.run))
     if run.is_finished and product.exists():
-        print(f"{options.run} is finished; its {_name_of(run.config)} is {product}")
+        print(f"{options.run} is finished; its {'model' if product.is_dir() else 'examples'} is {product}")
     else:
         _finish(run)
 
@@ -128,6 +123,8 @@ def _fetch(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 def _import_trl(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     output = options.output and Path(options.output)
+    if output and os.path.lexists(output):
+        raise InputError(f"--output {output}: exists; name a new one")
     if len(options.source) == 1 and (source := Path(options.source[0])).is_dir():
         if output is None:
             raise InputError(f"import-trl {source}: a folder is written; name a new one with --output")
@@ -143,11 +140,7 @@ def _import_trl(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     if output is None:
         print(imported.yaml(), end="")
     else:
-        try:
-            with output.open("x", encoding="utf-8") as file:
-                file.write(imported.yaml())
-        except FileExistsError:
-            raise InputError(f"--output {output}: exists; name a new file") from None
+        output.write_text(imported.yaml(), encoding="utf-8")
     print(imported.notes(), file=sys.stderr)
 
 
@@ -165,25 +158,18 @@ def _config(options: argparse.Namespace, overrides: dict[str, str], *sections: s
     return config_from(data, Path(options.file), overrides)
 
 
-def _name_of(config: Config) -> str:
-    return "model" if config.rejection_sampling is None else "examples"
-
-
 def _finish(run: Run) -> None:
     """Bring a run to its end, and say what it left and what to do next."""
     from surefoot.api import runs
 
     product = runs.finish(run)
     config, folder = run.config, shlex.quote(str(run.run_folder))
-    print(f"{_name_of(config) + ':':6} {product}\nrun:   {run.run_folder}")
-    if config.rejection_sampling is not None:
-        print(f"next:  surefoot sft FILE --sft.data {shlex.quote(str(product))}")
-    elif config.reward_model is not None:
-        print(f"next:  surefoot ppo FILE --task.reward {folder}")
-    elif config.env is not None:
-        print(f"next:  surefoot play {folder}")
-    else:
-        print(f'next:  surefoot generate {folder} "your text"')
+    name = "model:" if config.rejection_sampling is None else "examples:"
+    use = {
+        "RejectionSampling": f"sft FILE --sft.data {shlex.quote(str(product))}",
+        "RewardModel": f"ppo FILE --task.reward {folder}",
+    }.get(config.opener, f"play {folder}" if config.env else f'generate {folder} "your text"')
+    print(f"{name} {product}\nrun:   {run.run_folder}\nnext:  surefoot {use}")
 
 
 class Verb(NamedTuple):
@@ -193,11 +179,6 @@ class Verb(NamedTuple):
     summary: str
     usage: str
     arguments: dict[str, dict[str, Any]]
-
-    @property
-    def takes_fields(self) -> bool:
-        """Whether fields of the configuration are flags."""
-        return "field value" in self.usage
 
 
 FILE: dict[str, Any] = {"file": {"metavar": "FILE", "help": "YAML file; of new-model, its sft run's"}}
@@ -287,24 +268,22 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(VERBS)}"
         raise InputError(f"unknown verb {name!r}; {hint}" if name else f"a verb is needed; {hint}")
     overrides: dict[str, str] = {}
-    if name in VERBS and VERBS[name].takes_fields:
+    if name in VERBS and "field value" in VERBS[name].usage:
         arguments, overrides = _split_fields(arguments)
     return _parser().parse_args(arguments), overrides
 
 
 def _parser() -> _Parser:
-    raw, text = (
-        argparse.RawDescriptionHelpFormatter,
-        "PPO for language models, and for anything with a reward.",
-    )
-    parser = _Parser("surefoot", description=text, epilog=EPILOG, formatter_class=raw, allow_abbrev=False)
+    text = "PPO for language models, and for anything with a reward."
+    parser = _Parser("surefoot", description=text, epilog=EPILOG, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--version", action="version", version=f"surefoot {__version__}")
     group = parser.add_subparsers(required=True, metavar="VERB", title="verbs", dest="verb")
     for name, verb in VERBS.items():
         usage = f"surefoot {name} {verb.usage}"
         texts: dict[str, Any] = {"help": verb.summary, "description": verb.summary, "usage": usage}
         sub = group.add_parser(name, **texts, allow_abbrev=False)
-        sub.lists_fields = verb.takes_fields and name != "pipeline"  # whose fields begin with a stage's name
+        sub.lists_fields = FIELDS in verb.usage
         for argument, settings in verb.arguments.items():
             sub.add_argument(argument, **settings)
     return parser

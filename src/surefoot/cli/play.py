@@ -17,6 +17,7 @@ from surefoot.build.control import build_recorded, build_vector
 from surefoot.envs.gym import VectorStep
 from surefoot.errors import InputError
 from surefoot.rollout.gym import run_episodes
+from surefoot.storage.files import writing
 from surefoot.storage.run_folder import RunFolder
 from surefoot.types import OBSERVATION, Episode
 
@@ -61,18 +62,15 @@ class VideoRecorder:
         import imageio_ffmpeg
 
         width, height = (side - side % 2 for side in self.frames[0].size)  # the codec wants even sides
-        writer = imageio_ffmpeg.write_frames(
-            str(path), (width, height), fps=fps, macro_block_size=2, ffmpeg_log_level="error"
-        )
+        options = {"fps": fps, "macro_block_size": 2, "ffmpeg_log_level": "error"}
+        writer = imageio_ffmpeg.write_frames(str(path), (width, height), **options)
         writer.send(None)
         for frame in self.frames:
             writer.send(frame.convert("RGB").crop((0, 0, width, height)).tobytes())
         writer.close()
 
 
-def play_run(
-    source: str | Path, *, episodes: int = 10, output: str | Path | None = None, kind: str = "gif"
-) -> list[Episode]:
+def play_run(source: str | Path, episodes: int = 10, output: Any = None, kind: str = "gif") -> list[Episode]:
     """Play a run's best policy on evaluation episodes with greedy actions; print and draw the outcome.
 
     Writes `episode.gif` (or .mp4, by `kind`) of the first episode and `returns.png` into `output` (default:
@@ -83,17 +81,17 @@ def play_run(
     if config.env is None:
         raise InputError(f'{source} trained a language model: surefoot generate {source} "your text"')
     if config.env.id is None:
-        raise InputError(
-            f"{source} has an environment made in Python; there: evaluate_policy(PPO.open(run, env), env)"
-        )
+        how = "there: evaluate_policy(PPO.open(run, env), env)"
+        raise InputError(f"{source} has an environment made in Python; {how}")
     if episodes < 1:
         raise InputError(f"--episodes: expected a whole number above 0, got {episodes}")
-    _check_libraries(kind)
+    if not all(importlib.util.find_spec(module) for module in ("PIL", "matplotlib")):
+        raise InputError("play needs Pillow and matplotlib: pip install 'surefoot[play]'")
+    if kind == "mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
+        raise InputError("--format mp4 needs imageio-ffmpeg: pip install imageio-ffmpeg")
     folder = Path(output) if output is not None else run.path / "play"
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"the folder {folder} cannot be made: {error.strerror}") from error
     model, video = PPO.open(source), VideoRecorder()
     model.env.close()
     played = _play(model, episodes, video)
@@ -150,8 +148,7 @@ def _summary(name: str, played: list[Episode]) -> list[str]:
         f"length  {steps.mean():.1f} ± {steps.std():.1f} steps",
     ]
     for key, called in RATES.items():
-        told = [episode.info[key] for episode in played if key in episode.info]
-        if told:
+        if told := [episode.info[key] for episode in played if key in episode.info]:
             lines.append(f"{called:7} {100 * sum(told) / len(told):.0f} % of episodes")
     return lines
 
@@ -197,10 +194,3 @@ def _draw_curve(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.grid(alpha=0.3)
     if train or tests:
         axes.legend(frameon=False)
-
-
-def _check_libraries(kind: str) -> None:
-    if not all(importlib.util.find_spec(module) for module in ("PIL", "matplotlib")):
-        raise InputError("play needs Pillow and matplotlib: pip install 'surefoot[play]'")
-    if kind == "mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
-        raise InputError("--format mp4 needs imageio-ffmpeg: pip install imageio-ffmpeg")

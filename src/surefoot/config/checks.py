@@ -21,11 +21,11 @@ def check_supervised(name: str, critic: CriticConfig) -> None:
 
 
 def check_rollout(
-    rollout: RolloutConfig, group: GroupConfig, generation: GenerationConfig, ppo: PPOConfig
+    rollout: RolloutConfig, group: GroupConfig, generation: GenerationConfig, batch_size: int
 ) -> None:
     """Raise ValueError: sizes that do not divide an update, and sampling that cannot be trained on."""
     whole = rollout.episodes_per_update
-    for key, size in {"ppo.batch_size": ppo.batch_size, "group.size": group.size}.items():
+    for key, size in {"ppo.batch_size": batch_size, "group.size": group.size}.items():
         if whole % size:
             near, of = _nearest_divisor(whole, size), f"rollout.episodes_per_update ({whole})"
             raise ValueError(f"{key} ({size}) does not divide {of}; try {near}")

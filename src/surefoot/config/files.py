@@ -30,12 +30,12 @@ def load_config(path: Path | str, overrides: Mapping[str, str] | None = None) ->
     return config_from(read_sections(path), Path(path), overrides)
 
 
-def read_sections(path: Path | str) -> dict[str, Any]:
+def read_sections(path: Path | str, what: str = "sections such as 'ppo:' at the top") -> dict[str, Any]:
     """The sections of a YAML file, unchecked, without those that are empty. Raises InputError."""
     data = strict_yaml.read(Path(path))
     data = {} if data is None else data
     if not isinstance(data, dict):
-        raise InputError(f"{path}: expected sections such as 'ppo:' at the top, found {short(data)}")
+        raise InputError(f"{path}: expected {what}, found {short(data)}")
     return {key: value for key, value in data.items() if value is not None}
 
 

@@ -85,7 +85,8 @@ class Config(Section):
         else:
             checks.check_kl(self.kl, self.rollout)
             checks.check_advantage(self.ppo, self.group, self.shaping, critic)
-            checks.check_rollout(self.rollout, self.group, self.generation, self.ppo)
+            batch_size = 1 if self.rejection_sampling else self.ppo.batch_size  # it updates nothing
+            checks.check_rollout(self.rollout, self.group, self.generation, batch_size)
             if self.rejection_sampling is not None:
                 checks.check_rejection(self.rejection_sampling, self.group, has_task=self.task is not None)
         return self

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from surefoot.config import make_config, strict_yaml
+from surefoot.config import make_config, read_sections, strict_yaml
 from surefoot.config.messages import short
 from surefoot.errors import InputError
 from surefoot.migrate.trl import settings as table
@@ -34,6 +34,7 @@ REFUSED = {
     ".bin": "a pickle, which is not read since reading one can run code; where you trust it and TRL is "
     f'installed: python -c "{_PICKLE}" > trl.json',
 }
+SETTINGS = "TRL's settings by name"
 SAME = {".bash": ".sh"} | dict.fromkeys((".pt", ".pth", ".pkl", ".pickle", ".ckpt"), ".bin")
 
 
@@ -97,14 +98,7 @@ def _read_file(path: Path) -> Imported:
     if suffix not in (".yaml", ".yml", ".json"):
         wanted = "a .json or .yaml file, a checkpoint's folder, or -- and TRL's command"
         raise InputError(f"{path}: expected {wanted}")
-    return _of_kind(str(path), _values(path), path.name)
-
-
-def _values(path: Path) -> dict[str, Any]:
-    data = strict_yaml.read(path)
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: expected TRL's settings by name, found {short(data)}")
-    return {name: value for name, value in data.items() if value is not None}
+    return _of_kind(str(path), read_sections(path, SETTINGS), path.name)
 
 
 def _read_command(words: Sequence[str]) -> Imported:
@@ -116,7 +110,7 @@ def _read_command(words: Sequence[str]) -> Imported:
     launch, flags = _flags(words[:at]), _flags(words[at + 1 :])
     values = {name: launch[name] for name in ("num_processes",) if name in launch} | flags
     if file := values.pop("config", None):
-        values = _values(Path(str(file))) | values
+        values = read_sections(str(file), SETTINGS) | values
     return _of_kind("the command", values, words[at])
 
 
@@ -265,6 +259,7 @@ def _put_rloo(done: Imported) -> None:
 def _list_others(done: Imported) -> None:
     """What the table does not know, what has no use beside the rest, and what a run still needs."""
     kind, needed = done.kind, dict(NEEDED)
+    asides = table.ASIDE.split() + ([] if done.given.get("use_vllm") else ["vllm_*"])
     used = [done.sources[key] for key in done.settings]
     said = set(re.findall(r"\w+", " ".join([*used, *done.by_hand, *done.no_counterpart])))
     defaults = {name: default for name, (_, default) in kind.maps.items()} | {**kind.computed, **kind.without}
@@ -278,17 +273,12 @@ def _list_others(done: Imported) -> None:
             done.no_counterpart.append(f"{name} {short(value)} (docs/from-trl.md says why)")
         elif name in defaults and name not in said:
             done.no_counterpart.append(f"{name} {short(value)}: without use beside the other settings")
-        elif name not in defaults and not _is_aside(name, done):
+        elif name not in defaults and not any(fnmatchcase(name, known) for known in asides):
             done.no_counterpart.append(f"{name} {short(value)}: not known here")
     done.no_counterpart += kind.notes
     if "stop_token" in kind.without and not done.given.get("stop_token"):
         done.no_counterpart.append(f"stop_token none: TRL writes on to {TOKENS}; here an end token ends it")
     done.by_hand += [f"{key}: {how}" for key, how in needed.items() if key not in done.settings]
-
-
-def _is_aside(name: str, done: Imported) -> bool:
-    is_unused = name.startswith("vllm_") and not done.given.get("use_vllm")
-    return is_unused or any(fnmatchcase(name, known) for known in table.ASIDE.split())
 
 
 def _text(value: Any) -> str:

@@ -6,7 +6,6 @@ import json
 import shutil
 from pathlib import Path
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from surefoot.build.preflight import SETTINGS
@@ -14,7 +13,7 @@ from surefoot.config import Config, PolicyConfig, dump_config
 from surefoot.errors import InputError
 from surefoot.policies.lm.policy import CRITIC, load_policy
 from surefoot.policies.lm.pretrained import check_model_folder
-from surefoot.storage.files import whole_folder
+from surefoot.storage.files import whole_folder, writing
 from surefoot.storage.safetensors import read_tensors
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -36,8 +35,6 @@ def import_value_head(source: Path, output: Path) -> None:
     TRL's head is `v_head.summary`, a linear layer [1, D] on the last hidden state; its dropout is left out.
     Raises InputError for pickles, adapters, links, folders without the head and weights that do not fit.
     """
-    if output.exists() or output.is_symlink():
-        raise InputError(f"--output {output}: exists; name a new folder")
     _check(source)
     read = [read_tensors(file) for file in _weights(source)]
     tensors = {n.removeprefix(WRAPPER): tensor.contiguous() for part in read for n, tensor in part.items()}
@@ -45,22 +42,17 @@ def import_value_head(source: Path, output: Path) -> None:
     critic = {name: tensor.float() for name, tensor in head.items() if tensor is not None}
     if len(critic) < 2:
         raise InputError(f"{source}: no {HEAD}weight and bias; without a value head name it as policy.model")
-    try:
-        with whole_folder(output) as aside:
-            for file in (file for pattern in OTHERS for file in source.glob(pattern) if file.name != INDEX):
-                shutil.copyfile(_own(file), aside / file.name)
-            save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
-            save_file(critic, aside / CRITIC)
-            policy = PolicyConfig(model=str(output.absolute()), dtype="float32")
-            text = dump_config(Config(policy=policy), exclude={"run"})
-            (aside / SETTINGS).write_text(text, encoding="utf-8")
-            # Opened once: what does not fit is said now.
+    with writing(output), whole_folder(output) as aside:
+        for file in (file for pattern in OTHERS for file in source.glob(pattern) if file.name != INDEX):
+            shutil.copyfile(_own(file), aside / file.name)
+        save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
+        save_file(critic, aside / CRITIC)
+        settings = Config(policy=PolicyConfig(model=str(output.absolute()), dtype="float32"))
+        (aside / SETTINGS).write_text(dump_config(settings, exclude={"run"}), encoding="utf-8")
+        try:  # opened once: what does not fit is said now
             load_policy(str(aside), PolicyConfig(adapter=None, dtype="float32")).load_extras(aside)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{output} could not be written: {reason}") from error
-    except InputError as error:
-        raise InputError(str(error).replace(str(aside), str(source))) from error
+        except InputError as error:
+            raise InputError(str(error).replace(str(aside), str(source))) from error
 
 
 def _weights(source: Path) -> list[Path]:
