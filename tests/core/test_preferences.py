@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from surefoot.core.preference import (
-    PreferenceStats,
     pearson,
     preference_loss,
     rating_loss,
@@ -53,12 +52,6 @@ def test_rating_loss_is_half_the_squared_error():
     loss = rating_loss(scores, tensor(1.0, 1.0))
     loss.sum().backward()
     assert loss.tolist() == [1.125, 2.0] and scores.grad is not None and scores.grad.tolist() == [[1.5], [-2.0]]
-
-
-def test_statistics_are_sums_over_rows():
-    stats = PreferenceStats.of(tensor(1.0, 2.5)) + PreferenceStats.of(tensor(0.5))
-    assert (float(stats.loss), stats.num_tokens) == (4, 3)
-    assert not PreferenceStats.of(tensor(1.0, math.nan)).is_finite
 
 
 def test_correlations_give_the_numbers_worked_by_hand():

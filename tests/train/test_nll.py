@@ -50,7 +50,7 @@ def test_the_gradient_is_that_of_transformers_own_loss_and_the_critic_has_none(a
     expected, loss = transformers_gradient(policy, batch)
     assert_close(found, expected)
     assert "value_head.weight" not in found and "value_head.bias" not in found
-    assert float(stats.nll / stats.num_tokens) == pytest.approx(loss, rel=1e-5)
+    assert stats.mean == pytest.approx(loss, rel=1e-5)
     assert int(stats.num_tokens) == int(batch.mask_BT.sum())
 
 
@@ -76,7 +76,7 @@ def test_one_step_is_taken_on_a_batch_and_lowers_the_loss():
         result: Any = update(policy, batch, NLL)
         assert (result.steps, result.skipped) == (1, 0)
         losses.append(NLL.metrics(batch, result)["sft/nll"])
-        assert losses[-1] == pytest.approx(float(result.stats.nll) / int(batch.mask_BT.sum()))
+        assert losses[-1] == pytest.approx(float(result.stats.loss) / int(batch.mask_BT.sum()))
     assert losses[1] < losses[0]
 
 

@@ -74,9 +74,8 @@ def build_objective(
         return NLLObjective(OptimizerSettings.of(config.sft))
     if isinstance(rollout, PreferenceRollout):
         return PreferenceObjective(rollout.loss, OptimizerSettings.of(config.reward_model))
-    ppo = PPOObjective(config, accelerator=fast_mlp.accelerator(policy))
     if examples is None:
-        return ppo
+        return PPOObjective(config, accelerator=fast_mlp.accelerator(policy))
     ptx = config.ptx
     assert ptx is not None
     micro = config.ppo.micro_batch_tokens
@@ -89,7 +88,7 @@ def build_objective(
         key="ptx",
         temperature=config.generation.temperature,
     )
-    return SumObjective(ppo, demonstrations, coef=ptx.coef, schedule=ptx.schedule)
+    return SumObjective(config, demonstrations, coef=ptx.coef, schedule=ptx.schedule)
 
 
 def build_training(

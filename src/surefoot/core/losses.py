@@ -1,5 +1,4 @@
-"""The losses. Each is a sum over masked tokens (or rows); what a token counts, one over their number, is
-passed in.
+"""The losses, sums over masked tokens (or rows); what a token counts, one over their number, is passed in.
 
 That number is the whole minibatch's, so splitting it into micro-batches, padding it or spreading it over
 processes changes neither loss nor gradient. What is masked is replaced before anything else is done: a NaN
@@ -21,10 +20,7 @@ from surefoot.core.masked import masked_sum
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What shapes the PPO loss. `clip_range_high` None: `clip_range`; `kl_coef` 0: the KL is in the reward.
-
-    `kl_coef` is the weight of the KL term, 0 where the KL is in the reward.
-    """
+    """What shapes the PPO loss. `clip_range_high` None: `clip_range`; `kl_coef` is the KL term's weight."""
 
     clip_range: float = 0.2
     clip_range_vf: float | None = None
@@ -70,8 +66,7 @@ class PPOStats:
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, settings: LossSettings) -> Tensor:
-    """max(-A r, -A clip(r, 1 - ε, 1 + ε)) per token (Schulman et al. 2017, arXiv:1707.06347, eq. 7); same
-    shape.
+    """max(-A r, -A clip(r, 1 - ε, 1 + ε)), same shape (Schulman et al. 2017, arXiv:1707.06347, eq. 7).
 
     `clip_range_high` is the upper bound's ε (Yu et al. 2025, DAPO, arXiv:2503.14476, §3.1). With `dual_clip`
     c > 1 the loss is at most -c A where A < 0, however large the ratio (Ye et al. 2020, arXiv:1912.09729, eq.
@@ -168,28 +163,33 @@ def truncated_ratio(logprobs: Tensor, behavior_logprobs: Tensor, *, cap: float) 
 
 
 @dataclass(frozen=True)
-class NLLStats:
-    """Sums over the trained tokens of demonstrations, float32 scalars without gradient."""
+class LossStats:
+    """Sums over the trained tokens of demonstrations, or over rows: float32 scalars without gradient."""
 
-    nll: Tensor
-    entropy: Tensor
-    num_tokens: Tensor
+    loss: Any
+    num_tokens: Any
+    entropy: Any = 0.0
+
+    @property
+    def mean(self) -> float:
+        """Loss of a token, or of a row."""
+        return float(self.loss / self.num_tokens)
 
     @property
     def is_finite(self) -> bool:
         """Whether the loss is a number."""
-        return math.isfinite(float(self.nll))
+        return math.isfinite(float(self.loss))
 
-    def __add__(self, other: NLLStats) -> NLLStats:
-        return NLLStats(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+    def __add__(self, other: LossStats) -> LossStats:
+        return LossStats(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
 def nll_loss(
     logprobs_BT: Tensor, entropies_BT: Tensor, mask_BT: Tensor, denominator: float
-) -> tuple[Tensor, NLLStats]:
+) -> tuple[Tensor, LossStats]:
     """Negative log-likelihood: -log π summed over the mask and divided by `denominator`, nats.
 
     Arguments [B, T], bool mask, float32 the others.
     """
     total, entropy = masked_sum(-logprobs_BT, mask_BT), masked_sum(entropies_BT, mask_BT)
-    return total / denominator, NLLStats(total.detach(), entropy.detach(), mask_BT.sum().float())
+    return total / denominator, LossStats(total.detach(), mask_BT.sum().float(), entropy.detach())

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -44,27 +41,6 @@ def reliability(
         rows.append({**means, "standard_error": error, "count": count})
     error = sum(row["count"] * abs(row["predicted"] - row["observed"]) for row in rows) / len(order)
     return rows, error
-
-
-@dataclass(frozen=True)
-class PreferenceStats:
-    """The sum of the losses over `num_tokens` rows: preferences or ratings."""
-
-    loss: Tensor
-    num_tokens: int
-
-    @classmethod
-    def of(cls, losses_B: Tensor) -> PreferenceStats:
-        """Without gradient."""
-        return cls(losses_B.detach().sum().float(), len(losses_B))
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether the loss is a number."""
-        return math.isfinite(float(self.loss))
-
-    def __add__(self, other: PreferenceStats) -> PreferenceStats:
-        return PreferenceStats(self.loss + other.loss, self.num_tokens + other.num_tokens)
 
 
 def pearson(one_N: Tensor, other_N: Tensor) -> float:

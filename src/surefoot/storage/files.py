@@ -30,13 +30,13 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path | str) -> Iterator[None]:
-    """Make what keeps the block from writing `path` an InputError."""
+def writing(path: Path | str, note: str = "") -> Iterator[None]:
+    """Make what keeps the block from writing `path` an InputError, which ends with `note`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path} could not be written: {reason}") from error
+        raise InputError(f"{path} could not be written: {reason}{note}") from error
 
 
 def sync(path: Path) -> None:

@@ -31,20 +31,16 @@ from torch import Tensor
 
 from surefoot.errors import InputError
 from surefoot.policies.base import Policy
-from surefoot.storage.files import sync, write_durably
+from surefoot.storage.files import sync, write_durably, writing
 from surefoot.storage.safetensors import read_tensors
 
 FORMAT = 1
 ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}
+TensorsByName = Mapping[str, Tensor]
 
 
 def save_checkpoint(
-    folder: Path,
-    number: int,
-    *,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, Any],
-    keep: int,
+    folder: Path, number: int, *, tensors: Mapping[str, TensorsByName], state: Mapping[str, Any], keep: int
 ) -> Path:
     """Write checkpoint `number` (updates done): a safetensors file per entry of `tensors`, `state` as JSON.
 
@@ -66,7 +62,7 @@ def save_checkpoint(
     return path
 
 
-def _write(aside: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+def _write(aside: Path, tensors: Mapping[str, TensorsByName], state: Mapping[str, Any]) -> None:
     """Fill the folder `aside`, durably, the manifest last."""
     if aside.exists():  # a kill left it
         shutil.rmtree(aside)
@@ -100,10 +96,8 @@ def point(folder: Path, pointer: str, name: str) -> None:
     """Let `latest` or `best` name a checkpoint, unless it does."""
     if (path := _pointed(folder, pointer)) is not None and path.name == name:
         return
-    try:
+    with writing(folder / pointer, f"; {name} is whole"):
         write_durably(folder / pointer, name.encode())
-    except OSError as error:
-        raise InputError(f"{folder / pointer} could not be written: {error}; {name} is whole") from error
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -161,8 +155,8 @@ def check(path: Path) -> list[str]:
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Tensors by file and the state of a whole checkpoint. Raises InputError naming a damaged file."""
-    names = check(path)
-    tensors = {Path(name).stem: read_tensors(path / name) for name in names if name.endswith(".safetensors")}
+    files = [path / name for name in check(path) if name.endswith(".safetensors")]
+    tensors = {file.stem: read_tensors(file) for file in files}
     try:
         state = json.loads((path / "state.json").read_bytes())
     except (ValueError, RecursionError) as error:
@@ -199,9 +193,7 @@ def optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[
     }
 
 
-def restore_optimizer(
-    policy: Policy, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
-) -> None:
+def restore_optimizer(policy: Policy, optimizer: torch.optim.Adam, tensors: Mapping[str, Tensor]) -> None:
     """Put Adam's state back, moments on the parameter's device. Raises InputError if it does not fit."""
     parameters = dict(policy.named_parameters_to_train())
     states: dict[str, dict[str, Tensor]] = {}
@@ -210,8 +202,8 @@ def restore_optimizer(
         states.setdefault(name, {})[entry] = value
     for name, state in states.items():
         if name not in parameters or state.keys() != ADAM_STATE:
-            what = "the checkpoint's optimizer does not fit this policy"
-            raise InputError(f"{what}: {name!r} has {sorted(state)}")
+            found = f"{name!r} has {sorted(state)}"
+            raise InputError(f"the checkpoint's optimizer does not fit this policy: {found}")
         for entry in ADAM_STATE - {"step"}:
             _check_fit(f"{name}/{entry}", state[entry], parameters[name])
     optimizer.state.clear()
@@ -238,13 +230,9 @@ def seed_generators(seed: int) -> None:
 
 def generator_states() -> dict[str, Any]:
     """Every global generator a reward function may draw from, as JSON."""
-    version, numbers, gauss = random.getstate()
+    states: dict[str, Any] = {"python": random.getstate(), "torch": _encoded(torch.get_rng_state())}
     kind, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
-    states: dict[str, Any] = {
-        "python": [version, list(numbers), gauss],
-        "numpy": [str(kind), numpy.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
-        "torch": _encoded(torch.get_rng_state()),
-    }
+    states["numpy"] = [str(kind), numpy.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)]
     if torch.cuda.is_available():
         states["cuda"] = [_encoded(state) for state in torch.cuda.get_rng_state_all()]
     return states
@@ -254,8 +242,7 @@ def restore_generators(states: Mapping[str, Any]) -> None:
     """Set the global generators as they were."""
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
-    kind, keys, position, has_gauss, cached = states["numpy"]
-    numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), position, has_gauss, cached))
+    numpy.random.set_state(tuple(states["numpy"]))
     torch.set_rng_state(_decoded(states["torch"]))
     if "cuda" in states and torch.cuda.is_available():
         devices = range(torch.cuda.device_count())  # there may be fewer than before

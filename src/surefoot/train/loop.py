@@ -133,15 +133,21 @@ def run(training: Training) -> None:
                 raise
             check_first &= result.stats is None  # an update may have had nothing to learn from
             try:
-                log(t, batch, metrics)
+                log(t, "train", metrics, batch.trajectories)
             finally:  # β moves whatever an observer raises
                 _finish(t, batch)
 
 
 def _finish(t: Training, batch: Batch) -> None:
+    bad_steps = t.progress.bad_steps_in_a_row
     try:
         t.objective.finish(batch)
-        _check_bad_steps(t)
+        if bad_steps >= t.objective.settings.max_bad_steps:
+            raise NonFiniteError(
+                f"{bad_steps} optimizer steps in a row had a non-finite loss or gradient and were skipped; "
+                f"stopped with a checkpoint in {t.folder.path}. Try a lower learning_rate or "
+                "policy.dtype: float32"
+            )
     except (GateError, NonFiniteError):
         save(t, snapshot(t))
         raise
@@ -199,10 +205,7 @@ def evaluate(t: Training) -> None:
     metrics, trajectories = held_out(t, t.config.evaluate.episodes, poll=t.stop.raise_if_set)
     p.evaluated_at = p.updates
     t.saved_at = None  # a checkpoint of this update, from before a resume, doesn't know of it
-    t.folder.append("metrics.jsonl", [{"update": p.updates, **metrics}])
-    t.folder.append("samples.jsonl", _samples(p.updates, "held_out", trajectories))
-    for observer in t.observers:
-        observer.log(metrics, p)
+    log(t, "held_out", metrics, trajectories)
     if p.best_metric is None or metrics["eval/metric"] > p.best_metric:
         p.best_metric, p.best_update = metrics["eval/metric"], p.updates
 
@@ -215,39 +218,27 @@ def held_out(
     return metrics | t.objective.evaluate(episodes, poll=poll), episodes_seen
 
 
-def log(t: Training, batch: Batch, metrics: dict[str, float]) -> None:
-    """Write one update's metrics and samples."""
-    p = t.progress
-    t.folder.append("metrics.jsonl", [{"update": p.updates, **metrics}])
-    t.folder.append("samples.jsonl", _samples(p.updates, "train", batch.trajectories))
+def log(t: Training, split: str, metrics: dict[str, float], played: Sequence[Any]) -> None:
+    """Write the metrics and samples of an update (`split` is `train`) or an evaluation (`held_out`)."""
+    about = {"update": t.progress.updates}
+    t.folder.append("metrics.jsonl", [about | metrics])
+    t.folder.append("samples.jsonl", [about | {"split": split} | one.record() for one in played])
     for observer in t.observers:
-        observer.log(metrics, p)
+        observer.log(metrics, t.progress)
 
 
 def save(t: Training, before: dict[str, Any]) -> Path:
     """Write a checkpoint of everything the run's future depends on; `before` is a `snapshot`."""
     t.enter("save")
-    rollout = dict(before["rollout"])
-    large = {"rollout": rollout.pop("tensors")} if "tensors" in rollout else {}
-    path = checkpoint.save_checkpoint(
-        t.folder.checkpoints,
-        t.progress.updates,
-        tensors={
-            "policy": checkpoint.policy_tensors(t.policy),
-            "optimizer": checkpoint.optimizer_tensors(t.policy, t.optimizer),
-            **large,
-        },
-        state={
-            "progress": asdict(t.progress),
-            "total": t.total,
-            **before,
-            "rollout": rollout,
-            "base_fingerprint": t.policy.fingerprint(),
-            "log_sizes": t.folder.log_sizes(),
-        },
-        keep=t.config.run.keep_checkpoints,
-    )
-    t.saved_at = t.progress.updates
+    state = {"progress": asdict(t.progress), "total": t.total, **before, "rollout": {**before["rollout"]}}
+    state |= {"base_fingerprint": t.policy.fingerprint(), "log_sizes": t.folder.log_sizes()}
+    tensors = {"policy": checkpoint.policy_tensors(t.policy)}
+    tensors["optimizer"] = checkpoint.optimizer_tensors(t.policy, t.optimizer)
+    if "tensors" in state["rollout"]:
+        tensors["rollout"] = state["rollout"].pop("tensors")
+    folder, updates, keep = t.folder.checkpoints, t.progress.updates, t.config.run.keep_checkpoints
+    path = checkpoint.save_checkpoint(folder, updates, tensors=tensors, state=state, keep=keep)
+    t.saved_at = updates
     _point_to_best(t)
     return path
 
@@ -335,15 +326,6 @@ def _checkpoint_is_due(t: Training) -> bool:
     return updates > 0 and t.saved_at != updates and is_wanted
 
 
-def _check_bad_steps(t: Training) -> None:
-    if t.progress.bad_steps_in_a_row >= t.objective.settings.max_bad_steps:
-        raise NonFiniteError(
-            f"{t.progress.bad_steps_in_a_row} optimizer steps in a row had a non-finite loss or gradient and "
-            f"were skipped; stopped with a checkpoint in {t.folder.path}. Try a lower learning_rate or "
-            "policy.dtype: float32"
-        )
-
-
 def _interrupted(t: Training) -> Interrupted:
     assert t.stop.signal_number is not None
     path = str(t.folder.path)
@@ -357,8 +339,3 @@ def _interrupted(t: Training) -> Interrupted:
     how = f"surefoot resume {shlex.quote(path)}" if is_in_config else f"{again}.learn()"
     message = f"stopped after update {t.progress.updates}, saved; continue with: {how}"
     return Interrupted(t.stop.signal_number, message)
-
-
-def _samples(updates: int, split: str, played: Sequence[Any]) -> list[dict[str, Any]]:
-    """Lines of samples.jsonl."""
-    return [{"update": updates, "split": split, **one.record()} for one in played]

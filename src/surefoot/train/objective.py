@@ -108,9 +108,6 @@ class Objective(Protocol):
     settings: OptimizerSettings
     """By which steps it is lowered."""
 
-    def prepare(self, batch: Batch, moment: Moment | None = None) -> Batch:
-        """Fill in what a batch learns from, such as advantages, with the settings that `moment` gives."""
-
     def gradient(self, policy: Policy, batch: Batch, rows: Tensor, *, token_budget: int) -> Any:
         """Add the gradient of the minibatch `rows` to the parameters' `.grad`, in micro-batches of at most
         `token_budget` tokens, whose sizes don't change it. Returns its `Stats`.
@@ -131,6 +128,10 @@ class Objective(Protocol):
 
     notice: str = ""
     """What to print before a run begins."""
+
+    def prepare(self, batch: Batch, moment: Moment | None = None) -> Batch:
+        """Fill in what a batch learns from, such as advantages, with the settings that `moment` gives."""
+        return batch
 
     def select(self, batch: Batch, rows_per_minibatch: int) -> Batch:
         """What the minibatches of an update are cut from."""

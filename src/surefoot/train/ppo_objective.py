@@ -24,6 +24,13 @@ from surefoot.train.metrics import batch_metrics, mean_kl
 from surefoot.train.objective import Accelerator, Moment, Objective, OptimizerSettings, UpdateResult
 from surefoot.types import Batch, Evaluation
 
+# Metric -> the sum of `PPOStats` that it is the mean of.
+MEANS = {
+    **{"ppo/policy_loss": "policy_loss", "ppo/approx_kl": "approx_kl", "ppo/clip_fraction": "clipped"},
+    **{"ppo/ratio_mean": "ratio", "policy/entropy": "entropy"},
+    **{"critic/value_loss": "value_loss", "critic/clip_fraction": "value_clipped"},
+}
+
 
 def advantages(batch: Batch, config: Config | None = None) -> Batch:
     """Fill `advantages_BT` and `returns_BT`: KL into the rewards, whitening on request, then GAE.
@@ -195,19 +202,11 @@ class PPOObjective(Objective):
         metrics |= {"kl/coef": self.kl_coef, "ppo/stopped_early": float(result.stopped_early)}
         if result.stats is None:
             return metrics
-        *sums, num_tokens, ratio_max = (float(value) for value in vars(result.stats).values())
-        means = dict(zip(vars(result.stats), (value / max(num_tokens, 1.0) for value in sums), strict=False))
-        metrics |= {
-            "ppo/policy_loss": means["policy_loss"],
-            "ppo/approx_kl": means["approx_kl"],
-            "ppo/clip_fraction": means["clipped"],
-            "ppo/ratio_mean": means["ratio"],
-            "ppo/ratio_max": ratio_max,
-            "policy/entropy": means["entropy"],
-        }
-        if self.config.ppo.has_critic:
-            metrics["critic/value_loss"] = means["value_loss"]
-            metrics["critic/clip_fraction"] = means["value_clipped"]
+        metrics["ppo/ratio_max"] = float(result.stats.ratio_max)
+        tokens = max(float(result.stats.num_tokens), 1.0)
+        for name, field in MEANS.items():
+            if self.config.ppo.has_critic or not name.startswith("critic/"):
+                metrics[name] = float(getattr(result.stats, field)) / tokens
         return metrics
 
     def gates(self, stats: PPOStats, *, is_first: bool, exact: bool) -> bool:

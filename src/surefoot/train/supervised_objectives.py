@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surefoot.core.losses import NLLStats, PPOStats, nll_loss
-from surefoot.core.preference import PreferenceStats, preference_loss
+from surefoot.config import Config
+from surefoot.core.losses import LossStats, PPOStats, nll_loss
+from surefoot.core.preference import preference_loss
 from surefoot.data.batches import micro_batches
 from surefoot.policies.base import Policy
 from surefoot.rollout.demonstrations import DemonstrationRollout
@@ -29,13 +30,9 @@ class NLLObjective(Objective):
     def __init__(self, settings: OptimizerSettings | None = None):
         self.settings = settings or OptimizerSettings()
 
-    def prepare(self, batch: Batch, moment: Moment | None = None) -> Batch:
-        """Nothing is missing."""
-        return batch
-
     def gradient(
         self, policy: Policy, batch: Batch, rows: Tensor, *, token_budget: int, coef: float = 1.0
-    ) -> NLLStats:
+    ) -> LossStats:
         """Of `coef` times the loss."""
         denominator, stats = max(int(batch.mask_BT[rows].sum()), 1), []
         for micro in micro_batches(batch, rows, token_budget):
@@ -50,8 +47,7 @@ class NLLObjective(Objective):
         """Means over the trained tokens."""
         if (stats := result.stats) is None:
             return {}
-        tokens = stats.num_tokens
-        return {"sft/nll": float(stats.nll / tokens), "policy/entropy": float(stats.entropy / tokens)}
+        return {"sft/nll": stats.mean, "policy/entropy": float(stats.entropy / stats.num_tokens)}
 
 
 class PreferenceObjective(Objective):
@@ -66,11 +62,7 @@ class PreferenceObjective(Objective):
     ):
         self.loss, self.settings = loss, settings or OptimizerSettings()
 
-    def prepare(self, batch: Batch, moment: Moment | None = None) -> Batch:
-        """Nothing is missing."""
-        return batch
-
-    def gradient(self, policy: Policy, batch: Batch, rows: Tensor, *, token_budget: int) -> PreferenceStats:
+    def gradient(self, policy: Policy, batch: Batch, rows: Tensor, *, token_budget: int) -> LossStats:
         """A row's texts stay together, so that of two texts a row half as many rows fit."""
         stats, sides = [], batch.observations["lengths"].shape[1]
         for micro in micro_batches(batch, rows, token_budget // sides):
@@ -78,22 +70,20 @@ class PreferenceObjective(Objective):
             assert part.labels_B is not None
             losses_B = self.loss(policy.evaluate(part).values_BT, part.labels_B)
             (losses_B.sum() / len(rows)).backward()
-            stats.append(PreferenceStats.of(losses_B))
+            stats.append(LossStats(losses_B.detach().sum().float(), len(losses_B)))
         return functools.reduce(operator.add, stats)
 
     def metrics(self, batch: Batch, result: UpdateResult) -> dict[str, float]:
         """Mean over the rows."""
-        if result.stats is None:
-            return {}
-        return {"reward_model/loss": float(result.stats.loss / result.stats.num_tokens)}
+        return {} if result.stats is None else {"reward_model/loss": result.stats.mean}
 
 
 @dataclass(frozen=True)
 class SumStats:
-    """Those of both parts; `nll` is None where demonstrations have no weight."""
+    """Those of both parts; `nll` counts nothing where demonstrations have no weight."""
 
     ppo: PPOStats
-    nll: NLLStats | None
+    nll: LossStats
 
     @property
     def num_tokens(self) -> Any:
@@ -103,11 +93,10 @@ class SumStats:
     @property
     def is_finite(self) -> bool:
         """Whether both losses are numbers."""
-        return self.ppo.is_finite and (self.nll is None or self.nll.is_finite)
+        return self.ppo.is_finite and self.nll.is_finite
 
     def __add__(self, other: SumStats) -> SumStats:
-        both = [stats for stats in (self.nll, other.nll) if stats is not None]
-        return SumStats(self.ppo + other.ppo, functools.reduce(operator.add, both) if both else None)
+        return SumStats(self.ppo + other.ppo, self.nll + other.nll)
 
 
 class SumObjective(Objective):
@@ -121,20 +110,13 @@ class SumObjective(Objective):
     name = "ppo"
 
     def __init__(
-        self,
-        ppo: PPOObjective,
-        demonstrations: DemonstrationRollout,
-        *,
-        coef: float,
-        schedule: str = "constant",
+        self, config: Config, demonstrations: DemonstrationRollout, *, coef: float, schedule: str = "constant"
     ):
-        self.ppo, self.nll, self.demonstrations = ppo, NLLObjective(), demonstrations
-        self.settings = ppo.settings
+        self.ppo, self.nll, self.demonstrations = PPOObjective(config), NLLObjective(), demonstrations
+        self.settings, self.notice = self.ppo.settings, demonstrations.notice
         self.highest, self.schedule = coef, schedule
         self.coef = coef  # as the next update has it
         self.taken = 0  # demonstrations, counted again in every epoch
-
-        self.notice = demonstrations.notice
 
     def prepare(self, batch: Batch, moment: Moment | None = None) -> Batch:
         """PPO's."""
@@ -149,7 +131,7 @@ class SumObjective(Objective):
         """Of both. If memory runs out in the middle, the same demonstrations are taken again."""
         ppo = self.ppo.gradient(policy, batch, rows, token_budget=token_budget)
         if not (coef := self._coef_for(batch)):
-            return SumStats(ppo, None)
+            return SumStats(ppo, LossStats(0.0, 0))
         examples = self.demonstrations.collect(first=self.taken, count=self.demonstrations.per_update)
         everything = torch.arange(len(examples))
         nll = self.nll.gradient(policy, examples, everything, token_budget=token_budget, coef=coef)
@@ -164,8 +146,8 @@ class SumObjective(Objective):
         stats = result.stats
         metrics = self.ppo.metrics(batch, replace(result, stats=None if stats is None else stats.ppo))
         metrics["ptx/coef"] = self._coef_for(batch)
-        if stats is not None and stats.nll is not None:
-            metrics["ptx/loss"] = float(stats.nll.nll / stats.nll.num_tokens)
+        if stats is not None and stats.nll.num_tokens:
+            metrics["ptx/loss"] = stats.nll.mean
         return metrics
 
     def gates(self, stats: SumStats, *, is_first: bool, exact: bool) -> bool:

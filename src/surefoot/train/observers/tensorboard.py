@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surefoot.errors import InputError
+from surefoot.storage.files import writing
 
 if TYPE_CHECKING:
     from surefoot.train import loop
+
+NOTE = "; the last checkpoint stands"
 
 
 class TensorBoard:
@@ -28,7 +28,7 @@ class TensorBoard:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._folder, self._event, self._summary = folder, Event, Summary
-        with self._one_line():
+        with writing(folder, NOTE):
             folder.mkdir(exist_ok=True)
             file = folder / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}"
             self._file = file.open("xb", buffering=0)
@@ -50,13 +50,5 @@ class TensorBoard:
         self._file.close()
 
     def _write(self, **contents: Any) -> None:
-        with self._one_line():
+        with writing(self._folder, NOTE):
             self._records.write(self._event(wall_time=time.time(), **contents).SerializeToString())
-
-    @contextlib.contextmanager
-    def _one_line(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            what = f"{self._folder} could not be written: {error.strerror}"
-            raise InputError(f"{what}; the last checkpoint stands") from error
