@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from surefoot.config import Config, default_text, field_table
+from surefoot.config.fields import section_in
 from surefoot.config.kinds import SECTIONS
-from surefoot.config.tables import section_in
 from surefoot.train.metrics import METRICS
 
 COMMON = ("run", "policy", "evaluate")

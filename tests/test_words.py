@@ -53,6 +53,7 @@ ALLOWED = {
     "src/surefoot/data/rows.py": {"answer"},
     "src/surefoot/policies/control/fast_mlp.py": {"copies"},
     "src/surefoot/rollout/opponents.py": {"copies"},
+    "src/surefoot/config/keywords.py": {"samples_per_prompt"},
     "examples/single_file/ppo_lm.py": {"kl_horizon", "kl_target", "samples_per_prompt"},
 }
 BRITISH = r"optimis|normalis|initialis|generalis|behaviour|colour|centre|centring|serialis|summaris"

@@ -18,7 +18,8 @@ from surefoot.api.session import merge
 from surefoot.build.language import check_sources
 from surefoot.build.preflight import check_models
 from surefoot.config import Config, make_config, make_paths_relative_to, read_sections, set_field
-from surefoot.config.pipeline import PipelineConfig, Product, checked, with_products
+from surefoot.config.messages import validated
+from surefoot.config.pipeline import PipelineConfig, Product, with_products
 from surefoot.errors import InputError
 from surefoot.storage.run_folder import RunFolder
 
@@ -64,7 +65,7 @@ def load_pipeline(path: Path | str, overrides: Mapping[str, str] | None = None) 
     make_paths_relative_to(here, {"run": data})  # the pipeline's folder
     for key, text in (overrides or {}).items():
         set_field(data, key, text)
-    pipeline = checked(data, str(path))
+    pipeline = validated(PipelineConfig, data, where=str(path))
     stages: dict[str, Stage] = {}
     for name, sections in pipeline.stages.items():
         if not re.fullmatch(r"[a-z][a-z0-9_]{,63}", name):

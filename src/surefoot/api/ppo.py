@@ -72,7 +72,7 @@ class PPO(HasSession):
             settings, schedules = translated(settings)
         of_text = "task" if config is None else config.supervised or "task"
         data = sections_for(config, "env" if is_control else of_text)
-        merge(data, ours := nested(settings))
+        merge(data, ours := nested(settings, "env" if is_control else "task"))
         if is_control:
             _put_environment(data, env, settings, schedules)
         elif "env" in ours:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -22,6 +22,19 @@ class Section(BaseModel):
 def setting(default: Any, meaning: str, **limits: Any) -> Any:
     """A field: its default, its documentation in a sentence or two, and pydantic's limits."""
     return Field(default, description=meaning, **limits)
+
+
+def parts_of(annotation: Any) -> Iterator[Any]:
+    """A type, and all types and marks that it is made of."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from parts_of(part)
+
+
+def section_in(annotation: Any) -> type[Section] | None:
+    """The model that a field holds, itself or in a list, if it is a section."""
+    kinds = (part for part in parts_of(annotation) if isinstance(part, type) and not get_args(part))
+    return next((kind for kind in kinds if issubclass(kind, Section)), None)
 
 
 Positive = Annotated[int, Field(gt=0, le=10**9)]

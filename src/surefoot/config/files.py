@@ -5,19 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, get_args
-
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
+from typing import Any
 
 from surefoot.config import strict_yaml
-from surefoot.config.fields import IsPath
+from surefoot.config.fields import IsPath, Section, parts_of, section_in
 from surefoot.config.kinds import foreign_sections
-from surefoot.config.messages import as_flag, first_problem, short
+from surefoot.config.messages import as_flag, short, validated
 from surefoot.config.rollout import GenerationConfig
 from surefoot.config.root import Config
-from surefoot.config.tables import section_in, types_of_keys
-from surefoot.config.task import RewardPart
+from surefoot.config.tables import all_keys
 from surefoot.errors import InputError
 
 
@@ -55,11 +51,7 @@ def make_config(data: dict[str, Any], *, where: str, flags: Collection[str] = ()
 
     `flags` are the dotted keys that came from the command line: a problem with one of them names the flag.
     """
-    try:
-        return Config.model_validate(data)
-    except ValidationError as error:
-        problem = first_problem(error.errors(), where=where, kinds=types_of_keys(), flags=flags)
-        raise InputError(problem) from None
+    return validated(Config, data, where=where, keys=all_keys(), flags=flags)
 
 
 def dump_config(config: Config, *, exclude: Collection[str] = ()) -> str:
@@ -92,10 +84,7 @@ def with_sampling(generation: GenerationConfig, changes: Mapping[str, Any]) -> G
     for name in changes:
         if name not in allowed:
             raise InputError(f"unknown sampling setting {name!r}; there are {', '.join(allowed)}")
-    try:
-        return GenerationConfig.model_validate(generation.model_dump() | dict(changes))
-    except ValidationError as error:
-        raise InputError(first_problem(error.errors(), where="generate", kinds=types_of_keys())) from None
+    return validated(GenerationConfig, generation.model_dump() | dict(changes), where="generate")
 
 
 def set_field(data: dict[str, Any], key: str, text: str) -> None:
@@ -103,7 +92,8 @@ def set_field(data: dict[str, Any], key: str, text: str) -> None:
     if not text.strip():
         raise InputError(f"{as_flag(key)}: the value is empty; write null for none")
     value = strict_yaml.scalar(text)
-    if "str" in types_of_keys().get(key, "") and not isinstance(value, (str, list, type(None))):
+    is_text = key in all_keys() and "str" in all_keys()[key].type
+    if is_text and not isinstance(value, (str, list, type(None))):
         value = text  # a run may be called 7
     *parents, leaf = key.split(".")
     if not all((*parents, leaf)):
@@ -117,35 +107,20 @@ def set_field(data: dict[str, Any], key: str, text: str) -> None:
     data[leaf] = value
 
 
-def make_paths_relative_to(folder: Path, data: dict[str, Any]) -> None:
+def make_paths_relative_to(folder: Path, data: dict[str, Any], *, model: type[Section] = Config) -> None:
     """Make relative paths in `data` relative to `folder`, in place; other names (assets, modules) stay."""
-    policy = data.get("policy")
-    if data.get("new_model") is not None and isinstance(policy, dict):  # its folder is not there yet
-        policy["model"] = _moved(policy.get("model"), IsPath(lambda *_: True), folder)
-    _move(Config, data, folder)
-
-
-def _move(model: type[BaseModel], data: dict[str, Any], folder: Path) -> None:
+    match data:
+        case {"new_model": dict(), "policy": {"model": str(name)}} if name:  # its folder is not there yet
+            data["policy"]["model"] = os.path.normpath(folder / os.path.expanduser(name))
     for name, info in model.model_fields.items():
-        value = data.get(name)
-        if isinstance(value, dict) and (inner := section_in(info.annotation)) is not None:
-            _move(inner, value, folder)
-        elif isinstance(value, list):  # the parts of a reward
-            for part in value:
-                if isinstance(part, dict) and section_in(info.annotation) is RewardPart:
-                    _move(RewardPart, part, folder)
-        elif (mark := _mark(info)) is not None:
-            data[name] = _moved(value, mark, folder) if name in data else None
-            if data[name] is None:
-                del data[name]
-
-
-def _moved(value: Any, mark: IsPath, folder: Path) -> Any:
-    is_path = isinstance(value, str) and value[:1] not in ("", "~") and mark.test(value, folder)
-    return os.path.normpath(folder / value) if is_path else value
-
-
-def _mark(found: FieldInfo | Any) -> IsPath | None:
-    """The mark of a field whose text may be a path, wherever in its type it stands."""
-    inner = (*found.metadata, found.annotation) if isinstance(found, FieldInfo) else get_args(found)
-    return found if isinstance(found, IsPath) else next(filter(None, map(_mark, inner)), None)
+        value, inner = data.get(name), section_in(info.annotation)
+        for part in value if isinstance(value, list) else [value]:  # a section, or the parts of a reward
+            if inner is not None and isinstance(part, dict):
+                make_paths_relative_to(folder, part, model=inner)
+        for mark in (
+            part for part in (*info.metadata, *parts_of(info.annotation)) if isinstance(part, IsPath)
+        ):
+            if value is None:
+                data.pop(name, None)
+            elif isinstance(value, str) and value[:1] not in ("", "~") and mark.test(value, folder):
+                data[name] = os.path.normpath(folder / value)

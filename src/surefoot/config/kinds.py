@@ -54,21 +54,15 @@ def foreign_sections(kind: str) -> frozenset[str]:
     return frozenset(name for sections in SECTIONS.values() for name in sections) - {*SECTIONS[kind]}
 
 
-def check_sections(given: Collection[str]) -> None:
-    """Raise ValueError: sections that do not go together."""
-    kinds = [name for name in KINDS if name in given]
+def with_defaults(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested `data` of a run with its kind's defaults. Raises ValueError for sections that clash."""
+    given = [name for name, value in data.items() if value is not None]
+    kinds, kind = [name for name in KINDS if name in given], kind_of(given)
     if len(kinds) > 1:
         raise ValueError(f"a run has one of {', '.join(KINDS)}, not {' and '.join(kinds)}; leave one out")
-    kind = kind_of(given)
-    for name in given:
-        if name in foreign_sections(kind):
-            run = "a text task" if kind == "task" else f"a run with {kind}"
-            raise ValueError(f"{name}: {run} has no such section; leave it out")
-
-
-def with_defaults(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested `data` of a run with the defaults of its kind filled in."""
-    kind = kind_of([name for name, value in data.items() if value is not None])
+    if foreign := next((name for name in given if name in foreign_sections(kind)), None):
+        who = "a text task" if kind == "task" else f"a run with {kind}"
+        raise ValueError(f"{foreign}: {who} has no such section; leave it out")
     filled = _over(DEFAULTS[kind], data)
     policy, env = filled.get("policy"), filled.get("env")
     if kind != "env" or not isinstance(env, dict) or not isinstance(policy, dict):

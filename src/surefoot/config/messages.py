@@ -5,7 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from surefoot.errors import InputError
+
+Model = TypeVar("Model", bound=BaseModel)
 
 # pydantic's error type -> what is said instead, and how to fix it.
 _PLAINER = {
@@ -22,29 +28,37 @@ _PLAINER = {
 }
 
 
-def first_problem(
-    problems: Sequence[Mapping[str, Any]],
-    *,
-    where: str,
-    kinds: Mapping[str, str],
-    flags: Collection[str] = (),
+def validated(
+    model: type[Model], data: Any, *, where: str, keys: Collection[str] = (), flags: Collection[str] = ()
+) -> Model:
+    """`data` as a `model`, whose real keys are `keys` or its fields; `flags` are keys that came as flags.
+
+    Raises InputError: `where` and the key, or the flag, what is wrong with it, and how to fix it.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        found = _first_problem(error.errors(), where, keys or model.model_fields, flags)
+        raise InputError(found) from None
+
+
+def _first_problem(
+    problems: Sequence[Mapping[str, Any]], where: str, keys: Collection[str], flags: Collection[str]
 ) -> str:
-    """The most telling of pydantic's errors. `kinds` has every real key; `flags` those that came as flags."""
     # A misspelled key is also a missing one: say the former. Of a value's types, the one it comes nearest to.
     problem = min(problems, key=lambda p: (p["type"] != "extra_forbidden", -len(p["loc"])))
     parts = [str(part) for part in problem["loc"]]
     is_key = problem["type"] in {"extra_forbidden", "missing"}
-    while len(parts) > 1 and not is_key and ".".join(parts) not in kinds:
+    while len(parts) > 1 and not is_key and ".".join(parts) not in keys:
         parts.pop()  # which entry of a list, which type of several
     key = ".".join(parts)
     is_flag = bool(key) and any(f"{key}.".startswith(f"{f}.") or f"{f}.".startswith(f"{key}.") for f in flags)
     name, start = (as_flag(key), "") if is_flag else (key, f"{where}: ")
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if problem["type"] == "extra_forbidden":
-        names = [as_flag(known) for known in kinds] if is_flag else kinds
-        otherwise = "surefoot ppo --help lists them"
-        what = "flag" if is_flag else "key"
-        return f"{start}unknown {what} {short(name)}{suggestion(name, names, otherwise)}"
+        what, names = ("flag", [as_flag(known) for known in keys]) if is_flag else ("key", keys)
+        near = suggestion(name, names, "surefoot ppo --help lists them")
+        return f"{start}unknown {what} {short(name)}{near}"
     if problem["type"] == "missing":
         return f"{start}{name} is missing"
     if problem["type"] == "value_error":

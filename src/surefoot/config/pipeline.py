@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from surefoot.config.fields import FolderPath, Section, setting
-from surefoot.config.messages import first_problem
 from surefoot.errors import InputError
 
 REFERENCE = "stage:"
@@ -31,15 +30,6 @@ class PipelineConfig(Section):
         min_length=1,
         description="Each stage's name and configuration; `stage:NAME` for a path: what that one left.",
     )
-
-
-def checked(data: Any, where: str) -> PipelineConfig:
-    """`data` as a `PipelineConfig`. Raises InputError naming the key, and the nearest valid one."""
-    try:
-        return PipelineConfig.model_validate(data)
-    except ValidationError as error:
-        kinds = dict.fromkeys(PipelineConfig.model_fields, "")
-        raise InputError(first_problem(error.errors(), where=where, kinds=kinds)) from None
 
 
 def with_products(value: Any, left: Mapping[str, tuple[Product, str]], where: str, *, key: str = "") -> Any:

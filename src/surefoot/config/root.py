@@ -1,21 +1,25 @@
-"""The whole configuration of a run: the sections `run` and `evaluate`, and all sections together."""
+"""The whole configuration of a run: `run`, `evaluate`, all sections together, and which settings clash."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
-from surefoot.config import checks
 from surefoot.config.env import EnvConfig
 from surefoot.config.fields import FolderPath, Positive, Section, setting
-from surefoot.config.kinds import KINDS, check_sections, foreign_sections, kind_of, with_defaults
+from surefoot.config.kinds import KINDS, foreign_sections, kind_of, with_defaults
 from surefoot.config.messages import short
-from surefoot.config.policy import PolicyConfig
+from surefoot.config.policy import NETWORKS, CriticConfig, PolicyConfig
 from surefoot.config.ppo import GroupConfig, KLConfig, PPOConfig, ShapingConfig
 from surefoot.config.rollout import GenerationConfig, RejectionSamplingConfig, RolloutConfig
 from surefoot.config.supervised import NewModelConfig, PTXConfig, RewardModelConfig, SFTConfig
 from surefoot.config.task import TaskConfig
+
+# Advantages that compare the completions of one prompt with each other.
+GROUPED = ("grpo", "dr_grpo", "rloo")
 
 
 class RunConfig(Section):
@@ -69,26 +73,12 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _of_its_kind(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        check_sections([name for name in cls.model_fields if data.get(name) is not None])
-        return with_defaults(data)
+        return with_defaults(data) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        critic = self.policy.critic
-        checks.check_clip(self.ppo)
-        if self.supervised is not None:
-            checks.check_supervised(self.supervised, critic)
-        elif self.env is not None:
-            checks.check_environment(self.env, self.ppo, self.policy)
-        else:
-            checks.check_kl(self.kl, self.rollout)
-            checks.check_advantage(self.ppo, self.group, self.shaping, critic)
-            batch_size = 1 if self.rejection_sampling else self.ppo.batch_size  # it updates nothing
-            checks.check_rollout(self.rollout, self.group, self.generation, batch_size)
-            if self.rejection_sampling is not None:
-                checks.check_rejection(self.rejection_sampling, self.group, has_task=self.task is not None)
+        if problem := next(_contradictions(self), None):
+            raise ValueError(problem)
         return self
 
     @model_serializer(mode="wrap")
@@ -117,3 +107,92 @@ class Config(Section):
         if self.rejection_sampling is not None:
             return "rejection-sampling"
         return (self.supervised or "ppo").replace("_", "-")
+
+
+# --- settings that contradict each other, and how to fix them: a line each ---
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    if config.ppo.clip_range_high is not None and config.ppo.clip_schedule != "constant":
+        yield "ppo.clip_schedule moves ppo.clip_range alone; leave ppo.clip_range_high out"
+    if config.supervised is None:
+        yield from _in_text_run(config) if config.env is None else _in_environment(config, config.env)
+    elif config.policy.critic.model_copy(update={"stop_gradient": False}) != CriticConfig():
+        yield f"policy.critic: a run of {config.supervised} has no critic; leave the section out"
+
+
+def _in_text_run(config: Config) -> Iterator[str]:
+    kl, rejection, size = config.kl, config.rejection_sampling, config.group.size
+    least = 0.2 * config.rollout.episodes_per_update
+    if kl.target is not None and kl.coef == 0:
+        yield "kl.target adapts kl.coef, and 0 would stay 0; give kl.coef a positive start"
+    if kl.target is not None and least >= kl.horizon:
+        # An update changes kl.coef by up to 20 % × episodes / horizon.
+        yield f"kl.horizon ({kl.horizon:g}) could take kl.coef below 0; give more than {least:g}"
+    yield from _in_advantage(config)
+    yield from _in_rollout(config)
+    if rejection is not None and config.task is None:
+        yield "rejection_sampling completes the prompts of a task; give it a task section"
+    if rejection is not None and rejection.episodes % size:
+        yield f"group.size ({size}) does not divide rejection_sampling.episodes ({rejection.episodes})"
+
+
+def _in_advantage(config: Config) -> Iterator[str]:
+    """What the advantage needs and is not there, or has no use for."""
+    ppo, group, critic = config.ppo, config.group, config.policy.critic
+    kind = ppo.advantage
+    if kind in GROUPED and group.size == 1:
+        yield f"ppo.advantage: {kind} compares completions of a prompt; give group.size 2 or more"
+    if group.skip_zero_variance and kind not in GROUPED:
+        yield f"group.skip_zero_variance is for ppo.advantage: {', '.join(GROUPED)}, not {kind}"
+    if critic.warmup_updates and critic.kind == "shared" and not critic.stop_gradient:
+        alone = (
+            "policy.critic.warmup_updates trains the critic alone, but its loss would move the shared trunk"
+        )
+        yield f"{alone}; set policy.critic.stop_gradient: true, or another policy.critic.kind"
+    needs_critic = {
+        "ppo.clip_range_vf": ppo.clip_range_vf is not None,
+        "shaping.whiten": config.shaping.whiten,
+        "policy.critic.gae_lambda": critic.gae_lambda is not None,
+        "policy.critic.warmup_updates": critic.warmup_updates > 0,
+    }
+    if not ppo.has_critic:
+        for name in (name for name, is_used in needs_critic.items() if is_used):
+            yield f"{name} is for ppo.advantage: gae; {kind} has no critic"
+        if ppo.gamma != 1 and kind != "reinforce_pp":
+            yield f"ppo.gamma: with {kind} the tokens of a completion share its reward; leave it out"
+
+
+def _in_rollout(config: Config) -> Iterator[str]:
+    """Sizes that do not divide an update, and sampling that cannot be trained on."""
+    whole, generation = config.rollout.episodes_per_update, config.generation
+    batch_size = 1 if config.rejection_sampling else config.ppo.batch_size  # it updates nothing
+    for key, size in {"ppo.batch_size": batch_size, "group.size": config.group.size}.items():
+        if whole % size:
+            near, of = _nearest_divisor(whole, size), f"rollout.episodes_per_update ({whole})"
+            yield f"{key} ({size}) does not divide {of}; try {near}"
+    for name in ("top_k", "top_p"):
+        if getattr(generation, name) is not None:
+            yield f"generation.{name}: training needs the full vocabulary; leave it out"
+    if generation.temperature == 0:
+        yield "generation.temperature: training needs more than 0 (greedy); leave it out"
+
+
+def _nearest_divisor(whole: int, wanted: int) -> int:
+    small = [d for d in range(1, math.isqrt(whole) + 1) if whole % d == 0]
+    return min((*small, *(whole // d for d in small)), key=lambda d: (abs(d - wanted), d))
+
+
+def _in_environment(config: Config, env: EnvConfig) -> Iterator[str]:
+    ppo, model = config.ppo, config.policy.model
+    for name in ("advantage", "loss_aggregation"):
+        if getattr(ppo, name) != PPOConfig.model_fields[name].default:
+            yield f"ppo.{name} is for text tasks; leave it out"
+    if config.policy.critic.model_copy(update={"gae_lambda": None}) != CriticConfig():
+        yield "policy.critic is for text tasks; with env use policy.network.share"
+    if model not in NETWORKS:
+        yield f"policy.model: {short(model)}; with env it is one of {', '.join(NETWORKS)}"
+    if "Lstm" in model and ppo.batch_size % env.n_steps:
+        near = env.n_steps * max(1, round(ppo.batch_size / env.n_steps))
+        wrong = f"ppo.batch_size ({ppo.batch_size}) is not a multiple of env.n_steps ({env.n_steps})"
+        yield f"{wrong}: recurrent policies are trained on whole sequences; try {near}"

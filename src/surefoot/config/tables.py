@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_o
 from pydantic import BaseModel
 
 from surefoot.config import strict_yaml
-from surefoot.config.fields import Section
+from surefoot.config.fields import section_in
 from surefoot.config.kinds import foreign_sections
 from surefoot.config.root import Config
 
@@ -35,13 +35,17 @@ class FieldRow(NamedTuple):
 
 
 @functools.cache
+def all_keys() -> dict[str, FieldRow]:
+    """Every field and section by its dotted key; sections, which stand before their fields, have no type."""
+    return {row.key: row for row in _walk(Config)}
+
+
 def field_table() -> tuple[FieldRow, ...]:
     """Every field that is not a section, in the order of the models."""
-    return tuple(row for row in _walk(Config) if row.type)
+    return tuple(row for row in all_keys().values() if row.type)
 
 
 def _walk(model: type[BaseModel], prefix: str = "") -> Iterator[FieldRow]:
-    """Fields and sections of a model; a section, which is followed by its fields, has no type and default."""
     for name, info in model.model_fields.items():
         key, inner = prefix + name, section_in(info.annotation)
         about = info.description or (inner.__doc__ if inner else None) or ""
@@ -58,14 +62,14 @@ def _walk(model: type[BaseModel], prefix: str = "") -> Iterator[FieldRow]:
 def defaults_of(key: str) -> dict[str, str]:
     """The default that each kind of run really has of the field `key`, as YAML, by the kinds that have it."""
     section, *_ = *path, leaf = key.split(".")
-    own = {row.key: row.default for row in field_table()}[key]
     found = {}
-    for kind, (least, given) in _least().items():
-        if section not in foreign_sections(least.kind):
-            parent: Any = least
+    for kind, given in LEAST.items():
+        parent: Any = _least(kind)
+        if section not in foreign_sections(parent.kind):
             for name in path:
                 parent = getattr(parent, name, None)
-            found[kind] = own if parent is None or key in given else _text(getattr(parent, leaf))
+            is_own = parent is None or (len(path) == 1 and leaf in given.get(section, {}))
+            found[kind] = all_keys()[key].default if is_own else _text(getattr(parent, leaf))
     if found.get("recurrent") == found.get("env") or key == "policy.model":
         found.pop("recurrent", None)
     return found
@@ -83,11 +87,11 @@ def default_text(key: str, *, quote: str = "") -> str:
 
 def with_settings(keys: dict[str, str]) -> Callable[[Class], Class]:
     """A class decorator: the settings `keys` (keyword -> dotted key) go to its docstring, one line each."""
-    rows = {row.key: row for row in _walk(Config)}
 
     def line(name: str, key: str) -> str:
-        meaning = rows[key].description.split("; ")[0].split(". ")[0].rstrip(".")
-        default = f" [{default_text(key)}]" if rows[key].type else ""
+        row = all_keys()[key]
+        meaning = row.description.split("; ")[0].split(". ")[0].rstrip(".")
+        default = f" [{default_text(key)}]" if row.type else ""
         return textwrap.shorten(f"{name}: {meaning}{default}", 104, placeholder=" …")
 
     def decorate(cls: Class) -> Class:
@@ -101,26 +105,8 @@ def with_settings(keys: dict[str, str]) -> Callable[[Class], Class]:
 
 
 @functools.cache
-def types_of_keys() -> dict[str, str]:
-    """Type of every field by its dotted key; a section's is empty."""
-    return {row.key: row.type for row in _walk(Config)}
-
-
-def section_in(annotation: Any) -> type[Section] | None:
-    """The model that a field holds, itself or in a list, if it is a section."""
-    for kind in (annotation, *get_args(annotation)):
-        if isinstance(kind, type) and issubclass(kind, Section):
-            return kind
-        if get_origin(kind) is list and (inner := section_in(get_args(kind)[0])) is not None:
-            return inner
-    return None
-
-
-@functools.cache
-def _least() -> dict[str, tuple[Config, set[str]]]:
-    """A configuration of each kind of run, and the keys that were given."""
-    given = {kind: {f"{name}.{leaf}" for name in data for leaf in data[name]} for kind, data in LEAST.items()}
-    return {kind: (Config.model_validate(data), given[kind]) for kind, data in LEAST.items()}
+def _least(kind: str) -> Config:
+    return Config.model_validate(LEAST[kind])
 
 
 def _text(value: Any) -> str:

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from surefoot.config.fields import FilePath, HeldOut, Positive, RewardPath, Section, setting
-from surefoot.config.messages import first_problem, short
+from surefoot.config.messages import short, validated
+from surefoot.errors import InputError
 
 
 class RewardPart(Section):
@@ -61,10 +62,9 @@ def _part(part: Any, number: int) -> RewardPart:
     if not isinstance(part, dict):
         raise ValueError(f"part {number} is {short(part)}; write {{name: …, weight: 1.0}}")
     try:
-        return RewardPart.model_validate(part)
-    except ValidationError as error:
-        kinds = dict.fromkeys(RewardPart.model_fields, "")
-        raise ValueError(first_problem(error.errors(), where=f"part {number}", kinds=kinds)) from None
+        return validated(RewardPart, part, where=f"part {number}")
+    except InputError as error:
+        raise ValueError(error) from None
 
 
 def check_weights(weights: Mapping[str, float]) -> None:

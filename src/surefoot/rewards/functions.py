@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from types import ModuleType
@@ -88,7 +89,10 @@ def compute_rewards(
     except InputError:  # a reward model's, which says in one line what is wrong
         raise
     except (Exception, SystemExit) as error:
-        where = _where_raised(error) or f"; it is called with the keywords {', '.join(samples)}"
+        last = traceback.extract_tb(error.__traceback__)[-1]  # to find the bug without reading a stack
+        where = f" ({last.filename}, line {last.lineno})"
+        if last.filename == __file__:  # it could not be called at all
+            where = f"; it is called with the keywords {', '.join(samples)}"
         raise InputError(f"the {name} function raised {type(error).__name__}: {error}{where}") from error
     finally:
         os.chdir(folder)  # relative paths of the run must go on meaning the same
@@ -118,13 +122,3 @@ def _checked(value: Any, index: int, trajectory: Trajectory, name: str) -> float
         f"the {name} function returned {short(value)} for sample {index} (prompt {short(trajectory.prompt)}, "
         f"completion {short(trajectory.completion_text)}); a finite float is needed"
     )
-
-
-def _where_raised(error: BaseException) -> str:
-    """The last line of user code in the traceback, to find the bug without reading a stack."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    if frame is None or frame.tb_frame.f_code.co_filename == __file__:  # it could not be called at all
-        return ""
-    return f" ({frame.tb_frame.f_code.co_filename}, line {frame.tb_lineno})"

@@ -38,13 +38,11 @@ class RewardScorer:
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         """A calibrated score per completion. Raises InputError for a text longer than the model's context."""
         if isinstance(prompts, str) or isinstance(completions, str):
-            raise InputError(
-                "score: prompts and completions are lists; for one text write [prompt] and [completion]"
-            )
+            what = "prompts and completions are lists"
+            raise InputError(f"score: {what}; for one text write [prompt] and [completion]")
         if len(prompts) != len(completions):
-            raise InputError(
-                f"score: {len(prompts)} prompts and {len(completions)} completions; one prompt each is needed"
-            )
+            counts = f"{len(prompts)} prompts and {len(completions)} completions"
+            raise InputError(f"score: {counts}; one prompt each is needed")
         if not completions:
             return []
         rows = [
@@ -56,6 +54,5 @@ class RewardScorer:
 
 
 def _text(completion: Any) -> str:
-    if isinstance(completion, str):
-        return completion
-    return "".join(str(message["content"]) for message in completion)
+    is_text = isinstance(completion, str)
+    return completion if is_text else "".join(str(message["content"]) for message in completion)

@@ -13,9 +13,8 @@ def _analyzer() -> Any:
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError:
-        raise InputError(
-            "the sentiment reward needs vaderSentiment; install it with: pip install 'surefoot[demo]'"
-        ) from None
+        needed = "the sentiment reward needs the package vaderSentiment"
+        raise InputError(f"{needed}; run: pip install 'surefoot[demo]'") from None
     return SentimentIntensityAnalyzer()
 
 

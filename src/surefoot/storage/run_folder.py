@@ -27,7 +27,7 @@ from typing import Any
 
 from surefoot.config import Config, absolute_paths, dump_config, load_config
 from surefoot.errors import InputError
-from surefoot.storage.files import sync, write_durably
+from surefoot.storage.files import sync, write_durably, writing
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
@@ -66,13 +66,11 @@ class RunFolder:
     def create(cls, config: Config) -> RunFolder:
         """Make a new folder and write config and environment. Raises InputError if the name is taken."""
         cls.check_free(config)
-        run = cls(_make_folder(config))
-        run.hold()
-        try:
+        with writing(f"the run folder {Path(config.run.folder, config.run.name or '')}"):
+            run = cls(_make_folder(config))
+            run.hold()
             write_durably(run.path / "config.yaml", dump_config(absolute_paths(config)).encode())
             write_durably(run.path / "environment.json", json.dumps(_environment(), indent=1).encode())
-        except OSError as error:
-            raise InputError(f"the run folder {run.path} cannot be written: {error.strerror}") from error
         return run
 
     @classmethod
@@ -101,10 +99,8 @@ class RunFolder:
         """Take the folder until `release` or the end of this object. Raises InputError if it is taken."""
         if self.is_held:
             return
-        try:
+        with writing(self.path):
             lock = os.open(self.path / ".lock", os.O_WRONLY | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise InputError(f"{self.path} cannot be written: {error.strerror}") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -121,22 +117,17 @@ class RunFolder:
     def append(self, log: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add one JSON line per row to a log. Raises InputError if the disk does not take them."""
         lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-        try:
-            # A lone surrogate has no UTF-8; as `\\udXXX` it is JSON's own escape and reads back the same.
-            with (self.path / log).open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(lines)
-        except OSError as error:
-            what = f"{self.path / log} could not be written: {error.strerror}"
-            raise InputError(f"{what}; the last checkpoint stands") from error
+        path, fix = self.path / log, "; the last checkpoint stands"
+        # A lone surrogate has no UTF-8; as `\\udXXX` it is JSON's own escape and reads back the same.
+        with writing(path, fix), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(lines)
 
     def log_sizes(self) -> dict[str, int]:
         """Bytes in each log, durable from here on: a checkpoint keeps them, and resuming cuts the rest."""
-        sizes = dict.fromkeys(LOGS, 0)
-        for log in LOGS:
-            if (self.path / log).exists():
-                sync(self.path / log)
-                sizes[log] = (self.path / log).stat().st_size
-        return sizes
+        paths = [path for log in LOGS if (path := self.path / log).exists()]
+        for path in paths:
+            sync(path)
+        return dict.fromkeys(LOGS, 0) | {path.name: path.stat().st_size for path in paths}
 
     def cut_logs(self, sizes: Mapping[str, int]) -> None:
         """Forget log lines written after a checkpoint."""
@@ -159,11 +150,11 @@ def _make_folder(config: Config) -> Path:
         path = Path(config.run.folder) / (config.run.name or RunFolder.free_name(config, config.verb))
         try:
             path.mkdir(parents=True)
-            return path
-        except OSError as error:
-            if not (isinstance(error, FileExistsError) and tries_left):
-                raise InputError(f"the run folder {path} cannot be made: {error.strerror}") from None
-    raise AssertionError("the last try returns or raises")
+            break
+        except FileExistsError:
+            if not tries_left:
+                raise
+    return path
 
 
 def _environment() -> dict[str, Any]:
