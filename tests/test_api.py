@@ -70,18 +70,8 @@ SIGNATURES = {
     PPO.save: "(self, folder)",
     PPO.load: "(folder, env=None, *, verbose=1, **given)",
     PPO.open: "(source, env=None)",
-    SFT.__init__: "(self, policy, data=None, *, config=None, verbose=1, run=None, **settings)",
-    SFT.learn: "(self, total_epochs=None, callback=None)",
-    SFT.evaluate: "(self, examples=None)",
     SFT.generate: "(self, prompts, *, seed=0, **sampling)",
-    SFT.save: "(self, folder)",
-    SFT.load: "(folder, data=None, *, verbose=1)",
-    RewardModel.__init__: "(self, policy, data=None, *, config=None, verbose=1, run=None, **settings)",
-    RewardModel.learn: "(self, total_epochs=None, callback=None)",
-    RewardModel.evaluate: "(self, examples=None)",
     RewardModel.score: "(self, prompts, completions)",
-    RewardModel.save: "(self, folder)",
-    RewardModel.load: "(folder, data=None, *, verbose=1)",
     TextTask.__init__: (
         "(self, prompts, reward, *, metric=None, held_out=0.1, prompt_column='prompt', prompt_tokens=None, chat=False)"
     ),
@@ -92,6 +82,11 @@ SIGNATURES = {
     ),
     load_policy: "(source, config=None, *, device='cpu', seed=0)",
 }
+for supervised in (SFT, RewardModel):
+    SIGNATURES[supervised.__init__] = "(self, policy, data=None, *, config=None, verbose=1, run=None, **settings)"
+    SIGNATURES[supervised.learn] = "(self, total_epochs=None, callback=None)"
+    SIGNATURES |= {supervised.evaluate: "(self, examples=None)", supervised.save: "(self, folder)"}
+    SIGNATURES[supervised.load] = "(folder, data=None, *, verbose=1)"
 
 
 def test_public_signatures_change_only_on_purpose():

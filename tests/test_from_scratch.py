@@ -12,7 +12,6 @@ import pytest
 import torch
 import transformers
 import yaml
-from safetensors.torch import load_file
 
 from surefoot import PPO, SFT, TextTask, load_policy, new_model
 from surefoot.config import PolicyConfig
@@ -77,8 +76,7 @@ def test_the_seed_alone_decides_the_weights_in_any_interpreter():
     assert torch.equal(torch.get_rng_state(), global_state)
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         assert Path("same", name).read_bytes() == Path("cold", name).read_bytes()
-    same, other = (load_file(f"{name}/model.safetensors")["lm_head.weight"] for name in ("same", "other"))
-    assert not torch.equal(same, other)
+    assert Path("same", "model.safetensors").read_bytes() != Path("other", "model.safetensors").read_bytes()
 
 
 def test_the_tokenizer_sees_nothing_of_what_is_held_out():
@@ -159,8 +157,7 @@ def test_the_command_line_goes_the_whole_way(kind):
     ppo |= {"rollout": {"total_episodes": 4, "episodes_per_update": 4}}
     Path("ppo.yaml").write_text(yaml.safe_dump(ppo))
     Path("reward.py").write_text("def reward(prompts, completions, **columns):\n    return [0.5 for _ in completions]\n")
-    trained = run_cli("ppo", "ppo.yaml", "--policy.model", "runs/tuned/model")
-    assert trained.code == 0, trained.err
+    assert (trained := run_cli("ppo", "ppo.yaml", "--policy.model", "runs/tuned/model")).code == 0, trained.err
     assert run_cli("generate", "runs/ppo-1", "the", "--max-new-tokens", 3).code == 0
 
 
@@ -168,9 +165,6 @@ def test_the_command_line_goes_the_whole_way(kind):
     ("flags", "names"),
     [
         (("--new-model.vocab", "256"), ("--new-model", "vocab is 256")),
-        (("--new-model.width", "0"), ("--new-model.width",)),
-        (("--new-model.layers", "1000"), ("--new-model.layers",)),
-        (("--new-model.width", "1000000000"), ("2.4e+19 weights",)),
         (("--new-model.vocab", "1000000000"), ("2.6e+11 weights",)),
         (("--new-model.width", "48"), ("width is 48",)),
         (("--policy.model", "full"), ("policy.model", "full exists")),
@@ -179,7 +173,6 @@ def test_the_command_line_goes_the_whole_way(kind):
         (("--policy.model", "smollm2-135m-instruct"), ("sft.yaml", "policy.model")),
         (("--policy.adapter.rank", "4"), ("sft.yaml", "adapter")),
         (("--sft.data", "empty.jsonl"), ("empty.jsonl", "no demonstrations there")),
-        (("--sft.data", "blank.jsonl"), ("blank.jsonl, line 1", "text is empty")),
         (("--sft.data", "null"), ("sft.yaml", "sft.data")),
     ],
     ids=" ".join,
@@ -189,7 +182,6 @@ def test_bad_input_is_one_line(flags, names):
     Path("full/precious").touch()
     write_texts()
     Path("empty.jsonl").touch()
-    Path("blank.jsonl").write_text('{"text": " "}\n')
     Path("sft.yaml").write_text(yaml.safe_dump({"policy": {"model": "new", "adapter": None}, "sft": {"data": "texts.jsonl"}}))
     run_cli("new-model", "sft.yaml", *flags).refused(*names)
     assert not Path("new").exists() and [p.name for p in Path("full").iterdir()] == ["precious"]
@@ -212,28 +204,17 @@ def test_the_folder_is_beside_the_file_and_sft_finds_it_there():
     assert run_cli("new-model", "of_mine/sft.yaml", "--new-model.vocab", 300).out.startswith("model: of_mine/base\n")
 
 
-def test_what_lies_beside_the_new_folder_stays():
-    for name in ("new.tmp", "saved.tmp"):
-        Path(name).mkdir()
-        Path(name, "precious").touch()
-    new_model("new", TEXTS, **TINY)
-    SFT("new", TEXTS, **WHOLE).save("saved")
-    left = {str(path) for path in Path().rglob("*") if path.is_dir() or path.name == "precious"}
-    assert left == {"new", "new.tmp", "saved", "saved.tmp", "new.tmp/precious", "saved.tmp/precious"}
-    Path("of_mine").mkdir()
-    assert Path("new").stat().st_mode == Path("saved").stat().st_mode == Path("of_mine").stat().st_mode
-
-
 def test_bad_input_in_python_is_one_line():
     for texts, settings, names in (
         (TEXTS, {"kind": "rnn"}, ("new_model.kind", "'rnn'")),
         (TEXTS, {"hidden": 3}, ("new_model.hidden",)),
-        (TEXTS, {"seed": -1}, ("seed", "-1")),
         ([], {}, ("no demonstrations there",)),
         (CHATS, {"vocab": 259}, ("chats need 260",)),
     ):
         refusal(lambda texts=texts, settings=settings: new_model("new", texts, **settings), *names)
     assert not Path("new").exists()
-    Path("new").mkdir()  # an empty folder may become the model
+    for folder in ("new", "usual"):  # an empty folder may become the model
+        Path(folder).mkdir()
     new_model("new", TEXTS, kind="lstm", **TINY)
+    assert Path("new").stat().st_mode == Path("usual").stat().st_mode
     refusal(lambda: SFT("new", TEXTS, verbose=0), "LstmForCausalLM", "policy.adapter: null")

@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from surefoot import PPO, InputError, TextTask
+from surefoot import PPO, InputError
 from surefoot.config import field_table, load_config, make_config, strict_yaml
 from surefoot.core.losses import LossSettings, clipped_surrogate
 from surefoot.migrate.trl import settings as table
@@ -163,18 +163,14 @@ def test_rloo_of_both_apis():
     ("kind", "given", "expected", "absent"),
     [
         ("OLD", {"adap_kl_ctrl": False}, {"kl.coef": 0.2}, ["kl.target", "kl.horizon"]),
-        ("OLD", {"init_kl_coef": 0}, {"kl.coef": 0}, ["kl.target"]),
+        ("OLD", {"init_kl_coef": 0}, {"kl.coef": 0}, ["kl.target", "ppo.target_kl"]),
         ("OLD", {"early_stopping": True, "target_kl": 0.2}, {"ppo.target_kl": pytest.approx(0.3)}, []),
-        ("OLD", {"target_kl": 0.2}, {}, ["ppo.target_kl"]),
         ("OLD", {"forward_batch_size": 32}, {"ppo.batch_size": 32}, []),
         ("PPO", {"warmup_steps": 0.1}, {"ppo.lr_warmup": 0.1}, []),
-        ("PPO", {}, {"policy.dtype": "bfloat16", "policy.adapter": None}, []),
         ("GRPO", {"max_grad_norm": 0}, {"ppo.max_grad_norm": 1e9}, []),
         ("GRPO", {"entropy_coef": 0.01}, {"ppo.ent_coef": 0.01}, []),
         ("GRPO", {"entropy_coef": 0.01, "loss_type": "grpo"}, {}, ["ppo.ent_coef"]),
         ("GRPO", {"lr_scheduler_type": "constant_with_warmup"}, {"ppo.lr_schedule": "constant"}, []),
-        ("GRPO", {"use_peft": True, "lora_target_modules": "q_proj"},
-         {"policy.adapter": {"rank": 16, "alpha": 32, "targets": ["q_proj"]}}, []),
         ("GRPO", {"use_peft": True}, {"policy.adapter": {"rank": 16, "alpha": 32}}, []),
     ],
 )  # fmt: skip
@@ -188,11 +184,10 @@ def test_what_comes_from_several_settings(kind, given, expected, absent):
     [
         ("OLD", {"kl_penalty": "full", "use_score_norm": True, "ratio_threshold": 5.0}, ["kl_penalty", "use_score_norm"]),
         ("OLD", {"adap_kl_ctrl": False, "target": 5, "horizon": 100}, ["target 5: without use", "horizon 100"]),
-        ("OLD", {"target_kl": 0.3}, ["target_kl 0.3: without use"]),
         ("PPO", {"kl_estimator": "k3", "weight_decay": 0.1, "stop_token_id": 1}, ["kl_est", "weight_d", "stop_t", "value_m"]),
         ("GRPO", {"scale_rewards": "batch", "top_p": 0.9, "optim": "sgd"}, ["scale_rewards", "top_p 0.9", "optim"]),
         ("GRPO", {"lora_r": 8, "lora_dropout": 0.05, "use_rslora": True}, ["lora_r 8: without use", "lora_drop", "use_rslora"]),
-        ("GRPO", {"shuffle_dataset": False, "entropy_coef": 0.01, "loss_type": "grpo"}, ["shuffle_", "entropy_coef"]),
+        ("GRPO", {"entropy_coef": 0.01, "loss_type": "grpo"}, ["entropy_coef"]),
         ("GRPO", {"something_new": 0, "torch_dtype": "bfloat16"}, ["something_new 0: not known here", "torch_dtype"]),
         ("GRPO", {"use_vllm": True, "vllm_importance_sampling_cap": 3.0}, ["vllm_importance_sampling_cap 3.0"]),
         ("RLOO", {"reward_clip_range": [0, 5]}, ["reward_clip_range [0, 5]", "the ratio"]),
@@ -251,11 +246,9 @@ def test_the_files_name_decides_between_kinds_that_know_as_much(tmp_path):
         ("a.py", "PPOConfig()", ["a.py", "args.to_json_string()", "config.to_dict()"]),
         ("a.sh", "trl grpo", ["a.sh", "surefoot import-trl --"]),
         ("a.json", '{"batch_size": 0, "ppo_epochs": 1}', ["rollout.episodes_per_update"]),
-        ("a.json", '{"batch_size": 10, "mini_batch_size": 3, "ppo_epochs": 1}', ["ppo.batch_size"]),
         ("a.json", '{"ppo_epochs": 1, "cliprange": -1}', ["in our words: ppo.clip_range"]),
         ("a.json", '{"ppo_epochs": 1, "early_stopping": true, "target_kl": "1"}', ["target_kl has '1'"]),
         ("a.json", "[1]", ["a.json", "[1]"]),
-        ("a.json", "{", ["a.json"]),
         ("a.json", "{}", ["a.json", "no setting of TRL's PPO, GRPO or RLOO"]),
         ("a.yaml", "num_generations: 4", ["GRPOConfig", "RLOOConfig", "the file's name"]),
         ("a.toml", "", ["a.toml"]),
@@ -281,11 +274,11 @@ def test_a_pickle_is_refused_unread_with_the_way_around_it(tmp_path):
 def test_the_command_writes_yaml_that_ppo_takes(tmp_path):
     write_project(tmp_path)
     (tmp_path / "trl.json").write_text(json.dumps(OLD | {"model_name": "model"}))
-    shown = run_cli("import-trl", tmp_path / "trl.json")
+    command = ("import-trl", tmp_path / "trl.json")
+    shown, to_file = run_cli(*command), (*command, "--output", tmp_path / "ppo.yaml")
     assert shown.code == 0 and "Set by hand:" in shown.err and "# Set by hand:" in shown.out
-    written = run_cli("import-trl", tmp_path / "trl.json", "--output", tmp_path / "ppo.yaml")
-    assert written.out == "" and (tmp_path / "ppo.yaml").read_text() == shown.out
-    run_cli("import-trl", tmp_path / "trl.json", "--output", tmp_path / "ppo.yaml").refused("--output", "ppo.yaml")
+    assert run_cli(*to_file).out == "" and (tmp_path / "ppo.yaml").read_text() == shown.out
+    run_cli(*to_file).refused("--output", "ppo.yaml")
     flags = {"task.prompts": str(tmp_path / "prompts.jsonl"), "task.reward": f"{tmp_path / 'reward.py'}:reward"}
     config = load_config(tmp_path / "ppo.yaml", flags)
     assert (config.kl.target, config.ppo.batch_size, config.policy.adapter) == (5.0, 16, None)
@@ -360,6 +353,8 @@ def test_a_shorter_number_format_and_shards_lose_nothing(tmp_path):
     (tmp_path / "ours.tmp").mkdir()
     import_value_head(tmp_path / "trl", tmp_path / "ours")
     assert {path.name for path in tmp_path.iterdir()} == {"trl", "ours", "ours.tmp"}
+    run_cli("import-trl", tmp_path / "trl").refused("--output")  # a folder, and a new one
+    run_cli("import-trl", tmp_path / "trl", "--output", tmp_path).refused(f"--output {tmp_path}")
     critic = PPO.load(tmp_path / "ours", verbose=0).policy.value_head
     assert critic.weight.dtype == torch.float32 and torch.equal(critic.weight.detach(), summary.weight.detach().float())
     written = load_file(tmp_path / "ours" / "model.safetensors")
@@ -367,49 +362,25 @@ def test_a_shorter_number_format_and_shards_lose_nothing(tmp_path):
     assert all(torch.equal(written[name], tensors[name]) for name in written)
 
 
-def test_an_imported_checkpoint_is_trained_on(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    value_head_folder(tmp_path / "trl")
-    import_value_head(tmp_path / "trl", tmp_path / "ours")
-    task = TextTask(["the film", "a band"], lambda prompts, completions: [float(len(text)) for text in completions])
-    sizes = {"episodes_per_update": 4, "batch_size": 4, "total_episodes": 4, "max_new_tokens": 3}
-    model = PPO.load("ours", task, verbose=0, **sizes)
-    assert model.policy.value_head.bias.item() == 0.5
-    model.learn()
-    assert model.policy.value_head.bias.item() != 0.5
-
-
 def rewritten(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable[[Path], object]:
-    file = "model.safetensors"
-    return lambda folder: save_file(change(load_file(folder / file)), folder / file, metadata={"format": "pt"})
+    return lambda file: save_file(change(load_file(file)), file, metadata={"format": "pt"})
 
 
-def linked(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "elsewhere")
-    (folder / "model.safetensors").symlink_to(folder / "elsewhere")
-
-
-DAMAGES: dict[str, Callable[[Path], object]] = {
+DAMAGES: dict[str, Callable[[Path], object]] = {  # of the weights
     "no v_head.summary.weight": rewritten(lambda tensors: {n: t for n, t in tensors.items() if not n.startswith("v_head")}),
     "surefoot_critic.safetensors": rewritten(lambda tensors: tensors | {"v_head.summary.weight": torch.zeros(1, 33)}),
-    "pytorch_model.bin is a pickle": lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
-    "an adapter": lambda folder: (folder / "adapter_config.json").write_text("{}"),
-    "half-written": lambda folder: os.truncate(folder / "model.safetensors", 20_000),
-    "model.safetensors: a link": linked,
-    "notes.txt: a link": lambda folder: (folder / "notes.txt").symlink_to(__file__),
+    "pytorch_model.bin is a pickle": lambda file: file.rename(file.with_name("pytorch_model.bin")),
+    "an adapter": lambda file: file.with_name("adapter_config.json").write_text("{}"),
+    "half-written": lambda file: os.truncate(file, 20_000),
+    "model.safetensors: a link": lambda file: file.symlink_to(file.rename(file.with_name("elsewhere"))),
+    "notes.txt: a link": lambda file: file.with_name("notes.txt").symlink_to(__file__),
 }
 
 
 @pytest.mark.parametrize("named", DAMAGES)
 def test_a_checkpoint_that_cannot_be_taken_is_refused_and_leaves_nothing(tmp_path, named):
     value_head_folder(tmp_path / "trl")
-    DAMAGES[named](tmp_path / "trl")
+    DAMAGES[named](tmp_path / "trl" / "model.safetensors")
     complaint = run_cli("import-trl", tmp_path / "trl", "--output", tmp_path / "ours").refused(named)
     assert str(tmp_path / "ours") not in complaint
     assert sorted(path.name for path in tmp_path.iterdir()) == ["trl"]
-
-
-def test_a_folder_needs_a_new_folder(tmp_path):
-    value_head_folder(tmp_path / "trl")
-    run_cli("import-trl", tmp_path / "trl").refused("--output")
-    run_cli("import-trl", tmp_path / "trl", "--output", tmp_path).refused(f"--output {tmp_path}")

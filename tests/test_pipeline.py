@@ -17,7 +17,6 @@ from surefoot.build.language import build_policy, build_task
 from surefoot.config import RejectionSamplingConfig
 from surefoot.config.pipeline import PipelineConfig
 from surefoot.data.render import encode_prompt
-from surefoot.errors import InputError
 from surefoot.types import StopReason, Trajectory
 from tests.inputs import model_folder, run_cli
 from tests.tiny import tiny_tokenizer
@@ -52,8 +51,8 @@ STAGES: dict[str, Any] = {
 }
 
 
-LABELS = (" positive", " negative")
 BROKEN = "def takes_nothing():\n    return []\n\ndef says_nothing(**columns):\n    return []\n"
+BROKEN += "\ndef length(prompts, **columns):\n    return [float(len(prompt)) for prompt in prompts]\n"
 
 
 def write(folder: Path, stages: dict[str, Any]) -> Path:
@@ -158,19 +157,9 @@ def changed(name: str, **sections: Any) -> dict[str, Any]:
     return STAGES | {name: stage}
 
 
-def task(**settings: Any) -> dict[str, Any]:
-    """The task of `STAGES` with other settings."""
-    return TASK | settings
-
-
-def answers(**settings: Any) -> dict[str, Any]:
-    """`STAGES` with other settings of rejection sampling."""
-    return changed("answers", rejection_sampling=settings)
-
-
 def tuned(**settings: Any) -> dict[str, Any]:
     """`STAGES` with other settings of the task of PPO."""
-    return changed("tuned", task=task(**settings))
+    return changed("tuned", task=TASK | settings)
 
 
 JUDGED = {"name": "stage:judge"}
@@ -182,29 +171,29 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "nothing to learn": ({"empty": {"seed": 1}}, "stage empty"),
     "a misspelt key": (changed("taught", sft={"data": "pairs.jsonl", "epoch": 1}), "stage taught: unknown key 'sft.epoch'"),
     "no such file": (changed("judge", reward_model={"data": "none.jsonl"}), "none.jsonl"),
-    "no prompts": (tuned(prompts="none.jsonl"), "task.prompts"),
-    "no examples to join": (answers(join="none.jsonl"), "stage answers: rejection_sampling.join"),
-    "a share of nothing": (answers(keep=0.0), "stage answers: rejection_sampling.keep"),
+    "no examples to join": (
+        changed("answers", rejection_sampling={"join": "none.jsonl"}),
+        "stage answers: rejection_sampling.join",
+    ),
     "rejection without a task": (changed("answers", task=None, sft=STAGES["taught"]["sft"]), "answers: rejection_sampling"),
     "rejection that is no section": (changed("answers", rejection_sampling=5), "rejection_sampling"),
     "a run that is no section": (changed("taught", run=5), "stage taught: run"),
     "a new model": (changed("taught", new_model={}), "new_model"),
     "a share of a group": (changed("answers", **GROUPS), "rejection_sampling.episodes (36)"),
-    "no such function": (tuned(metric="none.py:metric"), "stage tuned: task.metric"),
     "no such part": (tuned(reward=[JUDGED, {"name": "math:sinus"}]), "stage tuned: task.reward, sinus"),
     "a reward that takes nothing": (tuned(reward=[JUDGED, {"name": "broken.py:takes_nothing"}]), "takes_nothing"),
     "a metric that says nothing": (tuned(metric="broken.py:says_nothing"), "stage tuned: the metric"),
     "no reward model": (tuned(reward="model"), "stage tuned: task.reward"),
-    "no such column": (tuned(prompt_column="text"), "no column 'text'"),
     "no such model": (changed("taught", policy={"model": "./none"}), "stage taught: policy.model"),
     "a reward model as policy": (changed("tuned", policy={"model": "stage:judge"}), "policy.model"),
     "a language model as reward": (tuned(reward=[{"name": "stage:taught"}]), "task.reward.name"),
     "a model as examples": (changed("again", sft={"data": "stage:tuned"}), "stage again: sft.data"),
-    "a stage as a name": (changed("again", device="stage:tuned"), "device"),
-    "chats to join for strings": (answers(join="chats.jsonl"), "rejection_sampling.join has messages"),
-    "pairs to join for a chat": (changed("answers", task=task(chat=True)), "join has prompt and completion"),
-    "ratings to join": (answers(join="ratings.jsonl"), "rejection_sampling.join has text"),
-    "prompts of both kinds": (changed("answers", task=task(prompts="mixed.jsonl", held_out=0.0)), "task.prompts"),
+    "chats to join for strings": (
+        changed("answers", rejection_sampling={"join": "chats.jsonl"}),
+        "rejection_sampling.join has messages",
+    ),
+    "pairs to join for a chat": (changed("answers", task=TASK | {"chat": True}), "join has prompt and completion"),
+    "prompts of both kinds": (changed("answers", task=TASK | {"prompts": "mixed.jsonl", "held_out": 0.0}), "task.prompts"),
     "a name of its own": (changed("taught", run={"name": "x"}), "run.name"),
 }
 
@@ -234,15 +223,9 @@ def test_a_stage_made_from_one_that_was_removed_is_refused(whole: Path, tmp_path
     assert outcome.code == 0 and outcome.out.count("finished before") == len(STAGES) - 1
 
 
-def test_a_folder_that_is_no_whole_run_is_to_be_removed(tmp_path: Path):
-    file = write(tmp_path, {"taught": STAGES["taught"]})
-    (tmp_path / "runs" / "taught").mkdir(parents=True)
-    run_cli("pipeline", file).refused("taught", "config.yaml")
-
-
 def test_an_empty_section_has_its_defaults_and_a_part_that_is_a_stage_is_called_by_its_name(tmp_path: Path):
     parts = [{"name": "stage:judge"}, {"name": "stage:judge2", "weight": 0.5}, {"name": "stage:judge", "label": "other"}]
-    stages = STAGES | {"judge2": STAGES["judge"], "more": changed("tuned", task=task(reward=parts))["tuned"]}
+    stages = STAGES | {"judge2": STAGES["judge"], "more": tuned(reward=parts)["tuned"]}
     stages["answers"] = STAGES["answers"] | {"rejection_sampling": None, "ppo": {"batch_size": 7}}  # it updates nothing
     loaded = {stage.name: stage.config for stage in load_pipeline(write(tmp_path, stages))}
     assert loaded["answers"].rejection_sampling == RejectionSamplingConfig()
@@ -251,35 +234,28 @@ def test_an_empty_section_has_its_defaults_and_a_part_that_is_a_stage_is_called_
     assert [part.called for part in settings.reward] == ["judge", "judge2", "other"]
 
 
-REWARD = "def reward(prompts, completions, **columns):\n    return [float(len(prompt)) for prompt in prompts]\n"
-
-
 def test_answers_of_a_chat_are_learned_behind_the_tokens_they_were_written_behind(tmp_path: Path):
-    (tmp_path / "reward.py").write_text(REWARD)
     shutil.copytree(model_folder(chat=True), tmp_path / "model")
-    section = {"prompts": "prompts.jsonl", "reward": "reward.py:reward", "chat": True}
+    section = {"prompts": "prompts.jsonl", "reward": "broken.py:length", "chat": True}
     labels = {"episodes": 12, "keep": 1.0, "join": "chats.jsonl"}
     file = write(tmp_path, {"answers": {"task": section, "generation": SHORT, "rejection_sampling": labels}})
-    outcome = run_cli("pipeline", file)
-    assert outcome.code == 0, outcome.err
+    assert (outcome := run_cli("pipeline", file)).code == 0, outcome.err
     given, *examples = [json.loads(line)["messages"] for line in (tmp_path / "runs/answers/completions.jsonl").open()]
     assert given == CHATS[0]["messages"] and examples
     tokenizer = tiny_tokenizer(chat=True)
     for user, assistant in examples:
         assert (user["role"], assistant["role"]) == ("user", "assistant")
-        asked = encode_prompt(tokenizer, [user])
-        assert asked == encode_prompt(tokenizer, user["content"], chat=True)
+        asked = encode_prompt(tokenizer, user["content"], chat=True)
         whole = tokenizer.apply_chat_template([user, assistant], tokenize=True, return_dict=True)["input_ids"]
         assert tuple(whole[: len(asked)]) == asked
 
 
 def test_answers_that_were_all_cut_off_are_no_examples(tmp_path: Path):
-    (tmp_path / "reward.py").write_text(REWARD)
-    stage = {"task": {"prompts": "prompts.jsonl", "reward": "reward.py:reward"}, "generation": {"max_new_tokens": 1}}
+    stage = {"task": {"prompts": "prompts.jsonl", "reward": "broken.py:length"}, "generation": {"max_new_tokens": 1}}
     file = write(tmp_path, {"answers": stage | {"rejection_sampling": {"episodes": 2}}})
     run_cli("pipeline", file).refused("of 2 completions", "generation.max_new_tokens")
-    with pytest.raises(InputError, match=r"no such file"):
-        load_pipeline(tmp_path / "none.yaml")
+    (tmp_path / "runs" / "answers" / "config.yaml").unlink()
+    run_cli("pipeline", file).refused("answers", "config.yaml")
 
 
 def test_the_pages_pipeline_is_one_and_its_table_is_whole(tmp_path: Path):
@@ -288,8 +264,7 @@ def test_the_pages_pipeline_is_one_and_its_table_is_whole(tmp_path: Path):
     write(tmp_path, example["stages"])
     (tmp_path / "pairs.jsonl").rename(tmp_path / "examples.jsonl")
     (tmp_path / "prompts.jsonl").rename(tmp_path / "unlabeled.jsonl")
-    stages = load_pipeline(tmp_path / "pipeline.yaml")
-    assert [stage.name for stage in stages] == ["sft", "judge", "ppo", "best", "again"]
+    assert [stage.name for stage in load_pipeline(tmp_path / "pipeline.yaml")] == ["sft", "judge", "ppo", "best", "again"]
     fields = [*PipelineConfig.model_fields, *(f"rejection_sampling.{name}" for name in RejectionSamplingConfig.model_fields)]
     assert all(f"| `{name}` |" in page for name in fields)
 
@@ -298,14 +273,12 @@ def test_the_pages_pipeline_is_one_and_its_table_is_whole(tmp_path: Path):
 def test_the_recipes_pipelines_are_whole(tmp_path: Path, name: str):
     recipe = Path(__file__).parent.parent / "recipes" / "semi_supervised"
     films = [f"the film {n}" for n in range(20)]
-    rows = {
-        "examples": [{"prompt": film, "completion": " is good"} for film in films],
-        "ratings": [{"text": film, "rating": n % 3} for n, film in enumerate(films)],
-        "openings": PROMPTS,
-        "answers": [{"prompt": film, "completion": " positive"} for film in films],
-        "answer_pairs": [{"prompt": f, "chosen": LABELS[n % 2], "rejected": LABELS[1 - n % 2]} for n, f in enumerate(films)],
-        "questions": PROMPTS,
-    }
+    examples = [{"prompt": film, "completion": " is good"} for film in films]
+    rows = {"examples": examples, "answers": examples, "openings": PROMPTS, "questions": PROMPTS}
+    rows["ratings"] = [{"text": film, "rating": n % 3} for n, film in enumerate(films)]
+    rows["answer_pairs"] = [
+        {"prompt": film, "chosen": f" {n % 2}", "rejected": f" {1 - n % 2}"} for n, film in enumerate(films)
+    ]
     (tmp_path / "data").mkdir()
     for file, lines in rows.items():
         (tmp_path / "data" / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

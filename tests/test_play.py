@@ -14,12 +14,7 @@ from surefoot import PPO
 from surefoot.cli.play import MAX_FRAMES, MAX_WIDTH, VideoRecorder, play_run
 from tests.inputs import refusal, run_cli
 
-SEES_NOTHING = """
-import gymnasium
-
-def make(render_mode=None):
-    return gymnasium.make("CartPole-v1")
-"""
+SEES_NOTHING = "import gymnasium\ndef make(render_mode=None):\n    return gymnasium.make('CartPole-v1')\n"
 
 
 def trained(folder: Path, env: object = "CartPole-v1") -> Path:
@@ -72,22 +67,18 @@ def test_without_pictures_the_plot_is_drawn_all_the_same(tmp_path, capsys):
     assert [path.name for path in (run / "play").iterdir()] == ["returns.png"]
 
 
-LIBRARIES = [("matplotlib", "gif", "surefoot[play]"), ("imageio_ffmpeg", "mp4", "imageio-ffmpeg")]
-
-
-@pytest.mark.parametrize(("library", "kind", "how"), LIBRARIES)
+@pytest.mark.parametrize(
+    ("library", "kind", "how"), [("matplotlib", "gif", "surefoot[play]"), ("imageio_ffmpeg", "mp4", "imageio-ffmpeg")]
+)
 def test_a_missing_library_is_named_with_how_to_get_it(run, monkeypatch, library, kind, how):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == library else find(name, *rest))
     run_cli("play", run, "--format", kind).refused("pip install", how)
 
 
-def test_a_language_models_run_is_sent_to_generate(tmp_path):
+def test_a_language_models_run_and_an_environment_made_in_python_are_sent_elsewhere(tmp_path):
     (tmp_path / "config.yaml").write_text("task: {prompts: p.jsonl, reward: r.py:reward}\n")
     run_cli("play", tmp_path).refused(f"surefoot generate {tmp_path}")
-
-
-def test_an_environment_made_in_python_is_not_made_again(tmp_path):
     env = gymnasium.make("CartPole-v1")
     run = trained(tmp_path / "runs", env)
     refusal(lambda: play_run(run), "made in Python", "PPO.open")

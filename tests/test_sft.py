@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from surefoot import PPO, SFT, TextTask
+from surefoot import PPO, SFT, RewardModel, TextTask
 from surefoot.config import make_config
 from surefoot.train import loop
 from tests.inputs import model_folder, refusal, run_cli
@@ -32,13 +31,6 @@ CONFIG: dict[str, Any] = {
 
 
 pytestmark = pytest.mark.usefixtures("in_own_folder")
-
-
-def write_project(folder: Path, model: Path, *, name: str = "pairs.jsonl", data: Any = PAIRS, **sections: Any) -> Path:
-    """sft.yaml and its data; the run's folder to be."""
-    run = write_supervised(folder, model, CONFIG, command="sft", **sections)
-    write_rows(folder / name, data)
-    return run
 
 
 def reward(prompts, completions, **columns):
@@ -62,9 +54,8 @@ def test_three_sentences_are_learnt_by_heart_and_go_on_to_ppo(capsys):
     assert ppo.generate("a b", temperature=0) == "and in the end"
     first = rows(ppo.learn().run_folder or Path())[0]
     assert first["kl/reference"] == pytest.approx(0, abs=1e-4) and first["length/end_rate"] > 0.5
-    # Its settings lie beside it too, and its own run can be opened as a policy, not as a PPO run.
+    # Its settings lie beside it too, but for those of its kind of run.
     assert PPO.load("out", TextTask(["a"], reward, held_out=0.0), verbose=0).config == PPO("out", **SMALL).config
-    refusal(lambda: PPO.load("runs/sft-1"), "SFT.load")
 
 
 def test_all_weights_can_be_taught_and_a_chat_is_answered():
@@ -110,45 +101,38 @@ def test_learning_more_and_going_on_in_another_process():
     assert str(loop._interrupted(again._session.training)).endswith("continue with: SFT.load('runs/b', data).learn()")
 
 
-def test_examples_that_were_cut_are_counted_aloud(capsys):
-    SFT(model_folder(), ["the end", "in and out and in and out"], held_out=0.0, epochs=1, max_tokens=9, dtype="float32").learn()
-    assert "1 of 2 examples are cut to sft.max_tokens (9)" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("sections", "flags", "named"),
     [
         ({"sft": {"data": None}}, (), "sft.data"),
         ({"sft": {"data": "no.jsonl"}}, (), "no.jsonl"),
-        ({}, ("--sft.epochs", "0"), "--sft.epochs"),
-        ({}, ("--sft.learning-rat", "1"), "'--sft.learning-rate'"),
         ({}, ("--sft.lr-schedule", "function"), "--sft.lr-schedule"),
-        ({}, ("--sft.held-out", "1"), "--sft.held-out"),
         ({}, ("--sft.columns", "{promt: q}"), "--sft.columns"),
         ({}, ("--sft.columns", "{prompt: q}"), "pairs.jsonl, line 1"),
-        ({}, ("--kl.coef", "0.1"), "kl"),
-        ({}, ("--env.id", "x"), "env and sft"),
         ({}, ("--policy.model", "./no"), "policy.model"),
     ],
 )
 def test_bad_input_is_one_line_before_a_model_is_loaded(base, monkeypatch, sections, flags, named):
     monkeypatch.setattr("surefoot.build.language.load_policy", None)
-    write_project(Path(), base, **sections)
+    write_supervised(Path(), base, CONFIG, command="sft", **sections)
+    write_rows(Path("pairs.jsonl"), PAIRS)
     run_cli("sft", "sft.yaml", *flags).refused(named)
     assert not Path("runs").exists()
 
 
-def test_verbs_and_files_that_do_not_belong_together_are_refused(base):
-    write_project(Path(), base)
-    run_cli("ppo", "sft.yaml").refused("surefoot sft sft.yaml")
-    Path("ppo.yaml").write_text("task: {prompts: p.jsonl, reward: 'r.py:r'}")
-    run_cli("sft", "ppo.yaml").refused("ppo.yaml", "sft.data")
-    task = TextTask(["a", "b"], reward)
-    refusal(lambda: PPO(str(base), task, config=make_config(CONFIG, where="test")), "SFT")
-    PPO(str(base), task, run_name="ppo", total_episodes=4, episodes_per_update=4, batch_size=4, **SMALL).learn()
-    refusal(lambda: SFT.load("runs/ppo"), "PPO.load")
-    shutil.copytree(base, "plain")
-    refusal(lambda: SFT.load("plain"), "plain")
+def test_runs_and_settings_of_another_kind_are_refused(base):
+    task, settings = TextTask(["a", "b"], reward), {"total_episodes": 4, "episodes_per_update": 4, "batch_size": 4}
+    pairs = [{"chosen": "a" * n, "rejected": "b" * n} for n in range(1, 5)]
+    PPO(str(base), task, run_name="PPO", **settings, **SMALL).learn()
+    SFT(str(base), SENTENCES, run_name="SFT", held_out=0.0, epochs=1, **SMALL).learn()
+    RewardModel(str(base), pairs, run_name="RewardModel", held_out=0.0, epochs=1, **SMALL).learn()
+    for opener in (PPO, SFT, RewardModel):
+        for other in {"PPO", "SFT", "RewardModel"} - {opener.__name__}:
+            refusal(lambda opener=opener, other=other: opener.load(f"runs/{other}"), f"{other}.load")
+        refusal(lambda opener=opener: opener.load(base), str(base))
+    for section, kind in (({"sft": {}}, "SFT"), ({"reward_model": {}}, "RewardModel")):
+        config = make_config({"policy": {"model": str(base)}, **section}, where="test")
+        refusal(lambda config=config: PPO(str(base), task, config=config), kind)
 
 
 @pytest.mark.parametrize(
@@ -157,8 +141,6 @@ def test_verbs_and_files_that_do_not_belong_together_are_refused(base):
         (lambda: SFT(model_folder()), "sft.data"),
         (lambda: SFT(7, SENTENCES), "policy"),
         (lambda: SFT(model_folder(), SENTENCES, model="another"), "model"),
-        (lambda: SFT(model_folder(), SENTENCES, kl={"coef": 1}), "'kl'"),
-        (lambda: SFT(model_folder(), SENTENCES, epoch=1), "'epochs'"),
         (lambda: SFT(model_folder(), [*SENTENCES, PAIRS[0]]), "data, row 4"),
         (lambda: SFT(model_folder(), SENTENCES, verbose=0).learn(0), "total_epochs"),
         (lambda: SFT(model_folder(), SENTENCES, held_out=0.0, verbose=0).evaluate(), "held-out examples"),
