@@ -23,7 +23,7 @@ from typing import Any, Protocol, TypeVar
 from surefoot.build.preflight import SETTINGS
 from surefoot.build.training import Environment, Examples, build_objective, build_rollout, build_training
 from surefoot.config import Config, absolute_paths, dump_config, load_config, make_config, sections_for
-from surefoot.config.keywords import Algorithm, nested
+from surefoot.config.keywords import nested
 from surefoot.config.kinds import SUPERVISED
 from surefoot.data.demonstrations import Demonstrations
 from surefoot.envs.gym import Vector
@@ -255,7 +255,7 @@ def merge(data: dict[str, Any], changes: Mapping[str, Any]) -> None:
 
 
 def supervised_config(
-    section: Algorithm, policy: Any, data: Any, config: Config | None, settings: dict[str, Any]
+    section: str, policy: Any, data: Any, config: Config | None, settings: dict[str, Any]
 ) -> Config:
     """`config`, with `settings` over it, for training `policy` on `data`, or on what the section names."""
     values = sections_for(config, section)
