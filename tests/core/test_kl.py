@@ -104,18 +104,6 @@ def test_the_kl_term_of_the_loss_has_the_gradient_of_the_kl(shift: float) -> Non
     assert (float((without_ratio - REVERSE_KL).norm()) > 0.1) == (shift > 0)
 
 
-def test_penalized_reward_leads_to_the_gradient_of_the_kl() -> None:
-    """The five actions as five one-token rows: the estimator actually in the reward must be the exact one."""
-    beta = 0.3
-
-    def objective(logprobs: Tensor) -> Tensor:
-        zeros, mask = torch.zeros(5, 1, dtype=torch.float64), torch.ones(5, 1, dtype=torch.bool)
-        rewards = kl_penalized_rewards(zeros, logprobs.detach()[:, None], REFERENCE[:, None], mask, coef=beta)
-        return (logprobs.exp().detach() * rewards[:, 0]).dot(logprobs)
-
-    assert_near(gradient_of(objective), -beta * REVERSE_KL)
-
-
 def test_penalty_is_charged_where_tokens_were_written_and_nowhere_else() -> None:
     rewards = torch.tensor([[9.0, 0.0, 0.5, math.nan]])
     logprobs = torch.tensor([[math.nan, -1.0, -0.5, -9.0]])

@@ -23,14 +23,6 @@ def test_merging_pieces_equals_the_whole() -> None:
         assert merged.std == pytest.approx(statistics.pstdev(values), rel=1e-9)
 
 
-def test_worked_example() -> None:
-    stats = RunningStats().updated([1.0, 3.0])
-    assert (stats.count, stats.mean, stats.std) == (2, 2.0, 1.0)
-    stats = stats.updated([5.0])
-    assert (stats.count, stats.mean) == (3, 3.0)
-    assert stats.std == pytest.approx((8 / 3) ** 0.5)
-
-
 def test_large_mean_does_not_swallow_a_small_spread() -> None:
     """E[x²] - E[x]² would: 1e16 has no room for 1."""
     stats = RunningStats().updated([1e8, 1e8 + 2.0]).updated([1e8, 1e8 + 2.0])

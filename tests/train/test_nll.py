@@ -12,14 +12,13 @@ from torch import Tensor
 from surefoot.config import SFTConfig
 from surefoot.data.batches import demonstration_batch, micro_batches
 from surefoot.policies.lm.policy import CausalLMPolicy
-from surefoot.train.objective import OptimizerSettings
 from surefoot.train.supervised_objectives import NLLObjective
 from surefoot.train.update import update
 from surefoot.types import Batch
 from tests.fakes import CPU, assert_close, named_gradient, padded
 from tests.tiny import random_tokens, tiny_policy
 
-NLL = NLLObjective(OptimizerSettings.of(SFTConfig(batch_size=6, learning_rate=1e-3)))
+NLL = NLLObjective(SFTConfig(batch_size=6, learning_rate=1e-3))
 # (all tokens, how many are asked): some trained whole but for the first token, some at their end alone.
 LENGTHS = ((9, 1), (4, 3), (14, 5), (2, 1), (14, 13), (7, 2))
 ROWS = torch.arange(len(LENGTHS))
@@ -88,9 +87,3 @@ def test_a_step_with_a_loss_that_is_not_finite_is_skipped():
     result = update(policy, demonstrated(), NLL)
     assert (result.steps, result.skipped) == (0, 1) and NLL.metrics(demonstrated(), result) == {}
     assert all(torch.equal(p, before[name]) for name, p in policy.named_parameters_to_train())
-
-
-def test_the_sections_settings_are_those_of_the_update():
-    given = {"batch_size": 5, "learning_rate": 1e-3, "lr_schedule": "linear", "lr_warmup": 0.2, "max_grad_norm": 0.3}
-    found = OptimizerSettings.of(SFTConfig(**given, max_bad_steps=2))
-    assert found == OptimizerSettings(**given, max_bad_steps=2, adam_epsilon=1e-8, micro_batch_tokens=2048, n_epochs=1)

@@ -119,18 +119,6 @@ def test_the_sum_is_clipped_once_and_taken_in_one_step() -> None:
         torch.testing.assert_close(before[name] - parameters[name].detach(), value * 0.3 / norm, rtol=1e-3, atol=1e-6)
 
 
-def test_without_weight_not_a_bit_differs_and_no_demonstrations_are_taken() -> None:
-    found, config, demonstrations = [], config_of(n_epochs=3), Demonstrations()
-    for objective in (PPOObjective(config), mixed(config, demonstrations, coef=0.0)):
-        policy = tiny_policy(moved=True)
-        batch = completions(policy, config)
-        metrics = objective.metrics(batch, update(policy, batch, objective))
-        found.append([metrics["ppo/policy_loss"], *(p.detach() for _, p in policy.named_parameters_to_train())])
-    assert demonstrations.asked == [] and all(
-        torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(*found, strict=True)
-    )
-
-
 @pytest.mark.parametrize(("tokens", "columns"), [(1, 0), (9, 0), (18, 0), (30, 0), (40, 2), (40, 15)])
 def test_micro_batches_and_padding_do_not_change_the_gradient(tokens: int, columns: int) -> None:
     config, policy = config_of(), tiny_policy(moved=True)
@@ -183,16 +171,6 @@ def test_while_the_critic_alone_learns_no_demonstrations_are_taken() -> None:
         found, stats = gradient(policy, dataclasses.replace(batch, version=version), mixed(config))
         assert isinstance(stats, SumStats) and (stats.nll.num_tokens > 0) == is_mixed
         assert any(not name.startswith("value_head") for name in found) == is_mixed
-
-
-def test_demonstrations_go_on_through_epochs_and_where_a_state_was_saved() -> None:
-    policy, demonstrations = tiny_policy(), Demonstrations()
-    config = config_of(batch_size=2, n_epochs=3)
-    objective = mixed(config, demonstrations)
-    result = update(policy, completions(policy, config), objective)
-    assert demonstrations.asked == [3 * step for step in range(6)]
-    assert int(result.stats.nll.num_tokens) == 6 * int(demonstrations.batch.mask_BT.sum())
-    assert objective.taken == 18
 
 
 # --- a run ---

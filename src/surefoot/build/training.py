@@ -26,7 +26,7 @@ from surefoot.rollout.preferences import PreferenceRollout
 from surefoot.rollout.text import TextRollout, text_engine
 from surefoot.storage.run_folder import RunFolder
 from surefoot.train import checkpoint, loop
-from surefoot.train.objective import Objective, OptimizerSettings
+from surefoot.train.objective import Objective
 from surefoot.train.ppo_objective import PPOObjective
 from surefoot.train.supervised_objectives import NLLObjective, PreferenceObjective, SumObjective
 from surefoot.train.update import make_optimizer
@@ -71,9 +71,9 @@ def build_objective(
 ) -> Objective:
     """What a run lowers; `examples` are the demonstrations of `ptx`."""
     if isinstance(rollout, DemonstrationRollout):
-        return NLLObjective(OptimizerSettings.of(config.sft))
+        return NLLObjective(config.sft)
     if isinstance(rollout, PreferenceRollout):
-        return PreferenceObjective(rollout.loss, OptimizerSettings.of(config.reward_model))
+        return PreferenceObjective(rollout.loss, config.reward_model)
     if examples is None:
         return PPOObjective(config, accelerator=fast_mlp.accelerator(policy))
     ptx = config.ptx

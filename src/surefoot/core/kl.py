@@ -33,8 +33,7 @@ def kl_penalized_rewards(
     rewards_BT: Tensor, logprobs_BT: Tensor, reference_logprobs_BT: Tensor, mask_BT: Tensor, *, coef: float
 ) -> Tensor:
     """r_t - β (log p_t - log p_ref,t) on the mask, 0 off it (Ziegler et al. 2019, arXiv:1909.08593)."""
-    penalized = rewards_BT - coef * k1(logprobs_BT, reference_logprobs_BT)
-    return torch.where(mask_BT, penalized, torch.zeros_like(penalized))
+    return torch.where(mask_BT, rewards_BT - coef * k1(logprobs_BT, reference_logprobs_BT), 0.0)
 
 
 def adapted_kl_coef(coef: float, kl: float, *, target: float, horizon: float, episodes: int) -> float:

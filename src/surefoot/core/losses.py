@@ -184,12 +184,7 @@ class LossStats:
         return LossStats(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
-def nll_loss(
-    logprobs_BT: Tensor, entropies_BT: Tensor, mask_BT: Tensor, denominator: float
-) -> tuple[Tensor, LossStats]:
-    """Negative log-likelihood: -log π summed over the mask and divided by `denominator`, nats.
-
-    Arguments [B, T], bool mask, float32 the others.
-    """
+def nll_loss(logprobs_BT: Tensor, entropies_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, LossStats]:
+    """Negative log-likelihood: -log π summed over the mask, nats; arguments [B, T], bool mask, float32."""
     total, entropy = masked_sum(-logprobs_BT, mask_BT), masked_sum(entropies_BT, mask_BT)
-    return total / denominator, LossStats(total.detach(), mask_BT.sum().float(), entropy.detach())
+    return total, LossStats(total.detach(), mask_BT.sum().float(), entropy.detach())

@@ -8,7 +8,7 @@ from torch import Tensor
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     """Sum of `values` where `mask` (bool, same shape) is true; scalar."""
-    return torch.where(mask, values, torch.zeros_like(values)).sum()
+    return torch.where(mask, values, 0.0).sum()
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -18,9 +18,8 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 def masked_var(values: Tensor, mask: Tensor) -> Tensor:
     """Population variance (divided by n, not n - 1) where `mask` is true; 0 for an empty mask."""
-    return masked_mean(
-        (torch.where(mask, values, torch.zeros_like(values)) - masked_mean(values, mask)) ** 2, mask
-    )
+    differences = torch.where(mask, values, 0.0) - masked_mean(values, mask)
+    return masked_mean(differences**2, mask)
 
 
 def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+Bin = dict[str, float]
 
 
 def preference_loss(scores_B2: Tensor, margins_B: Tensor, *, center: float = 0.0) -> Tensor:
@@ -18,13 +21,10 @@ def preference_loss(scores_B2: Tensor, margins_B: Tensor, *, center: float = 0.0
 
 def rating_loss(scores_B1: Tensor, ratings_B: Tensor) -> Tensor:
     """½ (r - rating)² for each text, [B]."""
-    loss_B: Tensor = 0.5 * (scores_B1.squeeze(1) - ratings_B) ** 2
-    return loss_B
+    return torch.square(scores_B1.squeeze(1) - ratings_B) * 0.5
 
 
-def reliability(
-    predicted_N: Tensor, observed_N: Tensor, bins: int = 10
-) -> tuple[list[dict[str, float]], float]:
+def reliability(predicted_N: Tensor, observed_N: Tensor, bins: int = 10) -> tuple[list[Bin], float]:
     """How observations agree with predictions: bins of equal size, by rising prediction, and their error.
 
     A bin has the means of both, the standard error of the observed mean, and its size, 10 texts at least. The
@@ -32,9 +32,8 @@ def reliability(
     calibration error (Guo et al. 2017, arXiv:1706.04599, with bins of equal width).
     """
     order = predicted_N.argsort(stable=True)
-    pieces = order.tensor_split(max(1, min(bins, len(order) // 10)))
-    rows = []
-    for piece in pieces:
+    rows: list[Bin] = []
+    for piece in order.tensor_split(max(1, min(bins, len(order) // 10))):
         observed, count = observed_N[piece].double(), float(len(piece))
         error = float(observed.std()) / count**0.5 if count > 1 else 0.0
         means = {"predicted": float(predicted_N[piece].double().mean()), "observed": float(observed.mean())}
@@ -64,8 +63,7 @@ def _ranks(values_N: Tensor) -> Tensor:
 def share_in_order(scores_N: Tensor, ratings_N: Tensor) -> float:
     """Fraction of pairs of unequal ratings whose scores are in the same order; equal scores count half."""
     agreed = unlike = 0.0
-    parts = zip(scores_N.split(1024), ratings_N.split(1024), strict=True)  # never [N, N] whole
-    for scores_M, ratings_M in parts:
+    for scores_M, ratings_M in zip(scores_N.split(1024), ratings_N.split(1024), strict=True):  # not [N, N]
         order_MN = (ratings_M[:, None] - ratings_N).sign()
         agreed += float(((scores_M[:, None] - scores_N).sign() * order_MN).sum())
         unlike += float((order_MN != 0).sum())

@@ -67,9 +67,8 @@ class RunningMoments:
         values = values.double()
         n, mean = len(values), values.mean(0)
         delta, total = mean - self.mean, self.count + n
-        squares = (
-            self.variance * self.count + ((values - mean) ** 2).sum(0) + delta**2 * (self.count * n / total)
-        )
+        within = self.variance * self.count + ((values - mean) ** 2).sum(0)
+        squares = within + delta**2 * (self.count * n / total)
         self.mean, self.variance, self.count = self.mean + delta * (n / total), squares / total, total
 
     def normalized(self, values: Tensor, *, clip: float) -> Tensor:

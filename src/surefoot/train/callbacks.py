@@ -44,7 +44,7 @@ class BaseCallback:
     def on_step(self) -> bool:
         """Count the step and ask `_on_step`."""
         self.n_calls += 1
-        return goes_on(self._on_step())
+        return self._on_step()
 
     def _on_step(self) -> bool:
         """Override: a step is done. False ends the training."""
@@ -103,17 +103,10 @@ class CallbackAdapter:
         for callback in self.callbacks:
             if isinstance(callback, BaseCallback):
                 callback.num_timesteps, callback.locals = self.num_timesteps, found
-                may_go_on = callback.on_step()
-            else:
-                may_go_on = goes_on(callback(found, {}))
-            if not may_go_on:
+            result = callback.on_step() if isinstance(callback, BaseCallback) else callback(found, {})
+            if result is not None and not result:  # NumPy's False or a 0 ends too
                 self._should_end = True
                 return
-
-
-def goes_on(result: Any) -> bool:
-    """What a callback's result means: None goes on, and what is false, NumPy's False or a 0 too, ends."""
-    return result is None or bool(result)
 
 
 def infos_by_env(infos: Mapping[str, Any], num_envs: int) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ import random
 import re
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -105,18 +106,18 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
     Names a newer one that is damaged on stderr. Raises InputError, naming a file, if none of them is whole.
     """
-    damaged: list[InputError] = []
+    damage: InputError | None = None  # of the newest
     for path in _numbered(folder):
         try:
             check(path)
         except InputError as error:
-            damaged.append(error)
+            damage = damage or error
             continue
-        if damaged:
-            print(f"surefoot: {damaged[0]}; using the older {path.name}", file=sys.stderr)
+        if damage:
+            print(f"surefoot: {damage}; using the older {path.name}", file=sys.stderr)
         return path
-    if damaged:
-        raise InputError(f"no whole checkpoint in {folder}: {damaged[0]}")
+    if damage:
+        raise InputError(f"no whole checkpoint in {folder}: {damage}")
     return None
 
 
@@ -175,9 +176,8 @@ def policy_tensors(policy: Policy) -> dict[str, Tensor]:
 def restore_policy(policy: Policy, tensors: Mapping[str, Tensor]) -> None:
     """Copy saved weights in. Raises InputError, before anything is copied, if they are not this policy's."""
     own = dict(policy.named_parameters_to_train())
-    if own.keys() != tensors.keys():
-        odd = sorted(own.keys() ^ tensors.keys())[0]
-        raise InputError(f"the checkpoint does not fit this policy: {odd!r} is in only one of the two")
+    if odd := sorted(own.keys() ^ tensors.keys()):
+        raise InputError(f"the checkpoint does not fit this policy: {odd[0]!r} is in only one of the two")
     for name, parameter in own.items():
         _check_fit(name, tensors[name], parameter)
     for name, parameter in own.items():
@@ -196,10 +196,10 @@ def optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[
 def restore_optimizer(policy: Policy, optimizer: torch.optim.Adam, tensors: Mapping[str, Tensor]) -> None:
     """Put Adam's state back, moments on the parameter's device. Raises InputError if it does not fit."""
     parameters = dict(policy.named_parameters_to_train())
-    states: dict[str, dict[str, Tensor]] = {}
+    states: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, value in tensors.items():
         name, _, entry = key.rpartition("/")
-        states.setdefault(name, {})[entry] = value
+        states[name][entry] = value
     for name, state in states.items():
         if name not in parameters or state.keys() != ADAM_STATE:
             found = f"{name!r} has {sorted(state)}"
@@ -213,12 +213,10 @@ def restore_optimizer(policy: Policy, optimizer: torch.optim.Adam, tensors: Mapp
         optimizer.state[parameters[name]] = {e: v if e == "step" else v.to(device) for e, v in state.items()}
 
 
-def _check_fit(name: str, saved: Tensor, parameter: Tensor) -> None:
-    if (saved.shape, saved.dtype) != (parameter.shape, parameter.dtype):
-        raise InputError(
-            f"the checkpoint does not fit this policy: {name!r} is {list(saved.shape)} {saved.dtype}, "
-            f"not {list(parameter.shape)} {parameter.dtype}"
-        )
+def _check_fit(name: str, *tensors: Tensor) -> None:
+    saved, own = (f"{list(tensor.shape)} {tensor.dtype}" for tensor in tensors)
+    if saved != own:
+        raise InputError(f"the checkpoint does not fit this policy: {name!r} is {saved}, not {own}")
 
 
 def seed_generators(seed: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 from surefoot.core.losses import PPOStats
@@ -16,12 +17,10 @@ def is_surely_negative(kls: Sequence[float]) -> bool:
 
     The estimates may be negative, their expectation may not: KL(p‖p_ref) ≥ 0 if the samples are p's.
     """
-    n = len(kls)
-    if n < 2:
+    if len(kls) < 2:
         return False
-    mean = sum(kls) / n
-    variance = sum((kl - mean) ** 2 for kl in kls) / (n - 1)
-    return mean < -3.0 * (variance / n) ** 0.5 and mean < 0.0
+    mean = statistics.fmean(kls)
+    return mean < 0.0 and mean < -3.0 * statistics.stdev(kls, mean) / len(kls) ** 0.5
 
 
 def check_kl_sign(negative_in_a_row: int) -> None:

@@ -169,15 +169,11 @@ def train_on(
     moment = Moment(p.updates, t.total_updates, 1.0 - p.collected / t.total, t.schedules)
     schedule = (settings.learning_rate, settings.lr_schedule)
     learning_rate = moment.value("learning_rate", *schedule, warmup=settings.lr_warmup)
+    shuffle = torch.Generator().manual_seed(derived_seed(t.config.seed, "minibatches", p.updates))
+    options: dict[str, Any] = {"generator": shuffle, "budget": budget, "check_first": check_first}
+    batch = t.objective.prepare(batch, moment)
     result = update(
-        t.policy,
-        t.objective.prepare(batch, moment),
-        t.objective,
-        optimizer=t.optimizer,
-        learning_rate=learning_rate,
-        generator=torch.Generator().manual_seed(derived_seed(t.config.seed, "minibatches", p.updates)),
-        budget=budget,
-        check_first=check_first,
+        t.policy, batch, t.objective, optimizer=t.optimizer, learning_rate=learning_rate, **options
     )
     p.updates += 1
     p.collected += len(batch) if batch.collected is None else batch.collected
@@ -201,21 +197,14 @@ def train_on(
 def evaluate(t: Training) -> None:
     """Measure on held-out episodes; `progress` remembers whether this was the best so far."""
     t.enter("evaluate")
-    p = t.progress
-    metrics, trajectories = held_out(t, t.config.evaluate.episodes, poll=t.stop.raise_if_set)
+    p, episodes, poll = t.progress, t.config.evaluate.episodes, t.stop.raise_if_set
+    metrics, trajectories = t.rollout.evaluate(episodes, version=p.updates, poll=poll)
+    metrics |= t.objective.evaluate(episodes, poll=poll)
     p.evaluated_at = p.updates
     t.saved_at = None  # a checkpoint of this update, from before a resume, doesn't know of it
     log(t, "held_out", metrics, trajectories)
     if p.best_metric is None or metrics["eval/metric"] > p.best_metric:
         p.best_metric, p.best_update = metrics["eval/metric"], p.updates
-
-
-def held_out(
-    t: Training, episodes: int, poll: Callable[[], None] | None = None
-) -> tuple[dict[str, float], Sequence[Any]]:
-    """`eval/…` metrics of the policy as it is on `episodes` held-out episodes, and the episodes."""
-    metrics, episodes_seen = t.rollout.evaluate(episodes, version=t.progress.updates, poll=poll)
-    return metrics | t.objective.evaluate(episodes, poll=poll), episodes_seen
 
 
 def log(t: Training, split: str, metrics: dict[str, float], played: Sequence[Any]) -> None:

@@ -10,6 +10,7 @@ from surefoot.rollout.batch import has_reward_variance
 from surefoot.rollout.logprobs import sequence_kl
 from surefoot.types import Batch
 
+STEP_METRICS = ("grad_norm", "learning_rate", "skipped_steps")
 # Name -> meaning. docs/metrics.md is written from this; a metric that is not here cannot be logged. Means
 # over tokens are over those that the policy wrote, and with `sft` over the trained ones; nats.
 METRICS = {
@@ -37,14 +38,10 @@ METRICS = {
     "ptx/coef": "With ptx: the weight of that loss in this update; 0 also while the critic warms up.",
     "sft/nll": "Negative log-likelihood of the trained tokens before the step; nats per token.",
     "sft/epoch": "Passes over the examples so far.",
-    "sft/grad_norm": "As `ppo/grad_norm`.",
-    "sft/learning_rate": "As `ppo/learning_rate`.",
-    "sft/skipped_steps": "As `ppo/skipped_steps`.",
     "reward_model/loss": "Loss before the step, mean over the rows: pairs: nats, ratings: ½ (r - rating)².",
     "reward_model/epoch": "Passes over the preferences so far.",
-    "reward_model/grad_norm": "As `ppo/grad_norm`.",
-    "reward_model/learning_rate": "As `ppo/learning_rate`.",
-    "reward_model/skipped_steps": "As `ppo/skipped_steps`.",
+    **{f"sft/{name}": f"As `ppo/{name}`." for name in STEP_METRICS},
+    **{f"reward_model/{name}": f"As `ppo/{name}`." for name in STEP_METRICS},
     "critic/value_loss": "½ (V - R)², clipped if asked for, mean over tokens and minibatches.",
     "critic/explained_variance": "1 - Var(R - V) / Var(R) before the update: 0 is no better than a constant.",
     "critic/clip_fraction": "Share of tokens whose value moved further than clip_range_vf.",

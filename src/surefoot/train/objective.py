@@ -4,52 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from surefoot.config import PPOConfig, RewardModelConfig, SFTConfig
 from surefoot.core.losses import LossSettings, PPOStats
 from surefoot.core.schedules import schedule
 from surefoot.errors import InputError
 from surefoot.policies.base import Policy
 from surefoot.types import Batch
 
+# How an update steps, the same for every objective.
+OptimizerSettings = PPOConfig | SFTConfig | RewardModelConfig
+
 
 class Stats(Protocol):
     """Sums over a minibatch, by name; they add up over micro-batches and minibatches."""
 
-    @property
-    def num_tokens(self) -> Any:
-        """What the sums are divided by: tokens of a text, timesteps, or rows."""
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether the loss is a number."""
+    num_tokens: Any  # what the sums are divided by: tokens of a text, timesteps, or rows
+    is_finite: bool  # whether the loss is a number
 
     def __add__(self, other: Any, /) -> Any: ...
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """How an update steps, the same for every objective; meanings and units are docs/config.md's."""
-
-    learning_rate: float = 3e-4
-    lr_schedule: str = "constant"
-    lr_warmup: float = 0.0
-    adam_epsilon: float = 1e-5
-    max_grad_norm: float = 1.0
-    batch_size: int = 16
-    n_epochs: int = 1
-    micro_batch_tokens: int = 2048
-    max_bad_steps: int = 5
-
-    @classmethod
-    def of(cls, section: Any) -> OptimizerSettings:
-        """From the fields of a section that have these names; without `n_epochs` it is one pass."""
-        names = [field.name for field in fields(cls) if hasattr(section, field.name)]
-        return cls(**{name: getattr(section, name) for name in names})
 
 
 @dataclass
@@ -107,6 +85,9 @@ class Objective(Protocol):
 
     settings: OptimizerSettings
     """By which steps it is lowered."""
+
+    n_epochs: int = 1
+    """Passes over the data of an update."""
 
     def gradient(self, policy: Policy, batch: Batch, rows: Tensor, *, token_budget: int) -> Any:
         """Add the gradient of the minibatch `rows` to the parameters' `.grad`, in micro-batches of at most

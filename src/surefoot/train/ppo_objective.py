@@ -21,7 +21,7 @@ from surefoot.rollout.batch import has_reward_variance
 from surefoot.rollout.logprobs import sequence_kl
 from surefoot.train.gates import check_first_minibatch, check_kl_sign, is_surely_negative
 from surefoot.train.metrics import batch_metrics, mean_kl
-from surefoot.train.objective import Accelerator, Moment, Objective, OptimizerSettings, UpdateResult
+from surefoot.train.objective import Accelerator, Moment, Objective, UpdateResult
 from surefoot.types import Batch, Evaluation
 
 # Metric -> the sum of `PPOStats` that it is the mean of.
@@ -52,12 +52,13 @@ class PPOObjective(Objective):
 
     def __init__(self, config: Config | None = None, *, accelerator: Accelerator | None = None):
         self.config = config = config or Config()
-        self.settings = OptimizerSettings.of(config.ppo)
+        self.settings, self.n_epochs = config.ppo, config.ppo.n_epochs
         self.accelerator = accelerator
         # As the next update has them:
         self.clip_range, self.ent_coef = config.ppo.clip_range, config.ppo.ent_coef
         self.kl_coef = config.kl.coef
         self.negative_kl_in_a_row = 0  # updates whose KL to the reference was surely below 0
+        self._normalizes = config.ppo.normalize_advantage and config.ppo.has_critic
         self._is_whitened = False
 
     def prepare(self, batch: Batch, moment: Moment | None = None) -> Batch:
@@ -140,10 +141,6 @@ class PPOObjective(Objective):
             stats.append(sums)
         return functools.reduce(operator.add, stats)
 
-    @property
-    def _normalizes(self) -> bool:
-        return self.config.ppo.normalize_advantage and self.config.ppo.has_critic
-
     def _trained(self, new: Evaluation, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs, values, entropies; what is not trained has no gradient: the optimizer skips it."""
         if not self.config.ppo.has_critic:
@@ -185,15 +182,11 @@ class PPOObjective(Objective):
 
     def _loss_settings(self, batch: Batch) -> LossSettings:
         ppo, kl = self.config.ppo, self.config.kl
-        is_in_loss = kl.placement == "loss" and batch.reference_logprobs_BT is not None
+        kl_coef = self.kl_coef if kl.placement == "loss" and batch.reference_logprobs_BT is not None else 0.0
+        vf_coef = ppo.vf_coef * (2.0 if ppo.value_loss == "squared" else 1.0)  # of ½ (V - R)²
+        clips = {"clip_range_high": ppo.clip_range_high, "dual_clip": ppo.dual_clip}
         return LossSettings(
-            clip_range=self.clip_range,
-            clip_range_vf=ppo.clip_range_vf,
-            vf_coef=ppo.vf_coef * (2.0 if ppo.value_loss == "squared" else 1.0),  # of ½ (V - R)²
-            ent_coef=self.ent_coef,
-            clip_range_high=ppo.clip_range_high,
-            dual_clip=ppo.dual_clip,
-            kl_coef=self.kl_coef if is_in_loss else 0.0,
+            self.clip_range, ppo.clip_range_vf, vf_coef, self.ent_coef, kl_coef=kl_coef, **clips
         )
 
     def metrics(self, batch: Batch, result: UpdateResult) -> dict[str, float]:

@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surefoot.config import Config
+from surefoot.config import Config, RewardModelConfig, SFTConfig
 from surefoot.core.losses import LossStats, PPOStats, nll_loss
 from surefoot.core.preference import preference_loss
 from surefoot.data.batches import micro_batches
 from surefoot.policies.base import Policy
 from surefoot.rollout.demonstrations import DemonstrationRollout
-from surefoot.train.objective import Moment, Objective, OptimizerSettings, UpdateResult
+from surefoot.train.objective import Moment, Objective, UpdateResult
 from surefoot.train.ppo_objective import PPOObjective
 from surefoot.types import Batch
+
+PairLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 class NLLObjective(Objective):
@@ -27,8 +29,8 @@ class NLLObjective(Objective):
 
     name = "sft"
 
-    def __init__(self, settings: OptimizerSettings | None = None):
-        self.settings = settings or OptimizerSettings()
+    def __init__(self, settings: SFTConfig | None = None):
+        self.settings = settings or SFTConfig()
 
     def gradient(
         self, policy: Policy, batch: Batch, rows: Tensor, *, token_budget: int, coef: float = 1.0
@@ -38,8 +40,8 @@ class NLLObjective(Objective):
         for micro in micro_batches(batch, rows, token_budget):
             part = batch.rows(micro)
             new = policy.evaluate(part)
-            loss, sums = nll_loss(new.logprobs_BT, new.entropies_BT, part.mask_BT, denominator)
-            (coef * loss).backward()
+            total, sums = nll_loss(new.logprobs_BT, new.entropies_BT, part.mask_BT)
+            (coef * (total / denominator)).backward()
             stats.append(sums)
         return functools.reduce(operator.add, stats)
 
@@ -55,12 +57,8 @@ class PreferenceObjective(Objective):
 
     name = "reward_model"
 
-    def __init__(
-        self,
-        loss: Callable[[Tensor, Tensor], Tensor] = preference_loss,
-        settings: OptimizerSettings | None = None,
-    ):
-        self.loss, self.settings = loss, settings or OptimizerSettings()
+    def __init__(self, loss: PairLoss = preference_loss, settings: RewardModelConfig | None = None):
+        self.loss, self.settings = loss, settings or RewardModelConfig()
 
     def gradient(self, policy: Policy, batch: Batch, rows: Tensor, *, token_budget: int) -> LossStats:
         """A row's texts stay together, so that of two texts a row half as many rows fit."""
@@ -113,7 +111,11 @@ class SumObjective(Objective):
         self, config: Config, demonstrations: DemonstrationRollout, *, coef: float, schedule: str = "constant"
     ):
         self.ppo, self.nll, self.demonstrations = PPOObjective(config), NLLObjective(), demonstrations
-        self.settings, self.notice = self.ppo.settings, demonstrations.notice
+        self.settings, self.n_epochs, self.notice = (
+            self.ppo.settings,
+            self.ppo.n_epochs,
+            demonstrations.notice,
+        )
         self.highest, self.schedule = coef, schedule
         self.coef = coef  # as the next update has it
         self.taken = 0  # demonstrations, counted again in every epoch

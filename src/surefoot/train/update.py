@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 
+from surefoot.config import PPOConfig
 from surefoot.data.batches import minibatches
 from surefoot.policies.base import Policy
 from surefoot.train import ppo_objective
-from surefoot.train.objective import Objective, OptimizerSettings, Stats, UpdateResult
+from surefoot.train.objective import Objective, Stats, UpdateResult
 from surefoot.types import Batch
 
 # What the names of a critic's own parameters begin with.
@@ -22,22 +24,22 @@ def make_optimizer(
     policy: Policy, objective: Objective | None = None, *, critic_learning_rate: float | None = None
 ) -> torch.optim.Adam:
     """Adam over all that the policy trains; a separate critic may have its own step size."""
-    settings = OptimizerSettings() if objective is None else objective.settings
-    groups: dict[bool, list[torch.nn.Parameter]] = {False: [], True: []}
-    for name, parameter in policy.named_parameters_to_train():
-        groups[critic_learning_rate is not None and name.startswith(CRITIC_NAMES)].append(parameter)
-    rate, epsilon = settings.learning_rate, settings.adam_epsilon
-    optimizer = torch.optim.Adam(groups[False], lr=rate, eps=epsilon, fused=True)
+    settings = PPOConfig() if objective is None else objective.settings
+    rate, parameters = settings.learning_rate, dict(policy.named_parameters_to_train())
+    is_apart = {name: bool(critic_learning_rate) and name.startswith(CRITIC_NAMES) for name in parameters}
+    shared = [parameter for name, parameter in parameters.items() if not is_apart[name]]
+    optimizer = torch.optim.Adam(shared, lr=rate, eps=settings.adam_epsilon, fused=True)
     if critic_learning_rate is not None:
-        optimizer.add_param_group({"params": groups[True], "scale": critic_learning_rate / rate})
+        apart = [parameter for name, parameter in parameters.items() if is_apart[name]]
+        optimizer.add_param_group({"params": apart, "scale": critic_learning_rate / rate})
     return optimizer
 
 
+@dataclass
 class TokenBudget:
     """Most tokens in one micro-batch; halves when memory runs out. The gradient does not depend on it."""
 
-    def __init__(self, tokens: int):
-        self.tokens = tokens
+    tokens: int
 
     def shrink(self, error: torch.OutOfMemoryError, smallest: int) -> None:
         """Halve the budget, or give `error` back if one row alone does not fit."""
@@ -89,7 +91,7 @@ def update(
         group["lr"] = rate * group.get("scale", 1.0)
     accelerator = objective.accelerator
     with nullcontext(optimizer) if accelerator is None else accelerator.lent(optimizer) as optimizer:
-        epochs = (minibatches(batch, rows_per_minibatch, generator) for _ in range(settings.n_epochs))
+        epochs = (minibatches(batch, rows_per_minibatch, generator) for _ in range(objective.n_epochs))
         for piece, rows in itertools.chain.from_iterable(epochs):
             stats = None
             while stats is None:
@@ -104,14 +106,12 @@ def update(
             if not may_step:
                 result.stopped_early = True
                 break
-            take_step(optimizer, stats, settings, result)
+            take_step(optimizer, stats, settings.max_grad_norm, result)
     result.grad_norm /= max(result.steps, 1)
     return result
 
 
-def take_step(
-    optimizer: torch.optim.Adam, stats: Stats, settings: OptimizerSettings, result: UpdateResult
-) -> None:
+def take_step(optimizer: torch.optim.Adam, stats: Stats, max_norm: float, result: UpdateResult) -> None:
     """Clip the gradient and step, or skip the step if anything is not finite."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     # A single gradient (`Accelerator`) has its norm in one operation.
@@ -122,9 +122,9 @@ def take_step(
         result.skipped += 1
         result.skipped_in_a_row += 1
         return
-    if norm > settings.max_grad_norm:
+    if norm > max_norm:
         for gradient in gradients:
-            gradient.mul_(settings.max_grad_norm / (norm + 1e-6))
+            gradient.mul_(max_norm / (norm + 1e-6))
     optimizer.step()
     result.grad_norm += norm
     result.steps += 1

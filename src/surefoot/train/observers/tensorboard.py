@@ -22,7 +22,7 @@ class TensorBoard:
     and say so in a traceback. Raises InputError then.
     """
 
-    def __init__(self, folder: Path, *, purge_from: int | None = None):
+    def __init__(self, folder: Path, *, purge_from: int):
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -34,8 +34,8 @@ class TensorBoard:
             self._file = file.open("xb", buffering=0)
         self._records = RecordWriter(self._file)
         self._write(file_version="brain.Event:2")
-        if purge_from is not None:  # resuming hides what an abandoned continuation had written
-            self._write(step=purge_from, session_log=SessionLog(status=SessionLog.START))
+        # Resuming hides what an abandoned continuation had written.
+        self._write(step=purge_from, session_log=SessionLog(status=SessionLog.START))
 
     def phase(self, name: str) -> None:
         """Phases are not written."""
