@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 import time
 from collections import Counter
@@ -60,13 +61,10 @@ def refuse(path: Path | str, *names: str, flags: dict[str, str] | None = None) -
     ("text", "wrong", "nearest"),
     [
         ("sede: 1", "sede", "seed"),
-        ("polcy: {model: x}", "polcy", "policy"),
-        ("kl: {coeff: 1}", "kl.coeff", "kl.coef"),
         ("clip_range: 1", "clip_range", "ppo.clip_range"),  # right name, section forgotten
         ("ppo: {temperature: 1.0}", "ppo.temperature", "generation.temperature"),  # right name, wrong section
         ("ppo: {every: 3}", "ppo.every", "evaluate.every"),  # though ppo.vf_coef looks more like it as a whole
         ("generation: {horizn: 3}", "generation.horizn", "kl.horizon"),  # wrong section and misspelt
-        ("policy: {adapter: {rnk: 4}}", "policy.adapter.rnk", "policy.adapter.rank"),
         ("policy: {critic: {kynd: shared}}", "policy.critic.kynd", "policy.critic.kind"),
         ("task: {prompts: p, rewards: r}", "task.rewards", "task.reward"),  # the misspelt key is also a missing one
     ],
@@ -79,51 +77,41 @@ def test_a_key_like_no_other_is_refused_without_a_guess(written):
     refuse(written("zzz: 1"), "c.yaml: unknown key 'zzz'; surefoot ppo --help lists them")
 
 
+# Of another type, as nothing is coerced, or beyond the limits of its field.
+WRONG: list[str] = ["seed=-1", "seed=9223372036854775808", "device=tpu", "kl.coef=-0.1", "kl.coef=low", "kl.coef='0.1'"]
+WRONG += ["kl.coef=[1,2]", "ppo.learning_rate=0", "ppo.learning_rate=.nan", "ppo.clip_range=.inf", "ppo.gamma=1.01"]
+WRONG += ["ppo.n_epochs=0", "ppo.dual_clip=1.0", "ppo.batch_size=8.0", "ppo.batch_size=true"]
+WRONG += ["rollout.total_episodes=10000000000", "run.keep_checkpoints=1", "generation.temperature=11"]
+WRONG += ["generation.stop_token_ids=[-1]", "generation.stop=['']", "generation.stop=x", "generation.stop=[a,1]"]
+WRONG += ["run.name=7", "run.name=no", "run.name=2024-01-31", "ppo=3", "policy.adapter=lora"]
+WRONG += ["policy.adapter.targets=q_proj", "policy.adapter.targets=[]", "policy.adapter.targets=[1]", 'run.folder="a\\0b"']
+WRONG += ['policy.model="a\\0b"']
+
+
+@pytest.mark.parametrize("wrong", [*WRONG, f"policy.model={'x' * 300}"])
+def test_a_value_that_a_field_cannot_have_is_refused_by_name(written, wrong):
+    key, _, value = wrong.partition("=")
+    *sections, leaf = key.split(".")
+    text = f"{leaf}: {value}"
+    for section in reversed(sections):
+        text = f"{section}: {{{text}}}"
+    refuse(written(text), f"c.yaml: {key}")
+
+
 @pytest.mark.parametrize(
-    ("text", "key"),
+    ("text", "said"),
     [
-        ("seed: -1", "seed"),
-        ("seed: 9223372036854775808", "seed"),
-        ("device: tpu", "device"),
-        ("kl: {coef: -0.1}", "kl.coef"),
-        ("ppo: {learning_rate: 0}", "ppo.learning_rate"),
-        ("ppo: {learning_rate: .nan}", "ppo.learning_rate"),
-        ("ppo: {clip_range: .inf}", "ppo.clip_range"),
-        ("ppo: {gamma: 1.01}", "ppo.gamma"),
-        ("ppo: {n_epochs: 0}", "ppo.n_epochs"),
-        ("ppo: {dual_clip: 1.0}", "ppo.dual_clip"),
-        ("rollout: {total_episodes: 10000000000}", "rollout.total_episodes"),
-        ("run: {keep_checkpoints: 1}", "run.keep_checkpoints"),
         ("task: {prompts: p, reward: r, held_out: 1.0}", "task.held_out"),
-        ("generation: {temperature: 11}", "generation.temperature"),
-        ("generation: {stop_token_ids: [-1]}", "generation.stop_token_ids"),
-        ("generation: {stop: ['']}", "generation.stop"),  # would end every completion at once
-        # Of another type: nothing is coerced.
-        ("kl: {coef: low}", "kl.coef: should be a number, got 'low'"),
-        ("kl: {coef: '0.1'}", "kl.coef"),
-        ("kl: {coef: [1, 2]}", "kl.coef"),
-        ("ppo: {batch_size: 8.0}", "ppo.batch_size"),
-        ("ppo: {batch_size: true}", "ppo.batch_size"),
         ("task: {prompts: p, reward: r, chat: 1}", "task.chat"),
-        ("run: {name: 7}", "run.name: should be text, got 7; put it in quotes"),
-        ("run: {name: no}", "run.name"),
-        ("run: {name: 2024-01-31}", "run.name"),
-        ("generation: {stop: x}", "generation.stop: should be a list, got 'x'; write [a, b]"),
-        ("generation: {stop: [a, 1]}", "generation.stop"),
-        ("ppo: 3", "ppo"),
-        ("policy: {adapter: lora}", "policy.adapter"),
-        ("policy: {adapter: {targets: q_proj}}", "policy.adapter.targets"),
-        ("policy: {adapter: {targets: []}}", "policy.adapter.targets"),
-        ("policy: {adapter: {targets: [1]}}", "policy.adapter.targets"),
         ("task: {prompts: p.jsonl}", "task.reward is missing"),
-        ('run: {folder: "a\\0b"}', "run.folder"),
-        ('policy: {model: "a\\0b"}', "policy.model"),
         ('task: {prompts: "", reward: r}', "task.prompts"),
-        (f"policy: {{model: {'x' * 300}}}", "policy.model"),
+        ("kl: {coef: low}", "kl.coef: should be a number, got 'low'"),
+        ("run: {name: 7}", "run.name: should be text, got 7; put it in quotes"),
+        ("generation: {stop: x}", "generation.stop: should be a list, got 'x'; write [a, b]"),
     ],
 )
-def test_a_value_that_a_field_cannot_have_is_refused_by_name(written, text, key):
-    refuse(written(text), f"c.yaml: {key}")
+def test_what_is_said_of_a_value_names_its_key_and_how_to_write_it(written, text, said):
+    refuse(written(text), f"c.yaml: {said}")
 
 
 @pytest.mark.parametrize(
@@ -136,9 +124,9 @@ def test_a_value_that_a_field_cannot_have_is_refused_by_name(written, text, key)
         ("kl: {target: 6.0, coef: 0.1, horizon: 12.8}", ["kl.horizon (12.8)", "kl.coef"]),
         ("ppo: {batch_size: 24}", ["ppo.batch_size (24)", "rollout.episodes_per_update (64)", "try 16"]),
         ("rollout: {episodes_per_update: 8}", ["ppo.batch_size (16)", "try 8"]),
+        ("rollout: {episodes_per_update: 1000000000}\nppo: {batch_size: 7}", ["try 8"]),  # found at once
         ("group: {size: 12}", ["group.size (12)", "try 8"]),
         ("ppo: {advantage: grpo}", ["ppo.advantage: grpo", "group.size"]),
-        ("ppo: {advantage: dr_grpo}", ["ppo.advantage: dr_grpo", "group.size"]),
         ("ppo: {advantage: rloo}", ["ppo.advantage: rloo", "group.size"]),
         ("ppo: {advantage: remax, clip_range_vf: 0.2}", ["ppo.clip_range_vf", "remax"]),
         ("ppo: {advantage: remax, gamma: 0.9}", ["ppo.gamma", "remax"]),
@@ -176,12 +164,6 @@ def test_a_section_that_a_kind_of_run_does_not_have_is_refused_by_name(written, 
         refuse(written(yaml.safe_dump(least | {name: {}})), f"c.yaml: {name}: ", "leave it out")
 
 
-def test_the_divisor_that_is_proposed_is_found_at_once(written):
-    started = time.perf_counter()
-    refuse(written("rollout: {episodes_per_update: 1000000000}\nppo: {batch_size: 7}"), "try 8")
-    assert time.perf_counter() - started < 1
-
-
 @pytest.mark.parametrize("text", ["3e-4", "3.0e-4", "3E-4", ".3e-3", "+3e-4", "0.0003"])
 def test_3e_minus_4_is_a_number_in_the_file_and_in_a_flag(written, text):
     # YAML 1.1, which PyYAML reads, takes the first of them for a string.
@@ -211,17 +193,14 @@ def test_a_flag_that_would_run_code_is_text(written, tmp_path):
     assert not (tmp_path / "canary").exists()
 
 
-def test_a_billion_laughs_are_refused_at_once(written):
-    lines = ["a0: &a0 [lol]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
-    started = time.perf_counter()
-    refuse(written("\n".join(lines)), "c.yaml, line 2", "*a0")
-    assert time.perf_counter() - started < 1
+LAUGHS = ["a0: &a0 [lol]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+EXHAUSTING = {"\n".join(LAUGHS): "c.yaml, line 2", "[" * 20_000: "", "{a: " * 20_000: "", "seed: " + "9" * 5_000: ""}
 
 
-@pytest.mark.parametrize("text", ["[" * 20_000, "{a: " * 20_000, "seed: " + "9" * 5_000])
-def test_a_file_made_to_exhaust_the_reader_is_refused(written, text):
+@pytest.mark.parametrize("text", EXHAUSTING, ids=lambda text: text[:9])
+def test_a_file_made_to_exhaust_the_reader_is_refused_at_once(written, text):
     started = time.perf_counter()
-    refuse(written(text), "c.yaml")
+    refuse(written(text), "c.yaml", EXHAUSTING[text])
     assert time.perf_counter() - started < 5
 
 
@@ -229,15 +208,12 @@ def test_a_file_made_to_exhaust_the_reader_is_refused(written, text):
     ("content", "said"),
     [
         ("- ppo", "c.yaml: expected sections such as 'ppo:' at the top, found ['ppo']"),
-        ("ppo", "c.yaml: expected sections such as 'ppo:' at the top, found 'ppo'"),
-        ("7", "c.yaml: expected sections such as 'ppo:' at the top, found 7"),
         (b"seed: 1\nrun: {name: \xff\xfe}\n", "c.yaml, line 2: not UTF-8; save the file as UTF-8"),
         ("seed: 1".encode("utf-16"), "c.yaml, line 1: not UTF-8"),
         ("seed: 1\n\tdevice: cpu", "c.yaml, line 2: not valid, safe YAML"),
         ("seed: 1\nkl: {coef: 1", "c.yaml, line 2: not valid, safe YAML"),
         ("seed: 1\n---\nseed: 2", "c.yaml, line 2: not valid, safe YAML"),
         ("run: {name: 2024-02-30}", "c.yaml: not valid, safe YAML: day is out of range for month"),
-        ("1: 2", "c.yaml, line 1: not valid, safe YAML: a key here is not a name"),
         ("ppo: {no: 2}", "c.yaml, line 1: not valid, safe YAML: a key here is not a name"),
         ("? [a]\n: 3", "c.yaml, line 1: not valid, safe YAML: a key here is not a name"),
     ],
@@ -279,103 +255,63 @@ def test_a_run_name_that_is_no_plain_folder_name_is_refused(written, name):
 
 @pytest.fixture
 def places(tmp_path, monkeypatch):
-    """A file's folder and another working directory, both with prompts, rewards and a model of the same names."""
-    for name in ("project", "elsewhere"):
-        (tmp_path / name / "model").mkdir(parents=True)
-        (tmp_path / name / "prompts.jsonl").touch()
-        (tmp_path / name / "mine").touch()
-        (tmp_path / name / "reward.py").touch()
+    """A file's folder and another, in which we are, both with prompts, rewards and a model of the same names."""
+    for folder in (tmp_path / "project", tmp_path / "elsewhere"):
+        (folder / "model").mkdir(parents=True)
+        for name in ("prompts.jsonl", "mine", "reward.py"):
+            (folder / name).touch()
     monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "project" / "c.yaml").write_text(yaml.safe_dump(ALL_PATHS))
     return tmp_path
 
 
-ALL_PATHS = """
-run: {folder: runs}
-policy: {model: model}
-task: {prompts: prompts.jsonl, reward: "reward.py:reward", metric: "./reward.py:metric"}
-"""
+TASK = {"prompts": "prompts.jsonl", "reward": "reward.py:reward", "metric": "./reward.py:metric"}
+ALL_PATHS = {"run": {"folder": "runs"}, "policy": {"model": "model"}, "task": TASK}
+AT = {"run.folder": "runs", "policy.model": "model", "task.prompts": "prompts.jsonl"}
+AT |= {"task.reward": "reward.py:reward", "task.metric": "reward.py:metric"}
 
 
 def paths_of(config: Config) -> list[Path]:
-    assert config.task is not None and config.task.metric is not None
-    functions = [config.task.reward.removesuffix(":reward"), config.task.metric.removesuffix(":metric")]
-    return [Path(p).resolve() for p in (config.run.folder, config.policy.model, config.task.prompts, *functions)]
+    return [Path(functools.reduce(getattr, key.split("."), config)).resolve() for key in AT]
 
 
-NAMES = ["runs", "model", "prompts.jsonl", "reward.py", "reward.py"]
-
-
-@pytest.mark.parametrize("given", ["absolute", "relative"])
-def test_relative_paths_in_a_file_are_relative_to_the_file(places, given):
-    (places / "project" / "c.yaml").write_text(ALL_PATHS)
-    file = places / "project" / "c.yaml" if given == "absolute" else "../project/c.yaml"
-    assert paths_of(load_config(file)) == [(places / "project" / name).resolve() for name in NAMES]
-
-
-def test_relative_paths_in_flags_are_relative_to_the_working_directory(places):
-    (places / "project" / "c.yaml").write_text(ALL_PATHS)
-    overrides = {
-        "run.folder": "runs",
-        "policy.model": "model",
-        "task.prompts": "prompts.jsonl",
-        "task.reward": "reward.py:reward",
-        "task.metric": "reward.py:metric",
-    }
-    loaded = load_config(places / "project" / "c.yaml", overrides)
-    assert paths_of(loaded) == [(places / "elsewhere" / name).resolve() for name in NAMES]
-
-
-@pytest.mark.parametrize("prompts", ["new.jsonl", "data/new", "./new"])
-def test_prompts_that_are_not_there_yet_are_not_looked_for_elsewhere(places, prompts):
-    (places / "elsewhere" / "new.jsonl").touch()
-    (places / "project" / "c.yaml").write_text(f"task: {{prompts: {prompts}, reward: 'reward.py:reward'}}")
-    task = load_config(places / "project" / "c.yaml").task
-    assert task is not None and Path(task.prompts).resolve() == (places / "project" / prompts).resolve()
-
-
-def test_names_of_assets_hub_ids_and_modules_stay_names(places):
-    text = "policy: {model: org/model}\ntask: {prompts: movie-reviews, reward: 'package.rewards:reward'}"
-    (places / "project" / "c.yaml").write_text(text)
-    config = load_config(places / "project" / "c.yaml")
-    assert config.task is not None
-    assert (config.policy.model, config.task.prompts) == ("org/model", "movie-reviews")
-    assert config.task.reward == "package.rewards:reward"
-
-
-def test_a_local_file_wins_over_an_assets_name(places):
-    (places / "project" / "c.yaml").write_text("task: {prompts: mine, reward: 'reward.py:reward'}")
-    task = load_config(places / "project" / "c.yaml").task
-    assert task is not None and Path(task.prompts).resolve() == (places / "project" / "mine").resolve()
-
-
-def test_a_tilde_is_the_home_folder_in_files_and_flags(written, monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    (tmp_path / "project").mkdir()
-    written("run: {folder: ~/runs}").rename("project/c.yaml")
-    assert load_config("project/c.yaml").run.folder == str(tmp_path / "home/runs")
-    assert load_config(written(""), {"run.folder": "~/runs"}).run.folder == str(tmp_path / "home/runs")
-
-
-def test_absolute_paths_mean_the_same_wherever_they_are_read(places, monkeypatch):
-    (places / "project" / "c.yaml").write_text(ALL_PATHS)
-    config = load_config("../project/c.yaml")
-    (places / "elsewhere" / "copy.yaml").write_text(dump_config(absolute_paths(config)))
-    expected = paths_of(config)
+def test_relative_paths_in_a_file_are_relative_to_the_file_and_in_flags_to_the_working_directory(places, monkeypatch):
+    expected = [places / "project" / name for name in AT.values()]
+    for file in (places / "project" / "c.yaml", "../project/c.yaml"):
+        assert paths_of(load_config(file)) == expected
+    assert paths_of(load_config("../project/c.yaml", AT)) == [places / "elsewhere" / name for name in AT.values()]
+    # Absolute paths mean the same wherever they are read.
+    Path("copy.yaml").write_text(dump_config(absolute_paths(load_config("../project/c.yaml"))))
     monkeypatch.chdir("/")
     assert paths_of(load_config(places / "elsewhere" / "copy.yaml")) == expected
 
 
-@pytest.mark.parametrize("key", ["ppo.vf-coef", "ppo.vf_coef"])
-def test_dashes_in_a_flag_are_underscores(written, key):
-    assert load_config(written("ppo: {vf_coef: 0.5}"), {key: "0.25"}).ppo.vf_coef == 0.25
+@pytest.mark.parametrize("prompts", ["new.jsonl", "data/new", "./new", "mine"])
+def test_prompts_are_the_files_own_even_where_they_are_not_there_yet(places, prompts):
+    Path("new.jsonl").touch()  # must not be found here by accident; `mine` is there, and no asset
+    (places / "project" / "c.yaml").write_text(f"task: {{prompts: {prompts}, reward: 'reward.py:reward'}}")
+    task = load_config("../project/c.yaml").task
+    assert task is not None and Path(task.prompts).resolve() == (places / "project" / prompts).resolve()
 
 
-def test_a_flag_changes_one_field_and_leaves_its_neighbours(written):
-    config = load_config(written("kl: {coef: 0.5, horizon: 9e3}"), {"kl.coef": "0.25"})
-    assert (config.kl.coef, config.kl.horizon) == (0.25, 9e3)
+def test_names_of_assets_hub_ids_and_modules_stay_names(places):
+    task = {"prompts": "movie-reviews", "reward": "package.rewards:reward"}
+    (places / "project" / "c.yaml").write_text(yaml.safe_dump({"policy": {"model": "org/model"}, "task": task}))
+    config = load_config("../project/c.yaml")
+    assert config.policy.model == "org/model" and config.task is not None
+    assert (config.task.prompts, config.task.reward) == tuple(task.values())
 
 
-def test_a_flag_can_bring_back_a_section_that_the_file_turned_off(written):
+def test_a_tilde_is_the_home_folder_in_files_and_flags(written, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for config in (load_config(written("run: {folder: ~/runs}")), load_config(written(""), {"run.folder": "~/runs"})):
+        assert config.run.folder == str(tmp_path / "home/runs")
+
+
+def test_a_flag_changes_one_field_and_leaves_its_neighbors(written):
+    config = load_config(written("kl: {coef: 0.5, horizon: 9e3}"), {"kl.coef": "0.25", "ppo.vf-coef": "1", "ppo.n_epochs": "3"})
+    assert (config.kl.coef, config.kl.horizon, config.ppo.vf_coef, config.ppo.n_epochs) == (0.25, 9e3, 1, 3)
+    # It can bring back a section that the file turned off.
     assert load_config(written("policy: {adapter: null}")).policy.adapter is None
     adapter = load_config(written("policy: {adapter: null}"), {"policy.adapter.rank": "4"}).policy.adapter
     assert adapter == AdapterConfig(rank=4)
@@ -402,13 +338,15 @@ def test_a_wrong_value_in_the_file_is_not_blamed_on_another_flag(written):
     refuse(written("kl: {coef: -1}"), "c.yaml: kl.coef: ", flags={"ppo.gamma": "0.5", "seed": "3"})
 
 
-@pytest.mark.parametrize("name", ["7", "3e-4", "no", "2024-01-31", "a: b", "[x", "0x1f"])
-def test_a_run_can_be_called_anything_on_the_command_line(written, name):
-    assert load_config(written(""), {"run.name": name}).run.name == name
+NAMES = ["7", "3e-4", "no", "2024-01-31", "a: b", "[x", "0x1f", "1_000", "1:30", "on", "~", "=", "<<"]
 
 
-def test_null_on_the_command_line_is_none(written):
-    assert load_config(written("run: {name: x}"), {"run.name": "null"}).run.name is None
+@pytest.mark.parametrize("name", [*NAMES, "null"])
+def test_a_name_that_looks_like_something_else_is_one_on_the_command_line_and_in_what_is_written(written, name):
+    named = make_config({"run": {"name": name}}, where="test")
+    assert load_config(written(dump_config(named))).run.name == name
+    given = load_config(written("run: {name: x}"), {"run.name": name}).run.name
+    assert given == (None if name in ("null", "~") else name)
 
 
 def test_a_list_on_the_command_line_is_yaml(written):
@@ -416,14 +354,8 @@ def test_a_list_on_the_command_line_is_yaml(written):
 
 
 YAMLS = sorted([ROOT / "src/surefoot/cli/demo.yaml", *ROOT.glob("recipes/**/*.yaml"), *ROOT.glob("examples/**/*.yaml")])
-
-
 SWEEPS = [path for path in YAMLS if path.name.startswith("sweep")]
 PIPELINES = [path for path in YAMLS if path.name.startswith("pipeline")]
-
-
-def test_there_are_configurations_to_read():
-    assert len(YAMLS) >= 2
 
 
 @pytest.mark.parametrize("path", sorted({*YAMLS} - {*SWEEPS, *PIPELINES}), ids=lambda path: str(path.relative_to(ROOT)))
@@ -444,84 +376,49 @@ def test_every_variant_of_a_sweep_is_a_whole_configuration(path):
         load_config(path.parent / sweep["base"], {key[2:]: value for key, value in zip(words[::2], words[1::2], strict=True)})
 
 
-def test_what_is_written_reads_back_the_same(tmp_path):
-    config = make_config(
-        {
-            "seed": 2**63 - 1,
-            "run": {"name": "größe-1", "folder": "/runs"},
-            "policy": {"model": "org/model", "adapter": {"targets": ["q_proj", "v_proj"]}},
-            "task": {"prompts": "/p.jsonl", "reward": "package.module:reward"},
-            "generation": {"stop": ["\n\n", "# ", "null", "1e3", "ä"], "stop_token_ids": [0, 2]},
-            "ppo": {"learning_rate": 1e-7, "adam_epsilon": 1e-8, "target_kl": 0.1 + 0.2},
-            "kl": {"horizon": 1e22},
-            "evaluate": {"every": None},
-        },
-        where="test",
-    )
-    (tmp_path / "c.yaml").write_text(dump_config(config), encoding="utf-8")
-    assert load_config(tmp_path / "c.yaml") == config
-    (tmp_path / "c.yaml").write_text(dump_config(absolute_paths(Config())), encoding="utf-8")
-    assert load_config(tmp_path / "c.yaml") == absolute_paths(Config())
-
-
-@pytest.mark.parametrize(
-    "name", ["3e-4", "1e5", "1_000", "0x1f", "1:30", "no", "on", "null", "~", "7", "2024-01-31", "=", "<<"]
-)
-def test_a_name_that_looks_like_something_else_reads_back_as_a_name(tmp_path, name):
-    config = make_config({"run": {"name": name}}, where="test")
-    (tmp_path / "c.yaml").write_text(dump_config(config), encoding="utf-8")
-    assert load_config(tmp_path / "c.yaml").run.name == name
-
-
-def test_a_section_can_be_left_out_of_what_is_written():
+def test_what_is_written_reads_back_the_same(written):
+    sections = {
+        "seed": 2**63 - 1,
+        "run": {"name": "größe-1", "folder": "/runs"},
+        "policy": {"model": "org/model", "adapter": {"targets": ["q_proj", "v_proj"]}},
+        "task": {"prompts": "/p.jsonl", "reward": "package.module:reward"},
+        "generation": {"stop": ["\n\n", "# ", "null", "1e3", "ä"], "stop_token_ids": [0, 2]},
+        "ppo": {"learning_rate": 1e-7, "adam_epsilon": 1e-8, "target_kl": 0.1 + 0.2},
+        "kl": {"horizon": 1e22},
+        "evaluate": {"every": None},
+    }
+    for config in (make_config(sections, where="test"), absolute_paths(Config())):
+        assert load_config(written(dump_config(config))) == config
     assert "run:" not in dump_config(Config(), exclude={"run"}) and "ppo:" in dump_config(Config(), exclude={"run"})
 
 
 def test_flat_setting_names_are_unique_across_sections():
     keys = setting_keys()
     assert Counter(keys.values()).most_common(1)[0][1] == 1
-    foreign = {"task", "sft", "new_model", "reward_model", "rejection_sampling"}
-    top = {name for name in Config.model_fields if name not in foreign}
-    prefixed, too_plain, whole = {"run", "evaluate"}, {"env.id", "env.kwargs"}, {"kl", "group", "shaping", "ptx"}
-    plain = [
-        f"{key}_{leaf}" if key in prefixed or f"{key}.{leaf}" in too_plain else leaf
-        for key, _, leaf in (k.partition(".") for k, *_ in field_table())
-        if leaf and key not in foreign | whole and "." not in leaf
-    ]
-    assert [name for name, count in Counter(plain).items() if count > 1] == []
-    assert set(plain) | {"seed", "device", "adapter", "critic", "network", "self_play"} | whole == set(keys)
-    assert {key.split(".")[0] for key in keys.values()} == top
+    foreign, whole = {"task", "sft", "new_model", "reward_model", "rejection_sampling"}, {"kl", "group", "shaping", "ptx"}
+    parts = [key.split(".") for key, *_ in field_table()]
+    inner = [part for part in parts if len(part) == 2 and part[0] not in foreign | whole]
+    is_prefixed = {("env", "id"), ("env", "kwargs"), *(tuple(part) for part in inner if part[0] in ("run", "evaluate"))}
+    plain = Counter("_".join(part) if tuple(part) in is_prefixed else part[1] for part in inner)
+    assert max(plain.values()) == 1
+    assert {*plain, "seed", "device", "adapter", "critic", "network", "self_play", *whole} == set(keys)
+    assert {key.split(".")[0] for key in keys.values()} == {name for name in Config.model_fields if name not in foreign}
 
 
-def test_flat_settings_of_a_supervised_run_are_its_own_sections():
-    keys = setting_keys("sft")
-    assert (
-        keys["learning_rate"] == "sft.learning_rate" and keys["run_name"] == "run.name" and keys["adapter"] == "policy.adapter"
-    )
-    assert {key.split(".")[0] for key in keys.values()} == {"seed", "device", "run", "policy", "sft", "generation", "evaluate"}
-    assert set(keys) >= SFTConfig.model_fields.keys() - {"data"} and "data" not in keys
-
-
-def test_flat_settings_of_a_reward_model_are_its_own():
-    keys = setting_keys("reward_model")
-    assert keys["center"] == "reward_model.center" and keys["learning_rate"] == "reward_model.learning_rate"
-    assert set(keys) >= RewardModelConfig.model_fields.keys() - {"data"} and "data" not in keys and "max_tokens" not in keys
+@pytest.mark.parametrize(("name", "model"), [("sft", SFTConfig), ("reward_model", RewardModelConfig)])
+def test_flat_settings_of_a_supervised_run_are_its_own_sections(name, model):
+    keys = setting_keys(name)
+    assert (keys["learning_rate"], keys["run_name"], keys["adapter"]) == (f"{name}.learning_rate", "run.name", "policy.adapter")
+    assert {key.split(".")[0] for key in keys.values()} == {"seed", "device", "run", "policy", name, "generation", "evaluate"}
+    assert set(keys) >= model.model_fields.keys() - {"data"} and "data" not in keys
+    assert ("max_tokens" in keys) == (name == "sft")
 
 
 def test_flat_settings_reach_their_fields():
-    data = nested(
-        {
-            "learning_rate": 1e-4,
-            "run_name": "x",
-            "evaluate_every": 3,
-            "seed": 5,
-            "adapter": AdapterConfig(rank=3),
-            "dtype": "float32",
-        }
-    )
-    config = make_config(data, where="PPO(...)")
-    assert (config.ppo.learning_rate, config.run.name, config.evaluate.every, config.seed) == (1e-4, "x", 3, 5)
-    assert config.policy.adapter == AdapterConfig(rank=3) and config.policy.dtype == "float32"
+    given = {"learning_rate": 1e-4, "run_name": "x", "evaluate_every": 3, "seed": 5, "adapter": AdapterConfig(rank=3)}
+    config = make_config(nested(given), where="PPO(...)")
+    found = (config.ppo.learning_rate, config.run.name, config.evaluate.every, config.seed, config.policy.adapter)
+    assert found == tuple(given.values())
 
 
 @pytest.mark.parametrize(
@@ -541,53 +438,30 @@ def test_an_unknown_setting_is_named_with_what_works_in_that_kind_of_run(kind, n
     refusal(lambda: nested({name: 1}, kind), f"unknown setting '{name}'; {said}")
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"max_new_tokens": 0}, "max_new_tokens: should be greater than 0, got 0"),
-        ({"max_new_tokens": 2.5}, "max_new_tokens: should be a whole number, got 2.5"),
-        ({"temperature": -1.0}, "temperature: should be greater than or equal to 0, got -1.0"),
-        ({"temperature": float("nan")}, "temperature: should be a finite number, got nan"),
-        ({"top_k": 0}, "top_k: should be greater than 0, got 0"),
-        ({"top_p": 0.0}, "top_p: should be greater than 0, got 0.0"),
-        ({"top_p": 1.5}, "top_p: should be less than or equal to 1, got 1.5"),
-        ({"top_q": 1}, "unknown sampling setting 'top_q'; there are max_new_tokens, temperature, top_k, top_p"),
-    ],
-)
-def test_wrong_sampling_settings_are_refused(changes, said):
-    with pytest.raises(InputError) as caught:
-        with_sampling(GenerationConfig(), changes)
-    check(str(caught.value), said)
+SAMPLING = [("max_new_tokens", 0), ("max_new_tokens", 2.5), ("temperature", -1.0), ("temperature", float("nan"))]
+SAMPLING += [("top_k", 0), ("top_p", 0.0), ("top_p", 1.5), ("top_q", 1)]
 
 
-def test_writing_text_may_be_greedy_and_truncated():
+def test_wrong_sampling_settings_are_refused_and_writing_text_may_be_greedy_and_truncated():
+    for name, value in SAMPLING:
+        refusal(lambda name=name, value=value: with_sampling(GenerationConfig(), {name: value}), name)
     changed = with_sampling(GenerationConfig(slots=3), {"temperature": 0, "top_k": 5, "top_p": 0.5})
     assert (changed.temperature, changed.top_k, changed.top_p, changed.slots) == (0, 5, 0.5, 3)
 
 
-def leaves(model: type, prefix: str = "") -> set[str]:
-    """Every field of a model that is not itself a section, found apart from `field_table`."""
-    schema = model.model_json_schema()  # type: ignore[attr-defined]
-
-    def walk(node: dict, prefix: str) -> set[str]:
-        found: set[str] = set()
-        for name, field in node["properties"].items():
-            references = [option["$ref"] for option in (field, *field.get("anyOf", [])) if "$ref" in option]
-            if references:
-                found |= walk(schema["$defs"][references[0].rsplit("/", 1)[-1]], f"{prefix}{name}.")
-            else:
-                found.add(prefix + name)
-        return found
-
-    return walk(schema, prefix)
+def leaves(node: dict[str, Any], models: dict[str, Any], prefix: str = "") -> set[str]:
+    """Every field of a JSON schema that is not itself a section, found apart from `field_table`."""
+    found: set[str] = set()
+    for name, field in node["properties"].items():
+        references = [option["$ref"] for option in (field, *field.get("anyOf", [])) if "$ref" in option]
+        inner = [leaves(models[reference.rsplit("/", 1)[-1]], models, f"{prefix}{name}.") for reference in references[:1]]
+        found |= inner[0] if inner else {prefix + name}
+    return found
 
 
-def test_the_table_of_fields_covers_each_field_once():
-    keys = [key for key, *_ in field_table()]
-    assert len(keys) == len(set(keys)) and set(keys) == leaves(Config)
-
-
-def test_every_field_has_a_type_a_default_and_a_description():
+def test_the_table_of_fields_has_each_once_with_type_default_and_description():
+    schema = Config.model_json_schema()
+    assert Counter(key for key, *_ in field_table()) == Counter(leaves(schema, schema["$defs"]))
     for key, kind, default, description in field_table():
         assert kind and default and description.endswith((".", ";")), key
         assert "<" not in kind and "\n" not in default, key

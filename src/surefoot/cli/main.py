@@ -152,10 +152,9 @@ def _demo(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 def _config(options: argparse.Namespace, overrides: dict[str, str], *sections: str) -> Config:
     """The configuration in a verb's file; of `sections` that are missing all defaults are wanted."""
-    from surefoot.config import config_from, read_sections
+    from surefoot.config import load_config
 
-    data = {section: {} for section in sections} | read_sections(options.file)
-    return config_from(data, Path(options.file), overrides)
+    return load_config(options.file, overrides, sections=sections)
 
 
 def _finish(run: Run) -> None:

@@ -10,7 +10,6 @@ from surefoot.config.env import EnvConfig, SelfPlayConfig
 from surefoot.config.fields import Section
 from surefoot.config.files import (
     absolute_paths,
-    config_from,
     dump_config,
     load_config,
     make_config,

@@ -78,9 +78,7 @@ RewardPath = Annotated[PathText, IsPath(lambda text, folder: ".py:" in text or o
 
 # --- fields that sections share ---
 
-_HELD_OUT = (
-    "Fraction of rows held out for evaluation, by a hash of the prompt (docs/sft.md#what-is-held-out)."
-)
+_HELD_OUT = "Share of rows held out for evaluation, by a hash of the prompt (docs/sft.md#what-is-held-out)."
 HeldOut = Annotated[float, Field(ge=0, lt=1, description=_HELD_OUT)]
 
 
@@ -109,7 +107,5 @@ class OptimizerFields(Section):
     lr_warmup: Fraction = setting(0.05, "Fraction of the run in which the learning rate rises from 0.")
     adam_epsilon: float = setting(1e-8, "Adam's epsilon.", gt=0)
     max_grad_norm: float = setting(1.0, "The global gradient norm is clipped to this.", gt=0)
-    micro_batch_tokens: Positive = setting(
-        2048, "Most tokens (rows × longest) of one pass: memory, not math."
-    )
+    micro_batch_tokens: Positive = setting(2048, "Most tokens (rows × longest) of a pass: memory, not math.")
     max_bad_steps: Positive = setting(5, "Steps skipped in a row (loss or gradient not finite) to stop at.")

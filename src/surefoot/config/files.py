@@ -17,13 +17,21 @@ from surefoot.config.tables import all_keys
 from surefoot.errors import InputError
 
 
-def load_config(path: Path | str, overrides: Mapping[str, str] | None = None) -> Config:
+def load_config(
+    path: Path | str, overrides: Mapping[str, str] | None = None, *, sections: Collection[str] = ()
+) -> Config:
     """Read a YAML file, apply `overrides` (dotted key -> YAML scalar, as from flags), check everything.
 
-    Relative paths in the file are relative to the file; those in overrides to the working directory.
-    Raises InputError with one line: what, where, how to fix it.
+    Of `sections` that the file lacks the defaults are taken. Relative paths in the file are relative to the
+    file; those in overrides to the working directory. Raises InputError with one line: what, where, how to
+    fix it.
     """
-    return config_from(read_sections(path), Path(path), overrides)
+    data = {section: {} for section in sections} | read_sections(path)
+    make_paths_relative_to(Path(path).parent, data)
+    flags = {key.replace("-", "_"): text for key, text in (overrides or {}).items()}
+    for key, text in flags.items():
+        set_field(data, key, text)
+    return make_config(data, where=str(path), flags=flags)
 
 
 def read_sections(path: Path | str, what: str = "sections such as 'ppo:' at the top") -> dict[str, Any]:
@@ -33,17 +41,6 @@ def read_sections(path: Path | str, what: str = "sections such as 'ppo:' at the 
     if not isinstance(data, dict):
         raise InputError(f"{path}: expected {what}, found {short(data)}")
     return {key: value for key, value in data.items() if value is not None}
-
-
-def config_from(
-    data: dict[str, Any], path: Path, overrides: Mapping[str, str] | None = None, *, where: str = ""
-) -> Config:
-    """`load_config` for sections that were read from `path`; messages begin with `where`, or `path`."""
-    make_paths_relative_to(path.parent, data)
-    flags = {key.replace("-", "_"): text for key, text in (overrides or {}).items()}
-    for key, text in flags.items():
-        set_field(data, key, text)
-    return make_config(data, where=where or str(path), flags=flags)
 
 
 def make_config(data: dict[str, Any], *, where: str, flags: Collection[str] = ()) -> Config:

@@ -25,14 +25,8 @@ DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     # As in Stable-Baselines3, and what control has found to work.
     "env": {
         "policy": {"model": "MlpPolicy"},
-        "ppo": {
-            "batch_size": 64,
-            "n_epochs": 10,
-            "max_grad_norm": 0.5,
-            "gamma": 0.99,
-            "vf_coef": 0.5,
-            "value_loss": "squared",
-        },
+        "ppo": {"batch_size": 64, "n_epochs": 10, "max_grad_norm": 0.5, "gamma": 0.99}
+        | {"vf_coef": 0.5, "value_loss": "squared"},
         "kl": {"coef": 0.0},  # there is no reference model
         "evaluate": {"every": None, "episodes": 10},
     },

@@ -25,9 +25,7 @@ class PPOConfig(OptimizerFields):
     clip_range: float = setting(0.2, "ε of the clipped surrogate.", gt=0)
     clip_schedule: f.Schedules = setting("constant", "Schedule of ε over the run, likewise.")
     clip_range_high: float | None = setting(None, "ε of the ratio's upper bound; `null`: clip_range.", gt=0)
-    dual_clip: float | None = setting(
-        None, "c: the loss is at most c |A| where A < 0; `null`: no bound.", gt=1
-    )
+    dual_clip: float | None = setting(None, "c: the loss is ≤ c |A| where A < 0; `null`: no bound.", gt=1)
     loss_aggregation: Literal["token", "sequence", "constant"] = setting(
         "token", "Mean over tokens, over sequences' means, or sum over completions × max_new_tokens."
     )
@@ -55,9 +53,7 @@ class KLConfig(Section):
     coef: f.NonNegative = setting(0.05, "β of the per-token KL penalty.")
     placement: Literal["reward", "loss"] = setting("reward", "In the reward (k1), or in the loss (k2).")
     target: float | None = setting(None, "Adaptive β: holds sequence KL near this; `null`: β is fixed.", gt=0)
-    horizon: float = setting(
-        10_000.0, "Episodes in which adaptive β moves 20 % at most; over 1/5 of an update's.", gt=0
-    )
+    horizon: float = setting(1e4, "Episodes in which adaptive β moves ≤ 20 %; over 1/5 of an update's.", gt=0)
 
 
 class GroupConfig(Section):
@@ -70,9 +66,7 @@ class GroupConfig(Section):
 class ShapingConfig(Section):
     """From the reward function's result to the reward that is trained on, in this order."""
 
-    missing_eos_penalty: f.NonNegative | None = setting(
-        None, "Subtracted where the length limit cut; `null`: 0."
-    )
+    missing_eos_penalty: f.NonNegative | None = setting(None, "Subtracted if max_new_tokens cut; `null`: 0.")
     scale: Literal["none", "running_std"] = setting("none", "Divide rewards by their running std, or not.")
     clip: float | None = setting(None, "Clip rewards to ± this, after scaling.", gt=0)
     whiten: bool = setting(False, "Whiten per-token rewards over the update, keeping their mean.")

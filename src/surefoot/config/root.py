@@ -146,10 +146,8 @@ def _in_advantage(config: Config) -> Iterator[str]:
     if group.skip_zero_variance and kind not in GROUPED:
         yield f"group.skip_zero_variance is for ppo.advantage: {', '.join(GROUPED)}, not {kind}"
     if critic.warmup_updates and critic.kind == "shared" and not critic.stop_gradient:
-        alone = (
-            "policy.critic.warmup_updates trains the critic alone, but its loss would move the shared trunk"
-        )
-        yield f"{alone}; set policy.critic.stop_gradient: true, or another policy.critic.kind"
+        why = "its loss would move the shared trunk; set policy.critic.stop_gradient: true"
+        yield f"policy.critic.warmup_updates trains the critic alone, but {why} or another policy.critic.kind"
     needs_critic = {
         "ppo.clip_range_vf": ppo.clip_range_vf is not None,
         "shaping.whiten": config.shaping.whiten,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 from surefoot.errors import InputError
 from surefoot.types import Demonstration
+
+Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -18,11 +20,11 @@ class TokenizedExample:
     `TokenizedExample((504, 2768, 314, 2), (False, False, True, True))`.
     """
 
-    tokens: tuple[int, ...]
+    tokens: Tokens
     loss_mask: tuple[bool, ...]
 
 
-def encode_prompt(tokenizer: Any, prompt: Any, *, chat: bool = False, where: str = "") -> tuple[int, ...]:
+def encode_prompt(tokenizer: Any, prompt: Any, *, chat: bool = False, where: str = "") -> Tokens:
     """Tokens of a string as the tokenizer makes them, or of messages up to where the assistant's turn begins.
 
     With `chat` a string is a user's message. Raises InputError, naming `where` (default: the prompt), for
@@ -35,14 +37,12 @@ def encode_prompt(tokenizer: Any, prompt: Any, *, chat: bool = False, where: str
     return encode_more(tokenizer, render_messages(tokenizer, messages, opens_turn=True, where=where))
 
 
-def encode_more(tokenizer: Any, text: str) -> tuple[int, ...]:
+def encode_more(tokenizer: Any, text: str) -> Tokens:
     """Tokens of text that stands after other text: without the token that some tokenizers begin with."""
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def render_messages(
-    tokenizer: Any, messages: Sequence[dict[str, Any]], *, opens_turn: bool, where: str
-) -> str:
+def render_messages(tokenizer: Any, messages: Sequence[Any], *, opens_turn: bool, where: str) -> str:
     """Messages as the model's chat template writes them; with `opens_turn` the assistant's turn is begun."""
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(f"{where}: messages need a chat template; the model's tokenizer has none; use text")
@@ -65,7 +65,7 @@ def check_length(tokens: Sequence[int], text: str, *, context: int, new_tokens: 
         raise InputError(f"{many}; shorten it, set prompt_tokens or lower max_new_tokens ({new_tokens})")
 
 
-def with_end_token(tokenizer: Any, tokens: Sequence[int], end_tokens: frozenset[int]) -> tuple[int, ...]:
+def with_end_token(tokenizer: Any, tokens: Sequence[int], end_tokens: Set[int]) -> Tokens:
     """`tokens`, ending with one of the model's end tokens, else the tokenizer's (else the model's lowest).
 
     Raises InputError if the model has none.
@@ -77,9 +77,7 @@ def with_end_token(tokenizer: Any, tokens: Sequence[int], end_tokens: frozenset[
     return (*tokens, min(end_tokens) if tokenizer.eos_token_id is None else tokenizer.eos_token_id)
 
 
-def encode_demonstration(
-    tokenizer: Any, example: Demonstration, *, end_tokens: frozenset[int]
-) -> TokenizedExample:
+def encode_demonstration(tokenizer: Any, example: Demonstration, *, end_tokens: Set[int]) -> TokenizedExample:
     """Tokens and loss mask of a demonstration, which ends with an end token.
 
     The loss falls on the text, the completion, or the assistant's messages, each with its end token, and
@@ -100,9 +98,7 @@ def encode_demonstration(
     return TokenizedExample(tokens, (False, *loss_mask[1:]))
 
 
-def encode_scored_text(
-    tokenizer: Any, prompt: Any, text: str, *, end_tokens: frozenset[int], where: str
-) -> tuple[int, ...]:
+def encode_scored_text(tokenizer: Any, prompt: Any, text: str, *, end_tokens: Set[int], where: str) -> Tokens:
     """A text as a reward model reads it, with an end token, at which the score is read.
 
     A string prompt and `text` are one text; messages are rendered with `text` as the assistant's. Raises
@@ -116,10 +112,10 @@ def encode_scored_text(
 
 
 def _assistant_pieces(
-    tokenizer: Any, messages: list[dict[str, Any]], end_tokens: frozenset[int], where: str
-) -> list[tuple[tuple[int, ...], bool]]:
+    tokenizer: Any, messages: list[Any], end_tokens: Set[int], where: str
+) -> list[tuple[Tokens, bool]]:
     """A chat in pieces up to the assistant's last turn: (tokens, whether the assistant wrote them)."""
-    pieces: list[tuple[tuple[int, ...], bool]] = []
+    pieces: list[tuple[Tokens, bool]] = []
     before = ""
     for number, message in enumerate(messages):
         if message["role"] != "assistant":

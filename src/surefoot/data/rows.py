@@ -16,6 +16,7 @@ from surefoot.errors import InputError
 
 Prompt = str | list[dict[str, Any]]
 Row = TypeVar("Row")
+Parse = Callable[[Any, str, Row | None], Row]
 
 MAX_LINE_BYTES = 16_000_000  # far beyond any context; a file without line breaks must not fill the memory
 
@@ -110,14 +111,7 @@ class SplitRows(Generic[Row]):
 
     what: str  # what the rows are
 
-    def __init__(
-        self,
-        source: Any,
-        name: str,
-        parse: Callable[[Any, str, Row | None], Row],
-        key: Callable[[Row], Any],
-        held_out: float,
-    ):
+    def __init__(self, source: Any, name: str, parse: Parse[Row], key: Callable[[Row], Any], held_out: float):
         rows: list[Row] = []
         for where, row in read_rows(source, name):
             rows.append(parse(row, where, rows[0] if rows else None))

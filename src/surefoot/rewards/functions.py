@@ -40,9 +40,8 @@ def is_function(reference: str) -> bool:
 def load_function(reference: str, *, key: str) -> RewardFunction:
     """The function named `file.py:function` or `package.module:function`. InputError names `key`."""
     if not is_function(reference):
-        raise InputError(
-            f"{key}: expected 'file.py:function' or 'package.module:function', got {reference!r}"
-        )
+        forms = "'file.py:function' or 'package.module:function'"
+        raise InputError(f"{key}: expected {forms}, got {reference!r}")
     place, _, name = reference.rpartition(":")
     path, is_file = Path(place), place.endswith(".py")
     if is_file and not path.is_file():

@@ -14,6 +14,7 @@ calibration.json   of a reward model: its predictions beside what people said, w
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -30,6 +31,7 @@ from surefoot.errors import InputError
 from surefoot.storage.files import sync, write_durably, writing
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
+PACKAGES = ("surefoot", "torch", "transformers", "peft", "safetensors", "numpy")
 
 
 class RunFolder:
@@ -55,12 +57,12 @@ class RunFolder:
             if not (path / "config.yaml").is_file():
                 how = ", but has no config.yaml and is an incomplete run; remove it"
             raise InputError(f"the run folder {path} exists{how} or choose another run.name")
-        folder = config.run.folder
-        place = Path(folder).absolute()
-        while not os.path.lexists(place):
-            place = place.parent
+        folder = Path(config.run.folder).absolute()
+        place = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-            raise InputError(f"run.folder {folder}: no folder can be made in {place}; choose another")
+            raise InputError(
+                f"run.folder {config.run.folder}: no folder can be made in {place}; choose another"
+            )
 
     @classmethod
     def create(cls, config: Config) -> RunFolder:
@@ -138,10 +140,8 @@ class RunFolder:
 
     def read(self, log: str) -> list[dict[str, Any]]:
         """All rows of a log; a last line cut short by a kill, perhaps within a character, is left out."""
-        path = self.path / log
-        if not path.exists():
-            return []
-        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+        written = path.read_bytes() if (path := self.path / log).exists() else b""
+        return [json.loads(line) for line in written.split(b"\n")[:-1]]
 
 
 def _make_folder(config: Config) -> Path:
@@ -158,11 +158,9 @@ def _make_folder(config: Config) -> Path:
 
 
 def _environment() -> dict[str, Any]:
-    versions = {}
-    for package in ("surefoot", "torch", "transformers", "peft", "safetensors", "numpy"):
-        try:
+    versions = dict.fromkeys(PACKAGES, "not installed")
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
     machine = {"system": platform.platform(), "processors": os.cpu_count()}
     return {"python": platform.python_version(), **machine, "packages": versions}
