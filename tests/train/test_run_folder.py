@@ -58,12 +58,6 @@ def test_a_taken_name_ends_with_2_before_anything_is_loaded(tmp_path, base, monk
         RunFolder.create(in_folder(tmp_path, name="link"))
 
 
-@pytest.mark.parametrize("name", ["..", ".", "", "../run", "a/b", "/run", "a\\b", "a\0b", "a..b"])
-def test_a_name_cannot_leave_the_folder(tmp_path, name):
-    with refused("run.name"):
-        in_folder(tmp_path, name=name)
-
-
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     for name in ("run", None):
@@ -84,27 +78,17 @@ def test_runs_without_a_name_are_numbered_each_its_own(tmp_path, monkeypatch):
 
 def test_a_run_is_described_from_the_root_not_from_where_it_was_started(tmp_path, base, monkeypatch):
     run = write_project(tmp_path, base)
-    # A base model with the very name that the run gives its own trained model.
-    shutil.copytree(base, tmp_path / "model")
+    shutil.copytree(base, tmp_path / "model")  # with the very name that the run gives its own trained model
     monkeypatch.chdir(tmp_path)
-    config = load_config("ppo.yaml", {"policy.model": "model"})
+    config = load_config("ppo.yaml", {"policy.model": "model", "task.metric": "some.module:metric"})
     RunFolder.create(config)
     (run / "model").mkdir()
     monkeypatch.chdir(tmp_path / "runs")
     again = RunFolder.open("run").config()
-    assert again.policy.model == str(tmp_path / "model")
-    assert again.run.folder == str(tmp_path / "runs")
+    assert (again.policy.model, again.run.folder) == (str(tmp_path / "model"), str(tmp_path / "runs"))
     assert again.task is not None and again.task.prompts == str(tmp_path / "prompts.jsonl")
-    assert again.task.reward == f"{tmp_path / 'reward.py'}:reward"
+    assert (again.task.reward, again.task.metric) == (f"{tmp_path / 'reward.py'}:reward", "some.module:metric")
     assert again.ppo == config.ppo
-
-
-def test_names_that_are_no_files_here_stay_names(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    task = {"prompts": "movie-reviews", "reward": "surefoot.rewards.sentiment:vader_compound"}
-    config = make_config({"run": {"folder": str(tmp_path)}, "policy": {"model": "some/model"}, "task": task}, where="test")
-    again = RunFolder.create(config).config()
-    assert again.policy.model == "some/model" and again.task == config.task
 
 
 def test_logs_are_cut_to_the_checkpoint_and_to_nothing_without_one(tmp_path, monkeypatch):
@@ -253,25 +237,19 @@ def test_of_two_models_of_one_run_only_one_goes_on(tmp_path, base):
         first.learn(6)
 
 
-def test_the_saved_model_gives_the_same_logits_and_values(tmp_path, base):
+def test_the_saved_model_gives_the_same_logits_and_values_and_trains_in_a_run_of_its_own(tmp_path, base, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for adapter, tolerance in (({"rank": 2}, 1e-5), (None, 0.0)):  # merging the adapter rounds
         model = python_ppo(base, tmp_path, name=f"adapter-{adapter is not None}", policy={"adapter": adapter}, **SHORT).learn()
-        out = tmp_path / f"out-{adapter is not None}"
-        model.save(out)
-        loaded = PPO.load(out, verbose=0)
+        model.save("out")
+        loaded = PPO.load("out", verbose=0)
         with torch.no_grad():
             ours, theirs = model.policy.evaluate(BATCH), loaded.policy.evaluate(BATCH)
         torch.testing.assert_close(ours.logprobs_BT, theirs.logprobs_BT, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(ours.values_BT, theirs.values_BT, rtol=tolerance, atol=tolerance)
         assert ours.values_BT.abs().max() > 0.01
         assert loaded.config.ppo == model.config.ppo and loaded.config.seed == model.config.seed
-
-
-def test_a_saved_model_trains_in_a_run_of_its_own(tmp_path, base, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    python_ppo(base, tmp_path, **SHORT).learn(6).save("out")
-    again = PPO.load("out", python_task(), verbose=0).learn(6)
-    assert again.run_folder == Path("runs/ppo-1") and (tmp_path / "runs" / "run").is_dir()
+    assert PPO.load("out", python_task(), verbose=0).learn(6).run_folder == Path("runs/ppo-1")
 
 
 def test_a_saved_folder_is_whole_or_absent(tmp_path, base, monkeypatch):
@@ -295,20 +273,16 @@ def test_a_saved_folder_is_whole_or_absent(tmp_path, base, monkeypatch):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out"]
 
 
-@pytest.mark.parametrize("critic", ["pickle", "half", "other names", "none"])
-def test_a_critic_that_is_none_is_refused(tmp_path, base, critic: str):
+def test_a_critic_that_is_none_is_refused(tmp_path, base):
     python_ppo(base, tmp_path).save(tmp_path / "out")
     file = tmp_path / "out" / "surefoot_critic.safetensors"
-    bad = {
-        "pickle": poison(tmp_path / "canary"),
-        "half": file.read_bytes()[:-4],
-        "other names": header('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', data=b"1234"),
-    }
-    file.unlink()
-    if critic in bad:
-        file.write_bytes(bad[critic])
-    with refused("surefoot_critic.safetensors"):
-        PPO.load(tmp_path / "out", verbose=0)
+    other_names = header('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', data=b"1234")
+    for bad in (poison(tmp_path / "canary"), file.read_bytes()[:-4], other_names, None):
+        file.unlink()
+        if bad is not None:
+            file.write_bytes(bad)
+        with refused("surefoot_critic.safetensors"):
+            PPO.load(tmp_path / "out", verbose=0)
     assert not (tmp_path / "canary").exists()
 
 
@@ -316,11 +290,10 @@ def test_generation_takes_the_best_checkpoint_and_survives_a_wild_pointer(finish
     shutil.copytree(finished.parent.parent, tmp_path, dirs_exist_ok=True)
     run = tmp_path / "runs" / "run"
 
-    def saved(name: str) -> dict[str, torch.Tensor]:
-        return read_tensors(run / "checkpoints" / name / "policy.safetensors")
+    def assert_opens(name: str) -> None:
+        saved = read_tensors(run / "checkpoints" / name / "policy.safetensors")
+        assert all(tensor.equal(saved[key]) for key, tensor in weights(PPO.open(run)).items())
 
-    opened = weights(PPO.open(run))
-    assert all(tensor.equal(saved("00000004")[name]) for name, tensor in opened.items())
+    assert_opens("00000004")
     (run / "checkpoints" / "best").write_text("../../../../00000004")
-    opened = weights(PPO.open(run))
-    assert all(tensor.equal(saved("00000006")[name]) for name, tensor in opened.items())
+    assert_opens("00000006")
