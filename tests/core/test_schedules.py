@@ -28,13 +28,6 @@ def test_part_of_a_warmup_step_is_a_whole_one() -> None:
     assert multipliers("linear", 4, warmup=0.3) == pytest.approx([0.5, 1.0, 1.0, 0.5])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.34, 1.0])
-@pytest.mark.parametrize("total", [1, 2, 7])
-def test_every_update_of_a_run_learns_something(kind: str, warmup: float, total: int) -> None:
-    assert all(0.0 < multiplier <= 1.0 for multiplier in multipliers(kind, total, warmup))
-
-
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 def test_schedule_ends_at_zero_and_stays_there(kind: str) -> None:
     assert schedule(kind, 10, 10) == pytest.approx(0.0, abs=1e-12)

@@ -19,7 +19,6 @@ import numpy
 import pytest
 import torch
 
-from surefoot.errors import InputError
 from surefoot.policies.lm.policy import load_policy
 from surefoot.storage.run_folder import RunFolder
 from surefoot.train import checkpoint
@@ -136,7 +135,7 @@ def test_a_kill_at_any_moment_of_a_loop_of_saves_leaves_the_last_one_saved(tmp_p
     tmp_path /= "checkpoints"
     seen = seen_by("random", tmp_path)
     # Kills that only ever fell between two saves would show nothing.
-    assert seen["kills"] == 100 and seen["half done"] >= 10 and seen["saves"] >= 100, seen
+    assert seen["kills"] == 40 and seen["half done"] >= 4 and seen["saves"] >= 40, seen
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes] | None] = {
@@ -161,21 +160,6 @@ def test_damage_is_found_named_and_the_older_checkpoint_used(tmp_path, capsys, n
     assert killing.number_in(newest_checkpoint(tmp_path)) == 1
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and str(file) in said and "00000001" in said
-
-
-def test_a_flipped_bit_anywhere_in_the_manifest_is_found_or_changes_nothing(tmp_path):
-    path = killing.save(tmp_path, 1)
-    manifest = path / "manifest.json"
-    sound, found = manifest.read_bytes(), 0
-    for position in range(len(sound)):
-        for bit in (1, 128):
-            manifest.write_bytes(sound[:position] + bytes([sound[position] ^ bit]) + sound[position + 1 :])
-            try:
-                assert killing.number_in(path) == 1
-            except InputError as error:
-                assert str(path) in str(error)
-                found += 1
-    assert found > 1.5 * len(sound)
 
 
 def test_all_damaged_is_an_error_that_names_a_file_and_none_at_all_is_not(tmp_path):

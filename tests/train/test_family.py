@@ -211,18 +211,6 @@ def test_one_long_completion_outweighs_a_short_one_by_its_tokens_only_where_aske
         assert float(gradient[1, 2]) / (1 - first) + float(gradient[2, 2]) / (1 - later) == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_sampler_that_is_the_trainer_needs_no_weights() -> None:
-    capped, plain = (config_of(advantage="rloo", tis_cap=cap, n_epochs=1) for cap in (2.0, None))
-    weights = []
-    for config, has_sampler in ((capped, False), (plain, False), (plain, True)):
-        policy = BigramPolicy()
-        batch = sampled_batch(BigramPolicy(reference=reference_table()))
-        batch.behavior_logprobs_BT = batch.behavior_logprobs_BT if has_sampler else None
-        train(policy, advantages(batch, config), config)
-        weights.append(policy.weights()[0])
-    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[1], weights[2])
-
-
 def test_with_the_kl_in_the_loss_the_reward_is_not_penalized() -> None:
     batch = sampled_batch(BigramPolicy(reference=reference_table()))
     in_loss = advantages(batch, config_of(kl={"placement": "loss", "coef": 0.5})).advantages_BT
@@ -231,14 +219,6 @@ def test_with_the_kl_in_the_loss_the_reward_is_not_penalized() -> None:
 
 
 # --- groups ---
-
-
-def test_groups_stay_with_their_rows_in_minibatches() -> None:
-    batch = grouped_batch(BigramPolicy())
-    rows = torch.tensor([6, 0, 5])
-    assert batch.rows(rows).groups_B.tolist() == [1, 0, 1]
-    expected = [group for group, n in zip(batch.groups_B.tolist(), RAGGED, strict=True) for _ in range(n)]
-    assert batch.flatten().groups_B.tolist() == expected
 
 
 def test_zero_variance_groups_are_left_out() -> None:

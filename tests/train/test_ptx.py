@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from surefoot import PPO, TextTask
-from surefoot.config import Config
+from surefoot.config import Config, PTXConfig
 from surefoot.data.batches import demonstration_batch, micro_batches
 from surefoot.policies.lm.policy import CausalLMPolicy
 from surefoot.train import checkpoint
@@ -58,8 +58,9 @@ class Demonstrations:
         return self.batch
 
 
-def mixed(config: Config, demonstrations: Demonstrations | None = None, coef: float = COEF) -> SumObjective:
-    return SumObjective(config, demonstrations or Demonstrations(), coef=coef)  # type: ignore[arg-type]
+def mixed(config: Config, demonstrations: Demonstrations | None = None) -> SumObjective:
+    with_weight = config.model_copy(update={"ptx": PTXConfig(coef=COEF)})
+    return SumObjective(with_weight, demonstrations or Demonstrations())  # type: ignore[arg-type]
 
 
 def completions(policy: CausalLMPolicy, config: Config) -> Batch:

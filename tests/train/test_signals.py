@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from surefoot.errors import Interrupted
-from surefoot.train.signals import RolloutAborted, StopRequest
 from tests.train.small_run import assert_equal, noisy_letters, python_ppo, python_task, rows, weights, write_project
 from tests.train.warm import Strike, cold, wait_for
 
@@ -42,7 +41,7 @@ PLACES: dict[str, tuple[Strike, int, Strike]] = {
 OTHERS = ("checkpoints",)  # which an interrupted run keeps
 
 
-@pytest.mark.parametrize("case", [*((place, TERM) for place in PLACES), ("rollout", INT), ("update", INT)], ids=str)
+@pytest.mark.parametrize("case", [*((place, TERM) for place in PLACES), ("rollout", INT)], ids=str)
 def test_a_signal_saves_stops_and_says_how_to_go_on(tmp_path, base, warm, uninterrupted, case: tuple[str, int]):
     place, number = case
     strike, updates, forbidden = PLACES[place]
@@ -130,11 +129,10 @@ def interrupting(at_call) -> Any:
     return reward
 
 
-@pytest.mark.parametrize("at_call", [6, 7])  # the probe, then evaluations and rollouts in turn
-def test_after_control_c_learn_or_load_goes_on_as_if_nothing_had_been(tmp_path, base, at_call):
+def test_after_control_c_learn_or_load_goes_on_as_if_nothing_had_been(tmp_path, base):
     whole = python_ppo(base, tmp_path / "whole", noisy_letters).learn()
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    for again in ("learn", "load"):
+    for again, at_call in (("learn", 6), ("load", 7)):  # the probe, then evaluations and rollouts in turn
         model = python_ppo(base, tmp_path / again, interrupting(at_call))
         with pytest.raises(
             Interrupted, match=r"stopped after update 2, saved; continue .*: PPO\.load\('.*run', task\)"
@@ -156,15 +154,3 @@ def test_outside_the_main_thread_a_run_goes_without_handlers(tmp_path, base):
     thread.start()
     thread.join()
     assert model.run_folder is not None and rows(model.run_folder)[-1]["update"] == 1
-
-
-def test_a_request_is_forgotten_when_listening_begins_anew():
-    stop = StopRequest()
-    with stop.listening():
-        stop.raise_if_set()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.signal_number == signal.SIGTERM
-        with pytest.raises(RolloutAborted):
-            stop.raise_if_set()
-    with stop.listening():
-        stop.raise_if_set()

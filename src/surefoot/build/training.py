@@ -88,7 +88,7 @@ def build_objective(
         key="ptx",
         temperature=config.generation.temperature,
     )
-    return SumObjective(config, demonstrations, coef=ptx.coef, schedule=ptx.schedule)
+    return SumObjective(config, demonstrations)
 
 
 def build_training(

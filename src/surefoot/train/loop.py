@@ -97,16 +97,14 @@ class Training:
             observer.phase(phase)
 
 
-def run(training: Training) -> None:
+def run(t: Training) -> None:
     """Train until the budget is used up.
 
     Raises Interrupted after a signal, and whatever is the user's to fix; in each case the state as it was
     after the last whole update is saved first, and stands in memory too.
     """
-    t = training
     _start_generators(t)
-    budget = TokenBudget(t.objective.settings.micro_batch_tokens)
-    check_first = True
+    budget, check_first = TokenBudget(t.objective.settings.micro_batch_tokens), True
     with t.stop.listening(), _threads(t.threads):
         while True:
             before = snapshot(t)
@@ -170,11 +168,9 @@ def train_on(
     schedule = (settings.learning_rate, settings.lr_schedule)
     learning_rate = moment.value("learning_rate", *schedule, warmup=settings.lr_warmup)
     shuffle = torch.Generator().manual_seed(derived_seed(t.config.seed, "minibatches", p.updates))
-    options: dict[str, Any] = {"generator": shuffle, "budget": budget, "check_first": check_first}
+    rest: dict[str, Any] = {"generator": shuffle, "budget": budget, "check_first": check_first}
     batch = t.objective.prepare(batch, moment)
-    result = update(
-        t.policy, batch, t.objective, optimizer=t.optimizer, learning_rate=learning_rate, **options
-    )
+    result = update(t.policy, batch, t.objective, optimizer=t.optimizer, learning_rate=learning_rate, **rest)
     p.updates += 1
     p.collected += len(batch) if batch.collected is None else batch.collected
     p.bad_steps += result.skipped
@@ -216,7 +212,7 @@ def log(t: Training, split: str, metrics: dict[str, float], played: Sequence[Any
         observer.log(metrics, t.progress)
 
 
-def save(t: Training, before: dict[str, Any]) -> Path:
+def save(t: Training, before: dict[str, Any]) -> None:
     """Write a checkpoint of everything the run's future depends on; `before` is a `snapshot`."""
     t.enter("save")
     state = {"progress": asdict(t.progress), "total": t.total, **before, "rollout": {**before["rollout"]}}
@@ -226,10 +222,9 @@ def save(t: Training, before: dict[str, Any]) -> Path:
     if "tensors" in state["rollout"]:
         tensors["rollout"] = state["rollout"].pop("tensors")
     folder, updates, keep = t.folder.checkpoints, t.progress.updates, t.config.run.keep_checkpoints
-    path = checkpoint.save_checkpoint(folder, updates, tensors=tensors, state=state, keep=keep)
+    checkpoint.save_checkpoint(folder, updates, tensors=tensors, state=state, keep=keep)
     t.saved_at = updates
     _point_to_best(t)
-    return path
 
 
 def restore(t: Training, path: Path) -> None:
@@ -284,11 +279,8 @@ def _start_generators(t: Training) -> None:
 
 def snapshot(t: Training) -> dict[str, Any]:
     """What collecting, updating and evaluating change, other than weights: to be rolled back to."""
-    return {
-        "rollout": t.rollout.state(),
-        "objective": t.objective.state(),
-        "generators": checkpoint.generator_states(),
-    }
+    generators = checkpoint.generator_states()
+    return {"rollout": t.rollout.state(), "objective": t.objective.state(), "generators": generators}
 
 
 def roll_back(t: Training, before: dict[str, Any], error: Exception) -> None:

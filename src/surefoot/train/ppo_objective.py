@@ -182,12 +182,10 @@ class PPOObjective(Objective):
 
     def _loss_settings(self, batch: Batch) -> LossSettings:
         ppo, kl = self.config.ppo, self.config.kl
-        kl_coef = self.kl_coef if kl.placement == "loss" and batch.reference_logprobs_BT is not None else 0.0
+        beta = self.kl_coef if kl.placement == "loss" and batch.reference_logprobs_BT is not None else 0.0
         vf_coef = ppo.vf_coef * (2.0 if ppo.value_loss == "squared" else 1.0)  # of ½ (V - R)²
         clips = {"clip_range_high": ppo.clip_range_high, "dual_clip": ppo.dual_clip}
-        return LossSettings(
-            self.clip_range, ppo.clip_range_vf, vf_coef, self.ent_coef, kl_coef=kl_coef, **clips
-        )
+        return LossSettings(self.clip_range, ppo.clip_range_vf, vf_coef, self.ent_coef, kl_coef=beta, **clips)
 
     def metrics(self, batch: Batch, result: UpdateResult) -> dict[str, float]:
         """Of the batch before the update, and means over all minibatches seen."""

@@ -107,22 +107,18 @@ class SumObjective(Objective):
 
     name = "ppo"
 
-    def __init__(
-        self, config: Config, demonstrations: DemonstrationRollout, *, coef: float, schedule: str = "constant"
-    ):
-        self.ppo, self.nll, self.demonstrations = PPOObjective(config), NLLObjective(), demonstrations
-        self.settings, self.n_epochs, self.notice = (
-            self.ppo.settings,
-            self.ppo.n_epochs,
-            demonstrations.notice,
-        )
-        self.highest, self.schedule = coef, schedule
-        self.coef = coef  # as the next update has it
+    def __init__(self, config: Config, demonstrations: DemonstrationRollout):
+        assert config.ptx is not None
+        self.ppo, self.nll = PPOObjective(config), NLLObjective()
+        self.settings, self.n_epochs = self.ppo.settings, self.ppo.n_epochs
+        self.demonstrations, self.notice = demonstrations, demonstrations.notice
+        self.ptx, self.coef = config.ptx, config.ptx.coef  # the second as the next update has it
         self.taken = 0  # demonstrations, counted again in every epoch
 
     def prepare(self, batch: Batch, moment: Moment | None = None) -> Batch:
         """PPO's."""
-        self.coef = self.highest if moment is None else moment.value("ptx", self.highest, self.schedule)
+        if moment is not None:
+            self.coef = moment.value("ptx", self.ptx.coef, self.ptx.schedule)
         return self.ppo.prepare(batch, moment)
 
     def select(self, batch: Batch, rows_per_minibatch: int) -> Batch:

@@ -25,12 +25,14 @@ def make_optimizer(
 ) -> torch.optim.Adam:
     """Adam over all that the policy trains; a separate critic may have its own step size."""
     settings = PPOConfig() if objective is None else objective.settings
-    rate, parameters = settings.learning_rate, dict(policy.named_parameters_to_train())
-    is_apart = {name: bool(critic_learning_rate) and name.startswith(CRITIC_NAMES) for name in parameters}
-    shared = [parameter for name, parameter in parameters.items() if not is_apart[name]]
+    shared: list[torch.nn.Parameter] = []
+    apart: list[torch.nn.Parameter] = []
+    for name, parameter in policy.named_parameters_to_train():
+        is_apart = critic_learning_rate is not None and name.startswith(CRITIC_NAMES)
+        (apart if is_apart else shared).append(parameter)
+    rate = settings.learning_rate
     optimizer = torch.optim.Adam(shared, lr=rate, eps=settings.adam_epsilon, fused=True)
     if critic_learning_rate is not None:
-        apart = [parameter for name, parameter in parameters.items() if is_apart[name]]
         optimizer.add_param_group({"params": apart, "scale": critic_learning_rate / rate})
     return optimizer
 
