@@ -130,7 +130,7 @@ def strikes(name: str) -> dict[str, Strike]:
         "first rollout": Strike(f"{LOOP}:collect", 1, after=True),
         "first checkpoint": Strike(f"{CHECKPOINT}:_put_in_place", 1),
         "checkpoint without its pointer": Strike(f"{CHECKPOINT}:_put_in_place", 2, after=True),
-        "logs ahead of the checkpoint": Strike(f"{LOOP}:log", 3, after=True),
+        "logs ahead of the checkpoint": Strike(f"{LOOP}:_finish", 3),
         "evaluation": Strike(f"{LOOP}:evaluate", 2, after=True),
         **KINDS[name].strikes,
         "product half written": Strike(KINDS[name].product, 1, after=True),
