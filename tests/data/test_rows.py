@@ -89,25 +89,17 @@ def test_a_huge_line_is_refused_and_not_read_into_memory(jsonl, monkeypatch):
     refusal(lambda: checked(jsonl('"1234567"')), "line 1", "longer than 8 bytes")
 
 
+FRAME = type("Frame", (), {"iterrows": None, "__iter__": lambda self: iter(["prompt"])})()
+NO_ROWS = {"data: no file no.jsonl": "no.jsonl", "no file no/such/folder.jsonl": "no/such/folder.jsonl", "got bytes": b"one"}
+NO_ROWS |= {"cannot be read: Is a directory": ".", "got int": 5, "got NoneType": None, "a dict is not": {"prompt": ["one"]}}
+
+
 @pytest.mark.parametrize(
-    ("source", "names"),
-    [
-        ("no.jsonl", ("data: no file no.jsonl",)),
-        ("no/such/folder.jsonl", ("no file no/such/folder.jsonl",)),
-        ("a\0b", ()),
-        (".", ("cannot be read: Is a directory",)),
-        (5, ("data", "got int")),
-        (None, ("data", "got NoneType")),
-        (b"one", ("data", "got bytes")),
-        ({"prompt": ["one"]}, ("data", "a dict is not a list of rows")),
-        ({"one", "two"}, ("data", "a set")),
-        (frozenset({"one"}), ("data", "a set")),
-        (type("Frame", (), {"iterrows": None, "__iter__": lambda self: iter(["prompt"])})(), ("to_dict('records')",)),
-    ],
+    ("named", "source"), [*NO_ROWS.items(), ("", "a\0b"), ("data: a set", {"one"}), ("to_dict('records')", FRAME)]
 )
-def test_what_holds_no_rows_is_refused(tmp_path, monkeypatch, source, names):
+def test_what_holds_no_rows_is_refused(tmp_path, monkeypatch, source, named):
     monkeypatch.chdir(tmp_path)
-    refusal(lambda: list(read_rows(source, "data")), *names)
+    refusal(lambda: list(read_rows(source, "data")), *filter(None, [named]))
 
 
 def test_the_callers_messages_are_not_shared():

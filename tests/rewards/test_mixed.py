@@ -64,17 +64,15 @@ def test_each_part_gets_what_a_function_gets_and_is_checked_as_one():
         assign_rewards(MixedReward({"a": (lambda **given: [1e300], 1e300)}), [trajectory("x")])
 
 
-UNFIT = [
+UNFIT: list[tuple[Any, str]] = [
     ({}, "weight"),
     ({"a": (long, 0.0)}, "weight"),
-    ({"a": (long, math.nan)}, "the weight of a is nan"),
+    ({"a/b": (long, 1.0)}, "'a/b'"),
     ([len], "function"),
 ]
 UNFIT += [
-    ({"a": (len, True)}, "got 'a'"),
-    ({"a": len}, "got 'a'"),
-    ({"a": (1.0, len)}, "got 'a'"),
-    ({"a/b": (long, 1.0)}, "'a/b'"),
+    ({"a": (long, math.nan)}, "the weight of a is nan"),
+    *(({"a": bad}, "got 'a'") for bad in ((len, True), len, (1.0, len))),
 ]
 
 
@@ -135,8 +133,6 @@ def test_paths_of_parts_are_the_files_and_survive_a_round_trip(tmp_path):
 
 
 LONG = {"name": "reward.py:long"}
-
-
 NO_REWARD = [([{**LONG, "wieght": 1}], ["part 1", "'wieght'", "'weight'"]), ([{"weight": 1}], ["part 1: name"])]
 NO_REWARD += [([{**LONG, "weight": bad}], ["part 1: weight", named]) for bad, named in (("x", "'x'"), (math.inf, "inf"))]
 NO_REWARD += [([LONG, {"name": "other.py:long"}], ["'long'"]), ([{**LONG, "weight": 0}], ["weight"]), ([], ["weight"])]

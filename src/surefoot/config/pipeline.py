@@ -39,10 +39,8 @@ def with_products(value: Any, left: Mapping[str, tuple[Product, str]], where: st
     earlier stage, or of no use there.
     """
     if isinstance(value, dict):
-        inner = {
-            name: with_products(part, left, where, key=f"{key}.{name}".lstrip("."))
-            for name, part in value.items()
-        }
+        above = f"{key}." if key else ""
+        inner = {name: with_products(part, left, where, key=above + name) for name, part in value.items()}
         name = value.get("name")
         is_model = key == "task.reward" and isinstance(name, str) and name.startswith(REFERENCE)
         return {"label": str(name).removeprefix(REFERENCE)} | inner if is_model else inner

@@ -88,17 +88,13 @@ def default_text(key: str, *, quote: str = "") -> str:
 def with_settings(keys: dict[str, str]) -> Callable[[Class], Class]:
     """A class decorator: the settings `keys` (keyword -> dotted key) go to its docstring, one line each."""
 
-    def line(name: str, key: str) -> str:
-        row = all_keys()[key]
-        meaning = row.description.split("; ")[0].split(". ")[0].rstrip(".")
-        default = f" [{default_text(key)}]" if row.type else ""
-        return textwrap.shorten(f"{name}: {meaning}{default}", 104, placeholder=" …")
-
     def decorate(cls: Class) -> Class:
-        lines = [f"    {line(name, key)}" for name, key in keys.items()]
-        if cls.__doc__ is not None:
-            head = [cls.__doc__.rstrip(), "", "    Settings, and their defaults:", ""]
-            cls.__doc__ = "\n".join([*head, *lines, "    "])
+        lines = [(cls.__doc__ or "").rstrip(), "", "    Settings, and their defaults:", ""]
+        for name, row in ((name, all_keys()[key]) for name, key in keys.items()):
+            meaning = row.description.split("; ")[0].split(". ")[0].rstrip(".")
+            default = f" [{default_text(row.key)}]" if row.type else ""
+            lines.append("    " + textwrap.shorten(f"{name}: {meaning}{default}", 104, placeholder=" …"))
+        cls.__doc__ = "\n".join([*lines, "    "]) if cls.__doc__ is not None else None  # as with python -OO
         return cls
 
     return decorate

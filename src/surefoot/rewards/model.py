@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from surefoot.errors import InputError
 
+Poll = Callable[[], None] | None  # called between pieces of work; it may raise to give the work up
+Texts = Sequence[Sequence[Sequence[int]]]  # rows of K texts, as tokens
 
-class ScoringPolicy(Protocol):
+
+class TextScorer(Protocol):
     """What is asked of a reward model: tokens of a text, their scores, and what makes scores rewards."""
 
     shift: float
@@ -19,8 +22,8 @@ class ScoringPolicy(Protocol):
     def encode(self, prompt: Any, text: str, *, where: str) -> tuple[int, ...]:
         """Token ids of a prompt and what continues it. Raises InputError, naming `where`, if too long."""
 
-    def scores(self, rows: Sequence[Sequence[tuple[int, ...]]]) -> Tensor:
-        """Scores of rows of K texts each, [B, K], before `shift` and `scale`."""
+    def scores(self, rows: Texts, poll: Poll = None) -> Tensor:
+        """Scores of rows of K texts each, [B, K] float32 on the CPU, before `shift` and `scale`."""
 
 
 class RewardScorer:
@@ -32,7 +35,7 @@ class RewardScorer:
     template.
     """
 
-    def __init__(self, policy: ScoringPolicy):
+    def __init__(self, policy: TextScorer):
         self.policy = policy
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:

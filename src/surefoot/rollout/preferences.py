@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from surefoot.config import RewardModelConfig
 from surefoot.core import preference as core
@@ -18,25 +17,12 @@ from surefoot.data.batches import preference_batch
 from surefoot.data.preferences import PreferenceDataset
 from surefoot.errors import InputError
 from surefoot.policies.base import Policy
+from surefoot.rewards.model import Poll, TextScorer
 from surefoot.types import Batch, Preference
 
-Poll = Callable[[], None] | None  # called between pieces of work; it may raise to give the work up
-Texts = Sequence[Sequence[Sequence[int]]]  # rows of K texts, as tokens
 
-
-class ScoringPolicy(Policy, Protocol):
+class ScoringPolicy(Policy, TextScorer, Protocol):
     """A policy that scores texts: what `policies/lm/reward_model.py` provides."""
-
-    shift: float
-    scale: float
-
-    def encode(self, prompt: Any, text: str, *, where: str) -> tuple[int, ...]:
-        """Prompt and text as the tokens to score."""
-        ...
-
-    def scores(self, rows: Texts, poll: Poll = None) -> Tensor:
-        """Scores of rows of K tokenized texts each, [B, K] float32 on the CPU, before `shift` and `scale`."""
-        ...
 
 
 class PreferenceRollout:
