@@ -113,18 +113,6 @@ def test_lambda_decides_how_far_back_a_last_reward_is_seen(lam: float, expected:
     assert float(gae(rewards, zeros, **ends, gamma=1.0, lam=lam)[0][0, 0]) == pytest.approx(expected, rel=1e-4)
 
 
-def test_environment_tokens_cost_no_step() -> None:
-    """2 written + 6 of a tool + 2 written + 3 of padding: stepping through the tool's would give .483 at λ .95."""
-    mask = [1, 1, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0]
-    values = [0.2, 0.3, *[0.9] * 6, 0.5, 0.6, *[0.9] * 3]
-    rewards = [0.0] * 9 + [1.0] + [0.0] * 3
-    written = torch.tensor(mask).bool()
-    for lam, expected in ((1.0, [0.8, 0.7, 0.5, 0.4]), (0.95, [0.7232, 0.656, 0.48, 0.4])):
-        advantages, returns = one_row(rewards, values, mask=mask, lam=lam)
-        assert advantages[written].tolist() == pytest.approx(expected, abs=1e-6)
-        assert advantages[~written].eq(0).all() and returns[~written].eq(0).all()
-
-
 @pytest.mark.parametrize("inserted", [1, 3, 17])
 def test_inserting_masked_tokens_anywhere_leaves_every_bit_of_the_advantages(inserted: int) -> None:
     rewards, values = [0.1, 0.0, -0.3, 1.0], [0.2, 0.3, 0.5, 0.6]

@@ -7,14 +7,7 @@ import math
 import pytest
 import torch
 
-from surefoot.core.preference import (
-    pearson,
-    preference_loss,
-    rating_loss,
-    reliability,
-    share_in_order,
-    spearman,
-)
+from surefoot.core.preference import pearson, preference_loss, rating_loss, reliability, share_in_order, spearman
 
 
 def tensor(*values: float) -> torch.Tensor:

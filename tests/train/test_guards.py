@@ -141,20 +141,6 @@ def test_a_step_with_a_non_finite_loss_is_skipped_and_counted(tmp_path, base, mo
     assert steps_in(tensors) == {4 * STEPS_AN_UPDATE - 3}
 
 
-def test_an_update_of_skipped_steps_alone_leaves_weights_and_optimizer(tmp_path, base, monkeypatch):
-    model = python_ppo(base, tmp_path, **ONE_MICRO_BATCH).learn(6)
-    before, (tensors, _) = weights(model), saved(model)
-    spoil(monkeypatch, lambda call: call > 1)  # the first is the start-up check's own
-    model.learn(6)
-    after, state = saved(model)
-    assert state["progress"]["bad_steps"] == STEPS_AN_UPDATE - 1
-    assert steps_in(after) == {STEPS_AN_UPDATE + 1} and not same(before, weights(model))
-    spoil(monkeypatch, lambda call: True)
-    with pytest.raises(NonFiniteError, match="skipped"):
-        model.learn(6)
-    assert same(weights(model), after["policy"]) and not same(tensors["policy"], after["policy"])
-
-
 def test_too_many_bad_steps_in_a_row_end_the_run_with_a_checkpoint(tmp_path, base, monkeypatch):
     # Bad from the third step of the second update: two there, four in the third, past the limit of five.
     spoil(monkeypatch, lambda call: call > STEPS_AN_UPDATE + 2)

@@ -16,7 +16,6 @@ from surefoot.core.preference import preference_loss, rating_loss
 from surefoot.data.batches import micro_batches, preference_batch
 from surefoot.policies.lm.reward_model import RewardModelPolicy
 from surefoot.train.supervised_objectives import PreferenceObjective
-from surefoot.train.update import make_optimizer, update
 from surefoot.types import Batch
 from tests.fakes import CPU, assert_close, named_gradient
 from tests.tiny import FAMILIES, random_tokens, tiny_policy
@@ -107,15 +106,3 @@ def test_padding_changes_neither_score_nor_gradient(batch):
         scores = [policy.evaluate(one).values_BT for one in (batch, padded(batch, 11))]
     assert torch.allclose(*scores, atol=1e-6)
     assert_close(gradients(policy, padded(batch, 11))[0], gradients(policy, batch)[0])
-
-
-def test_a_step_lifts_the_chosen_over_the_rejected():
-    policy, batch = reward_policy(), pairs()
-    assert PAIRS.prepare(batch) is batch and batch.advantages_BT is None
-    optimizer, leads, losses = make_optimizer(policy, PAIRS), [], []
-    for _ in range(3):
-        with torch.no_grad():
-            scores = policy.evaluate(batch).values_BT
-        leads.append(float((scores[:, 0] - scores[:, 1]).mean()))
-        losses.append(PAIRS.metrics(batch, update(policy, batch, PAIRS, optimizer=optimizer))["reward_model/loss"])
-    assert leads[2] > leads[0] and losses[1] < losses[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from surefoot import PPO, TextTask
 from surefoot.config import Config, PTXConfig
 from surefoot.data.batches import demonstration_batch, micro_batches
 from surefoot.policies.lm.policy import CausalLMPolicy
-from surefoot.train import checkpoint
 from surefoot.train.ppo_objective import PPOObjective
 from surefoot.train.supervised_objectives import SumObjective, SumStats
 from surefoot.train.update import TokenBudget, update
@@ -238,14 +236,6 @@ def test_rows_given_in_python_are_given_again_and_must_be_the_same() -> None:
     refusal(lambda: PPO.load("runs/without", task, verbose=0, ptx_data=PAIRS), "ptx_data")
 
 
-@pytest.mark.usefixtures("in_own_folder")
-def test_what_is_cut_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    long = [{"text": "the film " * 60}]
-    refusal(lambda: ppo(ptx_data=long, ptx={"held_out": 0.0}).learn(), "ptx.max_tokens")
-    ppo(ptx_data=long, ptx={"held_out": 0.0, "max_tokens": 8}, verbose=1, total_episodes=8).learn()
-    assert "1 of 1 examples are cut to ptx.max_tokens (8)" in capsys.readouterr().out
-
-
 # --- bad input ---
 
 
@@ -280,13 +270,3 @@ def test_a_row_of_python_that_is_none_is_named() -> None:
     refusal(lambda: ppo(ptx_data=[]), "ptx.data")
     refusal(lambda: ppo(ptx={"coef": 0.5}), "ptx.data")
     refusal(lambda: PPO("MlpPolicy", "CartPole-v1", ptx_data=PAIRS, verbose=0), "ptx", "env")
-
-
-@pytest.mark.usefixtures("in_own_folder")
-def test_a_relative_file_is_relative_to_the_configuration(tmp_path: Path) -> None:
-    file = write_inputs(tmp_path / "project", ptx={"data": "labelled.jsonl"})
-    (tmp_path / "project" / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
-    ended = run_cli("ppo", file, "--run.name", "r")
-    assert ended.code == 0, ended.err
-    state = checkpoint.load_checkpoint(checkpoint.newest_checkpoint(tmp_path / "runs" / "r" / "checkpoints") or Path())[1]
-    assert state["objective"]["taken"] > 0 and state["progress"]["updates"] == 2

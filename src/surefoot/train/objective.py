@@ -80,18 +80,16 @@ class Accelerator(Protocol):
 class Objective(Protocol):
     """What training lowers. An objective writes the first members; the others do nothing by default."""
 
-    name: str
-    """What the names of its metrics begin with: `ppo/grad_norm`."""
-
-    settings: OptimizerSettings
-    """By which steps it is lowered."""
-
-    n_epochs: int = 1
-    """Passes over the data of an update."""
+    name: str  # what the names of its metrics begin with: `ppo/grad_norm`
+    settings: OptimizerSettings  # by which steps it is lowered
+    n_epochs: int = 1  # passes over the data of an update
+    accelerator: Accelerator | None = None
+    notice: str = ""  # what to print before a run begins
 
     def gradient(self, policy: Policy, batch: Batch, rows: Tensor, *, token_budget: int) -> Any:
-        """Add the gradient of the minibatch `rows` to the parameters' `.grad`, in micro-batches of at most
-        `token_budget` tokens, whose sizes don't change it. Returns its `Stats`.
+        """Add the gradient of the minibatch `rows` to the parameters' `.grad`. Returns its `Stats`.
+
+        It is taken in micro-batches of at most `token_budget` tokens, whose sizes don't change it.
         """
 
     def metrics(self, batch: Batch, result: UpdateResult) -> dict[str, float]:
@@ -104,11 +102,6 @@ class Objective(Protocol):
         GateError otherwise.
         """
         return True
-
-    accelerator: Accelerator | None = None
-
-    notice: str = ""
-    """What to print before a run begins."""
 
     def prepare(self, batch: Batch, moment: Moment | None = None) -> Batch:
         """Fill in what a batch learns from, such as advantages, with the settings that `moment` gives."""

@@ -70,8 +70,7 @@ class Display:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._live.is_started:
-            self._live.stop()
+        self._live.stop()
 
     def phase(self, name: str) -> None:
         """Show what the run is at."""
