@@ -121,22 +121,13 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch, name: str, *, after: int = 0) -> 
 
 
 class Rows:
-    """A stand-in for `datasets.Dataset`, which is not installed here: like it, neither a list nor a Sequence of ours,
-    but with a length, rows by number, rows as dicts when iterated, and columns by name.
-    """
+    """A stand-in for `datasets.Dataset`, which is not installed here: neither a list nor a Sequence, its rows are dicts."""
 
     def __init__(self, rows: Sequence[dict[str, Any]]):
         self._rows = list(rows)
-        self.column_names = list(rows[0])
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __iter__(self) -> Any:
         return iter([dict(row) for row in self._rows])
-
-    def __getitem__(self, key: int | str) -> Any:
-        return [row[key] for row in self._rows] if isinstance(key, str) else dict(self._rows[key])
-
-    def to_dict(self) -> dict[str, list[Any]]:
-        return {name: self[name] for name in self.column_names}

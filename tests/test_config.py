@@ -209,13 +209,10 @@ def test_a_file_made_to_exhaust_the_reader_is_refused_at_once(written, text):
     [
         ("- ppo", "c.yaml: expected sections such as 'ppo:' at the top, found ['ppo']"),
         (b"seed: 1\nrun: {name: \xff\xfe}\n", "c.yaml, line 2: not UTF-8; save the file as UTF-8"),
-        ("seed: 1".encode("utf-16"), "c.yaml, line 1: not UTF-8"),
         ("seed: 1\n\tdevice: cpu", "c.yaml, line 2: not valid, safe YAML"),
-        ("seed: 1\nkl: {coef: 1", "c.yaml, line 2: not valid, safe YAML"),
         ("seed: 1\n---\nseed: 2", "c.yaml, line 2: not valid, safe YAML"),
         ("run: {name: 2024-02-30}", "c.yaml: not valid, safe YAML: day is out of range for month"),
         ("ppo: {no: 2}", "c.yaml, line 1: not valid, safe YAML: a key here is not a name"),
-        ("? [a]\n: 3", "c.yaml, line 1: not valid, safe YAML: a key here is not a name"),
     ],
 )
 def test_a_file_that_is_no_configuration_is_refused_with_its_line(written, content, said):
@@ -485,15 +482,9 @@ def test_every_default_of_the_table_can_be_given_as_a_flag_and_changes_nothing(w
             assert load_config(file, {key.replace("_", "-"): default}).model_dump() == expected, key
 
 
-def text_run() -> Any:
-    return PPO(
-        model_folder(), TextTask([f"the {number}" for number in range(40)], lambda prompts, completions: [0.0] * len(prompts))
-    )
-
-
 ROWS = [{"chosen": f"good {number}", "rejected": f"bad {number}"} for number in range(60)]
 STARTS = {
-    "text": text_run,
+    "text": lambda: PPO(model_folder(), TextTask([f"the {n}" for n in range(40)], lambda prompts, **_: [0.0] * len(prompts))),
     "env": lambda: PPO("MlpPolicy", "CartPole-v1"),
     "recurrent": lambda: PPO("MlpLstmPolicy", "CartPole-v1"),
     "sft": lambda: SFT(model_folder(), [f"the end {number}" for number in range(40)]),

@@ -60,8 +60,6 @@ def test_what_is_held_out_depends_on_the_contents_alone():
         ([{"messages": "hi"}], ("data, row 1", "messages", "got str")),
         ([{"messages": []}], ("data, row 1", "no messages")),
         ([{"messages": MESSAGES[:1]}], ("data, row 1", "no assistant's message")),
-        ([{"messages": [{"role": "assistant"}]}], ("data, row 1", "{role, content}")),
-        ([{"messages": [{"role": "assistant", "content": None}]}], ("data, row 1", "content", "NoneType")),
         ([{"text": "\ud800"}], ("data, row 1", "surrogate")),
         ([], ("data", "no demonstrations")),
         ({"text": ["a"]}, ("data", "a dict")),
@@ -69,13 +67,3 @@ def test_what_is_held_out_depends_on_the_contents_alone():
 )
 def test_rows_that_cannot_be_learned_from_are_one_line_with_their_place(rows, names):
     refusal(lambda: Demonstrations(rows, held_out=0.0), *names)
-
-
-def test_a_bad_file_is_one_line_with_its_line(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for content, names in (
-        ('{"text": "a"}\n\n{"prompt": "a", "completion": "b"}\n', ("d.jsonl, line 3", "d.jsonl, line 1", "one kind")),
-        ("\n", ("d.jsonl", "no demonstrations")),
-    ):
-        (tmp_path / "d.jsonl").write_text(content)
-        refusal(lambda: Demonstrations("d.jsonl"), *names)

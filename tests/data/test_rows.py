@@ -50,15 +50,11 @@ def test_a_list_is_counted_by_rows():
     [
         ('"one"\n{"prompt": "tw', ("line 2", "not JSON")),
         ('"one"\n\n\nnot json', ("line 4", "not JSON")),  # blank lines are counted
-        ("prompt,answer\none,1", ("line 1", "not JSON")),
         ("[" * 100_000, ("line 1", "not JSON")),
         (b'"one"\n"\xff\xfe"\n', ("line 2", "not UTF-8")),
-        ('"one"'.encode("utf-16"), ("line 1", "not UTF-8")),
         (b"\x1f\x8b\x08\x00", ("line 1", "not UTF-8")),  # a .gz
         ('"one"\n""', ("line 2", "the prompt is empty")),
-        ('" \\n"', ("line 1", "the prompt is empty")),
         ("5", ("line 1", "got int")),
-        ("null", ("line 1", "got NoneType")),
         ('["one", "two"]', ("line 1", "got list")),
         ('{"role": "user", "content": "x"}', ("line 1", "got dict")),
         ('[{"role": "user"}]', ("line 1", "{role, content}")),

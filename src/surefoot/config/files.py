@@ -114,9 +114,8 @@ def make_paths_relative_to(folder: Path, data: dict[str, Any], *, model: type[Se
         for part in value if isinstance(value, list) else [value]:  # a section, or the parts of a reward
             if inner is not None and isinstance(part, dict):
                 make_paths_relative_to(folder, part, model=inner)
-        for mark in (
-            part for part in (*info.metadata, *parts_of(info.annotation)) if isinstance(part, IsPath)
-        ):
+        kinds = (*info.metadata, *parts_of(info.annotation))
+        for mark in (kind for kind in kinds if isinstance(kind, IsPath)):
             if value is None:
                 data.pop(name, None)
             elif isinstance(value, str) and value[:1] not in ("", "~") and mark.test(value, folder):

@@ -54,10 +54,8 @@ def fetch(name: str, *, log: Callable[[str], None] = log_to_stderr) -> Path:
     if name not in ASSETS:
         raise InputError(f"no asset {name!r}; there are: {', '.join(sorted(ASSETS))}")
     asset = ASSETS[name]
-    cache = os.environ.get("SUREFOOT_CACHE") or Path(
-        os.environ.get("XDG_CACHE_HOME") or "~/.cache", "surefoot"
-    )
-    folder = Path(cache).expanduser() / f"{name}-{asset.version}"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "surefoot")
+    folder = Path(os.environ.get("SUREFOOT_CACHE") or home).expanduser() / f"{name}-{asset.version}"
     if not _is_complete(folder):  # a complete one is used as it is, from a read-only cache too
         if asset.needs and importlib.util.find_spec(asset.needs) is None:
             raise InputError(f"{name} needs the package {asset.needs}; run: pip install 'surefoot[demo]'")

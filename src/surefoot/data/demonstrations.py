@@ -37,13 +37,11 @@ class Demonstrations(SplitRows[Demonstration]):
         given = dict(columns or {})
         # A column that was given another role does not also have the one of its name.
         roles = {role: role for role in _ROLES if role not in given.values()} | given
-        parse = functools.partial(_demonstration, roles)
+        parse = functools.partial(_example, roles)
         super().__init__(data, name, parse, lambda example: example.contents, held_out)
 
 
-def _demonstration(
-    columns: Mapping[str, str], row: Any, where: str, first: Demonstration | None
-) -> Demonstration:
+def _example(columns: Mapping[str, str], row: Any, where: str, first: Demonstration | None) -> Demonstration:
     if isinstance(row, str):
         row = {columns.get("text", "text"): row}
     needed = "text, prompt and completion, or messages"

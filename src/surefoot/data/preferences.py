@@ -38,9 +38,7 @@ class PreferenceDataset(SplitRows[Preference]):
             raise InputError(f"{few} pairs to train on have the same chosen and rejected text; add others")
 
 
-def _preference(
-    rating_range: Sequence[float] | None, row: Any, where: str, first: Preference | None
-) -> Preference:
+def _preference(limits: Sequence[float] | None, row: Any, where: str, first: Preference | None) -> Preference:
     names = _text_columns(row, where)
     texts = tuple(_text(name, row[name], where) for name in names)
     if first is not None and len(first.texts) != len(texts):
@@ -55,8 +53,8 @@ def _preference(
         margin = row.get("margin")
         return Preference(where, prompt, texts, 0.0 if margin is None else _number("margin", margin, where))
     rating = _number("rating", row["rating"], where)
-    if rating_range is not None and not rating_range[0] <= rating <= rating_range[1]:
-        low, high = rating_range
+    if limits is not None and not limits[0] <= rating <= limits[1]:
+        low, high = limits
         raise InputError(f"{where}: the rating {rating:g} is outside rating_range, {low:g} to {high:g}")
     return Preference(where, prompt, texts, rating)
 

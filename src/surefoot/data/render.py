@@ -10,6 +10,7 @@ from surefoot.errors import InputError
 from surefoot.types import Demonstration
 
 Tokens = tuple[int, ...]
+Piece = tuple[Tokens, bool]  # part of a chat, and whether the assistant wrote it
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,9 @@ def encode_scored_text(tokenizer: Any, prompt: Any, text: str, *, end_tokens: Se
     return with_end_token(tokenizer, tokens, end_tokens)
 
 
-def _assistant_pieces(
-    tokenizer: Any, messages: list[Any], end_tokens: Set[int], where: str
-) -> list[tuple[Tokens, bool]]:
-    """A chat in pieces up to the assistant's last turn: (tokens, whether the assistant wrote them)."""
-    pieces: list[tuple[Tokens, bool]] = []
+def _assistant_pieces(tokenizer: Any, messages: list[Any], end_tokens: Set[int], where: str) -> list[Piece]:
+    """A chat up to the assistant's last turn."""
+    pieces: list[Piece] = []
     before = ""
     for number, message in enumerate(messages):
         if message["role"] != "assistant":

@@ -21,9 +21,7 @@ from surefoot.types import Trajectory
 class RewardFunction(Protocol):
     """Plain Python, with the signature TRL users already have."""
 
-    def __call__(
-        self, *, prompts: list[Any], completions: list[Any], **columns: list[Any]
-    ) -> Sequence[float]:
+    def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> Sequence[float]:
         """One float per completion.
 
         Prompts and completions are strings, or message lists where the prompt was one; each further column of

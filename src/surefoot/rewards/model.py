@@ -27,8 +27,7 @@ class TextScorer(Protocol):
 
 
 class RewardScorer:
-    """A reward model with the signature of a reward function: `scorer(prompts=[…], completions=[…]) ->
-    list[float]`.
+    """A reward model with the signature of a reward function: `scorer(prompts=[…], completions=[…])`.
 
     What goes in is text, so policy and reward model may have different tokenizers. Prompts and completions
     are strings, which are read as one text, or message lists, which go through the reward model's own chat

@@ -60,9 +60,8 @@ class RunFolder:
         folder = Path(config.run.folder).absolute()
         place = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-            raise InputError(
-                f"run.folder {config.run.folder}: no folder can be made in {place}; choose another"
-            )
+            wrong = f"no folder can be made in {place}; choose another"
+            raise InputError(f"run.folder {config.run.folder}: {wrong}")
 
     @classmethod
     def create(cls, config: Config) -> RunFolder:
