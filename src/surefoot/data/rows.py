@@ -50,7 +50,8 @@ def split(rows: Sequence[Row], keys: Sequence[str], held_out: float) -> tuple[li
     """
     if isinstance(held_out, bool) or not 0 <= held_out < 1:
         raise InputError(f"held_out: expected a fraction from 0 to below 1, got {held_out!r}")
-    hashes = [_hash_fraction(key) for key in keys]
+    digests = [hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest() for key in keys]
+    hashes = [int.from_bytes(digest[:8], "little") / 2**64 for digest in digests]
     is_out = [h < held_out for h in hashes]
     if all(is_out):
         is_out = [h != max(hashes) for h in hashes]
@@ -124,12 +125,6 @@ class SplitRows(Generic[Row]):
     def training_index(self, number: int, seed: int) -> int:
         """Which of `train` comes as number `number` of the run."""
         return index_in_order(number, len(self.train), seed)
-
-
-def _hash_fraction(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "little") / 2**64
 
 
 def _read_jsonl(path: Path, name: str) -> Iterator[tuple[str, Any]]:
