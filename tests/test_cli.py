@@ -69,10 +69,10 @@ def test_what_needs_no_torch_imports_none_and_answers_at_once(statement, seconds
     assert min(taken) < seconds, taken
 
 
-def test_a_wrong_file_is_refused_without_importing_torch(tmp_path):
-    result = python("-X", "importtime", "-m", "surefoot.cli.main", "ppo", str(tmp_path / "no.yaml"))
-    assert result.returncode == 2 and "no.yaml: no such file" in result.stderr
-    assert "surefoot.config" in result.stderr and "| torch" not in result.stderr
+@pytest.mark.parametrize(("arguments", "code"), [("ppo no.yaml", 2), ("import-trl -- trl grpo --beta 0", 0)])
+def test_settings_are_read_without_importing_torch(arguments, code):
+    result = python("-X", "importtime", "-m", "surefoot.cli.main", *arguments.split())
+    assert result.returncode == code and "surefoot.config" in result.stderr and "| torch" not in result.stderr
 
 
 def test_help_lists_every_verb_with_what_it_does():

@@ -16,7 +16,7 @@ import yaml
 from surefoot import PPO, SFT, TextTask, load_policy, new_model
 from surefoot.config import PolicyConfig
 from surefoot.policies.lm.from_scratch import END, learn_tokenizer
-from tests.inputs import refusal, run_cli
+from tests.inputs import refusal, run_cli, write_project
 from tests.train.small_run import rows
 from tests.train.warm import cold
 
@@ -152,12 +152,8 @@ def test_the_command_line_goes_the_whole_way(kind):
     assert made.err.startswith(f"new: {kind} of ") and made.err.endswith(" examples\n")
     assert {p.name for p in Path("new").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
     assert run_cli("sft", "sft.yaml", "--run.name", "tuned").code == 0
-    task = {"prompts": "texts.jsonl", "prompt_column": "said", "prompt_tokens": 2, "reward": "reward.py:reward"}
-    ppo = {"policy": {"adapter": None}, "task": task, "generation": {"max_new_tokens": 4}, "ppo": {"batch_size": 4}}
-    ppo |= {"rollout": {"total_episodes": 4, "episodes_per_update": 4}}
-    Path("ppo.yaml").write_text(yaml.safe_dump(ppo))
-    Path("reward.py").write_text("def reward(prompts, completions, **columns):\n    return [0.5 for _ in completions]\n")
-    assert (trained := run_cli("ppo", "ppo.yaml", "--policy.model", "runs/tuned/model")).code == 0, trained.err
+    flags = ("--policy.model", "runs/tuned/model", "--policy.adapter", "null", "--run.folder", "runs")
+    assert (trained := run_cli("ppo", write_project(Path("project")), *flags)).code == 0, trained.err
     assert run_cli("generate", "runs/ppo-1", "the", "--max-new-tokens", 3).code == 0
 
 

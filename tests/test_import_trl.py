@@ -6,8 +6,6 @@ import itertools
 import json
 import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -284,13 +282,6 @@ def test_the_command_writes_yaml_that_ppo_takes(tmp_path):
     assert (config.kl.target, config.ppo.batch_size, config.policy.adapter) == (5.0, 16, None)
     assert Path(config.policy.model) == tmp_path / "model" and config.task is not None
     run_cli("ppo", tmp_path / "ppo.yaml").refused("task.prompts", "task.reward")  # what is unknown is not made up
-
-
-def test_settings_need_no_torch():
-    command = [sys.executable, "-X", "importtime", "-m", "surefoot.cli.main", "import-trl", "--", "trl", "grpo", "--beta", "0"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    assert ended.returncode == 0 and "surefoot.migrate.trl.translate" in ended.stderr, ended.stderr[-300:]
-    assert not [name for name in ("| torch", "| transformers", "| numpy") if name in ended.stderr]
 
 
 def test_the_table_names_settings_that_exist_and_the_page_has_them_all():

@@ -78,6 +78,9 @@ OF_TEXT = {
     "tensors of a checkpoint": Strike(f"{CHECKPOINT}:save_file", 4, after=True),
     "before its pointer": Strike(f"{CHECKPOINT}:point", 2),
 }
+SCORER = "surefoot.policies.lm.reward_model:RewardModelPolicy.save"
+OF_PAIRS = supervised("reward_model", batch_size=10, center=0.01, micro_batch_tokens=80)
+OF_RATINGS = supervised("reward_model", batch_size=10, rating_range=[-4, 4])
 CONTROL = "surefoot.policies.control.policy:ControlPolicy.save"
 ENVIRONMENTS = {
     "in a rollout": Strike("surefoot.policies.control.policy:ControlPolicy.act", 100),
@@ -92,20 +95,8 @@ KINDS = {
     "ppo": Kind("ppo", text(), strikes=OF_TEXT),
     "ptx": Kind("ppo", text(**PTX), strikes=STEP, data=PAIRS),
     "sft": Kind("sft", supervised("sft", batch_size=5, micro_batch_tokens=40), strikes=STEP, data=PAIRS),
-    "reward model of pairs": Kind(
-        "reward-model",
-        supervised("reward_model", batch_size=10, center=0.01, micro_batch_tokens=80),
-        "surefoot.policies.lm.reward_model:RewardModelPolicy.save",
-        STEP,
-        PREFERENCES,
-    ),
-    "reward model of ratings": Kind(
-        "reward-model",
-        supervised("reward_model", batch_size=10, rating_range=[-4, 4]),
-        "surefoot.policies.lm.reward_model:RewardModelPolicy.save",
-        STEP,
-        RATINGS,
-    ),
+    "reward model of pairs": Kind("reward-model", OF_PAIRS, SCORER, STEP, PREFERENCES),
+    "reward model of ratings": Kind("reward-model", OF_RATINGS, SCORER, STEP, RATINGS),
     "rejection sampling": Kind("rejection-sampling", text(**REJECTION), data=[{"prompt": row["prompt"]} for row in PAIRS]),
     "cartpole": Kind("ppo", control(env("CartPole-v1", "MlpPolicy", normalize_rewards=True)), CONTROL, ENVIRONMENTS),
     "lstm": Kind("ppo", control(env("CartPole-v1", "MlpLstmPolicy", normalize_observations=True)), CONTROL, ENVIRONMENTS),

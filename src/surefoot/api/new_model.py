@@ -38,10 +38,7 @@ def new_model(
 
 
 def write_new_model(config: Config, data: Any = None) -> Path:
-    """The model that `config` describes, in the folder `policy.model`, from `data` or what `sft.data` names.
-
-    Raises InputError as `new_model` does.
-    """
+    """The model that `config` describes, in the folder `policy.model`, from `data` or `sft.data`."""
     from surefoot.policies.lm.from_scratch import learn_tokenizer, plain_texts, random_lm
 
     assert config.new_model is not None and config.sft is not None

@@ -44,10 +44,9 @@ class Stage:
     @property
     def kind(self) -> Product:
         """What the product is."""
+        of_policy: Product = "an environment's policy" if self.config.env else "a language model"
         kinds: dict[str, Product] = {"RejectionSampling": "examples", "RewardModel": "a reward model"}
-        return kinds.get(
-            self.config.opener, "an environment's policy" if self.config.env else "a language model"
-        )
+        return kinds.get(self.config.opener, of_policy)
 
 
 def load_pipeline(path: Path | str, overrides: Mapping[str, str] | None = None) -> list[Stage]:
@@ -67,11 +66,11 @@ def load_pipeline(path: Path | str, overrides: Mapping[str, str] | None = None) 
         set_field(data, key, text)
     pipeline = validated(PipelineConfig, data, where=str(path))
     stages: dict[str, Stage] = {}
-    for name, sections in pipeline.stages.items():
+    for name in pipeline.stages:
         if not re.fullmatch(r"[a-z][a-z0-9_]{,63}", name):
             how = "take lower-case letters, digits and _"
             raise InputError(f"{path}: {name[:60]!r} is not a valid name of a stage; {how}")
-        stages[name] = _stage(name, sections, pipeline, f"{path}, stage {name}", stages)
+        stages[name] = _stage(name, pipeline, f"{path}, stage {name}", stages)
     made = {str(stage.product) for stage in stages.values()}
     for name, stage in stages.items():
         try:
@@ -96,13 +95,11 @@ def run_pipeline(stages: list[Stage]) -> None:
             runs.finish(runs.resume(stage.folder) if is_begun else runs.start(stage.config))
 
 
-def _stage(
-    name: str, sections: dict[str, Any], pipeline: PipelineConfig, where: str, earlier: Mapping[str, Stage]
-) -> Stage:
+def _stage(name: str, pipeline: PipelineConfig, where: str, earlier: Mapping[str, Stage]) -> Stage:
     left = {before: (stage.kind, str(stage.product)) for before, stage in earlier.items()}
     data: dict[str, Any] = {}
     merge(data, with_products(pipeline.common, {}, where))
-    merge(data, with_products(sections, left, where))
+    merge(data, with_products(pipeline.stages[name], left, where))
     if data.get("rejection_sampling", {}) is None:  # its lines are all comments
         data["rejection_sampling"] = {}
     data = {key: value for key, value in data.items() if value is not None}

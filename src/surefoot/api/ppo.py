@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import nn
 
-from surefoot.api.generate import generate_text
+from surefoot.api.generate import Generates
 from surefoot.api.session import HasSession, Session, check_policy, merge, named_file, open_folder, resume
 from surefoot.api.stable_baselines import SCHEDULED, Schedules, translated
 from surefoot.build.control import build_control_policy, build_vector
@@ -30,7 +29,7 @@ from surefoot.storage.run_folder import RunFolder
 
 
 @with_settings(setting_keys("ppo"))
-class PPO(HasSession):
+class PPO(HasSession, Generates):
     """Train a policy in an environment with PPO.
 
     For language: `policy` is an asset's name, a local model folder, a Hugging Face hub id or a loaded
@@ -41,9 +40,8 @@ class PPO(HasSession):
     Settings are listed below (`learning_rate=1e-4`, `run_name="mine"`); `config` gives them all at once.
     Stable-Baselines3's keywords work as they do there (docs/from-sb3.md). `ptx_data` are demonstrations as
     `SFT` takes them, whose likelihood is part of the loss (docs/sft.md), with settings `ptx={"coef": 0.5}`.
-    `verbose=0` shows nothing; `run` is an existing run folder to go on in (`PPO.load` passes it). Raises
-    InputError for anything unusable, before a model is loaded where that can be known. What `learn`,
-    `evaluate`, `save` and `load` mean: see `api/session.py`.
+    `verbose=0` shows nothing, `run` is a run folder to go on in. Raises InputError for anything unusable,
+    if it can before a model is loaded. `learn`, `evaluate`, `save` and `load`: see `api/session.py`.
     """
 
     def __init__(
@@ -77,10 +75,11 @@ class PPO(HasSession):
             _put_environment(data, env, settings, schedules)
         elif "env" in ours:
             raise InputError(f"{min(ours['env'])}: is for Gymnasium, and this is a text task; leave it out")
-        if ptx_data is not None:
-            _put_demonstrations(data, ptx_data, is_begun=run is not None)
-        if isinstance(policy, (str, Path)):
-            data.setdefault("policy", {})["model"] = str(policy)
+        if ptx_data is not None and run is None:
+            data["ptx"] = (data.get("ptx") or {}) | {"data": named_file(ptx_data)}
+        elif ptx_data is not None and data.get("ptx") is None:
+            raise InputError("ptx_data: the run was begun without demonstrations; leave it out")
+        merge(data, {"policy": {"model": str(policy)}} if isinstance(policy, (str, Path)) else {})
         self.config = make_config(data, where="PPO(...)")
         if self.config.opener != "PPO" and env is not None:
             raise InputError(f"PPO: config is of another kind of run; give it to {self.config.opener}")
@@ -114,7 +113,8 @@ class PPO(HasSession):
     @property
     def num_timesteps(self) -> int:
         """Timesteps (of a task: episodes) so far; callbacks see it grow with every step."""
-        return self._session.collected
+        adapter = self._session.adapter  # knows of the rollout under way too
+        return self._session.progress.collected if adapter is None else adapter.num_timesteps
 
     def learn(
         self,
@@ -150,17 +150,6 @@ class PPO(HasSession):
         Raises InputError where nothing is held out, and for an environment that was made in Python.
         """
         return self._session.evaluate(episodes, "episodes")
-
-    @overload
-    def generate(self, prompts: str, *, seed: int = 0, **sampling: Any) -> str: ...
-    @overload
-    def generate(self, prompts: Sequence[Any], *, seed: int = 0, **sampling: Any) -> list[str]: ...
-    def generate(self, prompts: Any, *, seed: int = 0, **sampling: Any) -> str | list[str]:
-        """Continue a prompt, or each of several, with these `sampling` fields of `generation` changed."""
-        if self.config.env is not None:
-            raise InputError("generate is for language models; a policy for an environment has predict")
-        chat = bool(getattr(self.env or self.config.task, "chat", False))
-        return generate_text(self.policy, prompts, config=self.config, chat=chat, seed=seed, **sampling)
 
     def predict(
         self,
@@ -247,11 +236,3 @@ def _put_environment(data: dict[str, Any], env: Any, settings: dict[str, Any], s
     for value, schedule in SCHEDULED.items():
         if value in settings and value not in schedules and data.get("ppo", {}).get(schedule) == "function":
             data["ppo"][schedule] = "constant"
-
-
-def _put_demonstrations(data: dict[str, Any], ptx_data: Any, *, is_begun: bool) -> None:
-    """What is given takes precedence over the section's file; a run that is begun keeps its own."""
-    if is_begun and data.get("ptx") is None:
-        raise InputError("ptx_data: the run was begun without demonstrations; leave it out")
-    if not is_begun:
-        data["ptx"] = (data.get("ptx") or {}) | {"data": named_file(ptx_data)}

@@ -28,7 +28,6 @@ from surefoot.train import checkpoint
 from surefoot.train.signals import RolloutAborted, StopRequest
 from surefoot.types import Trajectory
 
-PRODUCT = "completions.jsonl"
 PROGRESS = "progress.json"
 
 
@@ -49,8 +48,7 @@ class RejectionSampling:
         engine = text_engine(sampler, config.generation)
         self.rollout = TextRollout(sampler, task, engine=engine, config=config, seed=config.seed)
         self._digest = hashlib.sha256(repr(task.train).encode()).hexdigest()
-        self._folder = run
-        self._stop = StopRequest()
+        self._folder, self._stop = run, StopRequest()
 
     @property
     def run_folder(self) -> Path | None:
@@ -60,7 +58,7 @@ class RejectionSampling:
     @property
     def is_finished(self) -> bool:
         """Whether the examples are written."""
-        return self._folder is not None and (self._folder.path / PRODUCT).exists()
+        return self._folder is not None and (self._folder.path / "completions.jsonl").exists()
 
     def learn(self) -> None:
         """Sample all completions.

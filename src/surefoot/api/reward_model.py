@@ -33,10 +33,9 @@ class RewardModel(HasSession):
     "rejected", "margin"?}`, or of ratings, `{"prompt"?, "text" or "completion", "rating"}`. The score is read
     at the end token after the text.
 
-    Settings are listed below (`center=0.01`, `run_name="mine"`); `config` gives them all at once. `verbose=0`
-    shows nothing; `run` is an existing run folder to go on in (`RewardModel.load` passes it). Raises
-    InputError for anything unusable, before a model is loaded where that can be known. What `learn`,
-    `evaluate`, `save` and `load` mean: see `api/session.py`.
+    Settings are listed below (`center=0.01`, `run_name="mine"`); `config` gives them all at once, `verbose=0`
+    shows nothing, `run` is a run folder to go on in. Raises InputError for anything unusable, if it can
+    before a model is loaded. `learn`, `evaluate`, `save` and `load`: see `api/session.py`.
     """
 
     def __init__(
@@ -50,8 +49,7 @@ class RewardModel(HasSession):
         **settings: Any,
     ):
         check_policy(policy, settings, CausalLMPolicy, RewardModelPolicy)
-        given = data if run is None else None  # a run that is begun names its own
-        self.config = supervised_config("reward_model", policy, given, config, settings)
+        self.config = supervised_config("reward_model", policy, None if run else data, config, settings)
         self._calibrated_at: int | None = None  # number of updates
         self._calibration: dict[str, Any] = {}
         self.data: PreferenceDataset | None = None
@@ -70,8 +68,7 @@ class RewardModel(HasSession):
         """Train for `total_epochs` more passes over the preferences, or to the end that was asked for last.
 
         At the end `calibration.json` and, where matplotlib is installed, its plot `calibration.png` are in
-        `run_folder` too. `callback` is a function, a `BaseCallback` or a list of them (train/callbacks.py).
-        Raises Interrupted after SIGTERM or Ctrl-C, once it has saved.
+        `run_folder` too. `callback` and what is raised: as in `SFT.learn`.
         """
         finish = self._write_calibration
         self._session.learn(total_epochs, "total_epochs", callback=callback, model=self, finish=finish)
@@ -115,12 +112,12 @@ class RewardModel(HasSession):
 
     def _calibrate(self) -> None:
         """Shift and scale for the weights as they are, unless they were saved with them."""
-        if self.data is None or self._calibrated_at == self._session.updates:
+        if self.data is None or self._calibrated_at == self._session.progress.updates:
             return
         rollout, _ = self._session.parts
         assert isinstance(rollout, PreferenceRollout)
         self._calibration = rollout.calibrate()
-        self._calibrated_at = self._session.updates
+        self._calibrated_at = self._session.progress.updates
 
     def _write_calibration(self) -> None:
         """Leave the numbers and, where it can be drawn, their plot. Raises InputError if the disk is full."""
@@ -141,12 +138,12 @@ def draw_calibration(path: Path, calibration: dict[str, Any]) -> None:
     from matplotlib.figure import Figure
 
     bins, of_pairs = calibration["bins"], calibration["kind"] == "pairs"
-    predicted, observed = [row["predicted"] for row in bins], [row["observed"] for row in bins]
+    names, label = ("predicted", "observed", "standard_error"), "mean ± standard error"
+    predicted, observed, errors = ([row[name] for row in bins] for name in names)
     figure = Figure(figsize=(5.6, 5.2), dpi=120, layout="constrained")
     axes = figure.subplots()
     ends = (0.5, 1.0) if of_pairs else (min(*predicted, *observed), max(*predicted, *observed))
     axes.plot(ends, ends, color="grey", linestyle="--", linewidth=1, label="perfect")
-    errors, label = [row["standard_error"] for row in bins], "mean ± standard error"
     axes.errorbar(predicted, observed, yerr=errors, fmt="o-", color="tab:blue", capsize=3, label=label)
     axes.set_xlabel("predicted probability of the better text" if of_pairs else "predicted rating")
     axes.set_ylabel("share in which people agree" if of_pairs else "people's rating")

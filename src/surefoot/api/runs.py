@@ -26,17 +26,13 @@ if TYPE_CHECKING:
 
 def check(config: Config, *, where: str = "config", verb: str | None = None) -> None:
     """Raise InputError for a configuration without what runs of `verb`, by default its own, learn from."""
-    verb, of_files = (
-        verb or config.verb,
-        {
-            "sft": "examples to learn from; name a JSONL file as sft.data",
-            "reward-model": "preferences to learn from; name a JSONL file as reward_model.data",
-        },
-    )
-    section = config.sft if verb == "sft" else config.reward_model
-    if not (section and section.data if verb in of_files else config.env or config.task):
-        of_text = "task (task.prompts, task.reward) and no environment (env.id)"
-        raise InputError(f"{where}: no {of_files.get(verb, of_text)}")
+    of_files = {"sft": ("examples", "sft.data"), "reward-model": ("preferences", "reward_model.data")}
+    what, key = of_files.get(verb or config.verb, ("", ""))
+    section = config.sft if key == "sft.data" else config.reward_model
+    if key and not (section and section.data):
+        raise InputError(f"{where}: no {what} to learn from; name a JSONL file as {key}")
+    if not (key or config.env or config.task):
+        raise InputError(f"{where}: no task (task.prompts, task.reward) and no environment (env.id)")
 
 
 def start(config: Config) -> Run:
@@ -47,14 +43,12 @@ def start(config: Config) -> Run:
     check(config)
     preflight(config)  # before prompts are fetched
     source = None if config.task is None else build_task(config)
-    run: Run = _opener(config)(config.policy.model, source, config=config)
-    return run
+    return _opener(config)(config.policy.model, source, config=config)  # type: ignore[no-any-return]
 
 
 def resume(folder: str | Path) -> Run:
     """The run in `folder` at its newest whole checkpoint. Raises InputError for one that needs Python."""
-    run: Run = _opener(RunFolder.open(folder).config()).load(folder)
-    return run
+    return _opener(RunFolder.open(folder).config()).load(folder)  # type: ignore[no-any-return]
 
 
 def _opener(config: Config) -> Any:

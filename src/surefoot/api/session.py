@@ -58,19 +58,12 @@ class Session:
         self.demonstrations: Demonstrations | None = None
         self.folder = run  # once the run has begun
         self._training: loop.Training | None = None
-        self._adapter: CallbackAdapter | None = None  # while learning
+        self.adapter: CallbackAdapter | None = None  # while learning with a callback
 
     @property
-    def collected(self) -> int:
-        """Units of the budget so far; in a callback, those of the rollout under way too."""
-        if self._adapter is not None:
-            return self._adapter.num_timesteps
-        return self._training.progress.collected if self._training else 0
-
-    @property
-    def updates(self) -> int:
-        """Updates done so far."""
-        return self._training.progress.updates if self._training else 0
+    def progress(self) -> loop.Progress:
+        """How far the run is."""
+        return self._training.progress if self._training else loop.Progress()
 
     @functools.cached_property
     def parts(self) -> tuple[Rollout, Objective]:
@@ -118,12 +111,12 @@ class Session:
             training.total = training.progress.collected + more * units
         with self._held(training), observed(training, show=bool(self.verbose or show)):
             with calling(callback, training, model) as adapter:
-                self._adapter = adapter if callback else None
+                self.adapter = adapter if callback else None
                 try:
                     if not training.is_finished:
                         loop.run(training)
                 finally:
-                    self._adapter = None
+                    self.adapter = None
             finish()
 
     def start_over(self) -> None:
@@ -142,7 +135,7 @@ class Session:
                 raise InputError("evaluate needs an environment id; or use evaluate_policy(model, env)")
             *_, held_out = SOURCES[self.config.opener]
             raise InputError(f"no held-out {held_out} to evaluate on; give more, or a larger held_out")
-        metrics, _ = rollout.evaluate(count, version=self.updates)
+        metrics, _ = rollout.evaluate(count, version=self.progress.updates)
         return metrics | objective.evaluate(count)
 
     def save(self, folder: str | Path, config: Config | None = None) -> None:
@@ -162,14 +155,13 @@ class Session:
     def _held(self, training: loop.Training) -> Iterator[None]:
         """Hold the folder, free between two `learn`s. Raises InputError if others use it, or have."""
         folder = training.folder
-        if not folder.is_held:
-            folder.hold()
-            newest = checkpoint.newest_checkpoint(folder.checkpoints)
-            if newest is not None and checkpoint.number_of(newest) > training.progress.updates:
-                folder.release()
-                how = f"open it with {self.config.opener}.load"
-                raise InputError(f"{folder.path} has gone on elsewhere, to {newest.name}; {how}")
         try:
+            if not folder.is_held:
+                folder.hold()
+                newest = checkpoint.newest_checkpoint(folder.checkpoints)
+                if newest is not None and checkpoint.number_of(newest) > training.progress.updates:
+                    how = f"open it with {self.config.opener}.load"
+                    raise InputError(f"{folder.path} has gone on elsewhere, to {newest.name}; {how}")
             yield
         finally:
             folder.release()
@@ -254,18 +246,14 @@ def merge(data: dict[str, Any], changes: Mapping[str, Any]) -> None:
             data[key] = value
 
 
-def supervised_config(
-    section: str, policy: Any, data: Any, config: Config | None, settings: dict[str, Any]
-) -> Config:
+def supervised_config(section: str, policy: Any, data: Any, config: Config | None, settings: Any) -> Config:
     """`config`, with `settings` over it, for training `policy` on `data`, or on what the section names."""
     values = sections_for(config, section)
     values[section] = values.get(section) or {}
     values["new_model"] = None  # made before; with it policy.model could be nothing but a folder's path
     merge(values, nested(settings, section))
-    if data is not None:
-        values[section]["data"] = named_file(data)
-    if isinstance(policy, (str, Path)):
-        values.setdefault("policy", {})["model"] = str(policy)
+    merge(values, {section: {"data": named_file(data)}} if data is not None else {})
+    merge(values, {"policy": {"model": str(policy)}} if isinstance(policy, (str, Path)) else {})
     return make_config(values, where="SFT(...)" if section == "sft" else "RewardModel(...)")
 
 

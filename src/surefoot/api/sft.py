@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
-from surefoot.api.generate import generate_text
+from surefoot.api.generate import Generates
 from surefoot.api.session import HasSession, Session, check_policy, open_folder, resume, supervised_config
 from surefoot.build.language import build_demonstrations, build_policy
 from surefoot.build.preflight import preflight
@@ -16,7 +15,7 @@ from surefoot.storage.run_folder import RunFolder
 
 
 @with_settings(setting_keys("sft"))
-class SFT(HasSession):
+class SFT(HasSession, Generates):
     """Fine-tune a language model on examples of what it should write (supervised fine-tuning).
 
     `policy` is an asset's name, a local model folder, a Hugging Face hub id or a loaded `CausalLMPolicy`;
@@ -24,10 +23,9 @@ class SFT(HasSession):
     "completion": …}` or of `{"messages": […]}`, all of one kind. The loss is the negative log-likelihood of
     the text, of the completions, or of the assistant's messages, with their end tokens.
 
-    Settings are listed below (`learning_rate=1e-4`, `run_name="mine"`); `config` gives them all at once.
-    `verbose=0` shows nothing; `run` is an existing run folder to go on in (`SFT.load` passes it). Raises
-    InputError for anything unusable, before a model is loaded where that can be known. What `learn`,
-    `evaluate`, `save` and `load` mean: see `api/session.py`.
+    Settings are listed below (`learning_rate=1e-4`, `run_name="mine"`); `config` gives them all at once,
+    `verbose=0` shows nothing, `run` is a run folder to go on in. Raises InputError for anything unusable,
+    if it can before a model is loaded. `learn`, `evaluate`, `save` and `load`: see `api/session.py`.
     """
 
     def __init__(
@@ -41,8 +39,7 @@ class SFT(HasSession):
         **settings: Any,
     ):
         check_policy(policy, settings, CausalLMPolicy)
-        given = data if run is None else None  # a run that is begun names its own
-        self.config = supervised_config("sft", policy, given, config, settings)
+        self.config = supervised_config("sft", policy, None if run else data, config, settings)
         if run is None:
             preflight(self.config)
         assert self.config.sft is not None
@@ -53,8 +50,7 @@ class SFT(HasSession):
     def learn(self, total_epochs: int | None = None, callback: Any = None) -> SFT:
         """Train for `total_epochs` more passes over the examples, or to the end that was asked for last.
 
-        `callback` is a function, a `BaseCallback` or a list of them (train/callbacks.py). Raises Interrupted
-        after SIGTERM or Ctrl-C, once it has saved.
+        `callback` is a function, a `BaseCallback` or a list of them. Raises Interrupted after a signal.
         """
         self._session.learn(total_epochs, "total_epochs", callback=callback, model=self)
         return self
@@ -62,14 +58,6 @@ class SFT(HasSession):
     def evaluate(self, examples: int | None = None) -> dict[str, float]:
         """`eval/…` metrics on the first `examples` held-out examples. Raises InputError without any."""
         return self._session.evaluate(examples, "examples")
-
-    @overload
-    def generate(self, prompts: str, *, seed: int = 0, **sampling: Any) -> str: ...
-    @overload
-    def generate(self, prompts: Sequence[Any], *, seed: int = 0, **sampling: Any) -> list[str]: ...
-    def generate(self, prompts: Any, *, seed: int = 0, **sampling: Any) -> str | list[str]:
-        """Continue a prompt, or each of several, with these `sampling` fields of `generation` changed."""
-        return generate_text(self.policy, prompts, config=self.config, seed=seed, **sampling)
 
     def save(self, folder: str | Path) -> None:
         """Write a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` opens, the adapter merged

@@ -16,6 +16,7 @@ Schedules = dict[str, Callable[[float], float]]
 # Keywords of `policy_kwargs` that are fields of policy.network.
 NETWORK_KEYS = ("net_arch", "ortho_init", "log_std_init", "lstm_hidden_size")
 LSTM_FLAGS = {"shared_lstm": False, "enable_critic_lstm": True}  # of sb3-contrib
+NONE_IS_DEFAULT = ("seed", "tensorboard_log", "policy_kwargs", "clip_range_vf", "target_kl")
 SCHEDULED = {"learning_rate": "lr_schedule", "clip_range": "clip_schedule"}
 
 
@@ -24,12 +25,10 @@ def translated(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Schedules]:
 
     Raises InputError for one that has no counterpart, naming what to do instead.
     """
-    ours = {k: v.item() if isinstance(v, numpy.generic) else v for k, v in settings.items()}
+    given = {k: v for k, v in settings.items() if v is not None or k not in NONE_IS_DEFAULT}
+    ours = {k: v.item() if isinstance(v, numpy.generic) else v for k, v in given.items()}
     schedules = {}
     ours.pop("_init_setup_model", None)
-    for name in ("seed", "tensorboard_log", "policy_kwargs", "clip_range_vf", "target_kl"):
-        if ours.get(name, 0) is None:
-            del ours[name]
     for name, schedule in SCHEDULED.items():
         if callable(ours.get(name)):
             schedules[name] = ours[name]
@@ -41,9 +40,7 @@ def translated(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Schedules]:
     if ours.pop("stats_window_size", 100) != 100:
         raise InputError("stats_window_size: means are over the last 100 episodes; leave it out")
     network = dict(ours.pop("network", None) or {}) | _network(ours.pop("policy_kwargs", {}))
-    for name in ("use_sde", "sde_sample_freq"):
-        if name in ours:
-            network[name] = ours.pop(name)
+    network |= {name: ours.pop(name) for name in ("use_sde", "sde_sample_freq") if name in ours}
     if network:
         ours["network"] = network
     return ours, schedules

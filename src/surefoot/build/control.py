@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -12,18 +11,16 @@ from surefoot.config import Config, EnvConfig
 from surefoot.core.seeds import derived_seed
 from surefoot.envs.games import make_games
 from surefoot.envs.gym import Vector
-from surefoot.envs.make import Frame, make_vector, recorded_vector, wrap_vector
+from surefoot.envs.make import make_vector, recorded_vector, wrap_vector
 from surefoot.errors import InputError
 from surefoot.policies.base import ActingPolicy, Policy
 from surefoot.policies.control.policy import ControlPolicy
 from surefoot.policies.lm.policy import resolve_dtype
 from surefoot.rewards.functions import is_function, load_function
 
-SMALL = 100_000  # parameters
 
-
-def build_vector(config: Config, env: Any = None, *, for_evaluation: bool = False) -> Vector:
-    """The environment of a run: what the user made, or sub-environments of what `env.id` names."""
+def build_vector(config: Config, env: Any = None, for_evaluation: bool = False, show: Any = None) -> Vector:
+    """What the user made, or sub-environments of `env.id`; `show` gets the frames of one's first episode."""
     assert config.env is not None
     settings = config.env
     seed = derived_seed(config.seed, "evaluation" if for_evaluation else "environment", 0)
@@ -36,7 +33,9 @@ def build_vector(config: Config, env: Any = None, *, for_evaluation: bool = Fals
     if settings.id is None:
         raise InputError("the environment was made in Python; give it again: PPO.load(folder, env)")
     kwargs = settings.kwargs | (settings.eval_kwargs if for_evaluation else {})
-    make = _maker(settings.id)
+    make: Any = load_function(settings.id, key="env.id") if is_function(settings.id) else settings.id
+    if show is not None:
+        return recorded_vector(make, kwargs=kwargs, seed=seed, show=show)
     if has_two_players(settings):
         if settings.vectorization != "sync":
             raise InputError("env.vectorization: two-player games are stepped in one process; leave it out")
@@ -45,21 +44,9 @@ def build_vector(config: Config, env: Any = None, *, for_evaluation: bool = Fals
     return make_vector(make, n_envs=settings.n_envs, vectorization=vectorization, kwargs=kwargs, seed=seed)
 
 
-def build_recorded(config: Config, show: Callable[[Frame, float], None]) -> Vector:
-    """What a run is evaluated in, once, from the same seeds; `show` gets its first episode's frames."""
-    assert config.env is not None and config.env.id is not None
-    kwargs = config.env.kwargs | config.env.eval_kwargs
-    seed = derived_seed(config.seed, "evaluation", 0)
-    return recorded_vector(_maker(config.env.id), kwargs=kwargs, seed=seed, show=show)
-
-
 def has_two_players(env: EnvConfig) -> bool:
     """Whether it is a game of PettingZoo, or played against the policy itself."""
     return env.self_play is not None or (env.id or "").startswith("classic/")
-
-
-def _maker(name: str) -> Any:
-    return load_function(name, key="env.id") if is_function(name) else name
 
 
 def build_control_policy(config: Config, env: Vector, module: nn.Module | None = None) -> Any:
@@ -74,19 +61,9 @@ def build_control_policy(config: Config, env: Vector, module: nn.Module | None =
     # Only convolutions are large enough to gain from half precision.
     is_small = config.policy.dtype == "auto" and "Cnn" not in config.policy.model
     wanted = "float32" if is_small else config.policy.dtype
-    policy = ControlPolicy(
-        env.observation_spaces,
-        env.action_space,
-        extractor=module,
-        config=config.policy.network,
-        kind=config.policy.model,
-        normalize=config.env.normalize_observations,
-        dtype=resolve_dtype(wanted, device),
-        seed=derived_seed(config.seed, "network", 0),
-    )
-    return policy.to(device)
-
-
-def is_small(policy: Any) -> bool:
-    """Whether the network's operations are over before a second thread has begun."""
-    return bool(sum(p.numel() for p in policy.parameters()) < SMALL)
+    dtype, seed = resolve_dtype(wanted, device), derived_seed(config.seed, "network", 0)
+    spaces, normalize = (env.observation_spaces, env.action_space), config.env.normalize_observations
+    network, kind = config.policy.network, config.policy.model
+    return ControlPolicy(
+        *spaces, extractor=module, config=network, kind=kind, normalize=normalize, dtype=dtype, seed=seed
+    ).to(device)

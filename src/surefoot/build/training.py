@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from surefoot.build.control import build_vector, has_two_players, is_small
+from surefoot.build.control import build_vector, has_two_players
 from surefoot.build.language import check_critic
 from surefoot.config import Config, SelfPlayConfig, SFTConfig
 from surefoot.core.running import RunningStats
@@ -34,69 +33,48 @@ from surefoot.train.update import make_optimizer
 # What a run learns from, or in.
 Examples = Demonstrations | PreferenceDataset
 Environment = TextTask | Vector | Examples
+Parts = tuple[Rollout, Objective]
+SMALL = 100_000  # parameters of a network whose operations are over before a second thread has begun
 
 
 def build_rollout(config: Config, policy: Any, env: Environment) -> Rollout:
     """What collects the batches of a run."""
     check_critic(policy, config)
-    if isinstance(env, Demonstrations):
-        assert config.sft is not None
+    if config.sft is not None and isinstance(env, Demonstrations):
         return DemonstrationRollout(policy, env, sft=config.sft, seed=config.seed)
-    if isinstance(env, PreferenceDataset):
-        assert config.reward_model is not None
+    if config.reward_model is not None and isinstance(env, PreferenceDataset):
         return PreferenceRollout(policy, env, settings=config.reward_model, seed=config.seed)
     if isinstance(env, TextTask):
         engine = text_engine(policy, config.generation)
         return TextRollout(policy, env, engine=engine, config=config, seed=config.seed)
-    assert config.env is not None
-    make = None if config.env.id is None else lambda: build_vector(config, for_evaluation=True)
-    opponents = None
-    if has_two_players(config.env):
+    gym, ppo, seed = config.env, config.ppo, config.seed
+    assert gym is not None and isinstance(env, Vector)
+    make = None if gym.id is None else lambda: build_vector(config, for_evaluation=True)
+    pool = None
+    if has_two_players(gym):
         if not isinstance(env.env, GameVectorEnv):
             raise InputError("env.self_play needs a two-player game: a GameVectorEnv, or the env.id of one")
-        opponents = OpponentPool(policy, env.env, config.env.self_play or SelfPlayConfig())
-    return GymRollout(
-        policy,
-        env,
-        settings=config.env,
-        ppo=config.ppo,
-        seed=config.seed,
-        make_evaluation=make,
-        opponents=opponents,
-    )
+        pool = OpponentPool(policy, env.env, gym.self_play or SelfPlayConfig())
+    return GymRollout(policy, env, settings=gym, ppo=ppo, seed=seed, make_evaluation=make, opponents=pool)
 
 
-def build_objective(
-    config: Config, policy: Any, rollout: Rollout, examples: Demonstrations | None = None
-) -> Objective:
-    """What a run lowers; `examples` are the demonstrations of `ptx`."""
+def build_objective(config: Config, policy: Any, rollout: Rollout, ptx_data: Any = None) -> Objective:
+    """What a run lowers; `ptx_data` are the `Demonstrations` of `ptx`."""
     if isinstance(rollout, DemonstrationRollout):
         return NLLObjective(config.sft)
     if isinstance(rollout, PreferenceRollout):
         return PreferenceObjective(rollout.loss, config.reward_model)
-    if examples is None:
+    if ptx_data is None or (ptx := config.ptx) is None:
         return PPOObjective(config, accelerator=fast_mlp.accelerator(policy))
-    ptx = config.ptx
-    assert ptx is not None
-    micro = config.ppo.micro_batch_tokens
-    demonstrations = DemonstrationRollout(
-        policy,
-        examples,
-        sft=SFTConfig(batch_size=ptx.batch_size, max_tokens=ptx.max_tokens, micro_batch_tokens=micro),
-        # A separate seed: a list as long as the prompts would be in the prompts' order.
-        seed=derived_seed(config.seed, "ptx", 0),
-        key="ptx",
-        temperature=config.generation.temperature,
-    )
-    return SumObjective(config, demonstrations)
+    micro, temperature = config.ppo.micro_batch_tokens, config.generation.temperature
+    sft = SFTConfig(batch_size=ptx.batch_size, max_tokens=ptx.max_tokens, micro_batch_tokens=micro)
+    seed = derived_seed(config.seed, "ptx", 0)  # or a list as long as the prompts would be in their order
+    rows = DemonstrationRollout(policy, ptx_data, sft=sft, seed=seed, key="ptx", temperature=temperature)
+    return SumObjective(config, rows)
 
 
 def build_training(
-    config: Config,
-    policy: Any,
-    env: Environment | None,
-    parts: tuple[Rollout, Objective],
-    folder: RunFolder | None = None,
+    config: Config, policy: Any, env: Environment | None, parts: Parts, folder: RunFolder | None = None
 ) -> loop.Training:
     """A run at its beginning, in a new folder, or at the newest whole checkpoint of `folder`."""
     folder = folder or RunFolder.create(config)
@@ -104,16 +82,10 @@ def build_training(
     total = config.rollout.total_episodes if config.env is None else config.env.total_timesteps
     if isinstance(env, Examples) and (settings := config.sft or config.reward_model) is not None:
         total = settings.epochs * len(env.train)
-    training = loop.Training(
-        config=config,
-        policy=policy,
-        rollout=rollout,
-        objective=objective,
-        optimizer=make_optimizer(policy, objective, critic_learning_rate=config.policy.critic.learning_rate),
-        folder=folder,
-        total=total,
-        threads=1 if config.env is not None and is_small(policy) else None,
-    )
+    optimizer = make_optimizer(policy, objective, critic_learning_rate=config.policy.critic.learning_rate)
+    training = loop.Training(config, policy, rollout, objective, optimizer, folder, total)
+    if config.env is not None and sum(p.numel() for p in policy.parameters()) < SMALL:
+        training.threads = 1
     if (newest := checkpoint.newest_checkpoint(folder.checkpoints)) is not None:
         loop.restore(training, newest)
     else:
@@ -121,13 +93,11 @@ def build_training(
     return training
 
 
-def restore_best(policy: Any, folder: RunFolder, env: Any = None) -> Path:
-    """Load the run's best weights (by the held-out metric), else its newest; the checkpoint they came from.
-
-    Raises InputError if the run has none yet: what is untrained must not pass for its own.
-    """
+def restore_best(policy: Any, folder: RunFolder, env: Any) -> None:
+    """Load the run's best weights (by the held-out metric), else its newest. Raises InputError without."""
     best = checkpoint.pointed_checkpoint(folder.checkpoints, "best")
     if (path := best or checkpoint.newest_checkpoint(folder.checkpoints)) is None:
+        # What is untrained must not pass for the run's own.
         raise InputError(f"{folder.path} has no checkpoint yet; wait for its first one")
     tensors, state = checkpoint.load_checkpoint(path)
     checkpoint.restore_policy(policy, tensors["policy"])
@@ -135,4 +105,3 @@ def restore_best(policy: Any, folder: RunFolder, env: Any = None) -> Path:
         policy.restore(state["rollout"]["policy"])
     if isinstance(env, Vector):
         env.reward_stats = RunningStats(**state["rollout"]["reward_stats"])
-    return path

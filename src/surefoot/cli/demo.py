@@ -32,9 +32,8 @@ def run_demo(overrides: dict[str, str]) -> None:
     """Train as `demo.yaml` says, changed by `overrides`, and show before and after."""
     console = Console()
     config = load_config(Path(__file__).with_name("demo.yaml"), overrides)
-    if config.run.name is None:
-        run = config.run.model_copy(update={"name": RunFolder.free_name(config, "demo")})
-        config = config.model_copy(update={"run": run})
+    name = config.run.name or RunFolder.free_name(config, "demo")
+    config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
     model = runs.start(config)
     assert isinstance(model, PPO)
     dtype = str(model.policy.dtype).removeprefix("torch.")
@@ -48,11 +47,7 @@ def run_demo(overrides: dict[str, str]) -> None:
     runs.finish(model)
     minutes = (time.monotonic() - started) / 60
     assert model.run_folder is not None
-    show_change(RunFolder.open(model.run_folder), console, minutes)
-
-
-def show_change(run: RunFolder, console: Console, minutes: float) -> None:
-    """Print the table of held-out metrics, five prompts with both completions, and where to go next."""
+    run = RunFolder.open(model.run_folder)
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     evaluations = [row for row in run.read("metrics.jsonl") if "eval/reward" in row]
     if not evaluations:  # task.held_out 0 leaves nothing to compare
@@ -67,32 +62,22 @@ def show_change(run: RunFolder, console: Console, minutes: float) -> None:
         difference = form.replace(":.", ":+.").format(after[name] - before[name])
         table.add_row(label, form.format(before[name]), form.format(after[name]), difference)
     console.print(table)
-    console.print(_completions(run, before["update"], after["update"]))
-    path, here = run.path, _programs_folder()
+    samples = [row for row in run.read("samples.jsonl") if row["split"] == "held_out"]
+    title = "The same held-out prompts and seeds"
+    table = Table("prompt", "base", "tuned", title=title, title_justify="left", show_lines=True)
+    parts = [[row for row in samples if row["update"] == end["update"]] for end in (before, after)]
+    for pair in list(zip(*parts, strict=True))[:5]:
+        texts = (f"{_plain(row['completion'])} [{row['reward']['reward']:+.2f}]" for row in pair)
+        table.add_row(_plain(pair[0]["prompt"]), *texts)
+    console.print(table)
+    path, here, program = run.path, "", Path(sys.argv[0]).parent / "surefoot"
+    if not shutil.which("surefoot") and program.exists():  # what to type where the shell does not find it
+        here = f"{os.path.relpath(program.parent)}/"
     say(f"model  {path / 'model'}   (AutoModelForCausalLM.from_pretrained opens it)")
     say(f"run    {path}   (config, metrics, samples, checkpoints)\n\nNext:")
     say(f'  {here}surefoot generate {path} "The film"')
     say(f"  {here}tensorboard --logdir {path.parent}")
     say(f"  {here}surefoot demo --kl.coef 0.2 --seed 1")
-
-
-def _programs_folder() -> str:
-    """What to type before `surefoot`: nothing where the shell finds it, else this program's folder."""
-    if shutil.which("surefoot"):
-        return ""
-    folder = Path(sys.argv[0]).parent
-    return f"{os.path.relpath(folder)}/" if (folder / "surefoot").exists() else ""
-
-
-def _completions(run: RunFolder, before: int, after: int) -> Table:
-    samples = [row for row in run.read("samples.jsonl") if row["split"] == "held_out"]
-    title = "The same held-out prompts and seeds"
-    table = Table("prompt", "base", "tuned", title=title, title_justify="left", show_lines=True)
-    parts = [[row for row in samples if row["update"] == update] for update in (before, after)]
-    for pair in list(zip(*parts, strict=True))[:5]:
-        texts = (f"{_plain(row['completion'])} [{row['reward']['reward']:+.2f}]" for row in pair)
-        table.add_row(_plain(pair[0]["prompt"]), *texts)
-    return table
 
 
 def _plain(text: Any) -> str:

@@ -27,10 +27,7 @@ every field of the configuration is a flag: --seed 3 --ppo.kl-coef 0.02 --run.na
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `surefoot`.
-
-    Ends with an exit code; the user's mistakes are one line, bugs are tracebacks.
-    """
+    """Entry point of `surefoot`. Ends with an exit code; mistakes are one line, bugs are tracebacks."""
     _silence()
     try:
         options, overrides = _parse(list(sys.argv[1:] if arguments is None else arguments))
@@ -269,10 +266,6 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     overrides: dict[str, str] = {}
     if name in VERBS and "field value" in VERBS[name].usage:
         arguments, overrides = _split_fields(arguments)
-    return _parser().parse_args(arguments), overrides
-
-
-def _parser() -> _Parser:
     text = "PPO for language models, and for anything with a reward."
     parser = _Parser("surefoot", description=text, epilog=EPILOG, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -285,7 +278,7 @@ def _parser() -> _Parser:
         sub.lists_fields = FIELDS in verb.usage
         for argument, settings in verb.arguments.items():
             sub.add_argument(argument, **settings)
-    return parser
+    return parser.parse_args(arguments), overrides
 
 
 def _split_fields(arguments: list[str]) -> tuple[list[str], dict[str, str]]:

@@ -13,7 +13,7 @@ import numpy
 from numpy.typing import NDArray
 
 from surefoot.api.ppo import PPO
-from surefoot.build.control import build_recorded, build_vector
+from surefoot.build.control import build_vector
 from surefoot.envs.gym import VectorStep
 from surefoot.errors import InputError
 from surefoot.rollout.gym import run_episodes
@@ -95,11 +95,17 @@ def play_run(source: str | Path, episodes: int = 10, output: Any = None, kind: s
     model, video = PPO.open(source), VideoRecorder()
     model.env.close()
     played = _play(model, episodes, video)
-    print("\n".join(_summary(config.env.id, played)))
+    returns, steps = numpy.array([e.total for e in played]), numpy.array([e.steps for e in played])
+    print(f"{config.env.id}: {len(played)} episodes with greedy actions")
+    print(f"return  {returns.mean():.2f} ± {returns.std():.2f}  ({returns.min():.2f} to {returns.max():.2f})")
+    print(f"length  {steps.mean():.1f} ± {steps.std():.1f} steps")
+    for key, called in RATES.items():
+        if told := [episode.info[key] for episode in played if key in episode.info]:
+            print(f"{called:7} {100 * sum(told) / len(told):.0f} % of episodes")
     if video.frames:
         video.save(folder / f"episode.{kind}")
         print(folder / f"episode.{kind}")
-    draw(folder / "returns.png", config.env.id, run.read("metrics.jsonl"), played)
+    draw(folder / "returns.png", config.env.id, run.read("metrics.jsonl"), returns)
     print(folder / "returns.png")
     return played
 
@@ -122,46 +128,44 @@ def _play(model: PPO, episodes: int, video: VideoRecorder) -> list[Episode]:
         is_native = model.config.env.vectorization == "native"
         sees_pictures = is_native and space is not None and len(space.shape) == 3
         played = run_episodes(model.policy, vector, episodes, on_step=on_step if sees_pictures else None)
-    if not sees_pictures:
-        _record(model, video)
-    return played
-
-
-def _record(model: PPO, video: VideoRecorder) -> None:
-    """Play the first episode again in an environment that is rendered."""
+    if sees_pictures:
+        return played
+    # The first episode once more, in an environment that is rendered.
     if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
         os.environ.setdefault("SDL_VIDEODRIVER", "offscreen")  # else pygame complains of the missing screen
     try:
-        with contextlib.closing(build_recorded(model.config, video.show)) as vector:
+        with contextlib.closing(build_vector(model.config, for_evaluation=True, show=video.show)) as vector:
             run_episodes(model.policy, vector, 1)
     except InputError as error:
         video.frames = []
         print(f"no video: {error}")
+    return played
 
 
-def _summary(name: str, played: list[Episode]) -> list[str]:
-    """What was reached, a line each."""
-    returns, steps = numpy.array([e.total for e in played]), numpy.array([e.steps for e in played])
-    lines = [
-        f"{name}: {len(played)} episodes with greedy actions",
-        f"return  {returns.mean():.2f} ± {returns.std():.2f}  ({returns.min():.2f} to {returns.max():.2f})",
-        f"length  {steps.mean():.1f} ± {steps.std():.1f} steps",
-    ]
-    for key, called in RATES.items():
-        if told := [episode.info[key] for episode in played if key in episode.info]:
-            lines.append(f"{called:7} {100 * sum(told) / len(told):.0f} % of episodes")
-    return lines
-
-
-def draw(path: Path, name: str, rows: list[dict[str, Any]], played: list[Episode]) -> None:
+def draw(path: Path, name: str, rows: list[dict[str, Any]], returns: NDArray[Any]) -> None:
     """Write a PNG: the learning curve from metrics.jsonl, beside a histogram of the played returns."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.4), dpi=120, layout="constrained")
     curve, histogram = figure.subplots(1, 2, width_ratios=(3, 2))
     figure.suptitle(name, fontsize=15)
-    _draw_curve(curve, rows)
-    returns = numpy.array([episode.total for episode in played])
+    steps = {0: 0.0} | {row["update"]: row["timesteps"] for row in rows if "timesteps" in row}
+    train = [(row["timesteps"], row["rollout/ep_rew_mean"]) for row in rows if "rollout/ep_rew_mean" in row]
+    evaluated = [row for row in rows if "eval/reward" in row]
+    tests = [(steps[row["update"]], row["eval/reward"], row["eval/reward_std"]) for row in evaluated]
+    if train:
+        label = "training, mean of the last 100 episodes"
+        curve.plot(*zip(*train, strict=True), color="tab:blue", label=label)
+    if tests:
+        x, mean, std = zip(*tests, strict=True)
+        style = "o-" if len(x) > 2 else "o"  # a line from start to end would show what nobody measured
+        label = "evaluation, mean ± std"
+        curve.errorbar(x, mean, yerr=std, fmt=style, color="tab:orange", capsize=3, label=label)
+    if train or tests:
+        curve.legend(frameon=False)
+    curve.set(title="learning curve", xlabel="timesteps", ylabel="return of an episode")
+    curve.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}".replace(",", " "))
+    curve.grid(alpha=0.3)
     around = max(1.0, 0.05 * abs(returns.mean()), float(numpy.ptp(returns)) / 2)  # all may be alike
     middle = (returns.min() + returns.max()) / 2
     span, bins = (middle - around, middle + around), min(20, max(5, len(returns) // 2))
@@ -173,24 +177,3 @@ def draw(path: Path, name: str, rows: list[dict[str, Any]], played: list[Episode
     for axes in (curve, histogram):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
-
-
-def _draw_curve(axes: Any, rows: list[dict[str, Any]]) -> None:
-    """Returns over timesteps, in training and in evaluation."""
-    steps = {0: 0.0} | {row["update"]: row["timesteps"] for row in rows if "timesteps" in row}
-    train = [(row["timesteps"], row["rollout/ep_rew_mean"]) for row in rows if "rollout/ep_rew_mean" in row]
-    evaluated = [row for row in rows if "eval/reward" in row]
-    tests = [(steps[row["update"]], row["eval/reward"], row["eval/reward_std"]) for row in evaluated]
-    if train:
-        label = "training, mean of the last 100 episodes"
-        axes.plot(*zip(*train, strict=True), color="tab:blue", label=label)
-    if tests:
-        x, mean, std = zip(*tests, strict=True)
-        style = "o-" if len(x) > 2 else "o"  # a line from start to end would show what nobody measured
-        label = "evaluation, mean ± std"
-        axes.errorbar(x, mean, yerr=std, fmt=style, color="tab:orange", capsize=3, label=label)
-    axes.set(title="learning curve", xlabel="timesteps", ylabel="return of an episode")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}".replace(",", " "))
-    axes.grid(alpha=0.3)
-    if train or tests:
-        axes.legend(frameon=False)

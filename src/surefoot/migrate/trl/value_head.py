@@ -36,7 +36,10 @@ def import_value_head(source: Path, output: Path) -> None:
     Raises InputError for pickles, adapters, links, folders without the head and weights that do not fit.
     """
     _check(source)
-    read = [read_tensors(file) for file in _weights(source)]
+    names = [WEIGHTS]
+    if (source / INDEX).is_file():  # sound: the folder was checked; other shards that lie there are not read
+        names = sorted(set(json.loads(_own(source / INDEX).read_text())["weight_map"].values()))
+    read = [read_tensors(_own(source / name)) for name in names]
     tensors = {n.removeprefix(WRAPPER): tensor.contiguous() for part in read for n, tensor in part.items()}
     head = {name: tensors.pop(HEAD + name, None) for name in ("weight", "bias")}
     critic = {name: tensor.float() for name, tensor in head.items() if tensor is not None}
@@ -53,14 +56,6 @@ def import_value_head(source: Path, output: Path) -> None:
             load_policy(str(aside), PolicyConfig(adapter=None, dtype="float32")).load_extras(aside)
         except InputError as error:
             raise InputError(str(error).replace(str(aside), str(source))) from error
-
-
-def _weights(source: Path) -> list[Path]:
-    """The files of weights: those of the index where there is one, and no other shard that lies there."""
-    if not (source / INDEX).is_file():
-        return [_own(source / WEIGHTS)]
-    names = json.loads(_own(source / INDEX).read_text())["weight_map"]  # sound: the folder was checked
-    return [_own(source / name) for name in sorted(set(names.values()))]
 
 
 def _own(file: Path) -> Path:
