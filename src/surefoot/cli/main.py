@@ -17,7 +17,6 @@ from surefoot.errors import InputError, SurefootError
 
 if TYPE_CHECKING:
     from surefoot.api.runs import Run
-    from surefoot.config import Config
 
 EPILOG = """\
 every field of the configuration is a flag: --seed 3 --ppo.kl-coef 0.02 --run.name mine
@@ -46,9 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _start(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from surefoot.api import runs
+    from surefoot.config import load_config
 
     verb, file = options.verb, shlex.quote(options.file)
-    config = _config(options, overrides, *(["rejection_sampling"] if verb == "rejection-sampling" else []))
+    own = ["rejection_sampling"] if verb == "rejection-sampling" else []  # is wanted where the file lacks it
+    config = load_config(options.file, overrides, sections=own)
     if config.verb not in (verb, "ppo"):
         section = config.verb.replace("-", "_")
         raise InputError(f"{options.file}: its {section} section is for: surefoot {config.verb} {file}")
@@ -60,9 +61,9 @@ def _start(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 
 def _new_model(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from surefoot.config import PolicyConfig
+    from surefoot.config import PolicyConfig, load_config
 
-    config, file = _config(options, overrides, "new_model"), options.file
+    config, file = load_config(options.file, overrides, sections=["new_model"]), options.file
     if config.sft is None or config.sft.data is None:
         raise InputError(f"{file}: the tokenizer has no text to learn from; name a JSONL file as sft.data")
     if config.policy.model == PolicyConfig().model:
@@ -145,13 +146,6 @@ def _demo(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from surefoot.cli.demo import run_demo
 
     run_demo(overrides)
-
-
-def _config(options: argparse.Namespace, overrides: dict[str, str], *sections: str) -> Config:
-    """The configuration in a verb's file; of `sections` that are missing all defaults are wanted."""
-    from surefoot.config import load_config
-
-    return load_config(options.file, overrides, sections=sections)
 
 
 def _finish(run: Run) -> None:
