@@ -113,19 +113,6 @@ def test_ten_lines_train_a_model_with_a_reward_of_ones_own(capsys):
         assert [len(p) for p in prompts] == columns["answer"] and [type(c) for c in completions] == [str] * len(prompts)
 
 
-def test_chat_messages_reach_the_reward_as_messages():
-    chats = [[{"role": "user", "content": text}] for text in ("one", "two", "three", "four", "five")]
-    seen = []
-
-    def on_messages(prompts, completions, **columns):
-        seen.extend(zip(prompts, completions, strict=True))
-        return [float(len(c[0]["content"])) for c in completions]
-
-    model = small(tiny_policy(tokenizer=tiny_tokenizer(chat=True)), TextTask(chats, on_messages, held_out=0)).learn(4)
-    assert all(prompt in chats and [m["role"] for m in completion] == ["assistant"] for prompt, completion in seen)
-    assert len(model.generate([chats[0], "plain text"])) == 2
-
-
 def test_settings_and_config_are_the_same_thing():
     config = make_config({"ppo": {"gamma": 0.5}, "kl": {"coef": 0.3}, "run": {"name": "mine"}}, where="test")
     model = PPO(tiny_policy(), config=config, gamma=0.25, adapter={"rank": 2})
@@ -183,19 +170,6 @@ def test_what_cannot_be_trained_or_evaluated_is_refused_and_leaves_nothing():
         refusal(lambda method=method: method(PPO(tiny_policy())), "PPO(model, task)")
     assert not Path("runs").exists()
     assert model.evaluate(1)["eval/length"] > 0
-
-
-def test_evaluation_measures_what_was_held_out():
-    judged = []
-
-    def metric(prompts, completions, **columns):
-        judged.append(prompts)
-        return [0.5] * len(prompts)
-
-    model = small(env=TextTask(["one", "two"], reward, metric=metric, held_out=["her", "him"]))
-    measured = model.evaluate()
-    assert measured["eval/metric"] == 0.5 and judged[-1] == ["her", "him"]
-    assert model.evaluate() == measured and set(model.evaluate(1)) == set(measured)
 
 
 @pytest.mark.parametrize(

@@ -165,12 +165,10 @@ def tuned(**settings: Any) -> dict[str, Any]:
 JUDGED = {"name": "stage:judge"}
 GROUPS: dict[str, Any] = {"group": {"size": 8}, "rollout": {"episodes_per_update": 64}, "ppo": {"batch_size": 8}}
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "no stages": ({}, "stages"),
     "a name that is a path": ({"../x": STAGES["taught"]}, "'../x'"),
     "a later stage": ({"first": STAGES["tuned"]}, "stage:taught"),
     "nothing to learn": ({"empty": {"seed": 1}}, "stage empty"),
     "a misspelt key": (changed("taught", sft={"data": "pairs.jsonl", "epoch": 1}), "stage taught: unknown key 'sft.epoch'"),
-    "no such file": (changed("judge", reward_model={"data": "none.jsonl"}), "none.jsonl"),
     "no examples to join": (
         changed("answers", rejection_sampling={"join": "none.jsonl"}),
         "stage answers: rejection_sampling.join",

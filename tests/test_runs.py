@@ -11,15 +11,14 @@ from typing import Any
 
 import pytest
 
+from tests.test_reward_model import PAIRS as PREFERENCES
+from tests.test_reward_model import RATINGS
+from tests.test_sft import PAIRS
 from tests.train.small_run import assert_equal, outcome, write_project, write_rows, write_supervised
 from tests.train.warm import Strike, Warm, cold
 
 TERM, KILL = int(signal.SIGTERM), int(signal.SIGKILL)
 LOOP, CHECKPOINT = "surefoot.train.loop", "surefoot.train.checkpoint"
-PAIRS = [{"prompt": f"{word} {number}", "completion": f" {word * 2}"} for word in ("the", "an", "in") for number in range(8)]
-GOOD, BAD = ["good", "fine", "the best"], ["bad", "poor", "worst"]
-PREFERENCES = [{"prompt": f"film {n}", "chosen": f" is {GOOD[n % 3]}", "rejected": f" is {BAD[n // 2 % 3]}"} for n in range(40)]
-RATINGS = [{"text": f"film {n} is {[*GOOD, *BAD][n % 6]}", "rating": 3.0 - n % 2 / 2 if n % 6 < 3 else -2} for n in range(60)]
 SMALL = {"seed": 5, "device": "cpu", "run": {"name": "run", "checkpoint_every": 2}, "evaluate": {"every": 2, "episodes": 4}}
 ADAPTED = {**SMALL, "policy": {"dtype": "float32", "adapter": {"rank": 2}}}
 STEPS = {"learning_rate": 0.01, "lr_warmup": 0.3, "held_out": 0.3, "epochs": 2}
@@ -31,12 +30,13 @@ PTX = {
 }
 
 
-def env(name: str, policy: str, **settings: Any) -> dict[str, Any]:
-    """A configuration of six updates in an environment."""
+def env(name: str, policy: str, **settings: Any) -> Callable[[Path, Path], Path]:
+    """Six updates in an environment."""
     sizes = {"id": name, "n_envs": 2, "n_steps": 32, "total_timesteps": 384}
     ppo = {"n_epochs": 2, "batch_size": 32, "lr_schedule": "linear", "learning_rate": 0.003}
     network = {"network": {"lstm_hidden_size": 8}} if "Lstm" in policy else {}
-    return {**SMALL, "env": sizes | settings, "policy": {"model": policy, **network}, "ppo": ppo}
+    config = {**SMALL, "env": sizes | settings, "policy": network, "ppo": ppo}
+    return lambda folder, base: write_supervised(folder, Path(policy), config, command="ppo")
 
 
 @dataclasses.dataclass
@@ -64,10 +64,6 @@ def text(**sections: Any) -> Callable[[Path, Path], Path]:
 def supervised(section: str, **settings: Any) -> Callable[[Path, Path], Path]:
     config = {**ADAPTED, section: {"data": "data.jsonl", **STEPS, **settings}}
     return lambda folder, base: write_supervised(folder, base, config, command="ppo")
-
-
-def control(config: dict[str, Any]) -> Callable[[Path, Path], Path]:
-    return lambda folder, base: write_supervised(folder, Path(config["policy"]["model"]), config, command="ppo")
 
 
 STEP = {"in an update": Strike("surefoot.train.update:take_step", 5, after=True)}
@@ -98,9 +94,9 @@ KINDS = {
     "reward model of pairs": Kind("reward-model", OF_PAIRS, SCORER, STEP, PREFERENCES),
     "reward model of ratings": Kind("reward-model", OF_RATINGS, SCORER, STEP, RATINGS),
     "rejection sampling": Kind("rejection-sampling", text(**REJECTION), data=[{"prompt": row["prompt"]} for row in PAIRS]),
-    "cartpole": Kind("ppo", control(env("CartPole-v1", "MlpPolicy", normalize_rewards=True)), CONTROL, ENVIRONMENTS),
-    "lstm": Kind("ppo", control(env("CartPole-v1", "MlpLstmPolicy", normalize_observations=True)), CONTROL, ENVIRONMENTS),
-    "self-play": Kind("ppo", control(env("classic/tictactoe-v3", "MlpPolicy", self_play={})), CONTROL),
+    "cartpole": Kind("ppo", env("CartPole-v1", "MlpPolicy", normalize_rewards=True), CONTROL, ENVIRONMENTS),
+    "lstm": Kind("ppo", env("CartPole-v1", "MlpLstmPolicy", normalize_observations=True), CONTROL, ENVIRONMENTS),
+    "self-play": Kind("ppo", env("classic/tictactoe-v3", "MlpPolicy", self_play={}), CONTROL),
 }
 
 

@@ -50,10 +50,9 @@ class Session:
     `source` None: nothing to train on. `schedules` are those that are functions, `demonstrations` `ptx`'s.
     """
 
-    def __init__(
-        self, config: Config, policy: Any, source: Environment | None, *, run: RunFolder | None, verbose: int
-    ):
-        self.config, self.policy, self.source, self.verbose = config, policy, source, verbose
+    def __init__(self, config: Config, policy: Any, source: Any, *, run: RunFolder | None, verbose: int):
+        self.config, self.policy, self.verbose = config, policy, verbose
+        self.source: Environment | None = source
         self.schedules: Mapping[str, Callable[[float], float]] = {}
         self.demonstrations: Demonstrations | None = None
         self.folder = run  # once the run has begun
