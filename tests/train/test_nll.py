@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -66,17 +65,6 @@ def test_micro_batches_and_padding_do_not_change_the_gradient(tokens, columns):
 def test_rows_of_like_length_stand_together():
     lengths = [max(LENGTHS[row][0] for row in rows) for rows in micro_batches(demonstrated(), ROWS, 28)]
     assert lengths == sorted(lengths, reverse=True) and len(lengths) == 3
-
-
-def test_one_step_is_taken_on_a_batch_and_lowers_the_loss():
-    policy, batch, losses = tiny_policy(), demonstrated(), []
-    assert NLL.prepare(batch) is batch and batch.advantages_BT is None
-    for _ in range(2):
-        result: Any = update(policy, batch, NLL)
-        assert (result.steps, result.skipped) == (1, 0)
-        losses.append(NLL.metrics(batch, result)["sft/nll"])
-        assert losses[-1] == pytest.approx(float(result.stats.loss) / int(batch.mask_BT.sum()))
-    assert losses[1] < losses[0]
 
 
 def test_a_step_with_a_loss_that_is_not_finite_is_skipped():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
 from surefoot.train import loop
 from surefoot.train.observers.tensorboard import TensorBoard
@@ -17,9 +17,8 @@ def observed(training: loop.Training, *, show: bool) -> Iterator[None]:
     """
     with ExitStack() as stack:
         if not training.is_finished:
-            folder = training.folder.path / "tensorboard"
-            board = TensorBoard(folder, purge_from=training.progress.updates + 1)
-            stack.callback(board.close)
+            folder, purge_from = training.folder.path / "tensorboard", training.progress.updates + 1
+            board = stack.enter_context(closing(TensorBoard(folder, purge_from=purge_from)))
             added: list[loop.Observer] = [board]
             if show:  # brings rich, which a quiet run does without
                 from surefoot.train.observers.display import Display
