@@ -80,7 +80,7 @@ def test_every_epoch_is_a_pass_in_an_order_of_its_own():
 def test_long_examples_are_cut_and_counted_or_refused():
     rows = [{"prompt": "in the", "completion": " end" * n} for n in (1, 2, 30)]
     rollout = rollout_of(rows, max_tokens=20)
-    assert rollout.truncated == 1
+    assert rollout.notice == "1 of 3 examples are cut to sft.max_tokens (20)"
     lengths = sorted(len(example.tokens) for example in rollout._train)
     assert lengths[-1] == 20 and lengths[0] < lengths[1] < 20
     cut = next(example for example in rollout._train if len(example.tokens) == 20)

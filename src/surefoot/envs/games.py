@@ -180,13 +180,10 @@ class GameVectorEnv(VectorEnv[Observations, Array, Array]):
             got = f"{actions.dtype} of shape {actions.shape}"
             raise InputError(f"{player}: expected {len(indices)} whole-numbered actions, got {got}")
         masks = self._observations["action_mask"][indices]
-        known = (actions >= 0) & (actions < masks.shape[1])
-        legal = known & (masks[np.arange(len(indices)), np.where(known, actions, 0)] != 0)
-        if not legal.all():
-            i = int(np.flatnonzero(~legal)[0])
-            allowed = np.flatnonzero(masks[i]).tolist()
-            where = f"is illegal in game {indices[i]}; legal there: {allowed}"
-            raise InputError(f"{player}: action {actions[i]} {where}")
+        for i, action, mask in zip(indices.tolist(), actions.tolist(), masks, strict=True):
+            if not 0 <= action < len(mask) or not mask[action]:
+                where = f"is illegal in game {i}; legal there: {np.flatnonzero(mask).tolist()}"
+                raise InputError(f"{player}: action {action} {where}")
         for i, action in zip(indices.tolist(), actions.tolist(), strict=True):
             game, learner = self._games[i], self._learner(i)
             game.step(action)

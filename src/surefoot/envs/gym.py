@@ -58,9 +58,16 @@ class Vector:
         self.env, self.seed, self.num_envs = env, seed, env.num_envs
         self.name = name or env_name(env)
         self.mode = env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
+        # Whether episodes are begun by us from a seed, so that they can be repeated.
+        self.repeats_itself = self.mode == AutoresetMode.DISABLED
         self.observation_spaces = leaves(env.single_observation_space)
         self.action_space = env.single_action_space
-        self._masks_by_call = ACTION_MASK not in self.observation_spaces and self._has_action_masks()
+        # Whether the sub-environments name their legal actions as sb3-contrib has it.
+        self._masks_by_call = (
+            ACTION_MASK not in self.observation_spaces
+            and isinstance(env, (gymnasium.vector.SyncVectorEnv, gymnasium.vector.AsyncVectorEnv))
+            and all(self._guarded(env.call, "has_wrapper_attr", "action_masks"))
+        )
         if self._masks_by_call:
             self.observation_spaces[ACTION_MASK] = spaces.MultiBinary(mask_width(self.action_space))
         self.checks = Checks(self.observation_spaces, self.action_space, name=self.name)
@@ -70,11 +77,6 @@ class Vector:
         self._just_ended = numpy.zeros(self.num_envs, dtype=numpy.bool_)
         self.position: Any = None  # where a rollout stands here (rollout/gym.py); None: at no episode
         self.reward_stats = RunningStats()  # of discounted returns, by which a rollout may normalize rewards
-
-    @property
-    def repeats_itself(self) -> bool:
-        """Whether episodes are begun by us from a seed, so that they can be repeated."""
-        return bool(self.mode == AutoresetMode.DISABLED)
 
     def check_same_spaces(self, other: Vector) -> None:
         """Raise InputError if a policy for `other` does not fit here."""
@@ -174,15 +176,6 @@ class Vector:
         """End the environments and their workers."""
         self.env.close()
 
-    def _end(self) -> None:
-        """Close what has failed. Gymnasium's `close` would wait for the reply that a dead worker owes."""
-        if isinstance(env := self.env.unwrapped, gymnasium.vector.AsyncVectorEnv):
-            for worker in env.processes:
-                worker.kill()
-                worker.join()
-            env.closed = True
-        self.env.close()
-
     def _any_action(self, observations: Any, index: int) -> NDArray[Any]:
         """Some legal action: what a sub-environment that waits for its replay does."""
         if ACTION_MASK not in self.observation_spaces:
@@ -226,12 +219,6 @@ class Vector:
         self.checks(arrays, is_over)
         return arrays
 
-    def _has_action_masks(self) -> bool:
-        """Whether the sub-environments name their legal actions as sb3-contrib has it."""
-        if not isinstance(self.env, (gymnasium.vector.SyncVectorEnv, gymnasium.vector.AsyncVectorEnv)):
-            return False
-        return all(self._guarded(self.env.call, "has_wrapper_attr", "action_masks"))
-
     def _guarded(self, call: Callable[..., Any], *args: Any, **settings: Any) -> Any:
         """An environment is the user's code: what it raises is one line with the environment's name."""
         try:
@@ -239,7 +226,13 @@ class Vector:
         except (InputError, KeyboardInterrupt):
             raise
         except Exception as error:
-            self._end()
+            # Gymnasium's `close` would wait for the reply that a dead worker owes.
+            if isinstance(env := self.env.unwrapped, gymnasium.vector.AsyncVectorEnv):
+                for worker in env.processes:
+                    worker.kill()
+                    worker.join()
+                env.closed = True
+            self.env.close()
             message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             if isinstance(error, (EOFError, ConnectionError)):
                 message = "one of its worker processes died"

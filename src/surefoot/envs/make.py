@@ -32,19 +32,17 @@ def make_vector(
     *,
     n_envs: int,
     vectorization: str = "sync",
-    kwargs: Mapping[str, Any] | None = None,
+    kwargs: Mapping[str, Any],
     seed: int,
 ) -> Vector:
     """`n_envs` of an id or of what a function makes. Raises InputError for an id that does not exist."""
-    kwargs = kwargs or {}
     name = make if isinstance(make, str) else getattr(make, "__name__", "env")
     if vectorization == "native":
         if not isinstance(make, str):
             raise InputError("env.vectorization: native is for Gymnasium ids; use sync or async")
         native = partial(gymnasium.make_vec, make, n_envs, "vector_entry_point", **kwargs)
         return Vector(_made(name, native), seed=seed)
-    maker: Any = partial(gymnasium.make, make) if isinstance(make, str) else make
-    maker = partial(maker, **kwargs)
+    maker = partial(gymnasium.make, make, **kwargs) if isinstance(make, str) else partial(make, **kwargs)
     _made(name, maker).close()  # here, not in a worker: its error is then the user's to read
     kind: Any = gymnasium.vector.SyncVectorEnv
     if vectorization == "async":

@@ -17,19 +17,20 @@ from surefoot.types import ACTION_MASK, OBSERVATION
 Arrays = dict[str, NDArray[Any]]
 
 
-def leaves(space: spaces.Space[Any], prefix: str = "") -> dict[str, Any]:
+def leaves(space: spaces.Space[Any]) -> dict[str, Any]:
     """Leaves of a space by name, nested ones as `outer.inner`. Raises InputError for containers but Dict."""
-    if isinstance(space, spaces.Dict):
-        parts = {f"{prefix}{name}": part for name, part in space.spaces.items()}
-        return {name: leaf for key, part in parts.items() for name, leaf in leaves(part, f"{key}.").items()}
-    if not isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
-        ours = "Box, Discrete, MultiDiscrete, MultiBinary and Dict are (FlattenObservation makes most a Box)"
-        raise InputError(f"env: the observation space {type(space).__name__} is not supported; {ours}")
-    return {prefix.removesuffix(".") or OBSERVATION: space}
+    by_name = flat(space)
+    for leaf in by_name.values():
+        if not isinstance(leaf, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
+            ours = (
+                "Box, Discrete, MultiDiscrete, MultiBinary and Dict are (FlattenObservation makes most a Box)"
+            )
+            raise InputError(f"env: the observation space {type(leaf).__name__} is not supported; {ours}")
+    return by_name
 
 
 def flat(observations: Any, prefix: str = "") -> dict[str, Any]:
-    """Values as `leaves` names them."""
+    """Values of observations, or the parts of their space, as `leaves` names them."""
     if not isinstance(observations, Mapping):
         return {prefix.removesuffix(".") or OBSERVATION: observations}
     parts = {f"{prefix}{name}": part for name, part in observations.items()}
@@ -88,9 +89,8 @@ class Checks:
             self._check_mask_shape(masks.shape[1:])
             can_act = [choice.any(-1) for choice in choices(self.action_space, masks)]
             stuck = ~numpy.logical_and.reduce(can_act)
-            if place := self._first(stuck if is_over is None else stuck & ~is_over):
-                why = "has no legal action in its action_mask; end the episode there"
-                raise InputError(f"{self.where}: {place} {why}")
+            stuck = stuck if is_over is None else stuck & ~is_over
+            self._refuse(stuck, "has no legal action in its action_mask; end the episode there")
         for name, (low, high) in list(self._limits.items()):
             if not ((values := arrays[name]) < low).any() and not (values > high).any():
                 continue
@@ -108,12 +108,13 @@ class Checks:
             # The sum first: one number to look at, and where it is finite so are all the others.
             if values.dtype.kind == "f" and not math.isfinite(values.sum()):
                 finite = numpy.isfinite(values.reshape(len(values), -1)).all(1)
-                if place := self._first(~finite):
-                    what = f"{self.where}: the observation {name} of {place}"
-                    raise InputError(f"{what} is not finite; fix the environment")
+                self._refuse(~finite, "is not finite; fix the environment", f"the observation {name} of ")
 
-    def _first(self, is_wrong: Any) -> str:
-        return f"{self.row} {int(numpy.argmax(is_wrong))}" if is_wrong.any() else ""
+    def _refuse(self, is_wrong: Any, why: str, what: str = "") -> None:
+        """Raise InputError with the first row that is wrong, if any is."""
+        if is_wrong.any():
+            place = f"{what}{self.row} {int(numpy.argmax(is_wrong))}"
+            raise InputError(f"{self.where}: {place} {why}")
 
     def _check_mask_shape(self, shape: tuple[int, ...]) -> None:
         if tuple(shape) != (width := mask_width(self.action_space),):

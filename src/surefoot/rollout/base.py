@@ -2,48 +2,71 @@
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
+from surefoot.data.rows import SplitRows
+from surefoot.errors import InputError
 from surefoot.types import Batch, Demonstration, Episode, Preference, Trajectory
 
-Poll: TypeAlias = Callable[[], None] | None
+Poll: TypeAlias = Callable[[], None] | None  # called between pieces of work; it may raise to give the work up
 Evaluated: TypeAlias = tuple[dict[str, float], Sequence[Trajectory | Episode | Demonstration | Preference]]
+MakeBatch: TypeAlias = Callable[[list[int]], tuple[Batch, float]]  # and the mean length of its examples
 
 
 class Rollout(Protocol):
     """Where batches come from: a policy in an environment. All its randomness follows from counters."""
 
     unit: str  # what the run's budget counts: episodes, timesteps or examples
+    per_update: int  # units in one update
     throughput: str  # the metric of masked steps a second
-
-    @property
-    def notice(self) -> str:
-        """What the user should know before training; mostly nothing."""
-
-    @property
-    def latest(self) -> Any:
-        """The last step of the environment (`VectorStep`), for callbacks; None where nothing is stepped."""
-
-    @property
-    def per_update(self) -> int:
-        """Units in one update."""
-
-    @property
-    def can_evaluate(self) -> bool:
-        """Whether there are held-out episodes."""
+    notice: str = ""  # what the user should know before training
+    can_evaluate: bool  # whether there is something held out to evaluate on
+    latest: Any = None  # the last step of the environment (`VectorStep`), for callbacks, if any is stepped
 
     def collect(self, *, first: int, count: int, version: int = 0, poll: Poll = None) -> Batch:
-        """`count` units as a batch with rewards and reference log-probs. `poll` may raise to abandon it."""
+        """`count` units as a batch with rewards and reference log-probs."""
 
     def evaluate(self, episodes: int, *, version: int = 0, poll: Poll = None) -> Evaluated:
         """`eval/…` metrics of the weights of `version` on held-out episodes, and the episodes."""
 
     def start_over(self) -> None:
-        """Begin new episodes, because somebody else has used the environment."""
+        """Begin new episodes, because somebody else has used the environment, if one is stepped."""
+        return None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold, as JSON; large `tensors` by name, for a separate file."""
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
+
+
+class ExamplePasses:
+    """A run's batches from the training examples of `data`, in shuffled passes; nothing is generated.
+
+    What was `seen` of them must be what a checkpoint's were. `key` names the settings' section in errors.
+    """
+
+    def __init__(self, data: SplitRows[Any], *, seen: list[Any], seed: int, key: str):
+        self.data, self.seed, self.key = data, seed, key
+        self._digest = hashlib.sha256(repr(seen).encode()).hexdigest()
+
+    def collect(self, make: MakeBatch, *, first: int, count: int, version: int) -> Batch:
+        """Examples number `first` to `first + count` of the run, as `make` makes a batch of their indices."""
+        started, end = time.perf_counter(), first + count
+        batch, length = make([self.data.training_index(number, self.seed) for number in range(first, end)])
+        batch.version = version
+        batch.metrics = {"time/rollout_s": time.perf_counter() - started, "time/score_s": 0.0}
+        batch.metrics |= {f"{self.key}/epoch": end / len(self.data.train), "length/mean": length}
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """A digest of the data: all that is random follows from counters."""
+        return {"examples": self._digest}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint. Raises InputError if its data was another."""
+        if state["examples"] != self._digest:
+            raise InputError(f"{self.key}.data: not the data that the run began with; continue with that")

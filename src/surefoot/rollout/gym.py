@@ -23,7 +23,7 @@ from surefoot.envs.gym import LONGEST_REPLAY, Vector, VectorStep
 from surefoot.envs.observations import Arrays
 from surefoot.errors import InputError
 from surefoot.policies.base import ActingPolicy
-from surefoot.rollout.base import Evaluated, Poll
+from surefoot.rollout.base import Evaluated, Poll, Rollout
 from surefoot.rollout.logprobs import fill_logprobs
 from surefoot.rollout.opponents import OpponentPool
 from surefoot.types import EPISODE_STARTS, Batch, Episode
@@ -65,7 +65,7 @@ class Position:
 
 
 @dataclass(eq=False)
-class GymRollout:
+class GymRollout(Rollout):
     """Collects batches of one policy in one vector environment, and evaluates it in another.
 
     The noise of update u is drawn from `seed` and u alone. The environment keeps the position, so that
@@ -74,7 +74,6 @@ class GymRollout:
 
     unit = "timesteps"
     throughput = "throughput/steps_per_s"
-    notice = ""
 
     policy: ActingPolicy
     env: Vector
@@ -88,15 +87,9 @@ class GymRollout:
     latest: VectorStep | None = field(default=None, init=False)
     _is_collecting: bool = field(default=False, init=False)
 
-    @property
-    def per_update(self) -> int:
-        """Timesteps in one update, all sub-environments together."""
-        return self.settings.n_steps * int(self.env.num_envs)
-
-    @property
-    def can_evaluate(self) -> bool:
-        """Whether there is a separate environment to evaluate in."""
-        return self.make_evaluation is not None
+    def __post_init__(self) -> None:
+        self.per_update = self.settings.n_steps * int(self.env.num_envs)
+        self.can_evaluate = self.make_evaluation is not None
 
     def collect(self, *, first: int, count: int, version: int = 0, poll: Poll = None) -> Batch:
         """`count` timesteps from where the last call stopped; a batch [num_envs, steps] with log-probs."""
@@ -290,10 +283,8 @@ def run_episodes(
 
 
 def _digest(observations: Arrays) -> str:
-    digest = hashlib.sha256()
-    for name, values in sorted(observations.items()):
-        digest.update(name.encode() + numpy.ascontiguousarray(values).tobytes())
-    return digest.hexdigest()
+    parts = [name.encode() + values.tobytes() for name, values in sorted(observations.items())]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def env_actions(space: Any, actions: NDArray[Any]) -> NDArray[Any]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -15,9 +13,9 @@ from surefoot.config import RewardModelConfig
 from surefoot.core import preference as core
 from surefoot.data.batches import preference_batch
 from surefoot.data.preferences import PreferenceDataset
-from surefoot.errors import InputError
 from surefoot.policies.base import Policy
-from surefoot.rewards.model import Poll, TextScorer
+from surefoot.rewards.model import TextScorer
+from surefoot.rollout.base import Evaluated, ExamplePasses, Poll, Rollout
 from surefoot.types import Batch, Preference
 
 
@@ -25,79 +23,48 @@ class ScoringPolicy(Policy, TextScorer, Protocol):
     """A policy that scores texts: what `policies/lm/reward_model.py` provides."""
 
 
-class PreferenceRollout:
-    """Takes a run's batches from preferences, in shuffled passes; nothing is generated.
+class PreferenceRollout(Rollout):
+    """Preferences. Raises InputError for a text that does not fit.
 
     Ratings are standardized by their mean and standard deviation over the training rows: how fast the head
-    learns does not depend on the raters' scale. Raises InputError for a text that does not fit, or if the
-    data is not a checkpoint's.
+    learns does not depend on the raters' scale.
     """
 
     unit = "examples"
     throughput = "throughput/tokens_per_s"
-    notice, latest = "", None
 
     def __init__(
         self, policy: ScoringPolicy, data: PreferenceDataset, *, settings: RewardModelConfig, seed: int
     ):
-        self.policy, self.data, self.settings, self.seed = policy, data, settings, seed
+        self.policy, self.data, self.of_pairs = policy, data, data.of_pairs
         self._train, self._held_out = (
             [[policy.encode(row.prompt, text, where=row.where) for text in row.texts] for row in part]
             for part in (data.train, data.held_out)
         )
-        self.loss = (
-            functools.partial(core.preference_loss, center=settings.center)
-            if data.of_pairs
-            else core.rating_loss
-        )
-        self._mean, self._std = 0.0, 1.0
-        if not data.of_pairs:
+        self.loss, self._mean, self._std = core.rating_loss, 0.0, 1.0
+        if data.of_pairs:
+            self.loss = functools.partial(core.preference_loss, center=settings.center)
+        else:
             ratings = torch.tensor([row.label for row in data.train], dtype=torch.float64)
             self._mean, self._std = float(ratings.mean()), float(ratings.std(correction=0))
         seen = [(tokens, row.label) for tokens, row in zip(self._train, data.train, strict=True)]
-        self._digest = hashlib.sha256(repr(seen).encode()).hexdigest()
+        self._passes = ExamplePasses(data, seen=seen, seed=seed, key="reward_model")
+        self.per_update, self.can_evaluate = min(settings.batch_size, len(data.train)), bool(data.held_out)
 
-    @property
-    def per_update(self) -> int:
-        """Preferences in one update."""
-        return min(self.settings.batch_size, len(self._train))
-
-    def collect(self, *, first: int, count: int, version: int = 0, poll: Poll = None) -> Batch:
-        """Preferences number `first` to `first + count` of the run."""
-        started = time.perf_counter()
-        indices = [self.data.training_index(number, self.seed) for number in range(first, first + count)]
-        labels = self._labels([self.data.train[index] for index in indices])
-        rows = [self._train[index] for index in indices]
-        batch = preference_batch(rows, labels, device=self.policy.device)
-        batch.version = version
-        batch.metrics = {"time/rollout_s": time.perf_counter() - started, "time/score_s": 0.0}
-        batch.metrics |= {
-            "reward_model/epoch": (first + count) / len(self._train),
-            "length/mean": float(batch.observations["lengths"].float().mean()),
-        }
-        return batch
-
-    def evaluate(
-        self, episodes: int, *, version: int = 0, poll: Callable[[], None] | None = None
-    ) -> tuple[dict[str, float], list[Preference]]:
+    def evaluate(self, episodes: int, *, version: int = 0, poll: Poll = None) -> Evaluated:
         """Loss on the first `episodes` held-out preferences, and how far the scores agree with them."""
         preferences = self.data.held_out[:episodes]
         scores_BK = self.policy.scores(self._held_out[:episodes], poll)
         labels_B = torch.tensor(self._labels(preferences), dtype=torch.float32)
         loss = float(self.loss(scores_BK, labels_B).mean())
         metrics = {"eval/loss": loss, "eval/metric": -loss}
-        if self.data.of_pairs:
+        if self.of_pairs:
             metrics["eval/accuracy"] = float((0.5 + 0.5 * (scores_BK[:, 0] - scores_BK[:, 1]).sign()).mean())
         else:
             agreement = {"accuracy": core.share_in_order, "pearson": core.pearson, "spearman": core.spearman}
             metrics |= {f"eval/{name}": of(scores_BK[:, 0], labels_B) for name, of in agreement.items()}
         scored = zip(preferences, scores_BK.tolist(), strict=True)
         return metrics, [replace(preference, scores=tuple(scores)) for preference, scores in scored]
-
-    @property
-    def can_evaluate(self) -> bool:
-        """Whether preferences were held out."""
-        return bool(self._held_out)
 
     def calibrate(self) -> dict[str, Any]:
         """Set the policy's `shift` and `scale`: the held-out texts' rewards then have mean 0 and std 1.
@@ -112,28 +79,34 @@ class PreferenceRollout:
         scores_BK = self.policy.scores(rows).double()
         self.policy.shift = float(scores_BK.mean())
         self.policy.scale = float(scores_BK.std(correction=0)) or 1.0
-        if self.data.of_pairs:
+        if self.of_pairs:
             differences_B = scores_BK[:, 0] - scores_BK[:, 1]
             predicted_B, observed_B = differences_B.abs().sigmoid(), 0.5 + 0.5 * differences_B.sign()
         else:
             predicted_B = self._mean + self._std * scores_BK[:, 0]
             observed_B = torch.tensor([row.label for row in preferences], dtype=torch.float64)
         bins, error = core.reliability(predicted_B, observed_B)
-        kind = {"kind": "pairs" if self.data.of_pairs else "ratings"}
+        kind = {"kind": "pairs" if self.of_pairs else "ratings"}
         texts = {"texts": "held-out" if is_held_out else "training"}
         return {**kind, **texts, "calibration_error": error, "bins": bins}
 
-    def start_over(self) -> None:
-        """No environment is stepped here."""
+    def collect(self, *, first: int, count: int, version: int = 0, poll: Poll = None) -> Batch:
+        """Preferences number `first` to `first + count` of the run."""
+        return self._passes.collect(self._training_batch, first=first, count=count, version=version)
 
     def state(self) -> dict[str, Any]:
-        """A digest of the data: all that is random follows from counters."""
-        return {"examples": self._digest}
+        """What the data was."""
+        return self._passes.state()
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint's `state`. Raises InputError if it was trained on other preferences."""
-        if state["examples"] != self._digest:
-            raise InputError("reward_model.data: not the data that the run began with; continue with that")
+        """Go on from a checkpoint. Raises InputError if its data was another."""
+        self._passes.restore(state)
+
+    def _training_batch(self, indices: list[int]) -> tuple[Batch, float]:
+        labels = self._labels([self.data.train[index] for index in indices])
+        rows = [self._train[index] for index in indices]
+        batch = preference_batch(rows, labels, device=self.policy.device)
+        return batch, float(batch.observations["lengths"].float().mean())
 
     def _labels(self, preferences: Sequence[Preference]) -> list[float]:
         return [(preference.label - self._mean) / self._std for preference in preferences]

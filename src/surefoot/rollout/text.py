@@ -21,6 +21,7 @@ from surefoot.policies.base import Policy
 from surefoot.rewards.functions import compute_rewards
 from surefoot.rewards.mixed import PART, assign_rewards
 from surefoot.rewards.shaping import shape_rewards
+from surefoot.rollout.base import Evaluated, Poll, Rollout
 from surefoot.rollout.batch import text_batch
 from surefoot.rollout.logprobs import fill_logprobs, sequence_kl
 from surefoot.types import Batch, Completion, Request, SamplingParams, StopReason, Trajectory, Turn
@@ -40,11 +41,14 @@ class LanguagePolicy(Policy, TokenModel, Protocol):
         """Most tokens of prompt and completion together."""
 
 
-class TextRollout:
+class TextRollout(Rollout):
     """Collects training batches and evaluations of one policy, for which `engine` writes, on one task.
 
     All its randomness follows from `seed` and the episode's number: only the rewards' statistics are state.
     """
+
+    unit = "episodes"
+    throughput = "throughput/tokens_per_s"
 
     def __init__(self, policy: LanguagePolicy, task: TextTask, *, engine: Engine, config: Config, seed: int):
         generation = config.generation
@@ -54,23 +58,13 @@ class TextRollout:
             )
         self.policy, self.task, self.engine, self.seed = policy, task, engine, seed
         self.config, self.generation, self.ppo = config, generation, config.ppo
+        self.per_update, self.can_evaluate = config.rollout.episodes_per_update, bool(task.held_out)
         self.reward_stats = RunningStats()
         self.params = SamplingParams(generation.max_new_tokens, generation.temperature)
         for example in (*task.train, *task.held_out):
             self.encode(example)
 
-    unit = "episodes"
-    throughput = "throughput/tokens_per_s"
-    notice, latest = "", None
-
-    @property
-    def per_update(self) -> int:
-        """Episodes in one update."""
-        return self.config.rollout.episodes_per_update
-
-    def collect(
-        self, *, first: int, count: int, version: int = 0, poll: Callable[[], None] | None = None
-    ) -> Batch:
+    def collect(self, *, first: int, count: int, version: int = 0, poll: Poll = None) -> Batch:
         """Play `count` episodes, the first of them number `first` of the run; a batch with shaped rewards."""
         numbers, group = range(first, first + count), self.config.group.size
         if first % group or count % group:
@@ -85,7 +79,7 @@ class TextRollout:
         greedy: list[Trajectory] = []  # one a prompt: what ReMax compares with, and not trained on
         if self.ppo.advantage == "remax":
             params = replace(self.params, temperature=0.0)
-            greedy = self.play(examples[::group], seeds[::group], poll, params=params)
+            greedy = self.play(examples[::group], seeds[::group], poll, params)
         played = time.perf_counter()
         assign_rewards(self.task.reward, trajectories + greedy)
         self.reward_stats = shape_rewards(trajectories + greedy, self.config.shaping, self.reward_stats)
@@ -103,9 +97,7 @@ class TextRollout:
         batch.metrics |= {"time/rollout_s": played - started, "time/score_s": time.perf_counter() - played}
         return batch
 
-    def evaluate(
-        self, episodes: int, *, version: int = 0, poll: Callable[[], None] | None = None
-    ) -> tuple[dict[str, float], list[Trajectory]]:
+    def evaluate(self, episodes: int, *, version: int = 0, poll: Poll = None) -> Evaluated:
         """A completion of each of the first `episodes` held-out prompts, with the same seeds every time.
 
         Written with the weights that the policy has now, number `version`. Returns metrics named as in
@@ -132,17 +124,11 @@ class TextRollout:
         }
         return metrics | _part_means(trajectories, "eval/part/<label>"), trajectories
 
-    @property
-    def can_evaluate(self) -> bool:
-        """Whether prompts were held out."""
-        return bool(self.task.held_out)
-
     def play(
         self,
         examples: Sequence[Example],
         seeds: Sequence[int],
-        poll: Callable[[], None] | None,
-        *,
+        poll: Poll,
         params: SamplingParams | None = None,
     ) -> list[Trajectory]:
         """Write one completion per example, still without rewards. `params` replaces the run's."""
@@ -153,8 +139,13 @@ class TextRollout:
         completions = generate(self.engine, requests, poll=poll)
         trajectories = []
         for example, request, completion in zip(examples, requests, completions, strict=True):
-            turns = [Turn(request.prompt), self._policys_turn(completion)]
-            shown = self._shown_prompt(example, request)
+            names = ("tokens", "logprobs", "values", "entropies", "version")
+            columns = {name: getattr(completion, name) for name in names}
+            written = Turn(text=completion_text(self.policy, completion), by_policy=True, **columns)
+            shown = example.prompt  # to the reward function: as given, or what `prompt_tokens` left of it
+            if self.task.prompt_tokens is not None and isinstance(shown, str):
+                shown = self.policy.decode(request.prompt)
+            turns = [Turn(request.prompt), written]
             trajectories.append(Trajectory(shown, turns, completion.stop_reason, example.columns))
         return trajectories
 
@@ -165,9 +156,6 @@ class TextRollout:
         limits = {"context": self.policy.context_length, "new_tokens": self.generation.max_new_tokens}
         check_length(tokens, example.text, **limits)
         return tokens
-
-    def start_over(self) -> None:
-        """No environment is stepped here."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold to go on from here."""
@@ -185,17 +173,6 @@ class TextRollout:
             assert isinstance(trajectory, Trajectory)
             trajectory.kl = kl
 
-    def _policys_turn(self, completion: Completion) -> Turn:
-        names = ("tokens", "logprobs", "values", "entropies", "version")
-        columns = {name: getattr(completion, name) for name in names}
-        return Turn(text=completion_text(self.policy, completion), by_policy=True, **columns)
-
-    def _shown_prompt(self, example: Example, request: Request) -> Any:
-        """What the reward function sees: the prompt as given, or what `prompt_tokens` left of it."""
-        if self.task.prompt_tokens is None or not isinstance(example.prompt, str) or self.task.chat:
-            return example.prompt
-        return self.policy.decode(request.prompt)
-
 
 @torch.no_grad()
 def episode_metrics(batch: Batch) -> dict[str, float]:
@@ -212,14 +189,14 @@ def episode_metrics(batch: Batch) -> dict[str, float]:
         "reward/std": float(rewards.std(unbiased=False)),
         "reward/shaped": float(totals_B[acted_B].sum() / rows),
         "length/mean": float(mask_BT.sum() / rows),
-        "length/end_rate": sum(ended) / max(len(ended), 1),
+        "length/end_rate": sum(ended) / len(ended),
         **_part_means(trajectories, "reward/part/<label>"),
     }
 
 
 def _part_means(trajectories: Sequence[Trajectory], name: str) -> dict[str, float]:
     """Mean of each part of a mixed reward, by the metric's `name` with the part's label put in."""
-    labels = [key for key in trajectories[0].reward_parts if key.startswith(PART)] if trajectories else []
+    labels = [key for key in trajectories[0].reward_parts if key.startswith(PART)]
     n = len(trajectories)
     means = {label: sum(t.reward_parts[label] for t in trajectories) / n for label in labels}
     return {name.replace("<label>", label.removeprefix(PART)): mean for label, mean in means.items()}
