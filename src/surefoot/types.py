@@ -263,6 +263,10 @@ class Batch:
 
         return replace(self._changed(take), row_size=1)
 
+    def to(self, device: torch.device) -> Batch:
+        """The batch with all its tensors on `device`."""
+        return replace(self._changed(lambda value: value.to(device)), trajectories=self.trajectories)
+
     def _changed(self, take: Callable[[Tensor], Tensor]) -> Batch:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         changes: dict[str, Any] = {name: take(v) for name, v in tensors.items() if v.shape != (0,)}

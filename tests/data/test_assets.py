@@ -200,7 +200,7 @@ def fetch_in_child(step: str, act: Callable[[], None]) -> int:
     try:
         with pytest.MonkeyPatch.context() as patches:
             break_at(step, patches, act)
-            os._exit(assets.fetch("thing", log=lambda line: None).read_text() != CONTENT)
+            os._exit(assets.fetch("thing").read_text() != CONTENT)
     finally:
         os._exit(2)
 

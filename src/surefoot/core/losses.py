@@ -52,17 +52,17 @@ class PPOStats:
     value_clipped: Any
     num_tokens: Any
     ratio_max: Any
+    nll: Any = 0.0  # of demonstrations that are mixed in, and their trained tokens
+    nll_tokens: Any = 0
 
     @property
     def is_finite(self) -> bool:
         """Whether the losses are numbers."""
-        return math.isfinite(float(self.policy_loss + self.value_loss))
+        return math.isfinite(float(self.policy_loss + self.value_loss + self.nll))
 
     def __add__(self, other: PPOStats) -> PPOStats:
-        *sums, largest = vars(self).values()
-        *others, other_largest = vars(other).values()
-        added = [a + b for a, b in zip(sums, others, strict=True)]
-        return PPOStats(*[*added, max(largest, other_largest)])
+        added = {name: value + getattr(other, name) for name, value in vars(self).items()}
+        return PPOStats(**added | {"ratio_max": max(self.ratio_max, other.ratio_max)})
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, settings: LossSettings) -> Tensor:

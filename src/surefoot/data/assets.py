@@ -49,7 +49,7 @@ def log_to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def fetch(name: str, *, log: Callable[[str], None] = log_to_stderr) -> Path:
+def fetch(name: str) -> Path:
     """The asset's path, built on first use. Raises InputError for an unknown name or a failed download."""
     if name not in ASSETS:
         raise InputError(f"no asset {name!r}; there are: {', '.join(sorted(ASSETS))}")
@@ -65,11 +65,11 @@ def fetch(name: str, *, log: Callable[[str], None] = log_to_stderr) -> Path:
             fcntl.flock(lock, fcntl.LOCK_EX)  # of two programs that want it one makes it, the other waits
         with lock:
             if not _is_complete(folder):
-                _make(asset, folder, log)
+                _make(asset, folder)
     return folder / asset.product
 
 
-def resolve(source: str, *, key: str = "policy.model", log: Callable[[str], None] = log_to_stderr) -> str:
+def resolve(source: str, *, key: str = "policy.model") -> str:
     """`source` itself, or the path of the asset it names; a local file or folder takes precedence.
 
     `key` is the setting it is for, `policy.model` or `task.prompts`, say. Raises InputError for an asset of
@@ -79,7 +79,7 @@ def resolve(source: str, *, key: str = "policy.model", log: Callable[[str], None
         return source
     fitting = sorted(n for n, asset in ASSETS.items() if (asset.product == "") == key.endswith(".model"))
     if source in fitting:
-        return str(fetch(source, log=log))
+        return str(fetch(source))
     if source in ASSETS:
         raise InputError(f"{key}: {source} is of another kind; there are: {', '.join(fitting)}")
     if key == "task.prompts":
@@ -97,14 +97,14 @@ def _is_complete(folder: Path) -> bool:
         return False
 
 
-def _make(asset: Asset, folder: Path, log: Callable[[str], None]) -> None:
+def _make(asset: Asset, folder: Path) -> None:
     """Build the asset beside `folder` and rename it. The caller holds the lock."""
     beside = f"{folder.name}."
     with writing(folder):
         for leftover in folder.parent.glob(f"{beside}*/"):  # of one that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         with whole_folder(folder) as product:
-            log(f"fetching {asset.description}")
+            log_to_stderr(f"fetching {asset.description}")
             with tempfile.TemporaryDirectory(prefix=beside, dir=folder.parent) as download:
                 asset.build(_download(asset, Path(download)), product)
             files = sorted(path for path in product.rglob("*") if path.is_file())

@@ -19,7 +19,7 @@ def demonstration_batch(
         pad_sequence([torch.tensor(row[side]) for row in rows], batch_first=True) for side in (0, 1)
     )
     observations = {"tokens": tokens_BT, "lengths": torch.tensor([len(tokens) for tokens, _ in rows])}
-    return to_device(Batch(observations, mask_BT, tokens_BT, temperature=temperature), device)
+    return Batch(observations, mask_BT, tokens_BT, temperature=temperature).to(device)
 
 
 def preference_batch(
@@ -33,16 +33,7 @@ def preference_batch(
     mask_BT = torch.arange(tokens_BTK.shape[1]) < lengths_BK.amax(1)[:, None]
     observations = {"tokens": tokens_BTK, "lengths": lengths_BK}
     labels_B = torch.tensor(labels, dtype=torch.float32) if labels else None
-    return to_device(Batch(observations, mask_BT, labels_B=labels_B), device)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with all its tensors on `device`."""
-    for name, value in vars(batch).items():
-        if isinstance(value, Tensor):
-            setattr(batch, name, value.to(device))
-    batch.observations = {name: value.to(device) for name, value in batch.observations.items()}
-    return batch
+    return Batch(observations, mask_BT, labels_B=labels_B).to(device)
 
 
 def minibatches(batch: Batch, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Batch, Tensor]]:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surefoot.data.batches import to_device
 from surefoot.types import Batch, Trajectory
 
 
@@ -41,7 +40,7 @@ def text_batch(trajectories: Sequence[Trajectory], *, device: torch.device) -> B
         trajectories=list(trajectories),
         version=min(turn.version for t in trajectories for turn in t.turns if turn.by_policy),
     )
-    return to_device(batch, device)
+    return batch.to(device)
 
 
 def _columns(trajectory: Trajectory) -> tuple[list[Any], ...]:

@@ -54,8 +54,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
     Raises OSError where the disk does not take it, or `folder` has something in it.
     """
-    if not folder.parent.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     # Under another name: what lies beside `folder` belongs to others.
     beside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:

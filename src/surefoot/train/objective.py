@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from surefoot.config import PPOConfig, RewardModelConfig, SFTConfig
-from surefoot.core.losses import LossSettings, PPOStats
+from surefoot.core.losses import LossSettings, LossStats, PPOStats
 from surefoot.core.schedules import schedule
 from surefoot.errors import InputError
 from surefoot.policies.base import Policy
@@ -19,15 +19,8 @@ from surefoot.types import Batch
 
 # How an update steps, the same for every objective.
 OptimizerSettings = PPOConfig | SFTConfig | RewardModelConfig
-
-
-class Stats(Protocol):
-    """Sums over a minibatch, by name; they add up over micro-batches and minibatches."""
-
-    num_tokens: Any  # what the sums are divided by: tokens of a text, timesteps, or rows
-    is_finite: bool  # whether the loss is a number
-
-    def __add__(self, other: Any, /) -> Any: ...
+# Sums over a minibatch, by name; they add up over micro-batches and minibatches.
+Stats = PPOStats | LossStats
 
 
 @dataclass

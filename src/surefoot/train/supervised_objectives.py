@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from surefoot.core.preference import preference_loss
 from surefoot.data.batches import micro_batches
 from surefoot.policies.base import Policy
 from surefoot.rollout.demonstrations import DemonstrationRollout
-from surefoot.train.objective import Moment, Objective, UpdateResult
+from surefoot.train.objective import Moment, Objective, OptimizerSettings, UpdateResult
 from surefoot.train.ppo_objective import PPOObjective
 from surefoot.types import Batch
 
@@ -76,28 +76,7 @@ class PreferenceObjective(Objective):
         return {} if result.stats is None else {"reward_model/loss": result.stats.mean}
 
 
-@dataclass(frozen=True)
-class SumStats:
-    """Those of both parts; `nll` counts nothing where demonstrations have no weight."""
-
-    ppo: PPOStats
-    nll: LossStats
-
-    @property
-    def num_tokens(self) -> Any:
-        """Of the policy's own completions."""
-        return self.ppo.num_tokens
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether both losses are numbers."""
-        return self.ppo.is_finite and self.nll.is_finite
-
-    def __add__(self, other: SumStats) -> SumStats:
-        return SumStats(self.ppo + other.ppo, self.nll + other.nll)
-
-
-class SumObjective(Objective):
+class SumObjective:
     """PPO + coef · negative log-likelihood of demonstrations: PPO-ptx (Ouyang et al. 2022, arXiv:2203.02155).
 
     To each minibatch's loss come the next demonstrations, one step for both. Which those are follows from the
@@ -109,8 +88,10 @@ class SumObjective(Objective):
 
     def __init__(self, config: Config, demonstrations: DemonstrationRollout):
         assert config.ptx is not None
-        self.ppo, self.nll = PPOObjective(config), NLLObjective()
-        self.settings, self.n_epochs = self.ppo.settings, self.ppo.n_epochs
+        self.ppo = PPOObjective(config)
+        self.settings: OptimizerSettings = config.ppo
+        self.n_epochs, self.accelerator = self.ppo.n_epochs, self.ppo.accelerator
+        self.select, self.gates, self.finish = self.ppo.select, self.ppo.gates, self.ppo.finish
         self.demonstrations, self.notice = demonstrations, demonstrations.notice
         self.ptx, self.coef = config.ptx, config.ptx.coef  # the second as the next update has it
         self.taken = 0  # demonstrations, counted again in every epoch
@@ -121,40 +102,26 @@ class SumObjective(Objective):
             self.coef = moment.value("ptx", self.ptx.coef, self.ptx.schedule)
         return self.ppo.prepare(batch, moment)
 
-    def select(self, batch: Batch, rows_per_minibatch: int) -> Batch:
-        """PPO's."""
-        return self.ppo.select(batch, rows_per_minibatch)
-
-    def gradient(self, policy: Policy, batch: Batch, rows: Tensor, *, token_budget: int) -> SumStats:
+    def gradient(self, policy: Policy, batch: Batch, rows: Tensor, *, token_budget: int) -> PPOStats:
         """Of both. If memory runs out in the middle, the same demonstrations are taken again."""
         ppo = self.ppo.gradient(policy, batch, rows, token_budget=token_budget)
         if not (coef := self._coef_for(batch)):
-            return SumStats(ppo, LossStats(0.0, 0))
+            return ppo
         examples = self.demonstrations.collect(first=self.taken, count=self.demonstrations.per_update)
-        everything = torch.arange(len(examples))
-        nll = self.nll.gradient(policy, examples, everything, token_budget=token_budget, coef=coef)
+        everything, nll = torch.arange(len(examples)), NLLObjective()
+        sums = nll.gradient(policy, examples, everything, token_budget=token_budget, coef=coef)
         self.taken += self.demonstrations.per_update
-        return SumStats(ppo, nll)
+        return replace(ppo, nll=sums.loss, nll_tokens=sums.num_tokens)
 
     def _coef_for(self, batch: Batch) -> float:
         return self.coef if batch.version >= self.ppo.config.policy.critic.warmup_updates else 0.0
 
     def metrics(self, batch: Batch, result: UpdateResult) -> dict[str, float]:
         """PPO's, and the demonstrations' loss and weight."""
-        stats = result.stats
-        metrics = self.ppo.metrics(batch, replace(result, stats=None if stats is None else stats.ppo))
-        metrics["ptx/coef"] = self._coef_for(batch)
-        if stats is not None and stats.nll.num_tokens:
-            metrics["ptx/loss"] = stats.nll.mean
+        metrics = self.ppo.metrics(batch, result) | {"ptx/coef": self._coef_for(batch)}
+        if (stats := result.stats) is not None and stats.nll_tokens:
+            metrics["ptx/loss"] = float(stats.nll / stats.nll_tokens)
         return metrics
-
-    def gates(self, stats: SumStats, *, is_first: bool, exact: bool) -> bool:
-        """PPO's."""
-        return self.ppo.gates(stats.ppo, is_first=is_first, exact=exact)
-
-    def finish(self, batch: Batch) -> None:
-        """PPO's."""
-        self.ppo.finish(batch)
 
     def evaluate(self, examples: int, *, poll: Callable[[], None] | None = None) -> dict[str, float]:
         """The perplexity of the first `examples` held-out demonstrations, if there are any."""

@@ -25,14 +25,12 @@ def make_optimizer(
 ) -> torch.optim.Adam:
     """Adam over all that the policy trains; a separate critic may have its own step size."""
     settings = PPOConfig() if objective is None else objective.settings
-    shared: list[torch.nn.Parameter] = []
-    apart: list[torch.nn.Parameter] = []
-    for name, parameter in policy.named_parameters_to_train():
-        is_apart = critic_learning_rate is not None and name.startswith(CRITIC_NAMES)
-        (apart if is_apart else shared).append(parameter)
-    rate = settings.learning_rate
+    apart_names, rate = () if critic_learning_rate is None else CRITIC_NAMES, settings.learning_rate
+    parameters = list(policy.named_parameters_to_train())
+    shared = [parameter for name, parameter in parameters if not name.startswith(apart_names)]
     optimizer = torch.optim.Adam(shared, lr=rate, eps=settings.adam_epsilon, fused=True)
     if critic_learning_rate is not None:
+        apart = [parameter for name, parameter in parameters if name.startswith(apart_names)]
         optimizer.add_param_group({"params": apart, "scale": critic_learning_rate / rate})
     return optimizer
 
