@@ -31,18 +31,18 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
-_DECODER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-_GROUPED = {**_DECODER, "num_key_value_heads": 2}
+DECODER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+_GROUPED = {**DECODER, "num_key_value_heads": 2}
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", _GROUPED),
     "qwen2": ("Qwen2Config", _GROUPED),
     "qwen3": ("Qwen3Config", {**_GROUPED, "head_dim": 8}),
     "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4}),
-    "gpt_neox": ("GPTNeoXConfig", _DECODER),
-    "gemma": ("GemmaConfig", {**_DECODER, "num_key_value_heads": 1, "head_dim": 8}),
+    "gpt_neox": ("GPTNeoXConfig", DECODER),
+    "gemma": ("GemmaConfig", {**DECODER, "num_key_value_heads": 1, "head_dim": 8}),
     "gemma2": ("Gemma2Config", {**_GROUPED, "head_dim": 8, "sliding_window": SLIDING_WINDOW, "final_logit_softcapping": 5.0}),
     "mistral": ("MistralConfig", {**_GROUPED, "sliding_window": SLIDING_WINDOW}),
-    "phi": ("PhiConfig", _DECODER),
+    "phi": ("PhiConfig", DECODER),
 }
 LSTM = "lstm"  # ours; without linear layers for an adapter, so that it is trained whole
 FAMILIES = (*_CONFIGS, LSTM)

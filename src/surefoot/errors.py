@@ -36,3 +36,8 @@ class Interrupted(SurefootError):
     def __init__(self, signal_number: int, message: str = ""):
         super().__init__(message or f"stopped by signal {signal_number}")
         self.exit_code = 128 + signal_number
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

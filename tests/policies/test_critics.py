@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 
 from surefoot import PPO, SFT, RewardModel, TextTask, load_policy
@@ -23,8 +22,9 @@ from surefoot.train.ppo_objective import PPOObjective, advantages
 from surefoot.train.update import make_optimizer
 from tests.fakes import assert_close, config_of, named_gradient, train
 from tests.inputs import model_folder, refusal
+from tests.policies.test_lm import PAIRS, refused_lm
 from tests.policies.test_training import first_minibatch, rollout
-from tests.tiny import FAMILIES, LSTM, random_tokens, tiny_lm, tiny_policy, tiny_tokenizer, written_batch
+from tests.tiny import FAMILIES, LSTM, tiny_lm, tiny_policy, tiny_tokenizer, written_batch
 from tests.train.small_run import rows
 
 ADAPTER, SEPARATE = CriticConfig(kind="adapter"), CriticConfig(kind="separate")
@@ -32,7 +32,6 @@ KINDS = pytest.mark.parametrize("critic", [ADAPTER, SEPARATE], ids=["adapter", "
 # What is trained beside it: only a separate critic can go with either.
 BESIDE = [(ADAPTER, True), (SEPARATE, True), (SEPARATE, False)]
 SETTINGS = pytest.mark.parametrize(("critic", "adapter"), BESIDE, ids=["adapter", "separate", "separate, all weights"])
-PAIRS = [(random_tokens(p, seed=p), random_tokens(a, seed=40 + a)) for p, a in ((3, 5), (1, 1), (9, 4), (2, 12))]
 RUN: dict[str, Any] = {"dtype": "float32", "verbose": 0, "total_episodes": 8, "episodes_per_update": 8, "batch_size": 4}
 RUN |= {"max_new_tokens": 4, "learning_rate": 0.01, "run_checkpoint_every": 1}
 
@@ -64,6 +63,12 @@ def critics_own(name: str) -> bool:
     return name.startswith(("critic.", "value_head."))
 
 
+def trained(policy: CausalLMPolicy, *, critic: bool | None = None) -> dict[str, Tensor]:
+    """Copies of what is trained, or of the critic's part of it alone, or of the rest."""
+    named = policy.named_parameters_to_train()
+    return {name: p.detach().clone() for name, p in named if critic is None or critics_own(name) == critic}
+
+
 @torch.no_grad()
 def plain_values(policy: CausalLMPolicy, family: str) -> Tensor:
     """Values of every completion token from a plain transformers model that has the critic's weights, row by row."""
@@ -83,11 +88,11 @@ def plain_values(policy: CausalLMPolicy, family: str) -> Tensor:
     return torch.cat([policy.value_head(hidden) for hidden in found])
 
 
-def gradients(policy: CausalLMPolicy, loss: Tensor) -> set[str]:
-    """Names of the parameters that the loss reaches."""
-    names, parameters = zip(*policy.named_parameters_to_train(), strict=True)
-    found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
-    return {name for name, gradient in zip(names, found, strict=True) if gradient is not None and gradient.abs().max() > 0}
+def reached(policy: CausalLMPolicy, loss: Tensor) -> set[str]:
+    """Names of the parameters that the loss moves."""
+    named = dict(policy.named_parameters_to_train())
+    found = torch.autograd.grad(loss, [*named.values()], allow_unused=True, retain_graph=True)
+    return {name for name, gradient in zip(named, found, strict=True) if gradient is not None and gradient.any()}
 
 
 CRITICS = [(family, critic) for family in FAMILIES for critic in (ADAPTER, SEPARATE) if family != LSTM or critic is SEPARATE]
@@ -118,17 +123,14 @@ def test_the_critic_reads_neither_demonstrations_nor_what_no_values_are_learned_
 def test_the_value_loss_reaches_the_critic_alone_and_the_policy_loss_the_policy_alone(critic, adapter):
     policy, batch = tiny_policy(critic=critic, adapter=adapter, moved=True), written_batch(PAIRS)
     policy.reference_logprobs(batch)  # switches adapters off and on again
-    names = {name for name, _ in policy.named_parameters_to_train()}
-    own = {name for name in names if critics_own(name)}
-    view = policy.evaluate(batch, entropy_gradient=True)
-    assert gradients(policy, view.values_BT.square().sum()) == own and len(own) > 10
-    assert gradients(policy, view.logprobs_BT.sum()) == names - own and len(names - own) > 10
+    own, others = (trained(policy, critic=critic).keys() for critic in (True, False))
     view = policy.evaluate(batch, entropy_gradient=True)
     policy.compute_values(batch)  # a switch between forward and backward loses nothing
     policy.reference_logprobs(batch)
-    (view.values_BT.square().sum() + view.logprobs_BT.sum() + view.entropies_BT.sum()).backward()
-    assert {name for name, p in policy.named_parameters_to_train() if p.grad is not None} == names
-    assert {p.dtype for _, p in policy.named_parameters_to_train()} == {torch.float32}
+    assert reached(policy, view.values_BT.square().sum()) == own and len(own) > 10
+    for found in (view.logprobs_BT, view.entropies_BT):
+        assert reached(policy, found.sum()) == others and len(others) > 10
+    assert {p.dtype for p in trained(policy).values()} == {torch.float32}
 
 
 @SETTINGS
@@ -146,15 +148,13 @@ def test_policy_and_reference_are_what_they_are_without_the_critic(critic, adapt
         policy.compute_values(batch)
         assert torch.equal(policy.evaluate(batch).logprobs_BT, plain.evaluate(batch).logprobs_BT)
     assert policy.fingerprint() == plain.fingerprint()
-    policy.save_model(Path("with"))
-    plain.save_model(Path("without"))
-    saved, expected = (read_tensors(Path(folder) / "model.safetensors") for folder in ("with", "without"))
-    assert_close(saved, expected, 0.0)
+    for each, folder in ((policy, Path("with")), (plain, Path("without"))):
+        each.save_model(folder)
+    assert_close(*(read_tensors(Path(folder) / "model.safetensors") for folder in ("with", "without")), 0.0)
 
 
 def test_the_critics_adapter_starts_at_0_from_its_seed_alone():
-    torch.manual_seed(3)
-    named, again = (dict(tiny_policy(critic=ADAPTER).named_parameters_to_train()) for _ in range(2))
+    named, again = (trained(tiny_policy(critic=ADAPTER)) for _ in range(2))
     for name, parameter in named.items():
         assert torch.equal(parameter, again[name])
         if name.startswith("critic."):
@@ -188,11 +188,10 @@ def test_a_rollouts_values_are_the_critics_and_the_first_ratio_is_1(critic, adap
 
 
 def test_a_critic_may_start_as_another_model():
-    policy = loaded(CriticConfig(kind="separate", model=other_model("smaller", hidden_size=16, num_hidden_layers=3)))
-    other = tiny_lm(seed=3, hidden_size=16, num_hidden_layers=3).base_model.state_dict()
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3}
+    policy = loaded(CriticConfig(kind="separate", model=other_model("smaller", **sizes)))
     assert policy.critic is not None and policy.value_head.weight.shape == (1, 16)
-    own = policy.critic.body.state_dict()
-    assert own.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in own.items())
+    assert_close(policy.critic.body.state_dict(), tiny_lm(seed=3, **sizes).base_model.state_dict(), 0.0)
 
 
 @pytest.mark.parametrize("adapter", [AdapterConfig(rank=2), None], ids=["LoRA", "all weights"])
@@ -226,8 +225,7 @@ def test_save_and_load_keep_the_critic(critic):
     model = PPO(model_folder(), task(), critic=critic, **RUN).learn()
     model.save("out")
     again = PPO.load("out", task(), verbose=0)
-    both = ({n: p.detach() for n, p in m.policy.named_parameters_to_train() if critics_own(n)} for m in (model, again))
-    before, after = both
+    before, after = (trained(each.policy, critic=True) for each in (model, again))
     assert_close(after, before, 0.0)
     assert len(read_tensors(Path("out/surefoot_critic.safetensors"))) == len(before)
     assert model.policy.value_head.weight.abs().max() > 0
@@ -259,10 +257,9 @@ def test_while_the_critic_warms_up_the_policy_and_the_kl_coefficient_stay():
     """A policy that stands still has KL 0, which a controller would take for a coefficient too high."""
     settings = RUN | {"total_episodes": 24, "kl": {"coef": 0.1, "target": 1e-6, "horizon": 80.0}, "run_name": "run"}
     model = PPO(model_folder(), task(), critic={"kind": "adapter", "warmup_updates": 2}, **settings)
-    before = {name: p.detach().clone() for name, p in model.policy.named_parameters_to_train()}
+    before = trained(model.policy)
     model.learn(16)
-    trained = dict(model.policy.named_parameters_to_train())
-    assert {critics_own(name) for name, p in trained.items() if not torch.equal(p, before[name])} == {True}
+    assert {critics_own(name) for name, p in trained(model.policy).items() if not torch.equal(p, before[name])} == {True}
     model.learn(8)
     # Updates 1 and 2 warm up; 3 is the first to be counted, too late for its own coefficient.
     assert [row["kl/coef"] for row in rows(Path("runs/run")) if "kl/coef" in row] == [0.1, 0.1, 0.1]
@@ -279,58 +276,50 @@ def test_a_loaded_policy_without_the_critic_that_is_asked_for_is_refused(asked):
     PPO(loaded(asked), task(), critic=asked, **RUN).learn()
 
 
-def other_tokenizer() -> Any:
+def with_another_token() -> str:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["film"])
-    return tokenizer
+    return other_model("other", tokenizer=tokenizer)
 
 
-def without_calibration(reward: Path) -> str:
-    shutil.copytree(reward, "odd")
-    (Path("odd") / "surefoot_reward.safetensors").write_bytes(b"")
-    return "odd"
+def without_a_head() -> str:
+    other_model("other")
+    Path("other/surefoot_reward.safetensors").write_bytes(b"")
+    return "other"
 
 
-def bert() -> str:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.BertConfig(vocab_size=61, is_decoder=False, initializer_range=0.5, **sizes)
-    return other_model("bert", lm=transformers.AutoModelForCausalLM.from_config(config))
-
-
-CASES: dict[str, tuple[Callable[[Path], str], list[str]]] = {
-    "no folder": (lambda _: "./none", ["model: no folder ./none"]),
-    "no model": (lambda _: ".", ["model .", "config.json"]),
-    "other tokenizer": (lambda _: other_model("other", tokenizer=other_tokenizer()), ["model other", "'film' is 57"]),
-    "fewer embeddings": (lambda _: other_model("other", vocab_size=58), ["model other", "58", "61"]),
-    "a damaged reward model": (without_calibration, ["odd/surefoot_reward.safetensors"]),
-    "it looks ahead": (lambda _: bert(), ["model bert", "looks ahead"]),
+CASES: dict[str, tuple[Callable[[], str], list[str]]] = {
+    "no folder": (lambda: "./none", ["model: no folder ./none"]),
+    "no model": (lambda: ".", ["model .", "config.json"]),
+    "other tokenizer": (with_another_token, ["model other", "'film' is 57"]),
+    "fewer embeddings": (lambda: other_model("other", vocab_size=58), ["model other", "58", "61"]),
+    "a damaged reward model": (without_a_head, ["other/surefoot_reward.safetensors"]),
+    "it looks ahead": (lambda: other_model("bert", lm=refused_lm("looks ahead")), ["model bert", "looks ahead"]),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_critic_that_does_not_fit_is_refused_in_one_line(case, reward_folder):
+def test_a_critic_that_does_not_fit_is_refused_in_one_line(case):
     make, named = CASES[case]
-    critic = CriticConfig(kind="separate", model=make(reward_folder))
+    critic = CriticConfig(kind="separate", model=make())
     refusal(lambda: loaded(critic), *named)
     refusal(lambda: PPO(model_folder(), task(), critic=critic, **RUN), *named)
     assert not Path("runs").exists()
 
 
-def test_a_configs_critic_lies_beside_the_file(tmp_path, monkeypatch):
+def test_a_configs_critic_lies_beside_the_file():
     other_model("project/critic")
     Path("project/c.yaml").write_text("policy: {critic: {kind: separate, model: critic}}")
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    assert load_config("../project/c.yaml").policy.critic.model == "../project/critic"
+    assert load_config("project/c.yaml").policy.critic.model == "project/critic"
 
 
 def test_a_critic_has_a_learning_rate_which_the_schedule_moves_too():
     policy = tiny_policy(critic=SEPARATE)
-    before = {name: p.detach().clone() for name, p in policy.named_parameters_to_train()}
+    before = trained(policy)
     config = config_of(learning_rate=0.01, n_epochs=1, batch_size=100, max_grad_norm=1e9)
     optimizer = make_optimizer(policy, PPOObjective(config), critic_learning_rate=0.001)
     train(policy, rollout(policy), config, optimizer=optimizer, learning_rate=0.005)  # half of its highest
-    moved = {n: float((p.detach() - before[n]).abs().max()) for n, p in policy.named_parameters_to_train()}
+    moved = {name: float((p - before[name]).abs().max()) for name, p in trained(policy).items()}
     largest = {own: max(size for name, size in moved.items() if critics_own(name) == own) for own in (True, False)}
     # Adam's first step is its learning rate, but for ε, whatever the gradient.
     assert largest == {True: pytest.approx(0.0005, rel=0.02), False: pytest.approx(0.005, rel=0.02)}

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,36 +14,23 @@ from safetensors.torch import load_file, save_file
 from surefoot.config import AdapterConfig, PolicyConfig
 from surefoot.policies.lm.policy import load_policy, resolve_dtype
 from surefoot.policies.lm.pretrained import check_model_folder
-from tests.inputs import refusal
-from tests.tiny import FAMILIES, random_tokens, tiny_lm, tiny_policy, tiny_tokenizer, written_batch
+from tests.inputs import model_folder, refusal
+from tests.test_inputs import DAMAGED, WEIGHTS, Bomb, Damage, config, written
+from tests.tiny import FAMILIES, random_tokens, tiny_lm, tiny_policy, written_batch
 
 PAIRS = [(random_tokens(4, seed=1), random_tokens(6, seed=2))]
-WEIGHTS = "model.safetensors"
 FLOAT32 = PolicyConfig(adapter=AdapterConfig(rank=4), dtype="float32")
 
 
-@pytest.fixture(autouse=True)
-def _quiet_progress_bars():
-    transformers.utils.logging.disable_progress_bar()
-
-
-@pytest.fixture(scope="module")
-def whole_model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("whole")
-    tiny_lm().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def folder(whole_model, tmp_path) -> Path:
+def folder(tmp_path) -> Path:
     """A copy of a whole model, to be damaged."""
-    return Path(shutil.copytree(whole_model, tmp_path / "model"))
+    return Path(shutil.copytree(model_folder(), tmp_path / "model"))
 
 
 @pytest.fixture
-def sharded(whole_model, tmp_path) -> Path:
-    folder = Path(shutil.copytree(whole_model, tmp_path / "sharded", ignore=shutil.ignore_patterns(WEIGHTS)))
+def sharded(folder) -> Path:
+    (folder / WEIGHTS).unlink()
     tiny_lm().save_pretrained(folder, max_shard_size="20KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
     return folder
@@ -54,12 +38,6 @@ def sharded(whole_model, tmp_path) -> Path:
 
 def refuse(folder: Path | str, *named: str) -> None:
     refusal(lambda: load_policy(str(folder), FLOAT32), *named)
-
-
-def test_loading_and_saving_print_nothing(whole_model, tmp_path, capfd) -> None:
-    transformers.utils.logging.enable_progress_bar()
-    load_policy(str(whole_model), FLOAT32).save(tmp_path)
-    assert (*capfd.readouterr(),) == ("", "") and transformers.utils.logging.is_progress_bar_enabled()
 
 
 @pytest.mark.parametrize("adapter", [True, False], ids=["LoRA", "all weights"])
@@ -90,72 +68,36 @@ def test_a_bfloat16_base_is_saved_with_the_adapter_merged_in_float32(tmp_path):
     assert sum(not torch.equal(saved[name], base[name]) for name in saved) == 14  # seven linear layers in two blocks
 
 
-def test_loading_a_saved_folder_whole_or_sharded_gives_the_same_policy(whole_model, sharded):
+def test_loading_a_saved_folder_whole_or_sharded_prints_nothing_and_gives_the_same_policy(sharded, tmp_path, capfd):
     made, batch = tiny_policy(), written_batch(PAIRS)
-    for loaded in (load_policy(str(folder), FLOAT32) for folder in (whole_model, sharded)):
+    transformers.utils.logging.enable_progress_bar()
+    policies = [load_policy(str(folder), FLOAT32) for folder in (model_folder(), sharded)]
+    policies[0].save(tmp_path)
+    assert (*capfd.readouterr(),) == ("", "") and transformers.utils.logging.is_progress_bar_enabled()
+    for loaded in policies:
         assert torch.equal(loaded.evaluate(batch).logprobs_BT, made.evaluate(batch).logprobs_BT)
         assert loaded.tokenizer("the end")["input_ids"] == made.tokenizer("the end")["input_ids"]
         assert (loaded.model_end_tokens, loaded.fingerprint()) == (made.model_end_tokens, made.fingerprint())
 
 
-def test_bfloat16_stores_only_a_frozen_base_in_bfloat16(whole_model):
+def test_bfloat16_stores_only_a_frozen_base_in_bfloat16():
     for adapter, stored in ((AdapterConfig(rank=4), {torch.bfloat16}), (None, set())):
-        policy = load_policy(str(whole_model), PolicyConfig(adapter=adapter, dtype="bfloat16"))
+        policy = load_policy(str(model_folder()), PolicyConfig(adapter=adapter, dtype="bfloat16"))
         assert {p.dtype for p in policy.lm.parameters() if not p.requires_grad} == stored
         assert {p.dtype for _, p in policy.named_parameters_to_train()} == {torch.float32}
 
 
-def rewritten(folder: Path, change: Callable[[bytes], bytes], name: str = WEIGHTS) -> None:
-    (folder / name).write_bytes(change((folder / name).read_bytes()))
+def without_numbers(folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS)
+    weights["model.norm.weight"].fill_(float("nan"))
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def with_header(header: bytes) -> Callable[[Path], None]:
-    return lambda folder: rewritten(folder, lambda data: len(header).to_bytes(8, "little") + header)
-
-
-def overlap(data: bytes) -> bytes:
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    first, second = [name for name in header if name != "__metadata__"][:2]
-    header[first]["data_offsets"] = header[second]["data_offsets"]
-    text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + data[8 + size :]
-
-
-def reconfigured(**change: Any) -> Callable[[Path], None]:
-    return lambda folder: rewritten(folder, lambda data: json.dumps(json.loads(data) | change).encode(), "config.json")
-
-
-def reweighted(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        weights = load_file(folder / WEIGHTS)
-        change(weights)
-        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-
-    return damage
-
-
-LOST = "model.layers.1.mlp.up_proj.weight"  # transformers would fill the gap with random numbers and only warn
-DAMAGED_HEADERS = [b"[]", b'"x"', b"{}{}", b"\xff\xfe", b'{"a": 1}', b'{"a": {"data_offsets": [0]}}']
-DAMAGED_HEADERS += [b'{"a": {"data_offsets": [0, "x"]}}', b"[" * 100_000]
-DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), f"no {WEIGHTS}"),
-    "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
-    "no tokenizer": (lambda folder: [file.unlink() for file in folder.glob("tokenizer*")], "model"),
-    "more than it says": (lambda folder: rewritten(folder, lambda data: data + b"\0" * 64), WEIGHTS),
-    "overlapping tensors": (lambda folder: rewritten(folder, overlap), "model"),
-    "missing weights": (reweighted(lambda weights: weights.pop(LOST)), LOST),
-    "not numbers": (reweighted(lambda weights: weights["model.norm.weight"].fill_(float("nan"))), "nan"),
-    "other shapes": (reconfigured(hidden_size=48), "32"),
-    "a width that is not a number": (reconfigured(hidden_size="wide"), "model"),
-    "an unknown kind": (reconfigured(model_type="nonesuch"), "model"),
-    "not causal": (reconfigured(model_type="t5"), "model"),
-}
-DAMAGES |= {f"cut to {n}": (lambda f, n=n: rewritten(f, lambda data: data[:n]), WEIGHTS) for n in (0, 5, 8, 200, -1)}
-DAMAGES |= {f"header {n}": (with_header(header), WEIGHTS) for n, header in enumerate(DAMAGED_HEADERS)}
-DAMAGES |= {  # refused before it is read
-    f"huge header {n}": (lambda f, n=n: rewritten(f, lambda data: n.to_bytes(8, "little") + data[8:]), "header")
-    for n in (2**63, 10**12, 99_999_999)
+DAMAGES: dict[str, tuple[Damage, str]] = {  # more of them: tests/test_inputs.py
+    "less than it says": (written(WEIGHTS, lambda data: data[:-1]), DAMAGED),
+    "more than it says": (written(WEIGHTS, lambda data: data + b"\0" * 64), DAMAGED),
+    "not numbers": (without_numbers, "nan"),
+    "an unknown kind": (config(model_type="nonesuch"), "configuration"),
 }
 
 
@@ -166,34 +108,18 @@ def test_a_damaged_folder_is_refused_and_what_is_wrong_is_named(folder, case):
     refuse(folder, named)
 
 
-class _Canary:
-    """Unpickling this makes a file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth", "model.pkl", WEIGHTS, "theirs.py"])
-def test_pickled_weights_are_refused_without_being_opened(folder, tmp_path, name):
-    canary = tmp_path / "canary"
-    if name == "theirs.py":  # nor is code that comes with a model run
-        auto_map = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
-        reconfigured(model_type="their_own", auto_map=auto_map)(folder)
-        (folder / name).write_text(f"import pathlib\npathlib.Path({str(canary)!r}).touch()\n")
-        refuse(folder, str(folder))
-    else:
-        (folder / WEIGHTS).unlink()
-        (folder / name).write_bytes(pickle.dumps(_Canary(canary)))
-        refuse(folder, name, "safetensors")
-    assert not canary.exists()
+@pytest.mark.usefixtures("in_own_folder")
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth", "model.pkl", WEIGHTS])
+def test_pickled_weights_are_refused_without_being_opened(folder, name):
+    (folder / WEIGHTS).unlink()
+    (folder / name).write_bytes(pickle.dumps(Bomb()))
+    refuse(folder, name, "safetensors")
+    assert not Path("canary").exists()
 
 
 def test_a_missing_or_truncated_shard_and_a_damaged_index_are_named(sharded):
     shard = sorted(sharded.glob("model-*.safetensors"))[1]
-    rewritten(sharded, lambda data: data[:-1], shard.name)
+    written(shard.name, lambda data: data[:-1])(sharded)
     for damage in (lambda: None, shard.unlink):
         damage()
         refuse(sharded, shard.name)

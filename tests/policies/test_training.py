@@ -49,8 +49,7 @@ def assert_first_ratio_is_1(policy: CausalLMPolicy, batch: Batch, *, exact: bool
     assert seen["approx_kl"] < (1e-10 if exact else 1e-5) and seen["clipped"] == 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize(("family", "temperature"), [*((family, 1.0) for family in FAMILIES), ("llama", 0.6)])
 def test_before_the_first_step_the_ratio_is_1_and_there_is_no_kl_to_the_reference(family, temperature):
     batch = rollout(tiny_policy(family), temperature=temperature)
     assert (batch.logprobs_BT - batch.reference_logprobs_BT).abs().max() < 1e-4
@@ -58,13 +57,6 @@ def test_before_the_first_step_the_ratio_is_1_and_there_is_no_kl_to_the_referenc
     batch = rollout(policy, temperature=temperature)
     assert (batch.logprobs_BT - batch.reference_logprobs_BT).abs().max() > 0.01
     assert_first_ratio_is_1(policy, batch)
-
-
-def test_a_temperature_on_one_side_only_would_be_seen_in_the_first_ratio():
-    policy = tiny_policy()
-    batch = rollout(policy, temperature=0.6)
-    batch.temperature = 1.0
-    assert abs(first_minibatch(train(policy, batch, PPO))["ratio"] - 1) > 0.1
 
 
 @pytest.mark.parametrize("adapter", [True, False], ids=["LoRA", "all weights"])

@@ -149,9 +149,8 @@ class TokenEngine:
         if policy is not self.model:
             raise ValueError("sync: a TokenEngine writes with the model that it was made for")
         if self._rows:
-            raise RuntimeError(
-                f"sync: {len(self._rows)} completions are being written; poll or abort them first"
-            )
+            writing = f"sync: {len(self._rows)} completions are being written"
+            raise RuntimeError(f"{writing}; poll or abort them first")
         self._version = version
 
     def _fits(self, request: Request) -> bool:
@@ -235,11 +234,12 @@ class TokenEngine:
         logits_BV, values_B = self.model.step(tokens, positions, attention, cache)
         uniforms = [row.uniforms[len(row.completion.tokens)] for row in rows]
         drawn = sample(logits_BV, torch.tensor(uniforms, dtype=torch.float64), self._params)
-        for name, values in zip(
-            ("tokens", "logprobs", "entropies", "values"), (*drawn, values_B), strict=True
-        ):
-            for row, value in zip(rows, values.tolist(), strict=True):
-                getattr(row.completion, name).append(value)
+        columns = [values.tolist() for values in (*drawn, values_B)]
+        for row, token, logprob, entropy, value in zip(rows, *columns, strict=True):
+            row.completion.tokens.append(token)
+            row.completion.logprobs.append(logprob)
+            row.completion.entropies.append(entropy)
+            row.completion.values.append(value)
 
     def _is_finished(self, row: _Row) -> bool:
         tokens, stop = row.completion.tokens, row.request.stop

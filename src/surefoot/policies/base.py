@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from surefoot.types import Batch, Evaluation
+
+Tensors: TypeAlias = dict[str, Tensor]
+Arrays: TypeAlias = Mapping[str, NDArray[Any]]
+Memory: TypeAlias = tuple[NDArray[Any], ...] | None  # of a recurrent policy, outside of training
 
 
 class Policy(Protocol):
@@ -49,10 +53,10 @@ class Policy(Protocol):
 class ActingPolicy(Policy, Protocol):
     """A policy that acts step by step: what `policies/control/policy.py` provides."""
 
-    def prepare(self, observations: Mapping[str, NDArray[Any]], *, learn: bool = False) -> dict[str, Tensor]:
+    def prepare(self, observations: Arrays, *, learn: bool = False) -> Tensors:
         """Arrays [N, ...] as tensors."""
 
-    def initial_state(self, rows: int) -> dict[str, Tensor]:
+    def initial_state(self, rows: int) -> Tensors:
         """What is remembered before the first step; empty without memory."""
 
     def acting(self) -> AbstractContextManager[Any]:
@@ -62,28 +66,21 @@ class ActingPolicy(Policy, Protocol):
         """Randomness of a rollout, entry t for step t."""
 
     def act(
-        self,
-        observations: dict[str, Tensor],
-        state: dict[str, Tensor],
-        *,
-        episode_starts: Tensor,
-        noise: Any = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self, observations: Tensors, state: Tensors, *, episode_starts: Tensor, noise: Any = None
+    ) -> tuple[Tensor, Tensors]:
         """Actions [N, ...] and what is remembered after them; without noise the greedy ones."""
 
-    def values(
-        self, observations: dict[str, Tensor], state: dict[str, Tensor], *, episode_starts: Tensor
-    ) -> Tensor:
+    def values(self, observations: Tensors, state: Tensors, *, episode_starts: Tensor) -> Tensor:
         """V [N]."""
 
     def predict(
         self,
-        observations: Mapping[str, NDArray[Any]],
-        state: tuple[NDArray[Any], ...] | None = None,
+        observations: Arrays,
+        state: Memory = None,
         episode_start: NDArray[Any] | None = None,
         *,
         noise_from: torch.Generator | None = None,
-    ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...] | None]:
+    ) -> tuple[NDArray[Any], Memory]:
         """Actions [N, ...] and state outside of training; greedy without `noise_from`."""
 
     def load_extras(self, folder: Path) -> None:

@@ -1,5 +1,4 @@
-"""The PPO gradient of two small tanh towers written out in NumPy: what autograd would find, without its
-bookkeeping.
+"""The PPO gradient of two small tanh towers written out in NumPy: autograd's, without its bookkeeping.
 
 A network of two layers of 64 spends its update on starting operations, not on numbers, and NumPy starts them
 faster; and its dozen small tensors lie end to end while an update lasts, so that norm, clipping and Adam are
@@ -49,14 +48,13 @@ def supports(policy: Any) -> bool:
         and not list(extractor.parameters())
         and not layers.is_shared
         and all(isinstance(tower, Tower) and tower.is_tanh for tower in (layers.policy, layers.value))
-        and isinstance(policy.head, (CategoricalHead, GaussianHead, StateDependentHead))
+        and type(policy.head) in (CategoricalHead, GaussianHead, StateDependentHead)
         and all(parameter.requires_grad for parameter in policy.parameters())
     )
 
 
 class FastMLP:
-    """A policy's weights on one vector, and the gradient there of one minibatch: an `Accelerator` of
-    `train/objective.py`.
+    """A policy's weights on one vector, and a minibatch's gradient: an `Accelerator` (`train/objective.py`).
 
     `lent` moves weights and Adam's moments in, and out again at the end: outside of it the policy knows
     nothing of this.
@@ -74,14 +72,13 @@ class FastMLP:
             own: _Parameter(values.view_as(own).numpy(), gradient.view_as(own).numpy())
             for own, values, gradient in zip(self.parameters, *both, strict=True)
         }
-        actor: list[Any] = [*list(policy.layers.policy)[::2], policy.head.linear]
-        critic: list[Any] = [*list(policy.layers.value)[::2], policy.value_head]
+        layers, head = policy.layers, policy.head
         self.actor, self.critic = (
-            _Network([(slices[linear.weight], slices[linear.bias]) for linear in layers])
-            for layers in (actor, critic)
+            _Network([(slices[linear.weight], slices[linear.bias]) for linear in (*[*tower][::2], last)])
+            for tower, last in ((layers.policy, head.linear), (layers.value, policy.value_head))
         )
-        self.log_std = None if isinstance(policy.head, CategoricalHead) else slices[policy.head.log_std]
-        self.head: Any = _Gaussian if isinstance(policy.head, GaussianHead) else _StateDependent
+        self.log_std = None if isinstance(head, CategoricalHead) else slices[head.log_std]
+        self.head: Any = _StateDependent if isinstance(head, StateDependentHead) else _Gaussian
 
     @contextlib.contextmanager
     def lent(self, optimizer: torch.optim.Adam) -> Iterator[torch.optim.Adam]:
@@ -108,12 +105,10 @@ class FastMLP:
         for parameter, values in zip(self.parameters, self.weights.split(self.sizes), strict=True):
             parameter.copy_(values.view_as(parameter))
         if state := self.optimizer.state.get(self.weights):
-            parts = zip(self.parameters, *(state[name].split(self.sizes) for name in MOMENTS), strict=True)
-            for parameter, *moments in parts:
-                own = [part.view_as(parameter).clone() for part in moments]
-                optimizer.state[parameter] = {"step": state["step"].clone()} | dict(
-                    zip(MOMENTS, own, strict=True)
-                )
+            for name in MOMENTS:
+                for parameter, part in zip(self.parameters, state[name].split(self.sizes), strict=True):
+                    optimizer.state[parameter][name] = part.view_as(parameter).clone()
+                    optimizer.state[parameter]["step"] = state["step"].clone()
 
     def gradient(self, batch: Batch, settings: LossSettings, normalize: bool, token_budget: int) -> PPOStats:
         """Add the PPO loss's gradient on all of `batch` ([N, 1]), over its steps, to the vector's."""
@@ -142,10 +137,8 @@ class FastMLP:
             head = self.head(outputs, actions, self.log_std, self.actor.hidden[-1])
         new = (head.logprobs[:, None], values, head.entropies[:, None])
         old = (batch.logprobs_BT.numpy(), batch.values_BT.numpy(), advantages_BT, batch.returns_BT.numpy())
-        mask_BT = batch.mask_BT.numpy()
-        stats, by_logprob, by_value, by_entropy = loss_gradient(
-            new, old, mask_BT, 1.0 / denominator, settings
-        )
+        found = loss_gradient(new, old, batch.mask_BT.numpy(), 1.0 / denominator, settings)
+        stats, by_logprob, by_value, by_entropy = found
         self.critic.backward(by_value)
         self.actor.backward(head.backward(by_logprob, by_entropy))
         return stats
@@ -167,11 +160,9 @@ def loss_gradient(
     scale: float,
     settings: LossSettings,
 ) -> tuple[PPOStats, Array, Array, Array | None]:
-    """The sums of `ppo_loss`, and the loss's derivatives by log-probs, values and entropies (None without
-    `ent_coef`).
+    """The sums of `ppo_loss`, and its derivatives by log-probs, values and (with `ent_coef`) entropies.
 
-    `new` are these three, `old` log-probs, values, advantages and returns, all [N, 1]. What is masked is
-    replaced last.
+    `new` are these three, `old` log-probs, values, advantages and returns: [N, 1]. What is masked goes last.
     """
     (logprobs, values, entropies), (old_logprobs, old_values, advantages, returns) = new, old
     log_ratio = logprobs - old_logprobs
@@ -261,8 +252,7 @@ class _Network:
 
 
 class _Categorical:
-    """log softmax of logits [N, A] at the actions [N], and its derivative; `mask` [N, A] names the legal
-    ones.
+    """log softmax of logits [N, A] at the actions [N], and its derivative; `mask` [N, A] are the legal ones.
 
     Worked out as [A, N]: NumPy is slow over short last dimensions.
     """

@@ -130,11 +130,6 @@ class EpisodicLSTM(nn.Module):
         super().__init__()
         self.lstm = nn.LSTM(features, width)
 
-    def initial_state(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Zeros (h, c), [rows, width] each."""
-        zeros = torch.zeros(rows, self.lstm.hidden_size, device=next(self.lstm.parameters()).device)
-        return zeros, zeros
-
     def forward(
         self, features_BTF: Tensor, state: tuple[Tensor, Tensor], starts_BT: Tensor
     ) -> tuple[Tensor, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from surefoot.config import NetworkConfig
 from surefoot.core.running import RunningMoments
-from surefoot.errors import InputError
+from surefoot.errors import InputError, one_line
+from surefoot.policies.base import Arrays, Memory, Tensors
 from surefoot.policies.control.actions import action_head
 from surefoot.policies.control.networks import EpisodicLSTM, Extractor, Layers, is_image, orthogonal
 from surefoot.storage.safetensors import read_tensors
@@ -26,7 +27,6 @@ WEIGHTS, MOMENTS = "policy.safetensors", "normalization.json"
 CLIP_OBSERVATION = 10.0
 # The recurrent state of actor and critic, [N, H]; in a batch [B, 1, H], before each row's first step.
 STATE = ("state/pi_h", "state/pi_c", "state/vf_h", "state/vf_c")
-State = dict[str, Tensor]
 
 
 class ControlPolicy(nn.Module):
@@ -50,11 +50,13 @@ class ControlPolicy(nn.Module):
     ):
         super().__init__()
         config = config or NetworkConfig()
-        self.has_masks = ACTION_MASK in spaces
         self.spaces = {name: space for name, space in spaces.items() if name != ACTION_MASK}
-        self.dtype = dtype
-        normalized = {name: space for name, space in self.spaces.items() if normalize and _is_vector(space)}
-        self.moments = {name: RunningMoments.of(space.shape) for name, space in normalized.items()}
+        self.dtype, self.exact_logprobs = dtype, dtype == torch.float32
+        self.reads_whole_rows = "Lstm" in kind
+        # Numbers are normalized: no image, no count and no switch.
+        boxes = {name: space for name, space in self.spaces.items() if type(space).__name__ == "Box"}
+        vectors = {n: box for n, box in boxes.items() if box.dtype.kind in "fiu" and not is_image(box)}
+        self.moments = {n: RunningMoments.of(box.shape) for n, box in vectors.items() if normalize}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if extractor is None:
@@ -71,7 +73,7 @@ class ControlPolicy(nn.Module):
 
     def _build(self, width: int, action_space: Any, config: NetworkConfig, kind: str) -> None:
         self.lstm = self.critic_lstm = None
-        if "Lstm" in kind:
+        if self.reads_whole_rows:
             self.lstm = EpisodicLSTM(width, config.lstm_hidden_size)
             self.critic_lstm = self.lstm if config.share else EpisodicLSTM(width, config.lstm_hidden_size)
             width = config.lstm_hidden_size
@@ -86,16 +88,6 @@ class ControlPolicy(nn.Module):
                 orthogonal(module, gain)
 
     @property
-    def exact_logprobs(self) -> bool:
-        """Float32 repeats itself to rounding."""
-        return self.dtype == torch.float32
-
-    @property
-    def reads_whole_rows(self) -> bool:
-        """With an LSTM, the value of a step depends on the steps before it."""
-        return self.lstm is not None
-
-    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.value_head.weight.device
@@ -104,7 +96,7 @@ class ControlPolicy(nn.Module):
         """All parameters, but those that the user's network keeps frozen."""
         return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
 
-    def prepare(self, observations: Mapping[str, NDArray[Any]], *, learn: bool = False) -> dict[str, Tensor]:
+    def prepare(self, observations: Arrays, *, learn: bool = False) -> Tensors:
         """Arrays from an environment as tensors, normalized on request; `learn` first updates the moments."""
         prepared = {}
         for name, values in observations.items():
@@ -119,12 +111,12 @@ class ControlPolicy(nn.Module):
             prepared[name] = tensor.bool() if name == ACTION_MASK else tensor
         return {name: tensor.to(self.device) for name, tensor in prepared.items()}
 
-    def initial_state(self, rows: int) -> State:
+    def initial_state(self, rows: int) -> Tensors:
         """The recurrent state before the first step, [rows, width] each; empty without an LSTM."""
         if self.lstm is None:
             return {}
-        h, c = self.lstm.initial_state(rows)
-        return dict(zip(STATE[:2] if self.critic_lstm is self.lstm else STATE, (h, c, h, c), strict=False))
+        zeros = torch.zeros(rows, self.lstm.lstm.hidden_size, device=self.device)
+        return dict.fromkeys(STATE[:2] if self.critic_lstm is self.lstm else STATE, zeros)
 
     def acting(self) -> contextlib.AbstractContextManager[Any]:
         """To hold while weights stand still: under autocast, each is rounded once then, not at every step."""
@@ -137,8 +129,8 @@ class ControlPolicy(nn.Module):
 
     @torch.no_grad()
     def act(
-        self, observations: dict[str, Tensor], state: State, *, episode_starts: Tensor, noise: Any = None
-    ) -> tuple[Tensor, State]:
+        self, observations: Tensors, state: Tensors, *, episode_starts: Tensor, noise: Any = None
+    ) -> tuple[Tensor, Tensors]:
         """An action for each row, and the recurrent state after it; the greedy action without `noise`.
 
         Where `episode_starts` [N] (bool), an episode begins with this observation: the state is not read.
@@ -150,7 +142,7 @@ class ControlPolicy(nn.Module):
         return self.head.sample(latent, noise, observations.get(ACTION_MASK)), state
 
     @torch.no_grad()
-    def values(self, observations: dict[str, Tensor], state: State, *, episode_starts: Tensor) -> Tensor:
+    def values(self, observations: Tensors, state: Tensors, *, episode_starts: Tensor) -> Tensor:
         """V [N] of observations, given the recurrent state before them."""
         with self._autocast():
             features = self._features(observations)
@@ -196,17 +188,16 @@ class ControlPolicy(nn.Module):
             self.load_state_dict(read_tensors(folder / WEIGHTS))
             self.restore(json.loads((folder / MOMENTS).read_text(encoding="utf-8")))
         except (RuntimeError, OSError, ValueError, LookupError, TypeError) as error:
-            why = " ".join(str(error).split())[:300]
-            raise InputError(f"{folder} does not fit this environment's policy: {why}") from None
+            raise InputError(f"{folder} does not fit this environment's policy: {one_line(error)}") from None
 
     def predict(
         self,
-        observations: Mapping[str, NDArray[Any]],
-        state: tuple[NDArray[Any], ...] | None = None,
+        observations: Arrays,
+        state: Memory = None,
         episode_start: NDArray[Any] | None = None,
         *,
         noise_from: torch.Generator | None = None,
-    ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...] | None]:
+    ) -> tuple[NDArray[Any], Memory]:
         """Actions [N, ...] for observations by name, and the recurrent state; greedy without `noise_from`."""
         prepared = self.prepare(observations)
         rows = len(next(iter(prepared.values())))
@@ -237,22 +228,20 @@ class ControlPolicy(nn.Module):
         try:
             shape = [*self._features({name: v.to(device) for name, v in self.prepare(arrays).items()}).shape]
         except Exception as error:
-            why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            raise InputError(
-                f"policy: your network fails on observations of this environment: {why}"
-            ) from error
+            failed = f"policy: your network fails on observations of this environment: {type(error).__name__}"
+            raise InputError(f"{failed}: {one_line(error)}") from error
         if shape != [2, width]:
             raise InputError(f"policy: your network returns {shape} for 2 observations; not [2, {width}]")
 
-    def _features(self, observations: dict[str, Tensor]) -> Tensor:
+    def _features(self, observations: Tensors) -> Tensor:
         """The user's network gets what the environment gives: a tensor, or a dict of them."""
         is_plain = not isinstance(self.extractor, Extractor) and list(self.spaces) == [OBSERVATION]
         features: Tensor = self.extractor(observations[OBSERVATION] if is_plain else observations)
         return features
 
     def _recur(
-        self, features: Tensor, state: State, starts: Tensor, *, critic: bool
-    ) -> tuple[tuple[Tensor, Tensor], State]:
+        self, features: Tensor, state: Tensors, starts: Tensor, *, critic: bool
+    ) -> tuple[tuple[Tensor, Tensor], Tensors]:
         """Features of actor and critic after the LSTM; `features` [N, F] are rows of `starts` [B, T]."""
         if self.lstm is None or self.critic_lstm is None:
             return (features, features), state
@@ -264,7 +253,7 @@ class ControlPolicy(nn.Module):
             new.update({} if last is None else zip(names, last, strict=True))
             return torch.flatten(output_BTF, 0, 1)
 
-        new: State = {}
+        new: Tensors = {}
         actor = after(self.lstm, STATE[:2])
         has_two = critic and self.critic_lstm is not self.lstm
         return (actor, after(self.critic_lstm, STATE[2:]) if has_two else actor), new
@@ -273,8 +262,3 @@ class ControlPolicy(nn.Module):
         if self.dtype != torch.bfloat16:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
-
-
-def _is_vector(space: Any) -> bool:
-    """Whether to normalize an observation: numbers that are no image, no count and no switch."""
-    return type(space).__name__ == "Box" and space.dtype.kind in "fiu" and not is_image(space)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,8 +11,7 @@ from torch import nn
 
 from surefoot.config import AdapterConfig
 from surefoot.data.silence import silence_transformers
-from surefoot.errors import InputError
-from surefoot.policies.lm.pretrained import one_line
+from surefoot.errors import InputError, one_line
 
 # Their names in peft; `default` is what peft calls the first one.
 POLICY, CRITIC = "default", "critic"
@@ -45,17 +43,6 @@ def add_adapter(lm: Any, config: AdapterConfig, seed: int) -> Any:
             return get_peft_model(lm, settings)
     except ValueError as error:
         raise InputError(f"policy.adapter.targets: {one_line(error)}") from None
-
-
-def add_critic_adapter(adapter: Any, seed: int) -> None:
-    """Put the critic's adapter beside the policy's: of the same shape, at 0 too, and trained too."""
-    before = {name for name, _ in adapter.named_parameters()}
-    with torch.random.fork_rng(devices=[]), silence_transformers():
-        torch.manual_seed(seed)
-        adapter.add_adapter(CRITIC, copy.deepcopy(adapter.peft_config[POLICY]))
-    for name, parameter in adapter.named_parameters():
-        if name not in before:
-            parameter.requires_grad_(True)
 
 
 @contextlib.contextmanager

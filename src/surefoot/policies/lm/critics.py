@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from surefoot.config import CriticConfig
 from surefoot.core.seeds import derived_seed
-from surefoot.errors import InputError
+from surefoot.data.silence import silence_transformers
+from surefoot.errors import InputError, one_line
 from surefoot.policies.lm import adapters
-from surefoot.policies.lm.pretrained import REWARD, load_pretrained, one_line
+from surefoot.policies.lm.pretrained import REWARD, load_pretrained
 from surefoot.storage.safetensors import read_tensors
 
 
@@ -31,7 +32,7 @@ class Critic:
 
     def __init__(self, lm: Any, *, adapter: Any = None, head: dict[str, Tensor] | None = None):
         self.body, self.adapter, self.head = lm.base_model, adapter, head
-        self.width, self.context_length = _width(lm), context_length(lm)
+        self.width, self.context_length = lm.get_output_embeddings().weight.shape[1], context_length(lm)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained, by name; float32."""
@@ -46,9 +47,14 @@ class Critic:
 
 
 def adapter_critic(adapter: Any, *, seed: int) -> Critic:
-    """A second adapter over the base of peft's model `adapter`, of the same shape as the policy's."""
-    adapters.add_critic_adapter(adapter, derived_seed(seed, "critic", 0))
-    return Critic(adapter.get_base_model(), adapter=adapter)
+    """A second adapter over the base of peft's model `adapter`: of the policy's shape, at first 0 too."""
+    with torch.random.fork_rng(devices=[]), silence_transformers():
+        torch.manual_seed(derived_seed(seed, "critic", 0))
+        adapter.add_adapter(adapters.CRITIC, copy.deepcopy(adapter.peft_config[adapters.POLICY]))
+    critic = Critic(adapter.get_base_model(), adapter=adapter)
+    for parameter in critic.parameters().values():
+        parameter.requires_grad_(True)
+    return critic
 
 
 def separate_critic(lm: Any, tokenizer: Any, config: CriticConfig, *, dtype: torch.dtype) -> Critic:
@@ -69,10 +75,8 @@ def separate_critic(lm: Any, tokenizer: Any, config: CriticConfig, *, dtype: tor
         _check_causal(config.model, source.base_model)
     critic = Critic(source, head=head)
     if head is not None and head["weight"].shape != (1, critic.width):
-        sizes = (
-            f"the head in {REWARD} is {list(head['weight'].shape)}, and the model wants [1, {critic.width}]"
-        )
-        raise InputError(f"policy.critic.model {config.model}: {sizes}")
+        found = f"the head in {REWARD} is {list(head['weight'].shape)}, and the model wants"
+        raise InputError(f"policy.critic.model {config.model}: {found} [1, {critic.width}]")
     body = copy.deepcopy(critic.body) if source is lm else critic.body
     critic.body = body.float().eval().requires_grad_(True)
     return critic
@@ -81,10 +85,6 @@ def separate_critic(lm: Any, tokenizer: Any, config: CriticConfig, *, dtype: tor
 def context_length(lm: Any) -> int:
     """Most tokens that a transformers model reads."""
     return int(getattr(lm.config, "max_position_embeddings", 1 << 30))
-
-
-def _width(lm: Any) -> int:
-    return int(lm.get_output_embeddings().weight.shape[1])
 
 
 def _calibrated_head(file: Path) -> dict[str, Tensor]:

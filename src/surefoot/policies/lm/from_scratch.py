@@ -37,17 +37,11 @@ def learn_tokenizer(texts: Iterable[str], vocab: int, *, chat: bool = False) -> 
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token=END,
-        clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE if chat else None,
-    )
+    settings: dict[str, Any] = {"initial_alphabet": sorted(pre_tokenizers.ByteLevel.alphabet())}
+    settings |= {"vocab_size": vocab, "special_tokens": special, "show_progress": False}
+    backend.train_from_iterator(texts, trainers.BpeTrainer(**settings))
+    written = {"clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE if chat else None}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, **written)
 
 
 def random_lm(settings: NewModelConfig, tokenizer: Any, *, seed: int) -> Any:

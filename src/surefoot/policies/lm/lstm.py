@@ -58,8 +58,8 @@ class _Body(nn.Module):
     def __init__(self, config: LstmConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        sizes = (config.hidden_size, config.hidden_size, config.num_hidden_layers)
-        self.lstm = nn.LSTM(*sizes, batch_first=True)
+        width = config.hidden_size
+        self.lstm = nn.LSTM(width, width, config.num_hidden_layers, batch_first=True)
 
     def train(self, mode: bool = True) -> _Body:
         super().train(mode)
@@ -77,8 +77,8 @@ class _Body(nn.Module):
         """Hidden states [B, T, D] float32. Where the mask [B, S] is 0, a state stays as it was."""
         rows, steps = input_ids.shape
         mask_BT = None if attention_mask is None else attention_mask[:, -steps:].bool()
-        states = self._zeros(rows) if past_key_values is None else past_key_values.states
-        state = states[:, :, :rows].contiguous()
+        kept = self.zeros(rows) if past_key_values is None else past_key_values.states
+        state = kept[:, :, :rows].contiguous()
         # In float32 always: in bfloat16 the state's rounding errors would add up over a row, and differ
         # between a row written one token at a time and one read at once.
         with torch.autocast(input_ids.device.type, enabled=False):
@@ -97,7 +97,8 @@ class _Body(nn.Module):
             past_key_values.states[:, :, :rows] = state
         return BaseModelOutputWithPast(last_hidden_state=hidden_BTD, past_key_values=past_key_values)
 
-    def _zeros(self, rows: int) -> Tensor:
+    def zeros(self, rows: int) -> Tensor:
+        """States before the first token."""
         return self.embed_tokens.weight.new_zeros((2, self.lstm.num_layers, rows, self.lstm.hidden_size))
 
 
@@ -119,14 +120,6 @@ class LstmForCausalLM(PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The layer that reads tokens."""
-        return self.model.embed_tokens
-
-    def get_output_embeddings(self) -> nn.Linear:
-        """The layer that gives logits."""
-        return self.lm_head
-
     def forward(self, input_ids: Tensor, **inputs: Any) -> CausalLMOutputWithPast:
         """Logits [B, T, V] and hidden states; `inputs` are `_Body.forward`'s, others change nothing."""
         out = self.model(input_ids, **inputs)
@@ -137,7 +130,7 @@ class LstmForCausalLM(PreTrainedModel):
 
     def new_cache(self, *, slots: int, columns: int) -> StateCache:
         """What the token engine is to keep for `slots` rows: all zero, as before the first token."""
-        return StateCache(self.model._zeros(slots), columns=columns)
+        return StateCache(self.model.zeros(slots), columns=columns)
 
 
 AutoConfig.register(LstmConfig.model_type, LstmConfig, exist_ok=True)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from surefoot.config import PolicyConfig
 from surefoot.data.silence import silence_transformers
-from surefoot.errors import InputError
+from surefoot.errors import InputError, one_line
 from surefoot.policies.lm import adapters
 from surefoot.policies.lm import token_logprobs as head
 from surefoot.policies.lm.critics import Critic, adapter_critic, context_length, separate_critic
-from surefoot.policies.lm.pretrained import check_model_folder, load_pretrained, one_line
+from surefoot.policies.lm.pretrained import check_model_folder, load_pretrained
 from surefoot.storage.safetensors import read_tensors
 from surefoot.types import Batch, Evaluation
 
@@ -52,31 +52,25 @@ class CausalLMPolicy:
         self.dtype, self.exact_logprobs = dtype, dtype == torch.float32
         self.critic, self.stop_gradient = critic, stop_gradient
         self._cap = getattr(lm.config, "final_logit_softcapping", None)
-        width = lm.get_output_embeddings().weight.shape[1] if critic is None else critic.width
+        trunk = critic or Critic(lm)
+        self.context_length = min(
+            context_length(lm), trunk.context_length
+        )  # of prompt and completion together
+        # Every end token that the model's generation config or its tokenizer names.
+        named = getattr(getattr(lm, "generation_config", None), "eos_token_id", None)
+        ids = named if isinstance(named, (list, tuple)) else [named]
+        self.model_end_tokens = frozenset(int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None)
         place = {"device": self.device, "dtype": torch.float32}
-        self.value_head: nn.Linear = nn.utils.skip_init(nn.Linear, width, 1, **place)
+        self.value_head: nn.Linear = nn.utils.skip_init(nn.Linear, trunk.width, 1, **place)
         # Zero, so that the first values are 0 and the first advantages are the rewards' own.
-        zero = {"weight": torch.zeros(1, width), "bias": torch.zeros(1)}
-        self.value_head.load_state_dict((critic and critic.head) or zero)
+        zero = {"weight": torch.zeros(1, trunk.width), "bias": torch.zeros(1)}
+        self.value_head.load_state_dict(trunk.head or zero)
         self._reference = None if adapter is not None else copy.deepcopy(lm).requires_grad_(False)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return torch.device(next(self.lm.parameters()).device)
-
-    @property
-    def context_length(self) -> int:
-        """Most tokens of prompt and completion together."""
-        own = context_length(self.lm)
-        return own if self.critic is None else min(own, self.critic.context_length)
-
-    @property
-    def model_end_tokens(self) -> frozenset[int]:
-        """Every end token that the model's generation config or its tokenizer names."""
-        named = getattr(getattr(self.lm, "generation_config", None), "eos_token_id", None)
-        ids = list(named) if isinstance(named, (list, tuple)) else [named]
-        return frozenset(int(i) for i in (*ids, self.tokenizer.eos_token_id) if i is not None)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Tokens as text, without the names of special ones."""
@@ -85,9 +79,8 @@ class CausalLMPolicy:
     def named_parameters_to_train(self) -> Iterable[tuple[str, nn.Parameter]]:
         """The adapter's parameters, or all of the model's, then the critic's."""
         critics = {} if self.critic is None else self.critic.parameters()
-        own = {id(p) for p in critics.values()}
-        named = self.lm.named_parameters()
-        yield from ((name, p) for name, p in named if p.requires_grad and id(p) not in own)
+        own = {*critics.values()}
+        yield from ((n, p) for n, p in self.lm.named_parameters() if p.requires_grad and p not in own)
         yield from ((f"critic.{name}", p) for name, p in critics.items())
         yield from ((f"value_head.{name}", p) for name, p in self.value_head.named_parameters())
 
@@ -218,8 +211,7 @@ class CausalLMPolicy:
     def _values(self, hidden: Tensor) -> Tensor:
         hidden = hidden.detach() if self.stop_gradient else hidden
         with torch.autocast(self.device.type, enabled=False):
-            values: Tensor = self.value_head(hidden.float())
-            return values.squeeze(-1)
+            return torch.squeeze(self.value_head(hidden.float()), -1)
 
 
 def _hidden_before(body: nn.Module, batch: Batch) -> Tensor:

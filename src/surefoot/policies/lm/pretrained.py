@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from surefoot.data.silence import silence_transformers
-from surefoot.errors import InputError
+from surefoot.errors import InputError, one_line
 from surefoot.storage.safetensors import check_safetensors
 
 # Beside the weights of a reward model: its scalar head, and what its scores are shifted and scaled by.
@@ -25,6 +25,8 @@ def load_pretrained(source: str, *, dtype: torch.dtype, key: str = "policy.model
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     importlib.import_module("surefoot.policies.lm.lstm")  # by which the Auto classes know it
+    asked: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    asked["ignore_mismatched_sizes"] = True  # refused below, with their names
     safe, part = {"trust_remote_code": False}, "configuration"
     try:
         model_config = AutoConfig.from_pretrained(source, **safe)
@@ -32,15 +34,7 @@ def load_pretrained(source: str, *, dtype: torch.dtype, key: str = "policy.model
         tokenizer = AutoTokenizer.from_pretrained(source, **safe)
         part = "causal language model"
         with silence_transformers():
-            lm, report = AutoModelForCausalLM.from_pretrained(
-                source,
-                config=model_config,
-                dtype=dtype,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, with their names
-                **safe,
-            )
+            lm, report = AutoModelForCausalLM.from_pretrained(source, config=model_config, **asked, **safe)
     except Exception as error:  # a broken folder can make transformers raise anything, a KeyError too
         raise InputError(f"{key} {source}: no {part} that can be loaded: {one_line(error)}") from error
     if report["mismatched_keys"]:
@@ -63,22 +57,18 @@ def check_model_folder(source: str, *, key: str = "policy.model") -> None:
         return
     if not (folder / "config.json").is_file():
         raise InputError(f"{key} {source}: no config.json there; is it a whole model folder?")
-    index = folder / "model.safetensors.index.json"
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.is_file():
+        again = "fetch or save the model again"
         try:
-            shards = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+            names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
         except (ValueError, LookupError, TypeError, AttributeError):
-            raise InputError(f"{index}: damaged; fetch or save the model again") from None
-        for name in shards:
-            if Path(name).name != name:
-                found = f"{index}: names {name!r}, which is not in the folder"
-                raise InputError(f"{found}; fetch or save the model again")
-            if not (folder / name).is_file():
-                raise InputError(f"{key} {source}: half-written, {name} is missing")
-            check_safetensors(folder / name)
-        return
-    weights = folder / "model.safetensors"
-    if not weights.is_file():
+            raise InputError(f"{index}: damaged; {again}") from None
+        if odd := [name for name in names if Path(name).name != name]:
+            raise InputError(f"{index}: names {odd[0]!r}, which is not in the folder; {again}")
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise InputError(f"{key} {source}: half-written, {missing[0]} is missing")
+    elif not (folder / names[0]).is_file():
         pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in folder.glob(pattern)]
         if pickles:
             raise InputError(
@@ -86,9 +76,5 @@ def check_model_folder(source: str, *, key: str = "policy.model") -> None:
                 "convert it to safetensors where you trust it (save_pretrained does)"
             )
         raise InputError(f"{key} {source}: no model.safetensors there; is it a whole model folder?")
-    check_safetensors(weights)
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    for name in names:
+        check_safetensors(folder / name)

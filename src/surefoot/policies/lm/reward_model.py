@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from surefoot.data.batches import micro_batches, preference_batch
 from surefoot.data.render import encode_scored_text
-from surefoot.errors import InputError
+from surefoot.errors import InputError, one_line
 from surefoot.policies.lm.policy import CausalLMPolicy
-from surefoot.policies.lm.pretrained import REWARD, one_line
+from surefoot.policies.lm.pretrained import REWARD
 from surefoot.storage.safetensors import read_tensors
 from surefoot.types import Batch, Evaluation
 
@@ -71,10 +71,9 @@ class RewardModelPolicy:
         """
         ends, context = self.model_end_tokens, self.context_length
         tokens = encode_scored_text(self.tokenizer, prompt, text, end_tokens=ends, where=where)
-        if (n := len(tokens)) > context:
-            raise InputError(
-                f"{where}: has {n} tokens, more than the model's context of {context}; shorten it"
-            )
+        if len(tokens) > context:
+            found = f"{where}: has {len(tokens)} tokens, more than the model's context of {context}"
+            raise InputError(f"{found}; shorten it")
         return tokens
 
     @torch.no_grad()
@@ -101,8 +100,7 @@ class RewardModelPolicy:
     def save(self, folder: Path) -> None:
         """Write model (the adapter merged in) and tokenizer as transformers does, and the calibrated head."""
         self.trunk.save_model(folder)
-        head = {name: p.data.contiguous() for name, p in self.trunk.value_head.state_dict().items()}
-        shift = torch.tensor(self.shift, dtype=torch.float64)
+        head, shift = self.trunk.value_head.state_dict(), torch.tensor(self.shift, dtype=torch.float64)
         save_file(head | {"shift": shift, "scale": torch.tensor(self.scale).double()}, folder / REWARD)
 
     def load_head(self, folder: Path) -> None:
