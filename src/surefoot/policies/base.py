@@ -24,11 +24,10 @@ class Policy(Protocol):
     The parameters it yields are float32 and the only ones the optimiser and the checkpoint know.
     """
 
-    exact_logprobs: bool
-    """Whether `evaluate` repeats the sampler's log-probs to rounding (float32): they are the old ones."""
-
-    reads_whole_rows: bool
-    """Whether a step needs the steps before it; else a minibatch may hold single steps."""
+    exact_logprobs: (
+        bool  # `evaluate` repeats the sampler's log-probs to rounding (float32): they are the old ones
+    )
+    reads_whole_rows: bool  # a step needs the steps before it; else a minibatch may hold single steps
 
     @property
     def device(self) -> torch.device:

@@ -28,15 +28,9 @@ def add_adapter(lm: Any, config: AdapterConfig, seed: int) -> Any:
     if not any(isinstance(module, (nn.Linear, Conv1D)) for module in lm.base_model.modules()):
         found = f"{type(lm).__name__} has no linear layers to adapt"
         raise InputError(f"policy.adapter: {found}; train all: policy.adapter: null")
-    settings = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=0.0,
-        target_modules=config.targets,
-        # GPT-2 keeps weights transposed.
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in lm.modules()),
-        task_type="CAUSAL_LM",
-    )
+    is_transposed = any(isinstance(module, Conv1D) for module in lm.modules())  # GPT-2's weights are
+    shape = {"r": config.rank, "lora_alpha": config.alpha, "target_modules": config.targets}
+    settings = LoraConfig(**shape, lora_dropout=0.0, fan_in_fan_out=is_transposed, task_type="CAUSAL_LM")
     try:
         with torch.random.fork_rng(devices=[]), silence_transformers():
             torch.manual_seed(seed)
@@ -49,8 +43,11 @@ def add_adapter(lm: Any, config: AdapterConfig, seed: int) -> Any:
 def using(adapter: Any, *names: str) -> Iterator[None]:
     """Compute with the adapters of these names, or with the bare base; afterwards with the policy's again.
 
-    Every adapter stays trainable: peft's switches freeze those not in use, and gradients would miss them.
+    Without an adapter nothing is done. Every adapter stays trainable: peft's switches freeze those not in use, and gradients would miss them.
     """
+    if adapter is None:
+        yield
+        return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in adapter.modules() if isinstance(module, BaseTunerLayer)]

@@ -5,9 +5,7 @@ Their values cost one more forward pass: they come after the rollout, over whole
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +36,6 @@ class Critic:
         """What is trained, by name; float32."""
         named = self.body.named_parameters()
         return {name: p for name, p in named if self.adapter is None or f".{adapters.CRITIC}." in name}
-
-    def in_use(self) -> AbstractContextManager[None]:
-        """To hold while `body` computes for the critic; the policy has it back afterwards."""
-        if self.adapter is None:
-            return contextlib.nullcontext()
-        return adapters.using(self.adapter, adapters.CRITIC)
 
 
 def adapter_critic(adapter: Any, *, seed: int) -> Critic:

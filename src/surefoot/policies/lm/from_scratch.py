@@ -46,19 +46,13 @@ def learn_tokenizer(texts: Iterable[str], vocab: int, *, chat: bool = False) -> 
 
 def random_lm(settings: NewModelConfig, tokenizer: Any, *, seed: int) -> Any:
     """A model of the kind and sizes of `settings`, with transformers' random weights, drawn from `seed`."""
-    common = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": settings.width,
-        "num_hidden_layers": settings.layers,
-        "max_position_embeddings": CONTEXT,
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
+    width = settings.width
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": width, "num_hidden_layers": settings.layers}
+    common = sizes | {"max_position_embeddings": CONTEXT, "bos_token_id": None}
+    common["eos_token_id"] = tokenizer.eos_token_id
     config: Any = LstmConfig(**common)
     if settings.kind == "transformer":
-        config = LlamaConfig(
-            **common, intermediate_size=5 * settings.width // 2, num_attention_heads=settings.width // HEAD
-        )
+        config = LlamaConfig(**common, intermediate_size=5 * width // 2, num_attention_heads=width // HEAD)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config)

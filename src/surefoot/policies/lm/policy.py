@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -131,8 +130,7 @@ class CausalLMPolicy:
     def reference_logprobs(self, batch: Batch) -> Tensor:
         """Log-probs of the completion tokens under the model as it was before training."""
         reference = self.lm if self._reference is None else self._reference
-        without_adapter = contextlib.nullcontext() if self.adapter is None else adapters.using(self.adapter)
-        with without_adapter, self._autocast():
+        with adapters.using(self.adapter), self._autocast():
             return _scatter(self._logprobs(reference, batch)[1], batch.mask_BT)
 
     def value_at_end(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
@@ -181,15 +179,10 @@ class CausalLMPolicy:
 
     def _logprobs(self, lm: Any, batch: Batch, entropy_gradient: bool = False) -> tuple[Tensor, ...]:
         """Hidden states [N, D] before the completion tokens, and the tokens' log-probs and entropies [N]."""
-        hidden_ND = _hidden_before(lm.base_model, batch)
-        return hidden_ND, *head.action_logprobs(
-            hidden_ND,
-            batch.actions_BT[batch.mask_BT],
-            head=lm.get_output_embeddings(),
-            cap=self._cap,
-            temperature=batch.temperature,
-            entropy_gradient=entropy_gradient,
-        )
+        hidden_ND, actions_N = _hidden_before(lm.base_model, batch), batch.actions_BT[batch.mask_BT]
+        how: dict[str, Any] = {"cap": self._cap, "temperature": batch.temperature}
+        how |= {"head": lm.get_output_embeddings(), "entropy_gradient": entropy_gradient}
+        return hidden_ND, *head.action_logprobs(hidden_ND, actions_N, **how)
 
     def _autocast(self) -> torch.autocast:
         # One autocast region per forward pass: its cast-weight cache must not outlive an optimizer step.
@@ -201,7 +194,7 @@ class CausalLMPolicy:
 
     def _critics_hidden(self, batch: Batch) -> Tensor:
         assert self.critic is not None
-        with self.critic.in_use():
+        with adapters.using(self.critic.adapter, adapters.CRITIC):
             return _hidden_before(self.critic.body, batch)
 
     def _critics_values(self, batch: Batch) -> Tensor:

@@ -30,11 +30,10 @@ class RewardModelPolicy:
     (Ziegler et al. 2019, arXiv:1909.08593, §2).
     """
 
-    reads_whole_rows = True
-    exact_logprobs = True
+    reads_whole_rows = exact_logprobs = True
 
     def __init__(self, trunk: CausalLMPolicy, *, seed: int):
-        self.trunk = trunk
+        self.trunk, self.device = trunk, trunk.device
         self.shift, self.scale = 0.0, 1.0
         trunk.drop_reference()
         width = trunk.value_head.in_features
@@ -43,11 +42,6 @@ class RewardModelPolicy:
         trunk.value_head.bias.data.zero_()
         self.tokenizer, self.context_length = trunk.tokenizer, trunk.context_length
         self.model_end_tokens = trunk.model_end_tokens
-
-    @property
-    def device(self) -> torch.device:
-        """The trunk's."""
-        return self.trunk.device
 
     def named_parameters_to_train(self) -> Iterable[tuple[str, nn.Parameter]]:
         """The adapter's parameters, or all of the model's, then the head's."""
