@@ -10,7 +10,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Categorical, Normal
+from torch.distributions import Bernoulli, Categorical, Independent, Normal
 
 from surefoot.config import NetworkConfig
 from surefoot.policies.control.actions import action_head
@@ -63,16 +63,16 @@ def mask_of(kind: str, rows: int) -> Tensor | None:
 
 
 def twin(kind: str, head: Any, latent: Tensor, mask: Tensor | None) -> list[Any]:
-    """torch's own distributions, one for each action dimension."""
+    """torch's own distributions: one for each action dimension that is chosen by itself."""
     out = head.linear(latent) if mask is None else head.linear(latent).masked_fill(~mask, -1e9)
     if kind in SIZES:
         return [Categorical(logits=part) for part in out.split(SIZES[kind], -1)]
     if kind == "multi-binary":
-        return [Bernoulli(logits=column) for column in out.unbind(-1)]
-    std = head.log_std.exp().expand_as(out)
-    if kind == "gsde":
-        std = (torch.einsum("nf,fa->na", latent.detach() ** 2, (2 * head.log_std).exp()) + 1e-6).sqrt()
-    return [Normal(*column) for column in zip(out.unbind(-1), std.unbind(-1), strict=True)]
+        return [Independent(Bernoulli(logits=out), 1)]
+    if kind == "gaussian":
+        return [Independent(Normal(out, head.log_std.exp().expand_as(out)), 1)]
+    variance = torch.einsum("nf,fa->na", latent.detach() ** 2, (2 * head.log_std).exp())
+    return [Independent(Normal(out, (variance + 1e-6).sqrt()), 1)]
 
 
 @pytest.mark.parametrize(("kind", "masked"), [*((kind, False) for kind in HEADS), *((kind, True) for kind in SIZES)])
@@ -82,8 +82,9 @@ def test_log_probs_entropies_and_their_gradients_are_those_of_torch_distribution
     with torch.no_grad():
         actions = head.sample(latent, head.noise(1, 40, generator(3))[0], mask)
     ours = head.evaluate_actions(latent, actions, mask)
-    choices, columns = twin(kind, head, latent, mask), actions.float().reshape(40, -1).unbind(-1)
-    logprobs = sum(choice.log_prob(column) for choice, column in zip(choices, columns, strict=True))
+    choices = twin(kind, head, latent, mask)
+    parts = [part.float() for part in (actions.unbind(-1) if kind == "multi-discrete" else [actions])]
+    logprobs = sum(choice.log_prob(part) for choice, part in zip(choices, parts, strict=True))
     parameters = list(head.parameters())
     for mine, other in zip(ours, (logprobs, sum(choice.entropy() for choice in choices)), strict=True):
         assert mine.shape == (40,) and mine.dtype == torch.float32
@@ -94,22 +95,26 @@ def test_log_probs_entropies_and_their_gradients_are_those_of_torch_distribution
 
 
 def drawn(kind: str, masked: bool = False, draws: int = 20_000) -> tuple[Tensor, list[Any]]:
-    """Actions in one state [draws, dimensions], and the distributions that they should be of."""
+    """Actions in one state, and the distributions that they should be of."""
     head, latent = head_of(kind), torch.randn((1, FEATURES), generator=generator(5))
     mask = mask_of(kind, 1) if masked else None
     masks = None if mask is None else mask.expand(draws, -1)
     with torch.no_grad():
         actions = head.sample(latent.expand(draws, -1), head.noise(1, draws, generator(11))[0], masks)
-        return actions.reshape(draws, -1), twin(kind, head, latent, mask)
+        choices = twin(kind, head, latent, mask)
+        if kind not in SIZES and kind != "multi-binary":
+            assert torch.equal(head.sample(latent, None, None), choices[0].base_dist.mean)
+    return actions, choices
 
 
-@pytest.mark.parametrize(
-    ("kind", "masked"), [(kind, masked) for kind in SIZES for masked in (False, True)] + [("multi-binary", False)]
-)
+@pytest.mark.parametrize("kind", [*SIZES, "multi-binary"])
+@pytest.mark.parametrize("masked", [False, True])
 def test_actions_are_drawn_as_often_as_their_probability_says(kind: str, masked: bool) -> None:
     actions, choices = drawn(kind, masked)
-    for choice, column in zip(choices, actions.unbind(-1), strict=True):
-        expected = len(actions) * choice.log_prob(choice.enumerate_support()).exp().flatten()
+    columns = actions.reshape(len(actions), -1).unbind(-1)
+    chances = [choice.probs[0] for choice in choices] if kind in SIZES else choices[0].base_dist.probs[0]
+    for chance, column in zip(chances, columns, strict=True):
+        expected = len(actions) * (chance if kind in SIZES else torch.stack([1 - chance, chance]))
         counts = torch.bincount(column, minlength=len(expected)).float()
         possible = expected >= 1e-3
         assert counts[~possible].sum() == 0  # the illegal ones
@@ -119,12 +124,10 @@ def test_actions_are_drawn_as_often_as_their_probability_says(kind: str, masked:
 
 @pytest.mark.parametrize("kind", ["gaussian", "gsde"])
 def test_continuous_actions_have_the_mean_and_std_of_their_log_probs(kind: str) -> None:
-    actions, choices = drawn(kind)
-    mean, std = (torch.cat([getattr(choice, name) for choice in choices]) for name in ("mean", "stddev"))
+    actions, (choice,) = drawn(kind)
+    mean, std = choice.base_dist.mean[0], choice.base_dist.stddev[0]
     assert ((actions.mean(0) - mean).abs() < 5 * std / len(actions) ** 0.5).all()
     assert torch.allclose(actions.std(0), std, rtol=0.03)
-    head, latent = head_of(kind), torch.randn((1, FEATURES), generator=generator(5))
-    assert torch.equal(head.sample(latent, None, None)[0], mean)
 
 
 @pytest.mark.parametrize("kind", SIZES)
@@ -180,20 +183,26 @@ def test_a_dict_is_its_parts_in_order_without_the_mask() -> None:
 
 @pytest.mark.parametrize("dtype", [numpy.uint8, numpy.float32])
 def test_images_are_the_same_with_their_channels_first_or_last(dtype: Any) -> None:
-    high, shapes = 255 if dtype == numpy.uint8 else 1, ((3, 40, 44), (40, 44, 3))
-    ours, theirs = (Extractor({"obs": spaces.Box(0, high, shape, dtype=dtype)}, images=True) for shape in shapes)
+    high = 255 if dtype == numpy.uint8 else 1
+    first, last = ({"obs": spaces.Box(0, high, shape, dtype=dtype)} for shape in ((3, 40, 44), (40, 44, 3)))
+    torch.manual_seed(0)
+    ours, theirs = Extractor(first, images=True), Extractor(last, images=True)
     theirs.load_state_dict(ours.state_dict())
-    images = (high * torch.rand((2, 3, 40, 44), generator=generator())).to(getattr(torch, numpy.dtype(dtype).name))
-    features, cnn = ours({"obs": images}), ours.cnns["obs"]
+    numbers = torch.rand((2, 3, 40, 44), generator=generator())
+    images = (255 * numbers).to(torch.uint8) if dtype == numpy.uint8 else numbers
+    features = ours({"obs": images})
     assert features.shape == (2, 512) and features.std() > 0
     assert torch.allclose(features, theirs({"obs": images.permute(0, 2, 3, 1)}), atol=1e-5)
     # Plain convolutions over numbers from 0 to 1.
-    assert torch.allclose(features, cnn.linear(cnn.layers(images.float() / high).flatten(1)).relu(), atol=1e-5)
+    cnn = ours.cnns["obs"]
+    plain = images.float() / 255 if dtype == numpy.uint8 else images
+    assert torch.allclose(features, cnn.linear(cnn.layers(plain).flatten(1)).relu(), atol=1e-5)
 
 
 def test_images_beside_numbers_share_the_features_and_integers_can_be_normalized() -> None:
     for kind, width in {"MultiInputPolicy": 512 + 3, "MlpPolicy": 36 * 36 + 3}.items():  # as in Stable-Baselines3
         assert policy_of(kind, {"camera": IMAGE, "speed": VECTOR}).extractor.features_dim == width
+    policy_of("MultiInputPolicy", VECTOR)  # needs no image
     features = Extractor({"obs": IMAGE}, images=False)({"obs": torch.full((1, 36, 36, 1), 51, dtype=torch.uint8)})
     torch.testing.assert_close(features, torch.full((1, 36 * 36), 0.2))
     policy = policy_of(observation={"count": spaces.Box(0, 1000, (3,), dtype=numpy.int64), "image": IMAGE}, normalize=True)
@@ -218,7 +227,6 @@ def test_a_board_is_seen_cell_by_cell() -> None:
 
 @pytest.mark.parametrize("kind", ["MlpPolicy", "MlpLstmPolicy"])
 def test_layers_start_orthogonal_with_the_gains_of_the_original(kind: str) -> None:
-    """From the seed alone."""
     policy = policy_of(kind)
     hidden = [layer for tower in (policy.layers.policy, policy.layers.value) for layer in tower if isinstance(layer, nn.Linear)]
     gains = [(layer, 2**0.5) for layer in hidden] + [(policy.head.linear, 0.01), (policy.value_head, 1.0)]
@@ -227,10 +235,13 @@ def test_layers_start_orthogonal_with_the_gains_of_the_original(kind: str) -> No
         assert torch.allclose(torch.linalg.svdvals(layer.weight.detach()), torch.tensor(gain), rtol=1e-4), layer
         assert not layer.bias.any()
     assert torch.linalg.svdvals(policy_of(ortho_init=False).head.linear.weight.detach()).max() > 0.1
+
+
+def test_weights_follow_from_the_seed_and_leave_the_global_generator_alone() -> None:
     before = torch.random.get_rng_state()
-    same, other = (policy_of(kind, seed=seed).head.linear.weight for seed in (0, 2))
-    assert torch.equal(same, policy.head.linear.weight) and not torch.equal(same, other)
+    same, again, other = (policy_of(seed=seed).value_head.weight for seed in (1, 1, 2))
     assert torch.equal(before, torch.random.get_rng_state())
+    assert torch.equal(same, again) and not torch.equal(same, other)
 
 
 @pytest.mark.parametrize("kind", ["MlpPolicy", "MlpLstmPolicy"])
@@ -252,7 +263,7 @@ def test_a_shared_network_is_one_tower_and_a_separate_one_two(kind: str) -> None
 
 def test_normalized_observations_follow_their_running_mean_and_variance(tmp_path: Path) -> None:
     parts = {"obs": spaces.Box(-9, 9, (2,)), "count": spaces.Discrete(3)}
-    policy, other = (policy_of(observation=parts, normalize=True, seed=seed) for seed in (0, 9))
+    policy, other = policy_of(observation=parts, normalize=True), policy_of(observation=parts, normalize=True, seed=9)
     seen = numpy.array([[1.0, 10.0], [3.0, 10.0], [8.0, 16.0]], dtype=numpy.float32)
     prepared = [policy.prepare({"obs": rows, "count": numpy.zeros(len(rows))}, learn=True) for rows in (seen[:2], seen[2:])]
     # Two batches and a start of weight 0.0001 at mean 0 and variance 1, pooled by hand.
@@ -280,13 +291,24 @@ B, T, H = 3, 9, 5
 def a_batch(policy: ControlPolicy, *, starts: list[tuple[int, int]] = ()) -> Batch:  # type: ignore[assignment]
     """Random observations and actions; episodes begin at `starts` (row, step), rows from a state that is not empty."""
     rng = generator(2)
-    observations = {name: torch.randn((B, 1, H), generator=rng) for name in policy.initial_state(B)}
-    if observations:
-        observations["state/episode_starts"] = torch.zeros((B, T), dtype=torch.bool)
+    state = {name: torch.randn((B, 1, H), generator=rng) for name in policy.initial_state(B)}
+    starts_BT = torch.zeros((B, T), dtype=torch.bool)
     for row, step in starts:
-        observations["state/episode_starts"][row, step] = True
-    observations["obs"] = torch.randn((B, T, 3), generator=rng)
-    return Batch(observations, torch.ones((B, T), dtype=torch.bool), torch.randint(4, (B, T), generator=rng))
+        starts_BT[row, step] = True
+    recurrent = {**state, "state/episode_starts": starts_BT} if state else {}
+    zeros, names = torch.zeros(B, T), ("logprobs_BT", "values_BT", "rewards_BT", "bootstrap_BT")
+    return Batch(
+        observations={"obs": torch.randn((B, T, 3), generator=rng), **recurrent},
+        actions_BT=torch.randint(4, (B, T), generator=rng),
+        mask_BT=torch.ones((B, T), dtype=torch.bool),
+        ends_BT=zeros.bool(),
+        row_size=T,
+        **dict.fromkeys(names, zeros),
+    )
+
+
+def recurrent(share: bool = False) -> ControlPolicy:
+    return policy_of("MlpLstmPolicy", share=share, net_arch=[8], lstm_hidden_size=H, ortho_init=False, seed=3)
 
 
 def one_by_one(policy: ControlPolicy, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -316,7 +338,7 @@ STARTS = {"none": [], "first": [(0, 0), (1, 0), (2, 0)], "middle": [(0, 4), (2, 
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("starts", STARTS)
 def test_a_row_at_once_is_a_row_step_by_step(starts: str, share: bool) -> None:
-    policy = policy_of("MlpLstmPolicy", share=share, net_arch=[8], lstm_hidden_size=H, ortho_init=False, seed=3)
+    policy = recurrent(share)
     batch, weights = a_batch(policy, starts=STARTS[starts]), torch.randn((2, B, T), generator=generator(8))
     view, slow = policy.evaluate(batch), one_by_one(policy, batch)
     gradients = []

@@ -24,9 +24,7 @@ class Policy(Protocol):
     The parameters it yields are float32 and the only ones the optimiser and the checkpoint know.
     """
 
-    exact_logprobs: (
-        bool  # `evaluate` repeats the sampler's log-probs to rounding (float32): they are the old ones
-    )
+    exact_logprobs: bool  # `evaluate` repeats the sampler's to rounding (float32): they are the old ones
     reads_whole_rows: bool  # a step needs the steps before it; else a minibatch may hold single steps
 
     @property

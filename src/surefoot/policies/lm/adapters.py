@@ -43,7 +43,8 @@ def add_adapter(lm: Any, config: AdapterConfig, seed: int) -> Any:
 def using(adapter: Any, *names: str) -> Iterator[None]:
     """Compute with the adapters of these names, or with the bare base; afterwards with the policy's again.
 
-    Without an adapter nothing is done. Every adapter stays trainable: peft's switches freeze those not in use, and gradients would miss them.
+    Every adapter stays trainable: peft's switches freeze those not in use, and gradients would miss them.
+    Nothing is done where `adapter` is None.
     """
     if adapter is None:
         yield

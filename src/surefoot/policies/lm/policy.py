@@ -179,10 +179,15 @@ class CausalLMPolicy:
 
     def _logprobs(self, lm: Any, batch: Batch, entropy_gradient: bool = False) -> tuple[Tensor, ...]:
         """Hidden states [N, D] before the completion tokens, and the tokens' log-probs and entropies [N]."""
-        hidden_ND, actions_N = _hidden_before(lm.base_model, batch), batch.actions_BT[batch.mask_BT]
-        how: dict[str, Any] = {"cap": self._cap, "temperature": batch.temperature}
-        how |= {"head": lm.get_output_embeddings(), "entropy_gradient": entropy_gradient}
-        return hidden_ND, *head.action_logprobs(hidden_ND, actions_N, **how)
+        hidden_ND = _hidden_before(lm.base_model, batch)
+        return hidden_ND, *head.action_logprobs(
+            hidden_ND,
+            batch.actions_BT[batch.mask_BT],
+            head=lm.get_output_embeddings(),
+            cap=self._cap,
+            temperature=batch.temperature,
+            entropy_gradient=entropy_gradient,
+        )
 
     def _autocast(self) -> torch.autocast:
         # One autocast region per forward pass: its cast-weight cache must not outlive an optimizer step.
