@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from surefoot.storage.run_folder import RunFolder
 from surefoot.train import checkpoint
-from tests.inputs import PROMPTS, fill_disk, model_folder, run_cli, write_project
+from tests.inputs import PROMPTS, fill_disk, run_cli, write_project
 
 FULL = "No space left on device"
 RUN = ("ppo", "config.yaml", "--run.name", "mine", "--run.folder", "runs")
@@ -26,9 +26,9 @@ RUN = ("ppo", "config.yaml", "--run.name", "mine", "--run.folder", "runs")
 
 @pytest.fixture
 def project(tmp_path, monkeypatch) -> Path:
-    """A folder to work in; `write_project` fills it."""
+    """A whole project to work in; `write_project` puts other parts in."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(model_folder(), tmp_path / "model")
+    write_project(tmp_path)
     return tmp_path
 
 
@@ -112,7 +112,6 @@ SEEN_BY_LOADING = [
 
 @pytest.mark.parametrize(("damage", "named"), [*SEEN_FROM_OUTSIDE, *SEEN_BY_LOADING])
 def test_a_broken_model_folder_is_refused_and_leaves_no_run(project, monkeypatch, damage, named):
-    write_project(project)
     damage(project / "model")
     if (damage, named) in SEEN_FROM_OUTSIDE:
         monkeypatch.setattr("surefoot.build.language.load_policy", None)
@@ -152,7 +151,6 @@ def test_what_is_longer_than_the_context_is_named_with_the_ways_out(project):
     ids=["broken", "column", "empty"],
 )
 def test_a_bad_prompt_file_is_refused_before_the_model_is_loaded(project, content, named):
-    write_project(project)
     (project / "prompts.jsonl").write_text(content)
     run_cli(*RUN).refused("prompts.jsonl", named)
     assert not (project / "runs").exists()
@@ -172,7 +170,6 @@ def test_a_bad_prompt_file_is_refused_before_the_model_is_loaded(project, conten
     ],
 )
 def test_a_name_that_leads_nowhere_is_refused_before_the_model_is_loaded(project, flag, value, named):
-    write_project(project)
     run_cli(*RUN, flag, value).refused(*named)
 
 
@@ -244,7 +241,6 @@ def test_a_reward_gets_columns_beside_their_prompts_may_print_and_does_not_move_
 
 @pytest.mark.parametrize("file", ["config.yaml.tmp", "environment.json.tmp", "mine"])
 def test_a_disk_full_at_the_start_is_one_line(project, monkeypatch, file):
-    write_project(project)
     real = Path.mkdir
     full = Mock(side_effect=OSError(28, FULL))
     monkeypatch.setattr(
@@ -264,7 +260,6 @@ def newest(project: Path) -> str:
     [("metrics.jsonl", 2), ("samples.jsonl", 2), ("metrics.jsonl", 1), ("samples.jsonl", 0), ("events.out", 0)],
 )
 def test_a_disk_full_in_the_middle_of_a_run_is_one_line_and_leaves_the_checkpoints(project, monkeypatch, file, writes_before):
-    write_project(project)
     with monkeypatch.context() as patches:
         fill_disk(patches, file, after=writes_before)
         place = "runs/mine/tensorboard" if file == "events.out" else f"runs/mine/{file}"
@@ -279,7 +274,6 @@ def test_a_disk_full_in_the_middle_of_a_run_is_one_line_and_leaves_the_checkpoin
 
 
 def test_a_disk_full_while_a_checkpoint_or_the_model_is_written_leaves_a_run_that_can_go_on(project, monkeypatch):
-    write_project(project)
     with monkeypatch.context() as patches:
         fill_disk(patches, "manifest.json.tmp", after=1)
         run_cli(*RUN).refused("runs/mine/checkpoints/00000002", FULL)

@@ -105,6 +105,15 @@ def weights(model: PPO) -> dict[str, Any]:
     return {name: parameter.detach().clone() for name, parameter in model.policy.named_parameters_to_train()}
 
 
+def same_weights(left: PPO, right: PPO) -> bool:
+    first, second = weights(left), weights(right)
+    return first.keys() == second.keys() and all(value.equal(second[name]) for name, value in first.items())
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches a SIGKILL."""
+
+
 def rows(run: Path, log: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """A log without what the clock says."""
     lines = [json.loads(line) for line in (run / log).read_text().splitlines()]

@@ -20,12 +20,12 @@ from gymnasium import spaces
 from gymnasium.vector import SyncVectorEnv
 from torch import nn
 
-from surefoot import PPO, BaseCallback, evaluate_policy
+from surefoot import PPO, evaluate_policy
 from surefoot.policies.control.policy import ControlPolicy
 from surefoot.train import loop
 from tests.envs.counter import Counter
 from tests.inputs import refusal
-from tests.train.small_run import rows, weights
+from tests.train.small_run import Killed, rows, same_weights, weights
 
 pytestmark = pytest.mark.usefixtures("in_own_folder")
 N_ENVS, N_STEPS, UPDATES = 3, 16, 6
@@ -48,10 +48,6 @@ def small(policy: Any = "MlpPolicy", env: Any = "CartPole-v1", **settings: Any) 
 
 def load(folder: str, env: Any = None, **settings: Any) -> PPO:
     return PPO.load(folder, env, verbose=0, **settings)
-
-
-class Killed(BaseException):
-    """Nothing of ours catches it."""
 
 
 def killing(at_step: int) -> Callable[..., bool]:
@@ -78,11 +74,6 @@ class Odd(Counter):
         assert self.steps + 1 < int(pathlib.Path("fail_at").read_text()), "the wheel came off"
         return super().step(action)
 """
-
-
-def same_weights(a: PPO, b: PPO) -> bool:
-    first, second = weights(a), weights(b)
-    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def test_a_run_that_was_killed_goes_on_bit_for_bit() -> None:
@@ -210,12 +201,13 @@ def test_in_an_environment_that_was_used_in_between_new_episodes_begin() -> None
     refusal(lambda: model.learn(16, callback=lambda *_: bool(evaluate_policy(model, env))), "training environment")
 
 
-def test_infos_reach_callbacks_by_sub_environment() -> None:
+def test_rewards_ends_and_infos_reach_callbacks_by_sub_environment() -> None:
     seen: list[Any] = []
     env = SyncVectorEnv([lambda: gymnasium.wrappers.RecordEpisodeStatistics(Constant(2.0))] * 2)
-    small(env=env, n_steps=3).learn(6, callback=lambda found, _: seen.append(found["infos"]))
-    assert [len(infos) for infos in seen] == [2, 2, 2]
-    assert seen[-1][1]["episode"]["r"] == 6.0 and seen[-1][1]["is_success"] and "episode" not in seen[0][0]
+    small(env=env, n_steps=3).learn(6, callback=lambda found, _: seen.append(found))
+    first, _, last = ([*found["infos"], *found["dones"], *found["rewards"]] for found in seen)
+    assert first[2:] == [False, False, 2.0, 2.0] and "episode" not in first[0]
+    assert last[2:] == [True, True, 2.0, 2.0] and last[1]["episode"]["r"] == 6.0 and last[1]["is_success"]
 
 
 def test_a_model_of_an_environment_that_gymnasium_made_is_loaded_without_it() -> None:
@@ -330,23 +322,6 @@ def test_schedules_reach_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "update", watched)
     small(ent_coef=0.04, ent_schedule="linear", clip_range=lambda left: 0.4 * left).learn(4 * BATCH)
     assert [value for pair in seen for value in pair] == pytest.approx([0.04, 0.4, 0.03, 0.3, 0.02, 0.2, 0.01, 0.1])
-
-
-@pytest.mark.parametrize("stop_at", [6, 8])
-def test_a_callback_that_returns_false_ends_the_training(stop_at: int) -> None:
-    """tests/train/test_callbacks.py has the order of the hooks."""
-
-    class Recorder(BaseCallback):
-        def _on_step(self) -> bool:
-            dones.append(bool(self.locals["dones"][0]))
-            return self.locals["rewards"].shape == (self.training_env.num_envs,) and self.n_calls != stop_at
-
-    dones: list[bool] = []
-    model = small(env=Constant(1.0), n_steps=4, batch_size=4, run_name="mine").learn(100, callback=Recorder())
-    assert dones == [False, False, True, False, False, True, False, False][:stop_at]
-    # The steps of a rollout that was given up are not counted.
-    assert len(rows(Path("runs/mine"))) == 1 and model.num_timesteps == 4 and not model.is_finished
-    load("runs/mine", Constant(1.0)).learn(4)
 
 
 def test_stable_baselines3s_keywords_mean_what_they_mean_there() -> None:

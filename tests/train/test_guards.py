@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,8 +16,7 @@ from surefoot.train import loop
 from surefoot.train.checkpoint import load_checkpoint, newest_checkpoint
 from surefoot.types import Batch, Evaluation
 from tests.golden import refused
-from tests.inputs import run_cli
-from tests.train.small_run import noisy_letters, python_ppo, python_task, rows, weights, write_project
+from tests.train.small_run import noisy_letters, python_ppo, rows, weights
 
 STEPS_AN_UPDATE = 4
 
@@ -67,46 +65,6 @@ def test_a_reward_that_is_no_number_stops_the_run_and_changes_nothing(tmp_path: 
     assert state["progress"]["updates"] == 2 and InputError.exit_code == 2
     assert same(tensors["policy"], reward.seen[-1]) and same(weights(model), reward.seen[-1])
     assert not same(reward.seen[0], reward.seen[-1])
-
-
-def test_after_the_reward_is_fixed_the_run_is_the_one_that_never_failed(tmp_path: Path, base: Path) -> None:
-    whole = python_ppo(base, tmp_path / "whole", noisy_letters).learn()
-    task, models = python_task(noisy_letters), []
-    for name, go_on in (("here", lambda model: model), ("loaded", lambda model: PPO.load(model.run_folder, task))):
-        model = python_ppo(base, tmp_path, BreaksOnce(at=7, value=float("nan")), name=name)
-        with pytest.raises(InputError):
-            model.learn()
-        models.append(go_on(model).learn())
-    for model in models:
-        assert same(weights(model), weights(whole))
-        assert rows(model.run_folder or Path()) == rows(whole.run_folder or Path())
-
-
-@pytest.fixture
-def in_project(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return write_project(tmp_path, base)
-
-
-@pytest.mark.parametrize(
-    ("flags", "code", "start"),
-    [
-        (["--task.reward", "reward.py:bad"], 2, "surefoot: the reward function returned nan"),
-        (["--ppo.max-bad-steps", "3", "--ppo.micro-batch-tokens", "10000"], 3, "surefoot: 3 optimizer steps"),
-    ],
-    ids=["rewards", "losses"],
-)
-def test_the_command_line_ends_with_a_line_and_a_code(in_project, monkeypatch, flags, code, start):
-    with Path("reward.py").open("a") as file:
-        file.write("\ncalls = []\ndef bad(prompts, completions, **columns):\n    calls.append(1)\n")
-        file.write("    return [float('nan') if len(calls) > 4 else 1.0 for _ in completions]\n")
-    if code == 3:
-        spoil(monkeypatch, lambda call: call > 1)
-    ended = run_cli("ppo", "ppo.yaml", *flags)
-    assert ended.code == code and ended.err.splitlines()[-1].startswith(start)
-    assert (in_project / "checkpoints" / "latest").read_text() == "00000001"
-    state = json.loads((in_project / "checkpoints" / "00000001" / "state.json").read_text())
-    assert state["progress"]["bad_steps"] == (3 if code == 3 else 0)
 
 
 # Losses that are not finite

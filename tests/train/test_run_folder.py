@@ -20,9 +20,9 @@ from surefoot.storage.safetensors import read_tensors
 from tests.golden import refused
 from tests.inputs import run_cli
 from tests.tiny import written_batch
-from tests.train.small_run import letters, python_ppo, python_task, rows, weights, write_project
+from tests.train.small_run import Killed, letters, python_ppo, python_task, rows, same_weights, weights, write_project
 from tests.train.test_checkpoint import header, largest_file, poison
-from tests.train.warm import Ended, Strike
+from tests.train.warm import Ended
 
 BATCH = written_batch([((5, 9, 30), (8, 44, 2)), ((7,), (12, 13, 14, 15))])
 # Two updates, the weights untouched by anything that knows how long the run is.
@@ -36,10 +36,6 @@ SHORT: dict[str, dict[str, Any]] = {
 def contents(folder: Path) -> dict[Path, tuple[bytes, int]]:
     """Every file's bytes and time of change."""
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
-
-
-def same_weights(left: PPO, right: PPO) -> bool:
-    return all(tensor.equal(weights(right)[name]) for name, tensor in weights(left).items())
 
 
 def in_folder(folder: Path, **run: Any) -> Any:
@@ -121,22 +117,6 @@ def test_whatever_a_model_writes_comes_back_from_the_log(tmp_path, text):
     assert [row["completion"] for row in run.read("samples.jsonl")] == [text, "next"]
 
 
-def test_a_full_disk_under_a_log_is_one_line(tmp_path):
-    run = RunFolder(tmp_path)
-    with refused("metrics.jsonl", "checkpoint"), largest_file(10):
-        run.append("metrics.jsonl", [{"update": 123456789}])
-
-
-def test_a_disk_that_fills_up_ends_a_run_with_2_and_the_rest_can_be_had_later(tmp_path, base, warm, uninterrupted):
-    run = write_project(tmp_path, base)
-    full = Strike("surefoot.train.checkpoint:save_file", 5, file_bytes=2_000)
-    ended = warm.run(tmp_path, "ppo", "ppo.yaml", strikes=[full])
-    assert ended.code == 2 and ended.stderr.startswith("surefoot: the checkpoint ") and ended.stderr.count("\n") == 1
-    assert not list((run / "checkpoints").glob("*.tmp"))
-    assert warm.run(tmp_path, "resume", "runs/run").code == 0
-    assert rows(run) == uninterrupted["metrics"]
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, base, warm) -> Path:
     folder = tmp_path_factory.mktemp("finished")
@@ -182,10 +162,6 @@ def test_a_checkpoint_without_its_optimiser_is_refused_not_resumed_without(finis
     assert ended.code == 2 and "'optimizer'" in ended.stderr and ended.stderr.count("\n") == 1
 
 
-class Killed(BaseException):
-    """Nothing catches it, as nothing catches a SIGKILL."""
-
-
 @pytest.mark.parametrize("at", [3, 5, 8])
 def test_a_loaded_run_goes_on_bit_for_bit(tmp_path, base, at: int):
     calls = 0
@@ -208,18 +184,6 @@ def test_a_loaded_run_goes_on_bit_for_bit(tmp_path, base, at: int):
     assert same_weights(loaded, whole)
     for log in ("metrics.jsonl", "samples.jsonl"):
         assert rows(model.run_folder, log) == rows(whole.run_folder, log)
-
-
-def test_two_learns_are_one_longer_learn(tmp_path, base):
-    whole = python_ppo(base, tmp_path / "whole", **SHORT).learn(24)
-    parts = python_ppo(base, tmp_path, **SHORT).learn(12)
-    after_one = weights(parts)
-    parts.learn(12)
-    assert same_weights(parts, whole) and not all(tensor.equal(after_one[name]) for name, tensor in weights(parts).items())
-    assert parts.run_folder is not None and whole.run_folder is not None
-    assert rows(parts.run_folder) == rows(whole.run_folder)
-    again = PPO.load(parts.run_folder, python_task(), verbose=0).learn(6)
-    assert rows(parts.run_folder)[-1]["update"] == 5 and same_weights(again, whole.learn(6))
 
 
 def test_of_two_models_of_one_run_only_one_goes_on(tmp_path, base):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from surefoot.errors import Interrupted
-from tests.train.small_run import assert_equal, noisy_letters, python_ppo, python_task, rows, weights, write_project
+from tests.train.small_run import assert_equal, noisy_letters, python_ppo, python_task, rows, same_weights, write_project
 from tests.train.warm import Strike, cold, wait_for
 
 TERM, INT, KILL = int(signal.SIGTERM), int(signal.SIGINT), int(signal.SIGKILL)
@@ -145,7 +145,7 @@ def test_after_control_c_learn_or_load_goes_on_as_if_nothing_had_been(tmp_path, 
         model.learn()
         for log in ("metrics.jsonl", "samples.jsonl"):
             assert rows(model.run_folder, log) == rows(whole.run_folder, log)
-        assert all(tensor.equal(weights(whole)[name]) for name, tensor in weights(model).items())
+        assert same_weights(whole, model)
 
 
 def test_outside_the_main_thread_a_run_goes_without_handlers(tmp_path, base):

@@ -29,12 +29,11 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     (`lm_human_preferences/utils/core.py: whiten`). One value or equal values give 0 (plus the mean without
     the shift).
     """
-    count = mask.sum().clamp(min=1)
-    mean = torch.where(mask, values, 0.0).sum() / count
+    mean = masked_mean(values, mask)
     centered = torch.where(mask, values - mean, 0.0)
     # Once more: the mean of equal large values is rounded, and what is left would be scaled up by 1e4.
-    centered = torch.where(mask, centered - centered.sum() / count, 0.0)
-    whitened = centered / torch.sqrt((centered * centered).sum() / count + 1e-8)
+    centered = torch.where(mask, centered - masked_mean(centered, mask), 0.0)
+    whitened = centered / torch.sqrt(masked_mean(centered * centered, mask) + 1e-8)
     return whitened if shift_mean else torch.where(mask, whitened + mean, 0.0)
 
 

@@ -51,13 +51,8 @@ def pearson(one_N: Tensor, other_N: Tensor) -> float:
 
 def spearman(one_N: Tensor, other_N: Tensor) -> float:
     """Correlation of the ranks, equal numbers sharing their mean rank."""
-    return pearson(_ranks(one_N), _ranks(other_N))
-
-
-def _ranks(values_N: Tensor) -> Tensor:
-    _, which_N, counts = values_N.unique(return_inverse=True, return_counts=True)
-    mean_ranks: Tensor = counts.cumsum(0) - (counts - 1) / 2.0
-    return mean_ranks[which_N]
+    found = [numbers_N.unique(return_inverse=True, return_counts=True)[1:] for numbers_N in (one_N, other_N)]
+    return pearson(*((counts.cumsum(0) - (counts - 1) / 2.0)[which_N] for which_N, counts in found))
 
 
 def share_in_order(scores_N: Tensor, ratings_N: Tensor) -> float:
