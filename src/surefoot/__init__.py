@@ -6,65 +6,45 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from surefoot.api.evaluate import evaluate_policy
-    from surefoot.api.new_model import new_model
-    from surefoot.api.parts import collect, make_env, make_policy
-    from surefoot.api.ppo import PPO
-    from surefoot.api.reward_model import RewardModel
-    from surefoot.api.sft import SFT
-    from surefoot.envs.text import TextTask
-    from surefoot.errors import GateError, InputError, Interrupted, NonFiniteError, SurefootError
-    from surefoot.policies.lm.policy import load_policy
-    from surefoot.train.callbacks import BaseCallback
-    from surefoot.train.ppo_objective import PPOObjective, advantages
-    from surefoot.train.update import make_optimizer, update
+    from surefoot.api.evaluate import evaluate_policy as evaluate_policy
+    from surefoot.api.new_model import new_model as new_model
+    from surefoot.api.parts import collect as collect
+    from surefoot.api.parts import make_env as make_env
+    from surefoot.api.parts import make_policy as make_policy
+    from surefoot.api.ppo import PPO as PPO
+    from surefoot.api.reward_model import RewardModel as RewardModel
+    from surefoot.api.sft import SFT as SFT
+    from surefoot.envs.text import TextTask as TextTask
+    from surefoot.errors import GateError as GateError
+    from surefoot.errors import InputError as InputError
+    from surefoot.errors import Interrupted as Interrupted
+    from surefoot.errors import NonFiniteError as NonFiniteError
+    from surefoot.errors import SurefootError as SurefootError
+    from surefoot.policies.lm.policy import load_policy as load_policy
+    from surefoot.train.callbacks import BaseCallback as BaseCallback
+    from surefoot.train.ppo_objective import PPOObjective as PPOObjective
+    from surefoot.train.ppo_objective import advantages as advantages
+    from surefoot.train.update import make_optimizer as make_optimizer
+    from surefoot.train.update import update as update
 
-_HOMES = {
-    "GateError": "errors",
-    "InputError": "errors",
-    "Interrupted": "errors",
-    "NonFiniteError": "errors",
-    "PPO": "api.ppo",
-    "PPOObjective": "train.ppo_objective",
-    "RewardModel": "api.reward_model",
-    "SFT": "api.sft",
-    "SurefootError": "errors",
-    "TextTask": "envs.text",
-    "BaseCallback": "train.callbacks",
-    "advantages": "train.ppo_objective",
-    "collect": "api.parts",
-    "evaluate_policy": "api.evaluate",
-    "load_policy": "policies.lm.policy",
-    "make_env": "api.parts",
-    "make_optimizer": "train.update",
-    "make_policy": "api.parts",
-    "new_model": "api.new_model",
-    "update": "train.update",
+_PUBLIC = {
+    "api.evaluate": ("evaluate_policy",),
+    "api.new_model": ("new_model",),
+    "api.parts": ("collect", "make_env", "make_policy"),
+    "api.ppo": ("PPO",),
+    "api.reward_model": ("RewardModel",),
+    "api.sft": ("SFT",),
+    "envs.text": ("TextTask",),
+    "errors": ("GateError", "InputError", "Interrupted", "NonFiniteError", "SurefootError"),
+    "policies.lm.policy": ("load_policy",),
+    "train.callbacks": ("BaseCallback",),
+    "train.ppo_objective": ("PPOObjective", "advantages"),
+    "train.update": ("make_optimizer", "update"),
 }
+_HOMES = {name: module for module, names in _PUBLIC.items() for name in names}
 
 __version__ = "0.1.0"
-__all__ = [
-    "PPO",
-    "SFT",
-    "BaseCallback",
-    "GateError",
-    "InputError",
-    "Interrupted",
-    "NonFiniteError",
-    "PPOObjective",
-    "RewardModel",
-    "SurefootError",
-    "TextTask",
-    "advantages",
-    "collect",
-    "evaluate_policy",
-    "load_policy",
-    "make_env",
-    "make_optimizer",
-    "make_policy",
-    "new_model",
-    "update",
-]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

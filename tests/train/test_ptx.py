@@ -205,7 +205,7 @@ def test_each_epoch_of_the_demonstrations_is_a_pass_whatever_stopped_the_updates
     stopped = [line["ppo/stopped_early"] for line in rows(model.run_folder or Path()) if "ppo/stopped_early" in line]
     assert 1.0 in stopped and len(taken) < 3 * 4 * len(stopped)  # else nothing was stopped
     assert taken == list(range(len(taken))) and len(taken) == objective.taken
-    passes = objective.demonstrations._passes
+    passes = objective.demonstrations
     assert sorted(passes.data.training_index(number, passes.seed) for number in taken[:10]) == list(range(10))
 
 

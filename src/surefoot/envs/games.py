@@ -29,7 +29,7 @@ opponent moves, and the indices [M] of those games, to one legal action for each
 def game_factory(name: str, **kwargs: Any) -> GameMaker:
     """What makes one game of PettingZoo's registry: `game_factory("classic/go-v5", board_size=5, komi=0.5)`.
 
-    Without PettingZoo's checking wrappers: `GameVectorEnv` checks a whole batch at once, up to three times as
+    Without PettingZoo's checking wrappers: `GameVectorEnv` checks every move itself, up to three times as
     fast. A process can hold Go boards of one size only: PettingZoo keeps the size in a global. Raises
     InputError for an unknown game, a missing library, or a wrong argument.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -13,7 +14,6 @@ from surefoot.types import Batch, Demonstration, Episode, Preference, Trajectory
 
 Poll: TypeAlias = Callable[[], None] | None  # called between pieces of work; it may raise to give the work up
 Evaluated: TypeAlias = tuple[dict[str, float], Sequence[Trajectory | Episode | Demonstration | Preference]]
-MakeBatch: TypeAlias = Callable[[list[int]], tuple[Batch, float]]  # and the mean length of its examples
 
 
 class Rollout(Protocol):
@@ -43,20 +43,33 @@ class Rollout(Protocol):
         """Go on from a checkpoint."""
 
 
-class ExamplePasses:
-    """A run's batches from the training examples of `data`, in shuffled passes; nothing is generated.
+class ExampleRollout(Rollout, Protocol):
+    """Batches of `batch_size` training examples of `data`, in shuffled passes; nothing is generated.
 
     What was `seen` of them must be what a checkpoint's were. `key` names the settings' section in errors.
     """
 
-    def __init__(self, data: SplitRows[Any], *, seen: list[Any], seed: int, key: str):
+    unit: str = "examples"
+    throughput: str = "throughput/tokens_per_s"
+    data: SplitRows[Any]
+    seed: int
+    key: str
+    _digest: str
+
+    def _begin(self, data: SplitRows[Any], *, seen: list[Any], batch_size: int, seed: int, key: str) -> None:
         self.data, self.seed, self.key = data, seed, key
+        self.per_update, self.can_evaluate = min(batch_size, len(data.train)), bool(data.held_out)
         self._digest = hashlib.sha256(repr(seen).encode()).hexdigest()
 
-    def collect(self, make: MakeBatch, *, first: int, count: int, version: int) -> Batch:
-        """Examples number `first` to `first + count` of the run, as `make` makes a batch of their indices."""
+    @abstractmethod
+    def _training_batch(self, indices: list[int]) -> tuple[Batch, float]:
+        """These training examples, and their mean length."""
+
+    def collect(self, *, first: int, count: int, version: int = 0, poll: Poll = None) -> Batch:
+        """Examples number `first` to `first + count` of the run."""
         started, end = time.perf_counter(), first + count
-        batch, length = make([self.data.training_index(number, self.seed) for number in range(first, end)])
+        indices = [self.data.training_index(number, self.seed) for number in range(first, end)]
+        batch, length = self._training_batch(indices)
         batch.version = version
         batch.metrics = {"time/rollout_s": time.perf_counter() - started, "time/score_s": 0.0}
         batch.metrics |= {f"{self.key}/epoch": end / len(self.data.train), "length/mean": length}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -14,19 +13,16 @@ from surefoot.data.batches import demonstration_batch, micro_batches
 from surefoot.data.demonstrations import Demonstrations
 from surefoot.data.render import TokenizedExample, encode_demonstration
 from surefoot.errors import InputError
-from surefoot.rollout.base import Evaluated, ExamplePasses, Poll, Rollout
+from surefoot.rollout.base import Evaluated, ExampleRollout, Poll
 from surefoot.rollout.text import LanguagePolicy
 from surefoot.types import Batch, Demonstration
 
 
-class DemonstrationRollout(Rollout):
+class DemonstrationRollout(ExampleRollout):
     """Demonstrations, cut to `sft.max_tokens`. Raises InputError for one that does not fit.
 
     `key` is the section of `sft`'s fields, for errors.
     """
-
-    unit = "examples"
-    throughput = "throughput/tokens_per_s"
 
     def __init__(
         self,
@@ -42,8 +38,7 @@ class DemonstrationRollout(Rollout):
         if self._max_tokens > policy.context_length:
             context = f"the model's context of {policy.context_length} tokens"
             raise InputError(f"{cut} ({sft.max_tokens}) is more than {context}; lower it")
-        self.policy, self.sft, self.key, self.temperature = policy, sft, key, temperature
-        self.data, self._truncated = data, 0
+        self.policy, self.sft, self.key, self.temperature, self._truncated = policy, sft, key, temperature, 0
         self._train, self._held_out = (
             [self._tokenized(example) for example in part] for part in (data.train, data.held_out)
         )
@@ -51,8 +46,7 @@ class DemonstrationRollout(Rollout):
             total = len(data.train) + len(data.held_out)
             self.notice = f"{self._truncated} of {total} examples are cut to {cut} ({sft.max_tokens})"
         seen = [(example.tokens, example.loss_mask) for example in self._train]
-        self._passes = ExamplePasses(data, seen=seen, seed=seed, key=key)
-        self.per_update, self.can_evaluate = min(sft.batch_size, len(self._train)), bool(data.held_out)
+        self._begin(data, seen=seen, batch_size=sft.batch_size, seed=seed, key=key)
 
     @torch.no_grad()
     def evaluate(self, episodes: int, *, version: int = 0, poll: Poll = None) -> Evaluated:
@@ -70,18 +64,6 @@ class DemonstrationRollout(Rollout):
         metrics = {"eval/nll": nll, "eval/perplexity": math.exp(min(nll, 700.0)), "eval/metric": -nll}
         measured = zip(self.data.held_out, nlls, tokens, strict=False)  # the first of them
         return metrics, [replace(example, nll=total / count) for example, total, count in measured]
-
-    def collect(self, *, first: int, count: int, version: int = 0, poll: Poll = None) -> Batch:
-        """Demonstrations number `first` to `first + count` of the run."""
-        return self._passes.collect(self._training_batch, first=first, count=count, version=version)
-
-    def state(self) -> dict[str, Any]:
-        """What the data was."""
-        return self._passes.state()
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint. Raises InputError if its data was another."""
-        self._passes.restore(state)
 
     def _training_batch(self, indices: list[int]) -> tuple[Batch, float]:
         batch = self._batch([self._train[index] for index in indices])

@@ -15,7 +15,7 @@ from surefoot.data.batches import preference_batch
 from surefoot.data.preferences import PreferenceDataset
 from surefoot.policies.base import Policy
 from surefoot.rewards.model import TextScorer
-from surefoot.rollout.base import Evaluated, ExamplePasses, Poll, Rollout
+from surefoot.rollout.base import Evaluated, ExampleRollout, Poll
 from surefoot.types import Batch, Preference
 
 
@@ -23,20 +23,17 @@ class ScoringPolicy(Policy, TextScorer, Protocol):
     """A policy that scores texts: what `policies/lm/reward_model.py` provides."""
 
 
-class PreferenceRollout(Rollout):
+class PreferenceRollout(ExampleRollout):
     """Preferences. Raises InputError for a text that does not fit.
 
     Ratings are standardized by their mean and standard deviation over the training rows: how fast the head
     learns does not depend on the raters' scale.
     """
 
-    unit = "examples"
-    throughput = "throughput/tokens_per_s"
-
     def __init__(
         self, policy: ScoringPolicy, data: PreferenceDataset, *, settings: RewardModelConfig, seed: int
     ):
-        self.policy, self.data, self.of_pairs = policy, data, data.of_pairs
+        self.policy, self.of_pairs = policy, data.of_pairs
         self._train, self._held_out = (
             [[policy.encode(row.prompt, text, where=row.where) for text in row.texts] for row in part]
             for part in (data.train, data.held_out)
@@ -48,8 +45,7 @@ class PreferenceRollout(Rollout):
             ratings = torch.tensor([row.label for row in data.train], dtype=torch.float64)
             self._mean, self._std = float(ratings.mean()), float(ratings.std(correction=0))
         seen = [(tokens, row.label) for tokens, row in zip(self._train, data.train, strict=True)]
-        self._passes = ExamplePasses(data, seen=seen, seed=seed, key="reward_model")
-        self.per_update, self.can_evaluate = min(settings.batch_size, len(data.train)), bool(data.held_out)
+        self._begin(data, seen=seen, batch_size=settings.batch_size, seed=seed, key="reward_model")
 
     def evaluate(self, episodes: int, *, version: int = 0, poll: Poll = None) -> Evaluated:
         """Loss on the first `episodes` held-out preferences, and how far the scores agree with them."""
@@ -89,18 +85,6 @@ class PreferenceRollout(Rollout):
         kind = {"kind": "pairs" if self.of_pairs else "ratings"}
         texts = {"texts": "held-out" if is_held_out else "training"}
         return {**kind, **texts, "calibration_error": error, "bins": bins}
-
-    def collect(self, *, first: int, count: int, version: int = 0, poll: Poll = None) -> Batch:
-        """Preferences number `first` to `first + count` of the run."""
-        return self._passes.collect(self._training_batch, first=first, count=count, version=version)
-
-    def state(self) -> dict[str, Any]:
-        """What the data was."""
-        return self._passes.state()
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint. Raises InputError if its data was another."""
-        self._passes.restore(state)
 
     def _training_batch(self, indices: list[int]) -> tuple[Batch, float]:
         labels = self._labels([self.data.train[index] for index in indices])
