@@ -18,7 +18,6 @@ from tests.train.small_run import rows, weights, write_rows, write_supervised
 
 SENTENCES = ["the film was good", "a band in the end", "her two dogs"]
 PAIRS = [{"prompt": f"{word} {number}", "completion": f" {word * 2}"} for word in ("the", "an", "in") for number in range(8)]
-CHAT = [{"role": "user", "content": "who"}, {"role": "assistant", "content": "the end"}]
 SMALL = {"dtype": "float32", "verbose": 0}
 CONFIG: dict[str, Any] = {
     "seed": 5,
@@ -56,13 +55,6 @@ def test_three_sentences_are_learnt_by_heart_and_go_on_to_ppo(capsys):
     assert first["kl/reference"] == pytest.approx(0, abs=1e-4) and first["length/end_rate"] > 0.5
     # Its settings lie beside it too, but for those of its kind of run.
     assert PPO.load("out", TextTask(["a"], reward, held_out=0.0), verbose=0).config == PPO("out", **SMALL).config
-
-
-def test_all_weights_can_be_taught_and_a_chat_is_answered():
-    model = SFT(model_folder(), SENTENCES, adapter=None, held_out=0.0, epochs=40, learning_rate=0.005, **SMALL).learn()
-    assert model.generate("a b", temperature=0) == "and in the end"
-    model = SFT(model_folder(chat=True), [{"messages": CHAT}], held_out=0.0, epochs=60, learning_rate=0.02, **SMALL).learn()
-    assert model.generate([CHAT[:1]], temperature=0) == ["the end"]
 
 
 def test_held_out_likelihood_chooses_the_best_checkpoint():
