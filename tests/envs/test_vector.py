@@ -16,8 +16,9 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from surefoot import PPO, advantages
 from surefoot.config import EnvConfig, NetworkConfig, PPOConfig
-from surefoot.envs.gym import Vector
+from surefoot.envs.gym import Vector, action_range_notice
 from surefoot.envs.make import make_vector, wrap_vector
+from surefoot.envs.observations import Checks
 from surefoot.policies.control.policy import ControlPolicy
 from surefoot.rollout.gym import GymRollout, run_episodes
 from surefoot.types import Batch
@@ -337,6 +338,39 @@ def test_values_beyond_their_bounds_are_said_once_and_used(capsys: pytest.Captur
     assert stepped(Beyond(5, "truncated")).observations["obs"].max() == 4
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["surefoot: env Beyond: the observation obs lies up to 1 outside its space; used as it is"]
+
+
+def test_an_image_of_unknown_scale_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    space = spaces.Box(-numpy.inf, numpy.inf, (4, 4, 3), numpy.float32)
+    checks = Checks({"obs": space}, Counter.action_space, "Camera")
+    for brightness in (1.0, 200.0, 201.0):
+        checks({"obs": numpy.full((1, 4, 4, 3), brightness, numpy.float32)})
+    assert capsys.readouterr().err.splitlines() == [
+        "surefoot: env Camera: the observation obs goes up to 200; scale it to about [0, 1], or give its space bounds, "
+        "by which it is divided"
+    ]
+
+
+@pytest.mark.parametrize(("low", "high"), [(5, 6), (0, 0.001), (1, 20), (0, 1e6), (0, 10), (-10, 10)])
+def test_a_range_that_first_actions_hardly_meet_is_said_with_the_remedy(low: float, high: float) -> None:
+    box = spaces.Box(numpy.array([-1, low], numpy.float32), numpy.array([1, high], numpy.float32))
+    notice = action_range_notice(box, 1.0)
+    assert notice.startswith(f"env: action 1 goes from {low:g} to {high:g}: ") and "RescaleAction(env, -1, 1)" in notice
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(-1, 1), (0, 1), (-2, 2), (-0.4, 0.4), (-3, 3), (0, numpy.inf), (-numpy.inf, numpy.inf)]
+)
+def test_a_range_that_first_actions_meet_needs_no_word(low: float, high: float) -> None:
+    assert action_range_notice(spaces.Box(low, high, (2,)), 1.0) == action_range_notice(spaces.Discrete(2), 1.0) == ""
+    assert action_range_notice(spaces.Box(-10, 10, (2,)), 4.0) == ""  # it begins with a larger std
+
+
+def test_layers_of_ones_own_that_change_in_training_are_named() -> None:
+    layers: Any = torch.nn.Sequential(torch.nn.Linear(1, 3), torch.nn.BatchNorm1d(3), torch.nn.Dropout(0.5))
+    layers.features_dim = 3
+    model = ppo(Counter(3, "terminated"), layers)
+    assert "BatchNorm1d and Dropout" in model._session.parts[0].notice
 
 
 @pytest.mark.parametrize("as_dict", [False, True])

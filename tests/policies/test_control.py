@@ -211,6 +211,33 @@ def test_images_beside_numbers_share_the_features_and_integers_can_be_normalized
     torch.testing.assert_close(prepared, torch.tensor([[-1.0, -1, 1], [1, 1, -1]]), atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [numpy.uint8, numpy.uint16, numpy.int32, numpy.float32])
+@pytest.mark.parametrize("shape", [(128,), (84, 84), (7, 7, 3), (20, 20, 3), (40, 40, 3), (3, 40, 40)], ids=str)
+@pytest.mark.parametrize("high", [1, 255])
+def test_the_first_layer_sees_images_and_bytes_between_0_and_1(dtype: Any, shape: tuple[int, ...], high: int) -> None:
+    space = spaces.Box(0, high, shape, dtype=dtype)
+    full = {"obs": torch.from_numpy(numpy.full((1, *shape), high, dtype=dtype))}
+    is_plain = len(shape) < 3 and dtype in (numpy.int32, numpy.float32)  # numbers, which may be anything
+    for spaces_of in ({"obs": space}, {"obs": space, "speed": VECTOR}):
+        flat = Extractor(spaces_of, images=False)(full | {"speed": torch.zeros(1, 3)})
+        assert flat[0, : space.shape[0]].tolist() == pytest.approx([float(high) if is_plain else 1.0] * space.shape[0])
+        seen = [cnn.scale * high for cnn in Extractor(spaces_of, images=True).cnns.values()]
+        assert seen == [1.0] * len(seen)
+    normalized = Extractor({"obs": space}, images=False, normalized={"obs"})(full)
+    assert normalized.max() == high
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("use_sde", [False, True])
+def test_actions_are_float32_whatever_the_layers_compute_in(deterministic: bool, use_sde: bool) -> None:
+    config, box = NetworkConfig(use_sde=use_sde), spaces.Box(-1, 1, (2,))
+    policy = ControlPolicy({"obs": IMAGE}, box, kind="CnnPolicy", config=config, dtype=torch.bfloat16)
+    prepared, starts = policy.prepare({"obs": numpy.zeros((1, 36, 36, 1), numpy.uint8)}), torch.ones(1, dtype=torch.bool)
+    with policy.acting():
+        noise = None if deterministic else policy.noise(1, 1, generator())[0]
+        assert policy.act(prepared, {}, episode_starts=starts, noise=noise)[0].dtype == torch.float32
+
+
 def test_a_board_is_seen_cell_by_cell() -> None:
     """Small float boxes [H, W, C] keep their size: moving a stone by a cell moves the last convolution's output by one."""
     extractor = Extractor({"obs": spaces.Box(0, 1, (9, 9, 2), dtype=numpy.float32)}, images=True)

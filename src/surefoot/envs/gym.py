@@ -8,9 +8,11 @@ seed and actions repeat an episode exactly, and that is how a resumed run finds 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, TypeAlias
 
 import gymnasium
@@ -243,3 +245,18 @@ def env_name(env: Any) -> str:
     """The id of an environment, or its class."""
     spec = getattr(env, "spec", None)
     return spec.id if spec is not None else type(getattr(env, "unwrapped", env)).__name__
+
+
+def action_range_notice(space: Any, std: float) -> str:
+    """A line if actions of N(0, `std`²), which training begins with, hardly meet the range of a Box."""
+    if not isinstance(space, spaces.Box):
+        return ""
+    normal = NormalDist(0.0, std)
+    for i, (low, high) in enumerate(zip(space.low.flat, space.high.flat, strict=True)):
+        within = normal.cdf(high) - normal.cdf(low)
+        reached = max(0.0, (min(high, 3 * std) - max(low, -3 * std)) / (high - low))
+        if within < 0.25 or (math.isfinite(high - low) and reached < 1 / 3):
+            met = f"{100 * within:.0f} % of the first lie within and reach {100 * reached:.0f} % of it"
+            how = "rescale with gymnasium.wrappers.RescaleAction(env, -1, 1)"
+            return f"env: action {i} goes from {low:g} to {high:g}: {met}; {how}"
+    return ""

@@ -69,6 +69,7 @@ class Checks:
 
     Raises InputError for values that are not finite, counts outside their space and masks without a legal
     action. Box values beyond their bounds are warned of once and used: published environments have them.
+    So are images whose unbounded space says nothing of their scale.
     """
 
     def __init__(self, spaces_by_name: Mapping[str, Any], action_space: Any, name: str, where: str = "env"):
@@ -81,6 +82,10 @@ class Checks:
             self._check_mask_shape(spaces_by_name[ACTION_MASK].shape)
         limits = {n: _limits(space) for n, space in spaces_by_name.items() if n != ACTION_MASK}
         self._limits = {n: both for n, both in limits.items() if both is not None}
+        boxes = {n: space for n, space in spaces_by_name.items() if len(space.shape or ()) == 3}
+        self._unscaled = {
+            n for n, space in boxes.items() if not numpy.isfinite(getattr(space, "high", 0)).all()
+        }
 
     def __call__(self, arrays: Arrays, is_over: NDArray[numpy.bool_] | None = None) -> None:
         """Check all; where `is_over` [N], no action need be legal."""
@@ -101,6 +106,12 @@ class Checks:
             far = f"{numpy.maximum(low - values, values - high).max():.3g}"
             where = f"env {self.name}: the observation {name}"
             print(f"surefoot: {where} lies up to {far} outside its space; used as it is", file=sys.stderr)
+        for name in list(self._unscaled):
+            if (most := float(numpy.abs(arrays[name]).max())) > 10:
+                self._unscaled.remove(name)
+                how = "scale it to about [0, 1], or give its space bounds, by which it is divided"
+                what = f"env {self.name}: the observation {name} goes up to {most:g}"
+                print(f"surefoot: {what}; {how}", file=sys.stderr)
 
     def are_finite(self, arrays: Arrays) -> None:
         """Check that alone."""

@@ -14,12 +14,12 @@ from typing import Any, TypeAlias
 import numpy
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from surefoot.config import EnvConfig, PPOConfig
 from surefoot.core.running import RunningStats
 from surefoot.core.seeds import derived_seed
-from surefoot.envs.gym import LONGEST_REPLAY, Vector, VectorStep
+from surefoot.envs.gym import LONGEST_REPLAY, Vector, VectorStep, action_range_notice
 from surefoot.envs.observations import Arrays
 from surefoot.errors import InputError
 from surefoot.policies.base import ActingPolicy
@@ -34,6 +34,8 @@ Advanced: TypeAlias = tuple[Tensor, VectorStep, dict[int, Episode]]
 CLIP_REWARD = 10.0
 LONGEST_EPISODE = 100_000  # steps of an evaluation: what has not ended by then never will
 UNDER_WAY = ("returns", "discounted", "lengths")  # of a position, in a checkpoint
+# Modules that compute something else in training mode.
+CHANGE_IN_TRAINING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 WINDOW = 100  # finished episodes that the means are taken over, as Stable-Baselines3 does
 
 
@@ -90,6 +92,7 @@ class GymRollout(Rollout):
     def __post_init__(self) -> None:
         self.per_update = self.settings.n_steps * int(self.env.num_envs)
         self.can_evaluate = self.make_evaluation is not None
+        self.notice = _notice(self.policy, self.env.action_space)
 
     def collect(self, *, first: int, count: int, version: int = 0, poll: Poll = None) -> Batch:
         """`count` timesteps from where the last call stopped; a batch [num_envs, steps] with log-probs."""
@@ -205,6 +208,17 @@ class GymRollout(Rollout):
         stats = self.env.reward_stats = self.env.reward_stats.updated(at.discounted[step.valid].tolist())
         at.discounted[step.ended] = 0
         return numpy.clip(step.rewards / (stats.std + 1e-8), -CLIP_REWARD, CLIP_REWARD)
+
+
+def _notice(policy: ActingPolicy, action_space: Any) -> str:
+    """What will train badly or otherwise than expected, in lines."""
+    std = getattr(getattr(policy, "head", None), "log_std", torch.zeros(())).exp().mean().item()
+    lines = [action_range_notice(action_space, std)]
+    modules = policy.modules() if isinstance(policy, nn.Module) else ()
+    if kept := sorted({type(module).__name__ for module in modules if isinstance(module, CHANGE_IN_TRAINING)}):
+        why = "the policy that learns is the one that acted"
+        lines += [f"policy: {' and '.join(kept)} of your network stay in evaluation mode: {why}"]
+    return "\n".join(filter(None, lines))
 
 
 class RolloutBuffer:

@@ -169,7 +169,8 @@ def action_head(
 
 
 def _noisy(outputs: Tensor, noise: Tensor | None) -> Tensor:
-    return outputs if noise is None else outputs + noise
+    """Float32 whatever the outputs were computed in."""
+    return outputs.float() if noise is None else outputs.float() + noise.float()
 
 
 def _masked(logits: Tensor, mask: Mask) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import numpy
@@ -20,28 +21,35 @@ ACTIVATIONS |= {"gelu": nn.GELU, "silu": nn.SiLU, "leaky_relu": nn.LeakyReLU}
 class Extractor(nn.Module):
     """Observations [N, ...] by name -> features [N, features_dim], concatenated in the order of the space.
 
-    Box is flattened (images of bytes over 255), Discrete and MultiDiscrete become one-hot, MultiBinary
-    numbers; with `images`, a Box that looks like an image goes through a Nature CNN, one like a board through
-    a small CNN.
+    Box is flattened, images and bytes scaled by what their space allows (`scale_of`), but those `normalized`;
+    Discrete and MultiDiscrete become one-hot, MultiBinary numbers. With `images`, a Box that looks like an
+    image goes through a Nature CNN, one like a board through a small CNN.
     """
 
-    def __init__(self, spaces: dict[str, Any], *, images: bool, needs_images: bool = False):
+    def __init__(
+        self,
+        spaces: dict[str, Any],
+        *,
+        images: bool,
+        needs_images: bool = False,
+        normalized: Collection[str] = (),
+    ):
         super().__init__()
         self.parts: dict[str, Any] = {}
         self.cnns = nn.ModuleDict()
         self.features_dim = 0
         for name, space in spaces.items():
             kind = type(space).__name__
-            is_bytes = is_image(space) and space.dtype.kind == "u"
+            scale = None if name in normalized else scale_of(space)
             if images and (is_image(space) or is_board(space)):
-                cnn = NatureCNN(space.shape, is_bytes) if is_image(space) else BoardCNN(space.shape)
+                cnn = (NatureCNN if is_image(space) else BoardCNN)(space.shape, scale or 1.0)
                 self.cnns[name.replace(".", "_")] = self.parts[name] = cnn
                 self.features_dim += cnn.features_dim
             elif kind in ("Discrete", "MultiDiscrete"):
                 self.parts[name] = [int(space.n)] if kind == "Discrete" else space.nvec.flatten().tolist()
                 self.features_dim += sum(self.parts[name])
             elif kind in ("Box", "MultiBinary"):
-                self.parts[name] = 1.0 / 255.0 if is_bytes else None  # bytes as a CNN takes them
+                self.parts[name] = scale
                 self.features_dim += math.prod(space.shape)
             else:
                 raise InputError(
@@ -72,16 +80,15 @@ class Extractor(nn.Module):
 class NatureCNN(nn.Module):
     """Mnih et al. 2015 (doi:10.1038/nature14236): three convolutions and a layer of 512 with ReLU.
 
-    Images are [N, C, H, W] or [N, H, W, C], whichever of the two puts the fewest channels first or last;
-    bytes are divided by 255.
+    Images are [N, C, H, W] or [N, H, W, C], whichever of the two puts the fewest channels first or last; they
+    are multiplied by `scale`.
     """
 
     features_dim = 512
 
-    def __init__(self, shape: tuple[int, ...], is_bytes: bool):
+    def __init__(self, shape: tuple[int, ...], scale: float):
         super().__init__()
-        self.channels_last = shape[-1] < shape[0]
-        self.scale = 1.0 / 255.0 if is_bytes else 1.0
+        self.channels_last, self.scale = shape[-1] < shape[0], scale
         channels, height, width = (shape[2], shape[0], shape[1]) if self.channels_last else shape
         # Channels last is what CPU kernels and tensor cores are fastest with.
         sizes = ((channels, 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1))
@@ -111,16 +118,19 @@ class BoardCNN(nn.Module):
 
     features_dim = 256
 
-    def __init__(self, shape: tuple[int, ...]):
+    def __init__(self, shape: tuple[int, ...], scale: float):
         super().__init__()
         height, width, channels = shape
+        self.scale = scale
         pairs = [(nn.Conv2d(wide, 32, 3, padding=1), nn.ReLU()) for wide in (channels, 32, 32)]
         self.layers = nn.Sequential(*(part for pair in pairs for part in pair))
         self.linear = nn.Linear(32 * height * width, self.features_dim)
 
     def forward(self, boards: Tensor) -> Tensor:
         """Features [N, 256]."""
-        return torch.relu(self.linear(self.layers(boards.float().permute(0, 3, 1, 2)).flatten(1)))
+        return torch.relu(
+            self.linear(self.layers(self.scale * boards.float().permute(0, 3, 1, 2)).flatten(1))
+        )
 
 
 class EpisodicLSTM(nn.Module):
@@ -208,6 +218,18 @@ class Layers(nn.Module):
 def is_image(space: Any) -> bool:
     """Whether a space is a Box of 3 dimensions that three convolutions fit into."""
     return type(space).__name__ == "Box" and len(space.shape) == 3 and sorted(space.shape)[1] >= 36
+
+
+def scale_of(space: Any) -> float | None:
+    """What images and bytes are multiplied by to lie within [-1, 1]; None for numbers that are used as given.
+
+    They are what has 3 dimensions or is unsigned; 1 over the largest value that the space allows, where that
+    is more than 1 (of floats 10: boards may hold small counts) and no mere limit of the data type.
+    """
+    if type(space).__name__ != "Box" or not (len(space.shape) == 3 or space.dtype.kind == "u"):
+        return None
+    most = float(max(numpy.abs(space.low.astype(float)).max(), numpy.abs(space.high.astype(float)).max()))
+    return 1.0 / most if (10 if space.dtype.kind == "f" else 1) < most <= 2**16 else None
 
 
 def is_board(space: Any) -> bool:

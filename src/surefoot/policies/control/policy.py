@@ -61,7 +61,8 @@ class ControlPolicy(nn.Module):
             torch.manual_seed(seed)
             if extractor is None:
                 images = "Cnn" in kind or "MultiInput" in kind
-                extractor = Extractor(self.spaces, images=images, needs_images="Cnn" in kind)
+                needs = "Cnn" in kind
+                extractor = Extractor(self.spaces, images=images, needs_images=needs, normalized=self.moments)
             self.extractor = extractor
             width = int(getattr(self.extractor, "features_dim", 0))
             if not width:
