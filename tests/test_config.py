@@ -137,6 +137,7 @@ def test_what_is_said_of_a_value_names_its_key_and_how_to_write_it(written, text
         ("env: {id: x}\nppo: {advantage: reinforce_pp}", ["ppo.advantage", "text"]),
         ("env: {id: x}\nppo: {loss_aggregation: sequence}", ["ppo.loss_aggregation", "text"]),
         ("env: {id: x}\npolicy: {critic: {kind: separate}}", ["policy.critic", "policy.network.share"]),
+        ("env: {id: x}\nevaluate: {every: 5}", ["evaluate.every", "evaluate.episodes"]),
         ("env: {id: x}\npolicy: {model: gpt2}", ["policy.model", "MlpPolicy"]),
         ("env: {id: x}\npolicy: {model: MlpLstmPolicy}\nppo: {batch_size: 100}", ["ppo.batch_size (100)", "env.n_steps (128)"]),
         ("sft: {data: x.jsonl}\npolicy: {critic: {kind: separate}}", ["policy.critic", "sft"]),

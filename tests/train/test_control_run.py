@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -339,7 +340,27 @@ def test_stable_baselines3s_keywords_mean_what_they_mean_there() -> None:
     assert isinstance(layers.policy[1], nn.ReLU) and type(head).__name__ == "StateDependentHead"
     assert head.sample_freq == 4 and head.log_std.detach().unique().tolist() == [-2.0]
     assert model.config.env.n_steps == 32 and model.config.run.folder == "board"
-    assert rows(model.learn(32).run_folder)[1]["timesteps"] == 32
+    assert rows(model.learn(32).run_folder)[0]["timesteps"] == 32  # no evaluation that nobody asked for
+
+
+def test_the_global_generators_are_started_for_those_who_give_a_seed() -> None:
+    def started() -> None:
+        random.seed(5)
+        numpy.random.seed(5)
+        torch.manual_seed(5)
+
+    def drawn() -> list[float]:
+        return [random.random(), float(numpy.random.rand()), float(torch.rand(()))]
+
+    def after(**seed: Any) -> list[float]:
+        started()
+        PPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=8, n_epochs=1, verbose=0, **seed).learn(8)
+        return drawn()
+
+    started()
+    untouched = drawn()
+    assert after() == untouched != after(seed=3) == after(seed=3)
+    assert len({PPO("MlpPolicy", "CartPole-v1", seed=None, verbose=0).config.seed for _ in range(2)}) == 2
 
 
 IN_KWARGS = {"optimizer_class": torch.optim.SGD, "activation_fn": nn.Softmax, "shared_lstm": True, "enable_critic_lstm": False}

@@ -16,7 +16,7 @@ Schedules = dict[str, Callable[[float], float]]
 # Keywords of `policy_kwargs` that are fields of policy.network.
 NETWORK_KEYS = ("net_arch", "ortho_init", "log_std_init", "lstm_hidden_size")
 LSTM_FLAGS = {"shared_lstm": False, "enable_critic_lstm": True}  # of sb3-contrib
-NONE_IS_DEFAULT = ("seed", "tensorboard_log", "policy_kwargs", "clip_range_vf", "target_kl")
+NONE_IS_DEFAULT = ("tensorboard_log", "policy_kwargs", "clip_range_vf", "target_kl")
 SCHEDULED = {"learning_rate": "lr_schedule", "clip_range": "clip_schedule"}
 
 

@@ -28,7 +28,7 @@ DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
         "ppo": {"batch_size": 64, "n_epochs": 10, "max_grad_norm": 0.5, "gamma": 0.99}
         | {"vf_coef": 0.5, "value_loss": "squared"},
         "kl": {"coef": 0.0},  # there is no reference model
-        "evaluate": {"every": None, "episodes": 10},
+        "evaluate": {"every": None, "episodes": 0},
     },
     # With a recurrent policy, in addition: as in sb3-contrib.
     "lstm": {"env": {"n_steps": 128}, "ppo": {"batch_size": 128}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -51,7 +52,7 @@ class EvaluateConfig(Section):
 class Config(Section):
     """Everything a run needs."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = setting(0, "All random numbers of the run follow from it.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = setting(0, "All randomness follows from it; None: drawn.")
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "`auto`: cuda, else mps, else cpu.")
     run: RunConfig = RunConfig()
     policy: PolicyConfig = PolicyConfig()
@@ -69,6 +70,11 @@ class Config(Section):
     shaping: ShapingConfig = ShapingConfig()
     ptx: PTXConfig | None = None
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @field_validator("seed", mode="before")
+    @classmethod
+    def _drawn(cls, seed: Any) -> Any:
+        return secrets.randbelow(2**31) if seed is None else seed
 
     @model_validator(mode="before")
     @classmethod
@@ -183,6 +189,8 @@ def _nearest_divisor(whole: int, wanted: int) -> int:
 
 def _in_environment(config: Config, env: EnvConfig) -> Iterator[str]:
     ppo, model = config.ppo, config.policy.model
+    if config.evaluate.every is not None and not config.evaluate.episodes:
+        yield "evaluate.every: no episodes to evaluate on; give evaluate.episodes too"
     for name in ("advantage", "loss_aggregation"):
         if getattr(ppo, name) != PPOConfig.model_fields[name].default:
             yield f"ppo.{name} is for text tasks; leave it out"

@@ -215,7 +215,9 @@ def _notice(policy: ActingPolicy, action_space: Any) -> str:
     std = getattr(getattr(policy, "head", None), "log_std", torch.zeros(())).exp().mean().item()
     lines = [action_range_notice(action_space, std)]
     modules = policy.modules() if isinstance(policy, nn.Module) else ()
-    if kept := sorted({type(module).__name__ for module in modules if isinstance(module, CHANGE_IN_TRAINING)}):
+    if kept := sorted(
+        {type(module).__name__ for module in modules if isinstance(module, CHANGE_IN_TRAINING)}
+    ):
         why = "the policy that learns is the one that acted"
         lines += [f"policy: {' and '.join(kept)} of your network stay in evaluation mode: {why}"]
     return "\n".join(filter(None, lines))

@@ -269,10 +269,10 @@ def _point_to_best(t: Training) -> None:
 
 
 def _start_generators(t: Training) -> None:
-    """Put the global generators where they were, or, for a new run, where its seed says."""
+    """Put the global generators where they were, or, for a new run that was given a seed, where it says."""
     if t.generators is not None:
         checkpoint.restore_generators(t.generators)
-    elif t.progress.updates == 0 and t.saved_at is None:
+    elif t.progress.updates == 0 and t.saved_at is None and "seed" in t.config.model_fields_set:
         checkpoint.seed_generators(derived_seed(t.config.seed, "global generators", 0))
     t.generators = None
 
