@@ -30,8 +30,11 @@ class NonFiniteError(SurefootError):
     exit_code = 3
 
 
-class Interrupted(SurefootError):
-    """The run was asked to stop by a signal and saved its state first."""
+class Interrupted(SurefootError, KeyboardInterrupt):
+    """The run was asked to stop by a signal and saved its state first.
+
+    A KeyboardInterrupt too, since programs have `except KeyboardInterrupt: model.save(...)` around `learn`.
+    """
 
     def __init__(self, signal_number: int, message: str = ""):
         super().__init__(message or f"stopped by signal {signal_number}")
