@@ -317,7 +317,7 @@ def test_masked_episodes_are_repeated_by_legal_actions(kind: Any) -> None:
     env, again = (make_vector(kind, n_envs=3, kwargs=kwargs, seed=1) for _ in range(2))
     stepped(env, 3)
     env.actions[1] = env.actions[1][:1]  # as if its episode had begun two steps later
-    assert again.restore(env.state()) is not None and [one.count for one in again.env.envs] == [3, 1, 3]
+    assert again.restore(env.state()) is not None and [one.unwrapped.count for one in again.env.envs] == [3, 1, 3]
 
 
 def test_an_episode_too_long_to_be_repeated_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,6 +338,70 @@ def test_values_beyond_their_bounds_are_said_once_and_used(capsys: pytest.Captur
     assert stepped(Beyond(5, "truncated")).observations["obs"].max() == 4
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["surefoot: env Beyond: the observation obs lies up to 1 outside its space; used as it is"]
+
+
+class Gives(Counter):
+    """Its steps give `odd` as the observation, or in the place that `at` names."""
+
+    def __init__(self, space: Any, odd: Any, at: str = "observation"):
+        super().__init__(3, "terminated")
+        self.observation_space, self.odd, self.at = space, odd, at
+
+    def reset(self, **settings: Any) -> Any:
+        super().reset(**settings)
+        return self.observation_space.sample(), {}
+
+    def step(self, action: Any) -> Any:
+        _, *rest = super().step(action)
+        places = dict(zip(("observation", "reward", "terminated", "truncated", "info"), (None, *rest), strict=True))
+        return tuple((places | {"observation": self.observation_space.sample(), self.at: self.odd}).values())
+
+
+PAIR, BYTES = spaces.Box(-1, 1, (2,)), spaces.Box(0, 255, (2,), numpy.uint8)
+ODD = [
+    *((PAIR, odd, "shape") for odd in (numpy.zeros(1), 0.5, numpy.zeros((2, 1)))),
+    *((BYTES, odd, "does not hold them") for odd in (numpy.array([300, 1]), numpy.array([0.2, 0.9]), numpy.array([-1, 1]))),
+    (spaces.Discrete(3), 1.5, "does not hold them"),
+    (spaces.Dict(a=PAIR, b=BYTES), {"a": numpy.zeros(2)}, "['a', 'b']"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*ERROR:UserWarning")  # Gymnasium's log of what a worker raised
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize(("space", "odd", "named"), ODD)
+def test_workers_and_this_process_refuse_the_same_observations(vectorization: str, space: Any, odd: Any, named: str) -> None:
+    env = make_vector(Gives, n_envs=2, vectorization=vectorization, kwargs={"space": space, "odd": odd}, seed=0)
+    env.reset()
+    refusal(lambda: env.step(numpy.zeros(2, dtype=numpy.int64)), "env Gives failed: ValueError: the observation", named)
+
+
+@pytest.mark.filterwarnings("ignore:.*ERROR:UserWarning")  # Gymnasium's log of what a worker raised
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize("at", ["reward", "terminated", "truncated"])
+def test_what_is_one_number_is_no_array(vectorization: str, at: str) -> None:
+    kwargs = {"space": PAIR, "odd": numpy.ones(1), "at": at}
+    env = make_vector(Gives, n_envs=1, vectorization=vectorization, kwargs=kwargs, seed=0)
+    env.reset()
+    refusal(
+        lambda: env.step(numpy.zeros(1, dtype=numpy.int64)),
+        "env Gives failed: ValueError: reward, terminated and truncated",
+        "array([1.])",
+    )
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_workers_and_this_process_take_the_same_observations(vectorization: str) -> None:
+    for space, given in ((PAIR, numpy.zeros(2)), (PAIR, [0, 1]), (BYTES, numpy.array([255, 0])), (spaces.Discrete(3), 2)):
+        env = make_vector(Gives, n_envs=1, vectorization=vectorization, kwargs={"space": space, "odd": given}, seed=0)
+        env.reset()
+        step = env.step(numpy.zeros(1, dtype=numpy.int64))
+        assert step.observations["obs"][0].tolist() == numpy.asarray(given).tolist()
+        env.close()
+
+
+@pytest.mark.parametrize(("made_by", "named"), [(lambda: None, "NoneType"), (lambda: Counter, "type"), (dict, "dict")])
+def test_what_makes_no_environment_is_one_line(made_by: Any, named: str) -> None:
+    refusal(lambda: make_vector(made_by, n_envs=1, kwargs={}, seed=0), "expected a gymnasium.Env", named)
 
 
 def test_an_image_of_unknown_scale_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:

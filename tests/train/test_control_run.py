@@ -221,7 +221,7 @@ def test_a_model_of_an_environment_that_gymnasium_made_is_loaded_without_it() ->
     refusal(lambda: load("wrapped"), "give it again")
     short = gymnasium.make("CartPole-v1", max_episode_steps=7)  # one that is given takes precedence
     model = load("saved", short)
-    assert model.env.env.envs[0] is short and model.config.env is not None and model.config.env.id is None
+    assert model.env.env.envs[0].env is short and model.config.env is not None and model.config.env.id is None
     refusal(lambda: load("saved", "Pendulum-v1"), "saved")
 
 

@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 
 from surefoot.envs.gym import Vector, env_name
 from surefoot.errors import InputError
+from surefoot.types import OBSERVATION
 
 Frame = NDArray[numpy.uint8]  # [H, W, 3]
 Show = Callable[[Frame, float], None]  # gets each frame, and the frames per second
+NUMBERS = (float, int, numpy.bool_, numpy.number)
 # What an id begins with -> the module that registers it, and our extra that brings it.
 PROVIDERS = {"ALE/": ("ale_py", "atari")} | {
     f"{name}-": ("highway_env", "driving")
@@ -42,12 +44,17 @@ def make_vector(
             raise InputError("env.vectorization: native is for Gymnasium ids; use sync or async")
         native = partial(gymnasium.make_vec, make, n_envs, "vector_entry_point", **kwargs)
         return Vector(_made(name, native), seed=seed)
-    maker = partial(gymnasium.make, make, **kwargs) if isinstance(make, str) else partial(make, **kwargs)
-    _made(name, maker).close()  # here, not in a worker: its error is then the user's to read
+    maker: Any = partial(gymnasium.make, make) if isinstance(make, str) else make
+    maker = partial(maker, **kwargs)
+    first = _made(name, maker)  # here, not in a worker: its error is then the user's to read
+    if not isinstance(first, gymnasium.Env):
+        raise InputError(f"env {name}: expected a gymnasium.Env to be made, got {type(first).__name__}")
+    first.close()
     kind: Any = gymnasium.vector.SyncVectorEnv
     if vectorization == "async":
-        kind, maker = gymnasium.vector.AsyncVectorEnv, partial(_in_worker, maker)
-    env = _made(name, partial(kind, [maker] * n_envs, autoreset_mode=AutoresetMode.DISABLED))
+        kind = gymnasium.vector.AsyncVectorEnv
+    made = partial(_conforming_env, maker)
+    env = _made(name, partial(kind, [made] * n_envs, autoreset_mode=AutoresetMode.DISABLED))
     return Vector(env, seed=seed, name=name)
 
 
@@ -59,15 +66,15 @@ def wrap_vector(env: Any, *, seed: int) -> Vector:
         return Vector(env, seed=seed)
     if not isinstance(env, gymnasium.Env):
         raise InputError(f"env: expected a Gymnasium id or (vector) environment, got {type(env).__name__}")
-    vector = gymnasium.vector.SyncVectorEnv([lambda: env], autoreset_mode=AutoresetMode.DISABLED)
+    vector = gymnasium.vector.SyncVectorEnv([lambda: Conforming(env)], autoreset_mode=AutoresetMode.DISABLED)
     return Vector(vector, seed=seed, name=env_name(env))
 
 
-def _in_worker(make: Callable[[], Any]) -> Any:
-    """Ctrl-C reaches every process of a terminal; the run alone handles it, and ends its workers."""
+def _conforming_env(make: Callable[[], Any]) -> Conforming:
+    """What `make` makes. In a worker Ctrl-C is ignored: the run alone handles it, and ends its workers."""
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return make()
+    return Conforming(make())
 
 
 def made_from(vector: Vector) -> tuple[str, dict[str, Any]] | None:
@@ -91,7 +98,58 @@ def share_envs(one: Vector, other: Vector) -> bool:
 
 
 def _parts(vector: Vector) -> list[Any]:
-    return getattr(vector.env, "envs", [vector.env])
+    """The sub-environments as the user knows them; of workers' none can be had."""
+    parts = getattr(vector.env, "envs", [vector.env])
+    return [part.env if isinstance(part, Conforming) else part for part in parts]
+
+
+class Conforming(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """Raises ValueError for what is not as the spaces say; workers would broadcast and wrap it in silence."""
+
+    def reset(self, **settings: Any) -> Any:
+        """Begin an episode."""
+        result = self.env.reset(**settings)
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
+            raise ValueError("reset() gives the observation and a dict of infos: return observation, {}")
+        self._space = self.env.observation_space  # asked for at every step it would cost as much as a step
+        return _conforming(result[0], self._space), result[1]
+
+    def step(self, action: Any) -> Any:
+        """Act."""
+        result = self.env.step(action)
+        if len(result) != 5:
+            parts = "observation, reward, terminated, truncated and info"
+            raise ValueError(f"step() gives {parts}; this one gave {len(result)} values")
+        observation, reward, terminated, truncated, info = result
+        for value in (reward, terminated, truncated):
+            if not isinstance(value, NUMBERS):
+                names = "reward, terminated and truncated are a number each"
+                raise ValueError(f"{names}; one is the {type(value).__name__} {value!r:.40}")
+        return _conforming(observation, self._space), reward, terminated, truncated, info
+
+
+def _conforming(value: Any, space: Any, name: str = OBSERVATION) -> Any:
+    """An observation with the shapes and types of its space. Raises ValueError for what they do not hold."""
+    dtype, shape = space.dtype, space.shape
+    if type(value) is numpy.ndarray and value.dtype == dtype and value.shape == shape:
+        return value
+    if isinstance(space, gymnasium.spaces.Dict):
+        if not isinstance(value, Mapping) or value.keys() != space.keys():
+            has = sorted(value) if isinstance(value, Mapping) else type(value).__name__
+            raise ValueError(f"the observation {name} has {has}, its space {sorted(space)}")
+        return {key: _conforming(value[key], part, key) for key, part in space.items()}
+    array = numpy.asarray(value)
+    if array.shape != space.shape:
+        raise ValueError(
+            f"the observation {name} has shape {list(array.shape)}, its space {list(space.shape)}"
+        )
+    if array.dtype != space.dtype and space.dtype.kind != "f":
+        limits = numpy.iinfo(space.dtype)
+        if array.dtype.kind not in "biu" or array.min() < limits.min or array.max() > limits.max:
+            what = f"the observation {name} has {array.dtype} values"
+            raise ValueError(f"{what}, and {space.dtype} does not hold them")
+        array = array.astype(space.dtype)
+    return array
 
 
 class Recorder(gymnasium.Wrapper[Any, Any, Any, Any]):
