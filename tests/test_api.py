@@ -15,7 +15,7 @@ import transformers
 import surefoot
 from surefoot import PPO, SFT, RewardModel, TextTask, advantages, collect, load_policy, update
 from surefoot.config import AdapterConfig, Config, make_config
-from tests.inputs import PROMPTS, model_folder, refusal
+from tests.inputs import PROMPTS, model_folder, refusal, run_cli
 from tests.tiny import tiny_policy, tiny_tokenizer
 
 SMALL = {"total_episodes": 8, "episodes_per_update": 4, "batch_size": 4, "n_epochs": 1, "max_new_tokens": 3, "dtype": "float32"}
@@ -206,6 +206,25 @@ def test_generating_goes_through_the_template_of_a_task_that_was_trained_through
     as_chat = small(policy, task(chat=True)).generate(prompt)
     assert as_chat == small(policy).generate([[{"role": "user", "content": prompt}]])[0]
     assert as_chat != small(policy).generate(prompt)
+
+
+def test_what_is_opened_writes_as_what_was_trained():
+    shutil.copytree(model_folder(chat=True), "model")
+    kept = {"stop": ["e"], "stop_token_ids": [5], "temperature": 0.3, "dtype": "bfloat16", "max_new_tokens": 3}
+    model = PPO("model", task(chat=True), verbose=0, **{**SMALL, **kept}).learn(4)
+    tuned = SFT("model", ["one", "two"] * 4, held_out=0.0, epochs=1, verbose=0, **kept).learn()
+    model.save("out"), tuned.save("tuned")
+    for name, opened in {
+        "model": model,
+        **{name: PPO.open(name) for name in ("out", "tuned", model.run_folder, tuned.run_folder)},
+        "loaded": SFT.load("tuned", ["one"], verbose=0),
+    }.items():
+        generation = opened.config.generation
+        found = {key: getattr(generation, key) for key in kept if key != "dtype"} | {"dtype": opened.config.policy.dtype}
+        assert found == kept, name
+        assert generation.chat == (name not in ("tuned", tuned.run_folder, "loaded"))
+    opened, chat = PPO.open("out"), [{"role": "user", "content": "one"}]
+    assert opened.generate("one") == opened.generate([chat])[0] == run_cli("generate", "out", "one").out[:-1]
 
 
 def test_folders_that_cannot_be_loaded_or_written_are_one_line():

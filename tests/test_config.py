@@ -370,7 +370,7 @@ def test_flat_setting_names_are_unique_across_sections():
     assert Counter(keys.values()).most_common(1)[0][1] == 1
     foreign, whole = {"task", "sft", "new_model", "reward_model", "rejection_sampling"}, {"kl", "group", "shaping", "ptx"}
     parts = [key.split(".") for key, *_ in field_table()]
-    inner = [part for part in parts if len(part) == 2 and part[0] not in foreign | whole]
+    inner = [part for part in parts if len(part) == 2 and part[0] not in foreign | whole and part[1] != "chat"]
     is_prefixed = {("env", "id"), ("env", "kwargs"), *(tuple(part) for part in inner if part[0] in ("run", "evaluate"))}
     plain = Counter("_".join(part) if tuple(part) in is_prefixed else part[1] for part in inner)
     assert max(plain.values()) == 1

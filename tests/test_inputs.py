@@ -5,6 +5,7 @@ Each is one line with what, where and how to fix it, before heavy work where it 
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 import shutil
@@ -58,8 +59,11 @@ def written(name: str, data: bytes | Callable[[bytes], bytes]) -> Damage:
     return lambda folder: (folder / name).write_bytes(data((folder / name).read_bytes()) if callable(data) else data)
 
 
-def config(**changes: object) -> Damage:
-    return written("config.json", lambda data: json.dumps(json.loads(data) | changes).encode())
+def changed(name: str, **changes: object) -> Damage:
+    return written(name, lambda data: json.dumps(json.loads(data) | changes).encode())
+
+
+config = functools.partial(changed, "config.json")
 
 
 def pickle_only(folder: Path) -> None:

@@ -44,13 +44,26 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", {**_GROUPED, "sliding_window": SLIDING_WINDOW}),
     "phi": ("PhiConfig", DECODER),
 }
+_ROUTED = {**_GROUPED, "head_dim": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_CONFIGS_OF_MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("MixtralConfig", {**_ROUTED, "num_local_experts": 4}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**_ROUTED, "num_experts": 4}),
+    "qwen2_moe": ("Qwen2MoeConfig", {**_ROUTED, "num_experts": 4, "shared_expert_intermediate_size": 24}),
+    "gpt_oss": ("GptOssConfig", {**_ROUTED, "num_local_experts": 4}),
+    "phimoe": ("PhimoeConfig", {**_ROUTED, "num_local_experts": 4}),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        {**_ROUTED, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    ),
+}
+MIXTURES = tuple(_CONFIGS_OF_MIXTURES)  # of experts
 LSTM = "lstm"  # ours; without linear layers for an adapter, so that it is trained whole
 FAMILIES = (*_CONFIGS, LSTM)
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:
     """A transformers config of `family`: two layers of width 32."""
-    name, settings = _CONFIGS.get(family, ("", {"hidden_size": 32}))
+    name, settings = (_CONFIGS | _CONFIGS_OF_MIXTURES).get(family, ("", {"hidden_size": 32}))
     common = {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT, "initializer_range": WIDE}
     common |= {"bos_token_id": None, "eos_token_id": END, "pad_token_id": PAD}
     common["tie_word_embeddings"] = family in ("gpt2", "gemma", "gemma2")

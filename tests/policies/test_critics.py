@@ -153,6 +153,17 @@ def test_policy_and_reference_are_what_they_are_without_the_critic(critic, adapt
     assert_close(*(read_tensors(Path(folder) / "model.safetensors") for folder in ("with", "without")), 0.0)
 
 
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["embed_tokens", "q_proj"], ["lm_head"]])
+def test_the_critics_adapter_is_its_own_wherever_it_is(targets):
+    adapter = AdapterConfig(rank=4, targets=targets)
+    if targets == ["lm_head"]:
+        refusal(lambda: loaded(ADAPTER, adapter=adapter), "policy.critic.kind", "output layer")
+        return
+    policy = loaded(ADAPTER, adapter=adapter)
+    named = [name for name, _ in policy.named_parameters_to_train()]
+    assert sum(critics_own(name) for name in named) == 2 + sum("critic" in name for name in named) == len(named) // 2 + 1
+
+
 def test_the_critics_adapter_starts_at_0_from_its_seed_alone():
     named, again = (trained(tiny_policy(critic=ADAPTER)) for _ in range(2))
     for name, parameter in named.items():

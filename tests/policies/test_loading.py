@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import os
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from surefoot import PPO, SFT, RewardModel, TextTask
 from surefoot.config import AdapterConfig, PolicyConfig
 from surefoot.policies.lm.policy import load_policy, resolve_dtype
 from surefoot.policies.lm.pretrained import check_model_folder
 from tests.inputs import model_folder, refusal
-from tests.test_inputs import WEIGHTS, Bomb, Damage, config, written
-from tests.tiny import FAMILIES, random_tokens, tiny_lm, tiny_policy, written_batch
+from tests.test_inputs import WEIGHTS, Bomb, Damage, changed, config, written
+from tests.tiny import CONTEXT, END, random_tokens, tiny_lm, tiny_policy, tiny_tokenizer, written_batch
 
 PAIRS = [(random_tokens(4, seed=1), random_tokens(6, seed=2))]
 FLOAT32 = PolicyConfig(adapter=AdapterConfig(rank=4), dtype="float32")
@@ -38,20 +44,6 @@ def sharded(folder) -> Path:
 
 def refuse(folder: Path | str, *named: str) -> None:
     refusal(lambda: load_policy(str(folder), FLOAT32), *named)
-
-
-@pytest.mark.parametrize("adapter", [True, False], ids=["LoRA", "all weights"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_saved_opens_in_transformers_and_is_the_adapted_model(family, adapter, tmp_path):
-    policy = tiny_policy(family, adapter=adapter, moved=True)
-    tokens = torch.tensor([random_tokens(12, seed=0)])
-    before = policy.lm(tokens).logits
-    policy.save(tmp_path)
-    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.allclose(opened(tokens).logits, before, atol=1e-4)
-    assert not torch.allclose(tiny_lm(family).eval()(tokens).logits, before, atol=1e-2)  # it has moved
-    assert torch.equal(policy.lm(tokens).logits, before)  # saving changed nothing
-    assert not [p for p in tmp_path.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".pkl"}]
 
 
 def test_a_bfloat16_base_is_saved_with_the_adapter_merged_in_float32(tmp_path):
@@ -87,17 +79,31 @@ def test_bfloat16_stores_only_a_frozen_base_in_bfloat16():
         assert {p.dtype for _, p in policy.named_parameters_to_train()} == {torch.float32}
 
 
-def without_numbers(folder: Path) -> None:
+def reweighted(change: Callable[[torch.Tensor], torch.Tensor], folder: Path) -> None:
     weights = load_file(folder / WEIGHTS)
-    weights["model.norm.weight"].fill_(float("nan"))
+    weights["model.norm.weight"] = change(weights["model.norm.weight"])
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 DAMAGES: dict[str, tuple[Damage, str]] = {  # more of them: tests/test_inputs.py
     "less than it says": (written(WEIGHTS, lambda data: data[:-1]), f"{WEIGHTS}: half-written"),
     "more than it says": (written(WEIGHTS, lambda data: data + b"\0" * 64), f"{WEIGHTS}: half-written"),
-    "not numbers": (without_numbers, "nan"),
+    "not numbers": (functools.partial(reweighted, lambda weight: weight * float("nan")), "nan"),
     "an unknown kind": (config(model_type="nonesuch"), "configuration"),
+    "20,000 layers": (config(num_hidden_layers=20_000), "20000"),
+    "nested layers": (config(text_config={"num_hidden_layers": 10**6}), "1000000"),
+    "an adapter beside it": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "merge_and_unload"),
+    "an adapter alone": (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "merge_and_unload"),
+    "a pipe": (lambda folder: os.mkfifo(folder / "chat_template.jinja"), "chat_template.jinja"),
+    "a device": (lambda folder: (folder / "added_tokens.json").symlink_to("/dev/zero"), "added_tokens.json"),
+    "whole numbers": (functools.partial(reweighted, lambda weight: weight.to(torch.int8)), "I8"),
+    "a length that is none": (changed("tokenizer_config.json", model_max_length="long"), "tokenizer"),
+    "an end that is none": (changed("generation_config.json", eos_token_id="x"), "'x'"),
+    "an end beyond the rows": (changed("generation_config.json", eos_token_id=[1, 61]), "61"),
+    **{
+        f"quantized, {method}": (config(quantization_config={"quant_method": method, "bits": 4}), str(method))
+        for method in ("gptq", "awq", "bitsandbytes", "compressed-tensors", "unheard of", None)
+    },
 }
 
 
@@ -106,6 +112,70 @@ def test_a_damaged_folder_is_refused_and_what_is_wrong_is_named(folder, case):
     damage, named = DAMAGES[case]
     damage(folder)
     refuse(folder, named)
+
+
+@pytest.mark.parametrize(
+    "change", [{"output_attentions": True}, {"return_dict": False}, {"quantization_config": {"quant_method": "fp8"}}]
+)
+def test_settings_that_loading_can_undo_are_undone(folder, change, tmp_path):
+    config(**change)(folder)
+    load_policy(str(folder), FLOAT32).save_model(tmp_path / "saved")
+    assert not change.items() <= json.loads((tmp_path / "saved" / "config.json").read_text()).items()
+    assert load_policy(str(tmp_path / "saved"), FLOAT32).fingerprint() == tiny_policy().fingerprint()
+
+
+def test_tokens_that_the_model_has_no_row_for_are_one_line_through_every_door(folder):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": [f"<x{i}>" for i in range(9)]})
+    tokenizer.save_pretrained(folder)
+    pairs = [{"prompt": "a", "chosen": "b", "rejected": text} for text in "cdef"]
+    task, quiet = TextTask(["the"], lambda completions, **_: [0.0] * len(completions)), {"verbose": 0, "held_out": 0.0}
+    doors: list[Callable[[], Any]] = [
+        lambda: PPO(str(folder), task, verbose=0),
+        lambda: SFT(str(folder), ["the"], **quiet),
+        lambda: RewardModel(str(folder), pairs, **quiet),
+        lambda: PPO.open(folder).generate("the"),
+    ]
+    for door in doors:
+        refusal(door, "<x8>", "65", "61")
+    refusal(lambda: PPO(tiny_policy(), task, verbose=0, stop_token_ids=[57, 10**12]).generate("the"), "stop_token_ids", "57")
+
+
+_TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+_TEXT |= {"head_dim": 8, "vocab_size": 61, "pad_token_id": 0, "eos_token_id": END, "max_position_embeddings": CONTEXT}
+_SEEN = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+_IMAGES = {"mm_tokens_per_image": 4, "image_token_index": 50, "boi_token_index": 51, "eoi_token_index": 52}
+_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 24}
+_ROPE |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+UNUSUAL: dict[str, tuple[str, dict[str, Any], int]] = {
+    "nested": ("Gemma3", {"text_config": _TEXT, "vision_config": _SEEN, "eos_token_id": END, **_IMAGES}, CONTEXT),
+    "MPT": ("Mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": CONTEXT, "vocab_size": 61}, CONTEXT),
+    "longrope": (
+        "Phi3",
+        {**_TEXT, "rope_parameters": _ROPE, "original_max_position_embeddings": 24},
+        24,
+    ),  # to where its factors change
+}
+
+
+@pytest.mark.parametrize("case", UNUSUAL)
+def test_the_context_is_the_models_own_however_its_config_has_it(case, tmp_path):
+    name, settings, length = UNUSUAL[case]
+    kind = "ForConditionalGeneration" if case == "nested" else "ForCausalLM"
+    getattr(transformers, name + kind)(getattr(transformers, name + "Config")(**settings)).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    policy = load_policy(str(tmp_path), PolicyConfig(adapter=None, dtype="float32"))
+    assert policy.context_length == length
+    assert [fact in policy.notice for fact in ("longrope", "24", str(CONTEXT))] == [case == "longrope"] * 3
+    task = TextTask(["the cat " * 20], lambda completions, **_: [0.0] * len(completions), held_out=0.0)
+    refusal(lambda: PPO(policy, task, verbose=0, adapter=None).generate("the cat " * 20), str(length))
 
 
 @pytest.mark.usefixtures("in_own_folder")
@@ -123,7 +193,7 @@ def test_a_missing_or_truncated_shard_and_a_damaged_index_are_named(sharded):
     for damage in (lambda: None, shard.unlink):
         damage()
         refuse(sharded, shard.name)
-    for text in ("{", "[]", "{}", '{"weight_map": []}'):
+    for text in ("{", "[]", "{}", '{"weight_map": []}', "[" * 100_000):
         (sharded / "model.safetensors.index.json").write_text(text)
         refuse(sharded, "index.json")
 

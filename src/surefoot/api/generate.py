@@ -30,7 +30,6 @@ class Generates(Protocol):
         if self.config.env is not None:
             raise InputError("generate is for language models; a policy for an environment has predict")
         settings, policy = with_sampling(self.config.generation, sampling), self.policy
-        chat = bool(getattr(getattr(self, "env", None) or self.config.task, "chat", False))
         params = SamplingParams(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
         if not isinstance(prompts, (str, Sequence)):
             kind = type(prompts).__name__
@@ -40,7 +39,7 @@ class Generates(Protocol):
         engine, requests = text_engine(policy, settings), []
         for number, prompt in enumerate([prompts] if is_one else prompts):
             checked = checked_prompt(prompt, "generate" if is_one else f"generate, prompt {number + 1}")
-            tokens = encode_prompt(policy.tokenizer, checked, chat=chat)
+            tokens = encode_prompt(policy.tokenizer, checked, chat=settings.chat)
             check_length(tokens, str(checked), **limits)
             its_seed = derived_seed(seed, "generate", number)
             requests.append(Request(tokens, its_seed, params, tuple(settings.stop)))

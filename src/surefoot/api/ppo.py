@@ -15,7 +15,15 @@ from surefoot.build.control import build_control_policy, build_vector
 from surefoot.build.language import build_demonstrations, build_policy, build_task, probe_functions
 from surefoot.build.preflight import SETTINGS, preflight
 from surefoot.build.training import restore_best
-from surefoot.config import NETWORKS, Config, load_config, make_config, sections_for, with_settings
+from surefoot.config import (
+    NETWORKS,
+    Config,
+    CriticConfig,
+    load_config,
+    make_config,
+    sections_for,
+    with_settings,
+)
 from surefoot.config.keywords import nested, setting_keys
 from surefoot.core.seeds import derived_seed
 from surefoot.envs.gym import Vector
@@ -71,10 +79,10 @@ class PPO(HasSession, Generates):
         of_text = "task" if config is None else config.supervised or "task"
         data = sections_for(config, "env" if is_control else of_text)
         merge(data, ours := nested(settings, "env" if is_control else "task"))
-        if is_control:
-            _put_environment(data, env, settings, schedules)
-        elif "env" in ours:
+        if "env" in ours and not is_control:
             raise InputError(f"{min(ours['env'])}: is for Gymnasium, and this is a text task; leave it out")
+        if is_control or env is not None:
+            _put_environment(data, env, settings, schedules)
         if ptx_data is not None and run is None:
             data["ptx"] = (data.get("ptx") or {}) | {"data": named_file(ptx_data)}
         elif ptx_data is not None and data.get("ptx") is None:
@@ -221,13 +229,19 @@ class PPO(HasSession, Generates):
             model = cls(config.policy.model, env, config=config, verbose=0, run=begun)
             restore_best(model.policy, run, model.env)
             return model
-        settings = Path(source) / SETTINGS
-        is_control = settings.is_file() and load_config(settings).env is not None
-        return cls.load(source, env, verbose=0) if is_control else cls(str(source), verbose=0)
+        if not (settings := Path(source) / SETTINGS).is_file():
+            return cls(str(source), verbose=0)
+        saved = load_config(settings)
+        if saved.env is not None:
+            return cls.load(source, env, verbose=0)
+        policy = saved.policy.model_copy(update={"critic": CriticConfig()})
+        return cls(str(source), config=Config(policy=policy, generation=saved.generation), verbose=0)
 
 
 def _put_environment(data: dict[str, Any], env: Any, settings: dict[str, Any], schedules: Schedules) -> None:
     """What is given takes precedence: an environment over an id, a number over a function."""
+    if isinstance(env, TextTask):
+        return merge(data, {"generation": {"chat": env.chat}})
     data["env"] = {"id": None} | (data.get("env") or {})
     if isinstance(env, str):
         data["env"]["id"] = env

@@ -76,8 +76,9 @@ class Session:
             raise InputError(f"nothing to train or evaluate on; give the {what}: {kind}(model, {argument})")
         rollout = build_rollout(self.config, self.policy, self.source)
         objective = build_objective(self.config, self.policy, rollout, self.demonstrations)
-        if self.verbose and (notice := rollout.notice or objective.notice):
-            print(notice)
+        notices = (getattr(self.policy, "notice", ""), rollout.notice or objective.notice)
+        if self.verbose and any(notices):
+            print("\n".join(filter(None, notices)))
         return rollout, objective
 
     @property

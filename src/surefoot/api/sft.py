@@ -75,6 +75,12 @@ class SFT(HasSession, Generates):
         config, run = open_folder(folder, "SFT", is_given=data is not None)
         if run is None:
             policy = config.policy.model_copy(update={"critic": CriticConfig()})
-            again = Config(seed=config.seed, device=config.device, policy=policy, sft=SFTConfig())
+            again = Config(
+                seed=config.seed,
+                device=config.device,
+                policy=policy,
+                generation=config.generation,
+                sft=SFTConfig(),
+            )
             return cls(str(folder), data, config=again, verbose=verbose)
         return resume(run, cls, config.policy.model, data, config=config, verbose=verbose)

@@ -28,7 +28,7 @@ def setting_keys(algorithm: str = "ppo") -> dict[str, str]:
         others |= foreign_sections(algorithm)
     for key, row in all_keys().items():
         section, _, leaf = key.partition(".")
-        if section in others or key == f"{algorithm}.data" or "." in leaf:
+        if section in others or key in (f"{algorithm}.data", "generation.chat") or "." in leaf:
             continue
         if leaf and section not in WHOLE:
             keys[PREFIXES.get(section, PREFIXES.get(key, "")) + leaf] = key

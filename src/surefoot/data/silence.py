@@ -19,6 +19,8 @@ def silence_transformers() -> Iterator[None]:
         with warnings.catch_warnings():
             # peft calls a transformers name that is being renamed.
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+            # What peft warns of, of ties and names, `policies/lm/adapters.py` sees to.
+            warnings.filterwarnings("ignore", module="peft")
             yield
     finally:
         logging.set_verbosity(verbosity)

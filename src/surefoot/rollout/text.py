@@ -203,8 +203,11 @@ def _part_means(trajectories: Sequence[Trajectory], name: str) -> dict[str, floa
 
 
 def text_engine(policy: LanguagePolicy, generation: GenerationConfig) -> TokenEngine:
-    """Our own engine over `policy`, as `generation` has it."""
-    ends = policy.model_end_tokens | frozenset(generation.stop_token_ids)
+    """Our own engine over `policy`, as `generation` has it. Raises InputError for an end that is no token."""
+    given = generation.stop_token_ids
+    if given and (unknown := {*given} - {*policy.tokenizer.get_vocab().values()}):
+        raise InputError(f"generation.stop_token_ids: the model's tokenizer has no token {min(unknown)}")
+    ends = policy.model_end_tokens | frozenset(given)
     return TokenEngine(policy, slots=generation.slots, end_tokens=ends)
 
 

@@ -35,17 +35,23 @@ class Critic:
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained, by name; float32."""
         named = self.body.named_parameters()
-        return {name: p for name, p in named if self.adapter is None or f".{adapters.CRITIC}." in name}
+        return {name: p for name, p in named if self.adapter is None or f".{adapters.CRITIC}." in f"{name}."}
 
 
 def adapter_critic(adapter: Any, *, seed: int) -> Critic:
-    """A second adapter over the base of peft's model `adapter`: of the policy's shape, at first 0 too."""
+    """A second adapter over the base of peft's model `adapter`: of the policy's shape, at first 0 too.
+
+    Raises InputError where it would reach nothing that the critic reads.
+    """
     with torch.random.fork_rng(devices=[]), silence_transformers():
         torch.manual_seed(derived_seed(seed, "critic", 0))
         adapter.add_adapter(adapters.CRITIC, copy.deepcopy(adapter.peft_config[adapters.POLICY]))
     critic = Critic(adapter.get_base_model(), adapter=adapter)
     for parameter in critic.parameters().values():
         parameter.requires_grad_(True)
+    if not critic.parameters():
+        why = "it would have no adapter: the targets are on the output layer alone, which it does not read"
+        raise InputError(f"policy.critic.kind: {why}; use shared or separate")
     return critic
 
 
@@ -75,8 +81,17 @@ def separate_critic(lm: Any, tokenizer: Any, config: CriticConfig, *, dtype: tor
 
 
 def context_length(lm: Any) -> int:
-    """Most tokens that a transformers model reads."""
-    return int(getattr(lm.config, "max_position_embeddings", 1 << 30))
+    """Most tokens that a transformers model reads, and computes the same alone and in any batch.
+
+    Under longrope it is the original length: beyond it the longest row of a batch decides where all stand.
+    """
+    config = lm.config.get_text_config()
+    named = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]  # MPT's
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *ropes.values()):  # one, or one for each kind of layer
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
+            named.append(rope.get("original_max_position_embeddings"))
+    return min((int(limit) for limit in named if limit is not None), default=1 << 30)
 
 
 def _calibrated_head(file: Path) -> dict[str, Tensor]:

@@ -35,6 +35,8 @@ class CausalLMPolicy:
     """
 
     reads_whole_rows = True
+    notice = ""
+    """What a user should know of how it is trained, in a line."""
 
     def __init__(
         self,
@@ -160,9 +162,7 @@ class CausalLMPolicy:
 
     def save_model(self, folder: Path) -> None:
         """Write the tokenizer and plain transformers weights, the policy's adapter merged in."""
-        plain = self.lm
-        if self.adapter is not None:
-            plain = copy.deepcopy(self.adapter).float().merge_and_unload(adapter_names=[adapters.POLICY])
+        plain = self.lm if self.adapter is None else adapters.merged(self.adapter)
         with silence_transformers():
             plain.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
@@ -256,6 +256,7 @@ def wrap_policy(
 ) -> CausalLMPolicy:
     """Put adapter and critic on a transformers model that is already in memory."""
     config, critic, adapter = config or PolicyConfig(), None, None
+    _check_tokens(lm, tokenizer)
     if dtype == torch.bfloat16 and lm.device.type == "cpu":
         # The fused kernel rounds differently for every row length: old and new log-probs of the same tokens
         # would differ by several percent. The plain one gives the same bits whatever the padding, as fast.
@@ -272,7 +273,28 @@ def wrap_policy(
     stop = config.critic.stop_gradient
     policy = CausalLMPolicy(lm, tokenizer, adapter=adapter, dtype=dtype, critic=critic, stop_gradient=stop)
     _check_model(policy)
+    notices = [] if config.adapter is None else [adapters.left_alone(adapter, config.adapter.targets)]
+    longest = getattr(lm.config.get_text_config(), "max_position_embeddings", 0)
+    if (length := context_length(lm)) < longest:
+        why = f"beyond, up to {longest:,}, log-probs depend on the rows that are computed together"
+        notices.append(f"policy.model: longrope: prompt and completion have {length:,} tokens at most; {why}")
+    policy.notice = "\n".join(filter(None, notices))
     return policy
+
+
+def _check_tokens(lm: Any, tokenizer: Any) -> None:
+    """Raise InputError for a token or an end that the model has no embedding for."""
+    rows = len(lm.get_input_embeddings().weight)
+    token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    if number >= rows:
+        found = f"the tokenizer's {token!r} is token {number}, and the model has embeddings for {rows}"
+        how = "give it as many (resize_token_embeddings of transformers), or take the token out"
+        raise InputError(f"policy.model: {found}; {how}")
+    ends = getattr(getattr(lm, "generation_config", None), "eos_token_id", None)
+    for end in ends if isinstance(ends, list) else [] if ends is None else [ends]:
+        if not (isinstance(end, int) and 0 <= end < rows):
+            found = f"eos_token_id is {end!r}, and the model's tokens are 0 to {rows - 1}"
+            raise InputError(f"policy.model: {found}; correct its generation_config.json or config.json")
 
 
 @torch.no_grad()

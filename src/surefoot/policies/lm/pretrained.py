@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,17 @@ import torch
 
 from surefoot.data.silence import silence_transformers
 from surefoot.errors import InputError, one_line
-from surefoot.storage.safetensors import check_safetensors
+from surefoot.storage.safetensors import read_dtypes
 
 # Beside the weights of a reward model: its scalar head, and what its scores are shifted and scaled by.
 REWARD = "surefoot_reward.safetensors"
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
+DEQUANTIZED = ("fp8", "mxfp4")  # which transformers makes plain weights of
+HAS_ADAPTER = (
+    "there is an adapter in it (adapter_config.json); merge it into its model (merge_and_unload of peft), "
+    "save that, and name its folder"
+)
+LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 
 
 def load_pretrained(source: str, *, dtype: torch.dtype, key: str = "policy.model") -> tuple[Any, Any]:
@@ -29,14 +37,23 @@ def load_pretrained(source: str, *, dtype: torch.dtype, key: str = "policy.model
     asked["ignore_mismatched_sizes"] = True  # refused below, with their names
     safe, part = {"trust_remote_code": False}, "configuration"
     try:
-        model_config = AutoConfig.from_pretrained(source, **safe)
+        # What would be given besides hidden states; some implementations refuse to be asked for attentions.
+        plain = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
+        model_config = AutoConfig.from_pretrained(source, **plain, **safe)
+        _check_quantization(model_config.to_dict(), f"{key} {source}")
         part = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(source, **safe)
+        tokenizer("")  # what its settings have of the wrong type shows when it is used
         part = "causal language model"
         with silence_transformers():
             lm, report = AutoModelForCausalLM.from_pretrained(source, config=model_config, **asked, **safe)
+    except InputError:
+        raise
     except Exception as error:  # a broken folder can make transformers raise anything, a KeyError too
         raise InputError(f"{key} {source}: no {part} that can be loaded: {one_line(error)}") from error
+    if getattr(lm, "_hf_peft_config_loaded", False):
+        raise InputError(f"{key} {source}: {HAS_ADAPTER}")
+    _check_quantization(lm.config.to_dict(), f"{key} {source}", dequantized=())
     if report["mismatched_keys"]:
         name, found, expected = sorted(report["mismatched_keys"])[0]
         raise InputError(f"{key} {source}: {name} is {list(found)}, and config.json says {list(expected)}")
@@ -55,6 +72,12 @@ def check_model_folder(source: str, *, key: str = "policy.model") -> None:
         if folder.exists() or folder.is_absolute() or source.startswith(".") or source.count("/") > 1:
             raise InputError(f"{key}: no folder {source}")
         return
+    if odd := [
+        path.name for path in folder.iterdir() if path.exists() and not (path.is_file() or path.is_dir())
+    ]:
+        raise InputError(f"{key} {source}: {min(odd)} is a pipe or a device, which may never end; remove it")
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(f"{key} {source}: {HAS_ADAPTER}")
     if not (folder / "config.json").is_file():
         raise InputError(f"{key} {source}: no config.json there; is it a whole model folder?")
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
@@ -62,10 +85,10 @@ def check_model_folder(source: str, *, key: str = "policy.model") -> None:
         again = "fetch or save the model again"
         try:
             names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise InputError(f"{index}: damaged; {again}") from None
-        if odd := [name for name in names if Path(name).name != name]:
-            raise InputError(f"{index}: names {odd[0]!r}, which is not in the folder; {again}")
+        if outside := [name for name in names if Path(name).name != name]:
+            raise InputError(f"{index}: names {outside[0]!r}, which is not in the folder; {again}")
         if missing := [name for name in names if not (folder / name).is_file()]:
             raise InputError(f"{key} {source}: half-written, {missing[0]} is missing")
     elif not (folder / names[0]).is_file():
@@ -76,5 +99,38 @@ def check_model_folder(source: str, *, key: str = "policy.model") -> None:
                 "convert it to safetensors where you trust it (save_pretrained does)"
             )
         raise InputError(f"{key} {source}: no model.safetensors there; is it a whole model folder?")
+    stored: dict[str, str] = {}
     for name in names:
-        check_safetensors(folder / name)
+        stored |= read_dtypes(folder / name)
+    _check_described(folder, stored, f"{key} {source}")
+
+
+def _check_described(folder: Path, stored: Mapping[str, str], where: str) -> None:
+    """Raise InputError for weights that are none to train, or that a config of any size is not about."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        sections = [config, *(section for section in config.values() if isinstance(section, dict))]
+    except (ValueError, AttributeError, RecursionError):
+        return  # refused when it is loaded
+    _check_quantization(config, where)
+    layers = [section[name] for section in sections for name in LAYERS if isinstance(section.get(name), int)]
+    if layers and max(layers) > len(stored):  # building them would take longer than anybody waits
+        raise InputError(
+            f"{where}: config.json says {max(layers)} layers; the weights are {len(stored)} tensors"
+        )
+    whole = [name for name, dtype in stored.items() if name.endswith("weight") and dtype not in FLOATS]
+    if whole and not config.get("quantization_config"):
+        found = f"{whole[0]} is stored as {stored[whole[0]]}, and config.json does not say how to read it"
+        raise InputError(f"{where}: {found}; name the model it was made from")
+
+
+def _check_quantization(
+    config: Mapping[str, Any], where: str, *, dequantized: tuple[str, ...] = DEQUANTIZED
+) -> None:
+    """Raise InputError for quantized weights, but in those ways that loading undoes."""
+    for section in (config, config.get("text_config")):
+        settings = section.get("quantization_config") if isinstance(section, dict) else None
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings
+        if settings is not None and method not in dequantized:
+            found = f"its weights are quantized ({method}), and cannot be trained"
+            raise InputError(f"{where}: {found}; name the model that they were made from")

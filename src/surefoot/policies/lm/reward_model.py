@@ -41,7 +41,7 @@ class RewardModelPolicy:
         trunk.value_head.weight.data.copy_(torch.randn(1, width, generator=generator) / (width + 1) ** 0.5)
         trunk.value_head.bias.data.zero_()
         self.tokenizer, self.context_length = trunk.tokenizer, trunk.context_length
-        self.model_end_tokens = trunk.model_end_tokens
+        self.model_end_tokens, self.notice = trunk.model_end_tokens, trunk.notice
 
     def named_parameters_to_train(self) -> Iterable[tuple[str, nn.Parameter]]:
         """The adapter's parameters, or all of the model's, then the head's."""
