@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
 from surefoot.config import AdapterConfig, CriticConfig, PolicyConfig
@@ -93,6 +93,78 @@ def tiny_tokenizer(*, pad_is_eos: bool = False, chat: bool = False) -> Any:
     named = {"eos_token": "<eos>", "pad_token": "<eos>" if pad_is_eos else "<pad>"}
     template = CHAT_TEMPLATE if chat else None
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **named)
+
+
+def _pieces(space: str, characters: Iterable[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges with a few whole words behind the character that stands for a space."""
+    merges = [(space + word[:n], word[n]) for word in ("the", "film", "was", "good") for n in range(len(word))]
+    pieces = dict.fromkeys([*SPECIAL, "<bos>", *characters, *("".join(pair) for pair in merges)])
+    return {piece: i for i, piece in enumerate(pieces)}, merges
+
+
+def _spaced(*, normalizer: Any = None, scheme: str | None = None, strip: bool = False, begin: str = "", end: str = "") -> Any:
+    """SentencePiece's way: "▁" is a space, and what has no token is bytes."""
+    characters = [f"<0x{n:02X}>" for n in range(256)] + ["▁" if c == " " else c for c in CHARACTERS if c != "\n"]
+    vocabulary, merges = _pieces("▁", characters)
+    backend = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True))
+    backend.normalizer = normalizer or normalizers.Sequence([])
+    spaces = decoders.Replace("▁", " ")
+    if scheme:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+        spaces = decoders.Metaspace(prepend_scheme=scheme)
+    fused = [spaces, decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(fused + [decoders.Strip(" ", 1, 0)] * strip)
+    return _named(backend, begin, end)
+
+
+def _byte_level(*, prefix_space: bool = False, begin: str = "", end: str = "", holes: int = 0) -> Any:
+    vocabulary, merges = _pieces("Ġ", sorted(pre_tokenizers.ByteLevel.alphabet()))
+    first = len(vocabulary) - 8  # no token has the ids from here on to the last pieces
+    vocabulary = {piece: i + holes * (i >= first) for piece, i in vocabulary.items()}
+    backend = Tokenizer(models.BPE(vocabulary, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
+    backend.decoder = decoders.ByteLevel()
+    return _named(backend, begin, end)
+
+
+def _word_pieces() -> Any:
+    characters = [c for c in CHARACTERS if c.strip()]
+    vocabulary, _ = _pieces("", [*characters, *(f"##{c}" for c in characters)])
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="?"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(cleanup=False)
+    return _named(backend, "<bos> ", " <eos>")
+
+
+def _added() -> Any:
+    tokenizer = _spaced(normalizer=_LLAMA_2, strip=True, begin="<bos> ")
+    tokenizer.add_tokens(["film!", AddedToken("<tool>", lstrip=True, rstrip=True)])
+    return tokenizer
+
+
+def _named(backend: Any, begin: str, end: str) -> Any:
+    backend.add_special_tokens([*SPECIAL, "<bos>"])
+    ids = [(token, backend.token_to_id(token)) for token in ("<bos>", "<eos>")]
+    backend.post_processor = processors.TemplateProcessing(single=f"{begin}$A{end}", special_tokens=ids)
+    names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHAT_TEMPLATE, **names)
+
+
+_LLAMA_2 = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+# By what makes a text's tokens differ from place to place: the space before it, what begins and ends it, bytes.
+TOKENIZERS: dict[str, Callable[[], Any]] = {
+    "characters": lambda: tiny_tokenizer(chat=True),
+    "bytes": _byte_level,
+    "bytes, holes": lambda: _byte_level(holes=7),
+    "bytes, prefix space": lambda: _byte_level(prefix_space=True),
+    "bytes, BOS and EOS": lambda: _byte_level(begin="<bos> ", end=" <eos>"),
+    "Llama 2": lambda: _spaced(normalizer=_LLAMA_2, strip=True, begin="<bos> "),
+    "Llama 2, EOS": lambda: _spaced(normalizer=_LLAMA_2, strip=True, end=" <eos>"),
+    "Llama 2, added tokens": _added,
+    "Metaspace": lambda: _spaced(scheme="always"),
+    "Metaspace, first": lambda: _spaced(scheme="first", begin="<bos> "),
+    "Gemma": lambda: _spaced(normalizer=normalizers.Replace(" ", "▁"), begin="<bos> "),
+    "WordPiece": _word_pieces,
+}
 
 
 def tiny_policy(

@@ -183,6 +183,7 @@ class Demonstration:
 
     where: str  # for errors
     contents: dict[str, Any]  # `text`; `prompt` and `completion`; or `messages`
+    tools: Any = None  # the functions that `messages` may call, for the chat template
     nll: float | None = None  # of its trained tokens, mean, nats, where it was evaluated
 
     def record(self) -> dict[str, Any]:

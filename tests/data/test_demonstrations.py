@@ -34,6 +34,11 @@ def test_plain_strings_are_texts_and_columns_may_have_other_names():
     refusal(lambda: Demonstrations(["a film"], columns={"prompt": "text"}), "data, row 1", "has text")
 
 
+def test_a_chat_brings_its_tools():
+    rows = [{"messages": MESSAGES, "tools": tools} for tools in ([{"name": "add"}], None, [])]
+    assert [example.tools for example in Demonstrations(rows, held_out=0.0).train] == [[{"name": "add"}], None, []]
+
+
 def test_what_is_held_out_depends_on_the_contents_alone():
     rows = [{"text": f"film {number}"} for number in range(200)]
     data, again = (Demonstrations(part, held_out=0.3) for part in (rows, rows[::-1][:100]))

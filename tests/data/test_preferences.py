@@ -33,6 +33,11 @@ def test_pairs_and_ratings_are_read():
     assert pairs.train[0].record() == {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 0.0, "scores": None}
 
 
+def test_tools_are_refused_where_no_reward_model_would_see_them():
+    rows = [{**PAIR, "prompt": "a", "tools": [{}]}, {**PAIR, "prompt": CHAT, "tools": [{}]}]
+    refusal(lambda: PreferenceDataset(rows, held_out=0.0), "data, row 2", "tools")
+
+
 def test_what_is_held_out_follows_from_the_prompt():
     rows = [{"prompt": f"p{n // 3}", "chosen": f"b{n}", "rejected": "c"} for n in range(90)]
     data, again = PreferenceDataset(rows, held_out=0.3), PreferenceDataset(rows[::-1], held_out=0.3)

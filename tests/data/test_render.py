@@ -6,10 +6,19 @@ from typing import Any
 
 import pytest
 
-from surefoot.data.render import TokenizedExample, encode_demonstration, encode_prompt, encode_scored_text, with_end_token
+from surefoot.data.render import (
+    TokenizedExample,
+    decode_more,
+    encode_demonstration,
+    encode_more,
+    encode_prompt,
+    encode_scored_text,
+    turn_end,
+    with_end_token,
+)
 from surefoot.types import Demonstration
 from tests.golden import refused
-from tests.tiny import END, tiny_tokenizer
+from tests.tiny import ASSISTANT, CHAT_TEMPLATE, END, TOKENIZERS, random_tokens, tiny_tokenizer
 
 CHAT = [
     {"role": "user", "content": "hi"},
@@ -23,15 +32,19 @@ LINE_BREAKS = (
     "{% if add_generation_prompt %}<assistant>\n{% endif %}"
 )
 NO_ENDS = LINE_BREAKS.replace("<eos>", "")
+LLAMA_2 = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}<bos>: {{ m['content'] }} -{% else %} {{ m['content'] }} <eos>"
+    "{% endif %}{% endfor %}"
+)
 FORGETFUL = (
     "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}<{{ m['role'] }}>{{ m['content'] }}<eos>"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 
-def encoded(contents: dict[str, Any], tokenizer: Any = None) -> TokenizedExample:
-    example = Demonstration("d.jsonl, line 1", contents)
-    return encode_demonstration(tokenizer or tiny_tokenizer(chat=True), example, end_tokens=frozenset({END}))
+def encoded(contents: dict[str, Any], tokenizer: Any = None, *, tools: Any = None, **settings: Any) -> TokenizedExample:
+    example, settings = Demonstration("d.jsonl, line 1", contents, tools), {"end_tokens": frozenset({END}), **settings}
+    return encode_demonstration(tokenizer or tiny_tokenizer(chat=True), example, **settings)
 
 
 def trained(example: TokenizedExample) -> list[int]:
@@ -75,15 +88,19 @@ def test_what_a_template_writes_after_the_end_token_is_not_trained_and_one_is_ad
     whole = tokenizer.apply_chat_template(CHAT[:4], tokenize=True, return_dict=True)["input_ids"]
     assert [*example.tokens, *tokenizer("\n")["input_ids"]] == whole
     tokenizer.chat_template = NO_ENDS
-    ended = trained(encoded({"messages": CHAT}, tokenizer))
-    assert ended == [*tokenizer("the end\n")["input_ids"], *tokenizer("an hour\n")["input_ids"], END]
+    assert trained(encoded({"messages": CHAT[:2]}, tokenizer)) == [*tokenizer("the end\n")["input_ids"], END]
+    with refused("d.jsonl, line 1", "end token", "mask_history"):  # of two answers the first would teach to go on
+        encoded({"messages": CHAT}, tokenizer)
+    alone = encoded({"messages": CHAT}, tokenizer, mask_history=True)
+    assert trained(alone) == [*tokenizer("an hour\n")["input_ids"], END] and len(alone.tokens) > 20
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused():
     tokenizer = tiny_tokenizer(chat=True)
     tokenizer.chat_template = FORGETFUL
-    with refused("d.jsonl, line 1", "chat template changes earlier turns"):
+    with refused("d.jsonl, line 1", "chat template changes earlier turns", "mask_history"):
         encoded({"messages": CHAT}, tokenizer)
+    assert trained(encoded({"messages": CHAT}, tokenizer, mask_history=True)) == [*tokenizer("an hour")["input_ids"], END]
     assert trained(encoded({"messages": CHAT[:2]}, tokenizer)) == [*tokenizer("the end")["input_ids"], END]
 
 
@@ -120,3 +137,133 @@ def test_messages_that_cannot_be_rendered_are_one_line(chat):
         encode_scored_text(tokenizer, CHAT[:1], "x", end_tokens=frozenset({END}), where="data, row 2")
     with refused("the prompt", what):
         encode_prompt(tokenizer, "in", chat=True)
+
+
+EVERY_TOKENIZER = pytest.mark.parametrize("kind", TOKENIZERS)
+RENDERED = "<bos><user>the film<eos><assistant>"
+
+
+@EVERY_TOKENIZER
+def test_a_completion_is_read_as_it_was_written_after_its_prompt(kind):
+    tokenizer = TOKENIZERS[kind]()
+    for prompt in ("the film", "a", "the film ", RENDERED):
+        before = encode_prompt(tokenizer, prompt)
+        # WordPiece and characters do not know all of them; after a special token some know no first space.
+        texts = ["was good"] + [" was good", " was"] * (prompt[-1] not in " >")
+        texts += ["good ", " ", "\nthe film", "é 中!"] * (kind not in ("WordPiece", "characters") and prompt != RENDERED)
+        for text in texts if kind != "WordPiece" or prompt != "the film " else ():
+            assert decode_more(tokenizer, encode_more(tokenizer, text, prompt), before) == text, (prompt, text)
+        for seed in range(5 * (kind != "WordPiece" or prompt != RENDERED)):  # whatever a model writes
+            written = tuple(7 * token % (len(tokenizer) + 9) for token in random_tokens(9, seed=seed))
+            head, whole = (tokenizer.decode(t, skip_special_tokens=True) for t in (before, before + written))
+            is_anew = prompt == RENDERED and whole.startswith(head + " ")  # its first space is the tokenizer's
+            assert head + " " * is_anew + decode_more(tokenizer, written, before).removeprefix(" " * is_anew) == whole
+
+
+@EVERY_TOKENIZER
+def test_a_text_begins_as_the_tokenizer_has_it_once_and_ends_open(kind):
+    tokenizer = TOKENIZERS[kind]()
+    ends = frozenset({END})
+    plain = tokenizer("the film", add_special_tokens=False)["input_ids"]
+    begins = "BOS" in kind or kind in ("Llama 2", "Llama 2, added tokens", "Metaspace, first", "Gemma", "WordPiece")
+    assert encode_prompt(tokenizer, "the film") == (*[tokenizer.bos_token_id] * begins, *plain)
+    assert encode_prompt(tokenizer, "") == (tokenizer.bos_token_id,) * begins
+    if kind == "characters":
+        return
+    rendered = tuple(tokenizer(RENDERED, add_special_tokens=False)["input_ids"])
+    text = tuple(tokenizer(RENDERED + "was<eos>", add_special_tokens=False)["input_ids"])
+    pair = encoded({"prompt": RENDERED, "completion": "was"}, tokenizer)
+    scored = [
+        encode_scored_text(tokenizer, *row, end_tokens=ends, where="x") for row in ((RENDERED, "was"), (None, RENDERED + "was"))
+    ]
+    assert encode_prompt(tokenizer, RENDERED) == rendered and rendered.count(tokenizer.bos_token_id) == 1
+    assert {pair.tokens, encoded({"text": RENDERED + "was"}, tokenizer).tokens, *scored} == {text}
+
+
+@EVERY_TOKENIZER
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, LINE_BREAKS, LLAMA_2], ids=["roles", "line breaks", "Llama 2"])
+def test_a_chats_tokens_are_those_of_the_templates_own_rendering(kind, template):
+    tokenizer, ends = TOKENIZERS[kind](), frozenset({END})
+    tokenizer.chat_template = template
+    example, asked = encoded({"messages": CHAT}, tokenizer), encode_prompt(tokenizer, CHAT[:3])
+    own = tokenizer.apply_chat_template(CHAT[:4], tokenize=True, return_dict=True)["input_ids"]
+    assert list(example.tokens) == own[: len(example.tokens)] and set(own[len(example.tokens) :]) <= {
+        *tokenizer("\n")["input_ids"]
+    }
+    written = example.tokens[len(asked) :]
+    assert example.tokens[: len(asked)] == asked and all(example.loss_mask[len(asked) :])
+    assert decode_more(tokenizer, written, asked).strip() == "an hour"
+    assert encode_scored_text(tokenizer, CHAT[:3], "an hour", end_tokens=ends, where="x")[-1] == END
+
+
+CHATML = LINE_BREAKS.replace("<eos>", "<assistant>")  # which no generation config names
+
+
+def test_the_end_that_the_template_writes_is_the_end_of_every_answer():
+    tokenizer = tiny_tokenizer(chat=True)
+    assert turn_end(tokenizer) == END and turn_end(tiny_tokenizer()) is None
+    tokenizer.chat_template = NO_ENDS
+    assert turn_end(tokenizer) is None
+    tokenizer.chat_template = CHATML
+    assert turn_end(tokenizer) == ASSISTANT
+    ends = frozenset({END, ASSISTANT})
+    the_end, an_hour = tokenizer("the end")["input_ids"], tokenizer("an hour")["input_ids"]
+    assert trained(encoded({"messages": CHAT}, tokenizer, end_tokens=ends)) == [*the_end, ASSISTANT, *an_hour, ASSISTANT]
+    assert encode_scored_text(tokenizer, CHAT[:1], "an", end_tokens=ends, where="x")[-1] == ASSISTANT
+
+
+def answered(opened: str, written: str) -> str:
+    """A template that opens an answer by `opened`, and of one that is there writes `written`."""
+    user = "{% if m['role'] == 'user' %}<user>{{ m['content'] }}<eos>"
+    turns = f"{{% for m in messages %}}{user}{{% else %}}{written}<eos>{{% endif %}}{{% endfor %}}"
+    return f"{turns}{{% if add_generation_prompt %}}{opened}{{% endif %}}"
+
+
+THOUGHT, CONTENT = "{{ m['reasoning_content'] }}", "{{ m['content'] }}"
+THINKING = answered("<assistant><think>\n", f"<assistant><think>\n{THOUGHT}\n</think>\n{CONTENT}")
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "expected"),
+    [
+        (THINKING, {"content": "yes", "reasoning_content": "a"}, "a\n</think>\nyes"),
+        (THINKING, {"content": "yes", "reasoning_content": ""}, "\n</think>\nyes"),
+        (THINKING, {"content": "yes"}, None),  # the empty block would be the template's own
+        (THINKING, {"content": "a</think>yes"}, None),
+        (answered("<assistant>", CONTENT), {"content": "yes", "reasoning_content": "a film"}, None),  # left out
+        # Answers with a block of their own, though empty; with one that the model opens; with what isn't one.
+        (answered("<assistant>", f"<assistant><think>{THOUGHT}</think>{CONTENT}"), {"content": "yes"}, "<think></think>yes"),
+        (answered("<assistant>", f"<assistant><think></think>{CONTENT}"), {"content": "<think>a</think>yes"}, None),
+        (answered("<assistant>", f"<assistant>{CONTENT}"), {"content": "<b></b>yes</b>"}, "<b></b>yes</b>"),
+        # Answers are written without the block that opens them: closed there, it is the prompt's; open, nobody knows.
+        (answered("<assistant><think></think>", f"<assistant>{CONTENT}"), {"content": "<no"}, "<no"),
+        (answered("<assistant><think>", f"<assistant>{CONTENT}"), {"content": "yes"}, None),
+    ],
+)
+def test_a_thinking_block_is_trained_as_the_model_would_have_to_write_it_or_refused(template, answer, expected):
+    tokenizer = TOKENIZERS["bytes"]()
+    tokenizer.chat_template = template
+    chat = [CHAT[0], {"role": "assistant", **answer}]
+    if expected is None:
+        with refused("d.jsonl, line 1"):
+            encoded({"messages": chat}, tokenizer)
+        return
+    example, asked = encoded({"messages": chat}, tokenizer), encode_prompt(tokenizer, chat[:1])
+    assert example.tokens[: len(asked)] == asked and example.loss_mask == tuple(
+        n >= len(asked) for n in range(len(example.tokens))
+    )
+    assert tokenizer.decode(example.tokens[len(asked) :]) == expected + "<eos>"
+
+
+def test_tools_reach_the_template_or_are_refused():
+    tokenizer, tools = tiny_tokenizer(chat=True), [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    for of_prompt in (False, True):
+        with refused("tools"):
+            encode_prompt(tokenizer, CHAT[:1], tools=tools) if of_prompt else encoded(
+                {"messages": CHAT}, tokenizer, tools=tools
+            )
+    tokenizer.chat_template = "{{ tools[0]['function']['name'] if tools else 'no tools' }}" + CHAT_TEMPLATE
+    own = tokenizer.apply_chat_template(CHAT[:4], tools=tools, tokenize=True, return_dict=True)["input_ids"]
+    assert list(encoded({"messages": CHAT}, tokenizer, tools=tools).tokens) == own
+    assert list(encode_prompt(tokenizer, CHAT[:1], tools=tools))[:5] == own[:5] != list(encode_prompt(tokenizer, CHAT[:1]))[:5]
+    assert encode_prompt(tokenizer, CHAT[:1], tools=[]) == encode_prompt(tokenizer, CHAT[:1])

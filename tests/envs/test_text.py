@@ -74,6 +74,7 @@ def test_prompts_of_no_usable_kind_are_refused(tmp_path, monkeypatch, prompts, n
         # A negative number would be taken for a slice from the end.
         *[({"prompt_tokens": wrong}, ("prompt_tokens",)) for wrong in (0, -3, 2.5, "6")],
         ({"chat": True, "prompt_tokens": 6}, ("prompt_tokens", "chat template")),  # what is left of it would be no chat
+        ({"held_out": [[{"role": "user", "content": "a"}]], "prompt_tokens": 6}, ("prompt_tokens", "chat template")),
         *[({"reward": wrong}, ("reward",)) for wrong in (None, "reward.py:reward", 0.5, [1])],
         ({"metric": "accuracy"}, ("metric",)),
     ],

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import functools
+import random
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+from surefoot.data.render import decode_more
 from surefoot.generation.engine import TokenEngine, generate
 from surefoot.generation.sampling import request_uniforms
 from surefoot.policies.lm.kv_cache import SlotCache
 from surefoot.policies.lm.lstm import StateCache
 from surefoot.policies.lm.policy import CausalLMPolicy
 from surefoot.types import Completion, Request, SamplingParams, StopReason
-from tests.tiny import END, FAMILIES, LSTM, plain_scores, random_tokens, tiny_lm, tiny_policy, written_batch
+from tests.tiny import END, FAMILIES, LSTM, TOKENIZERS, plain_scores, random_tokens, tiny_lm, tiny_policy, written_batch
 
 # Short and long by turns; the longest come late, when the columns in use are narrower than they are.
 LENGTHS = (3, 1, 7, 2, 5, 9, 1, 4, 26, 6, 21, 1, 8)
@@ -63,7 +67,7 @@ class Watched(CausalLMPolicy):
         (self.decoded_rows if cache.window.end or cache.window.begin else self.prefills).append(len(tokens_BT))
         return super().step(tokens_BT, positions_BT, attention_BS, cache)
 
-    def decode(self, tokens):
+    def decode(self, tokens, before=()):
         return "|" * len(tokens)
 
 
@@ -230,3 +234,46 @@ def test_memory_that_was_never_written_does_not_leak_into_attention(monkeypatch)
     expected = run(policy_of("llama"))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *size, **_: self.new_full(*size, float("nan")))
     assert texts(run(policy_of("llama"))) == texts(expected)
+
+
+class Scripted:
+    """A model that writes `script`, one token after the other, and counts the tokens that are decoded."""
+
+    exact_logprobs, device, model_end_tokens = True, torch.device("cpu"), frozenset()
+
+    def __init__(self, tokenizer, prompt, script):
+        self.tokenizer, self.prompt, self.script, self.decoded = tokenizer, prompt, script, 0
+
+    def decode(self, tokens, before=()):
+        self.decoded += len(tokens)
+        return decode_more(self.tokenizer, tokens, before)
+
+    def new_cache(self, *, slots, columns):
+        return Mock(window=SimpleNamespace(begin=0, end=0, columns=columns))
+
+    def step(self, tokens_BT, positions_BT, attention_BS, cache):
+        logits_BV = torch.full((1, len(self.tokenizer) + 9), -1e4)
+        logits_BV[0, self.script[int(positions_BT[0, -1]) + 1 - len(self.prompt)]] = 0.0
+        return logits_BV, torch.zeros(1)
+
+    def written(self, stop: tuple[str, ...]) -> int:
+        request = Request(self.prompt, 0, SamplingParams(len(self.script)), stop)
+        return len(generate(TokenEngine(self, slots=1), [request])[0].tokens)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_stop_strings_end_at_the_token_that_completes_one_and_cost_a_window_of_tokens_each(kind):
+    tokenizer, drawn = TOKENIZERS[kind](), random.Random(0)
+    prompt, text = tuple(tokenizer("the film")["input_ids"]), " was é good. 中文 the film,\n" * 4
+    words = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for n in range(4):  # text, and every fourth token anything at all
+        script = [drawn.randrange(len(tokenizer) + 9) if n and drawn.random() < 0.25 else token for token in words]
+        texts = [decode_more(tokenizer, script[:end], prompt) for end in range(len(script) + 1)]
+        for length in (1, 2, 5, 12, 30):
+            begin = 0 if length == 5 else drawn.randrange(len(texts[-1]) - length)
+            stop = texts[-1][begin : begin + length]
+            if "\ufffd" not in stop:
+                expected = next(end for end, text in enumerate(texts) if stop in text)
+                assert Scripted(tokenizer, prompt, script).written(("~~~", stop)) == expected, stop
+    model = Scripted(tokenizer, prompt, words * 8)
+    assert model.written(("~~~", "no such string")) == len(model.script) and model.decoded < 150 * len(model.script)

@@ -16,10 +16,10 @@ from surefoot.envs.text import TextTask
 from surefoot.generation.engine import TokenEngine
 from surefoot.rollout.logprobs import fill_logprobs, sequence_kl
 from surefoot.rollout.text import TextRollout, completion_text, distinct_2, text_engine
-from surefoot.types import Batch, Completion, StopReason
+from surefoot.types import Batch, Completion, Request, StopReason
 from tests.fakes import config_of
 from tests.golden import refused
-from tests.tiny import ASSISTANT, CONTEXT, END, SPECIAL, USER, plain_scores, tiny_lm, tiny_policy, tiny_tokenizer
+from tests.tiny import ASSISTANT, CONTEXT, END, SPECIAL, TOKENIZERS, USER, plain_scores, tiny_lm, tiny_policy, tiny_tokenizer
 
 PROMPTS = ["the", "a band in the sun.", "1, 2, 3", "who?", "an inner thing and another", "no", "other", "thin ice"]
 GENERATION = GenerationConfig(max_new_tokens=9, slots=3)
@@ -87,7 +87,8 @@ def test_the_completions_text_has_neither_end_token_nor_other_special_ones():
     the, no, question = (policy.tokenizer(text)["input_ids"] for text in ("the", "no", "?"))
     end, limit = StopReason.END_TOKEN, StopReason.LENGTH
     cases = (([*the, END], end), (the, limit), ([*the, USER, *no], limit), ([*no, *question], end), ([END], end))
-    texts = [completion_text(policy, Completion(tokens, [], [], [], stop_reason)) for tokens, stop_reason in cases]
+    written = [Completion(tokens, [], [], [], stop_reason) for tokens, stop_reason in cases]
+    texts = [completion_text(policy, Request(tuple(no), seed=0), completion) for completion in written]
     assert texts == ["the", "the", "theno", "no", ""]
 
 
@@ -109,6 +110,17 @@ def test_the_reward_function_sees_prompts_texts_and_columns_in_order():
     messages = [{"role": "user", "content": "who?"}]
     played(tiny_policy(tokenizer=tiny_tokenizer(chat=True)), task([messages], reward), episodes=2)
     assert seen["prompts"] == [messages, messages]
+
+
+@pytest.mark.parametrize("kind", ["Llama 2", "Metaspace, first", "WordPiece"])
+def test_the_reward_function_reads_the_prompt_and_what_was_written_after_it(kind):
+    tokenizer = TOKENIZERS[kind]()
+    policy = tiny_policy(lm=tiny_lm(vocab_size=len(tokenizer) + 2), tokenizer=tokenizer, moved=True)
+    batch = played(policy, task(["the film", "a", "film was"]))
+    for t in batch.trajectories:
+        whole = tokenizer.decode([*t.prompt_tokens, *t.completion_tokens], skip_special_tokens=True)
+        assert whole.strip() == (t.prompt + t.completion_text).strip()
+    assert sum(t.completion_text.startswith(" ") for t in batch.trajectories)
 
 
 def test_trained_tokens_are_the_sampled_ones_though_their_text_encodes_to_others():

@@ -43,5 +43,6 @@ class Generates(Protocol):
             check_length(tokens, str(checked), **limits)
             its_seed = derived_seed(seed, "generate", number)
             requests.append(Request(tokens, its_seed, params, tuple(settings.stop)))
-        texts = [completion_text(policy, completion) for completion in generate(engine, requests)]
+        pairs = zip(requests, generate(engine, requests), strict=True)
+        texts = [completion_text(policy, *pair) for pair in pairs]
         return texts[0] if is_one else texts

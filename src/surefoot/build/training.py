@@ -67,7 +67,8 @@ def build_objective(config: Config, policy: Any, rollout: Rollout, ptx_data: Any
     if ptx_data is None or (ptx := config.ptx) is None:
         return PPOObjective(config, accelerator=fast_mlp.accelerator(policy))
     micro, temperature = config.ppo.micro_batch_tokens, config.generation.temperature
-    sft = SFTConfig(batch_size=ptx.batch_size, max_tokens=ptx.max_tokens, micro_batch_tokens=micro)
+    shared = {name: getattr(ptx, name) for name in ("batch_size", "max_tokens", "mask_history")}
+    sft = SFTConfig(micro_batch_tokens=micro, **shared)
     seed = derived_seed(config.seed, "ptx", 0)  # or a list as long as the prompts would be in their order
     rows = DemonstrationRollout(policy, ptx_data, sft=sft, seed=seed, key="ptx", temperature=temperature)
     return SumObjective(config, rows)

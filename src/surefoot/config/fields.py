@@ -97,6 +97,7 @@ class ExampleFields(Section):
     max_tokens: Positive | None = setting(
         None, "Longer examples are truncated; `null`: refused where longer than the model's context."
     )
+    mask_history: bool = setting(False, "Of a chat, train on the assistant's last message alone.")
 
 
 class OptimizerFields(Section):

@@ -18,10 +18,11 @@ class Demonstrations(SplitRows[Demonstration]):
     """Texts, pairs of prompt and completion, or chats, all of one kind, split into `train` and `held_out`.
 
     `data` is a JSONL file, a list or a `datasets.Dataset` of rows `{"text": …}` (or plain strings),
-    `{"prompt": …, "completion": …}` or `{"messages": [{"role": …, "content": …}, …]}`; other columns are
-    ignored. `columns` maps these names to the data's own. `held_out` is the fraction kept for evaluation, by
-    a hash of the row's contents (`data/rows.py:split`). Raises InputError, naming the line (of a list: `name`
-    and the row), for rows of another kind than the first or with nothing to learn.
+    `{"prompt": …, "completion": …}` or `{"messages": [{"role": …, "content": …}, …]}`; `tools`
+    beside messages are for the chat template, other columns are ignored. `columns` maps these names to the
+    data's own. `held_out` is the fraction kept for evaluation, by a hash of the row's contents
+    (`data/rows.py:split`). Raises InputError, naming the line (of a list: `name` and the row), for rows of
+    another kind than the first or with nothing to learn.
     """
 
     what = "demonstrations"
@@ -54,7 +55,8 @@ def _example(columns: Mapping[str, str], row: Any, where: str, first: Demonstrat
     if first is not None and found != list(first.contents):
         this, that = " and ".join(found), " and ".join(first.contents)
         raise InputError(f"{where}: has {this}, but {first.where} has {that}; all rows must be of one kind")
-    return Demonstration(where, {name: _checked(name, row[columns[name]], where) for name in found})
+    contents = {name: _checked(name, row[columns[name]], where) for name in found}
+    return Demonstration(where, contents, row.get("tools"))
 
 
 def _checked(name: str, value: Any, where: str) -> Any:

@@ -47,6 +47,8 @@ def _preference(limits: Sequence[float] | None, row: Any, where: str, first: Pre
         raise InputError(f"{where}: is {this}, but {first.where} is {that}; all rows must be of one kind")
     prompt = row.get("prompt")
     prompt = None if prompt is None or prompt == "" else checked_prompt(prompt, where)
+    if row.get("tools") and isinstance(prompt, list):
+        raise InputError(f"{where}: a reward model's prompts take no tools; drop that column")
     if names == SIDES:
         if texts[0] == texts[1]:
             raise InputError(f"{where}: chosen and rejected are the same text; drop the row")

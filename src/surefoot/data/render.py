@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +12,9 @@ from surefoot.errors import InputError
 from surefoot.types import Demonstration
 
 Tokens = tuple[int, ...]
-Piece = tuple[Tokens, bool]  # part of a chat, and whether the assistant wrote it
+NEAR = 200  # characters of the text before; more cannot matter to tokens, and would cost time
+REASONING = ("reasoning_content", "reasoning", "thinking")  # where messages have it, by their templates
+Piece = tuple[Tokens, bool]  # part of a chat, and whether it is trained
 
 
 @dataclass(frozen=True)
@@ -25,33 +29,122 @@ class TokenizedExample:
     loss_mask: tuple[bool, ...]
 
 
-def encode_prompt(tokenizer: Any, prompt: Any, *, chat: bool = False, where: str = "") -> Tokens:
+def encode_text(tokenizer: Any, text: str) -> Tokens:
+    """Tokens of a text with what the tokenizer begins one with (BOS), once: a rendered chat has it already.
+
+    What some tokenizers append (EOS, SEP) is left out: nothing could follow it.
+    """
+    plain, whole = (
+        list(tokenizer(text, add_special_tokens=is_whole)["input_ids"]) for is_whole in (False, True)
+    )
+    if not plain:  # then nothing tells what stands before from what stands after
+        return encode_text(tokenizer, "a")[: -len(_encode(tokenizer, "a"))] if text != "a" else ()
+    places = range(len(whole) - len(plain) + 1)
+    begin = next((n for n in places if whole[n : n + len(plain)] == plain), 0)
+    before = whole[:begin]
+    return tuple(plain if plain[:begin] == before else before + plain)
+
+
+def encode_prompt(
+    tokenizer: Any, prompt: Any, *, chat: bool = False, tools: Any = None, where: str = ""
+) -> Tokens:
     """Tokens of a string as the tokenizer makes them, or of messages up to where the assistant's turn begins.
 
-    With `chat` a string is a user's message. Raises InputError, naming `where` (default: the prompt), for
-    messages that the model has no chat template for, or whose template does not take them.
+    With `chat` a string is a user's message. `tools` are the functions that messages may call, as the chat
+    template takes them. Raises InputError, naming `where` (default: the prompt), for messages that the model
+    has no chat template for, or whose template does not take them.
     """
     if isinstance(prompt, str) and not chat:
-        return tuple(tokenizer(prompt)["input_ids"])
+        return encode_text(tokenizer, prompt)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     where = where or f"the prompt {str(prompt)[:60]!r}"
-    return encode_more(tokenizer, render_messages(tokenizer, messages, opens_turn=True, where=where))
+    return _encode(tokenizer, render_messages(tokenizer, messages, tools=tools, opens_turn=True, where=where))
 
 
-def encode_more(tokenizer: Any, text: str) -> Tokens:
-    """Tokens of text that stands after other text: without the token that some tokenizers begin with."""
+def encode_more(tokenizer: Any, text: str, before: str) -> Tokens:
+    """Tokens of `text` where it stands after `before`: those that a model writes to continue `before` by it.
+
+    They are made apart from those of `before`, as a model's are. Where the tokenizer begins every text with
+    a space that `text` does not have, they are what `text` adds to `before`; or, where the two share a token,
+    to a character that they don't share one with.
+    """
+    before = before[-NEAR:]
+    apart, head = _encode(tokenizer, text), _encode(tokenizer, before)
+    if not before or _decode(tokenizer, (*head, *apart)) == _decode(tokenizer, head) + text:
+        return apart
+    for context in (before, "\n", ".", "a", "0"):
+        head, whole = _encode(tokenizer, context), _encode(tokenizer, context + text)
+        if head and whole[: len(head)] == head:
+            return whole[len(head) :]
+    return apart
+
+
+def decode_more(tokenizer: Any, tokens: Sequence[int], before: Sequence[int]) -> str:
+    """The text that `tokens` add after the tokens `before`, spaces included; special tokens have none.
+
+    Example: after "The film" the token "▁was" adds " was", though "was" is what it stands for alone.
+    """
+    alone = str(tokenizer.decode(tokens, skip_special_tokens=True))
+    if not before:
+        return alone
+    if _begins_anew(tokenizer, before[-1]):
+        is_tokenizers = alone.startswith(" ") and _encode(tokenizer, alone[1:]) == _encode(tokenizer, alone)
+        return alone[1:] if is_tokenizers else alone  # its first space
+    # A context of some tokens will do, unless it has no text or begins or ends within a character.
+    for context in (before[-32:], before):
+        head = tokenizer.decode(context, skip_special_tokens=True)
+        if head and "\ufffd" not in head:
+            break
+    whole = tokenizer.decode([*context, *tokens], skip_special_tokens=True)
+    return str(whole[len(_common_prefix(head, whole)) :])
+
+
+def _begins_anew(tokenizer: Any, token: int) -> bool:
+    """Whether text after `token` is tokenized like one that stands alone, first space and all."""
+    name = tokenizer.convert_ids_to_tokens(int(token))
+    is_alike = bool(name) and _encode(tokenizer, f"{name}a") == (token, *_encode(tokenizer, "a"))
+    return is_alike and name in tokenizer.get_added_vocab()
+
+
+def _common_prefix(one: str, other: str) -> str:
+    return os.path.commonprefix([one, other])  # noqa: RUF071 - of characters
+
+
+def _encode(tokenizer: Any, text: str) -> Tokens:
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def render_messages(tokenizer: Any, messages: Sequence[Any], *, opens_turn: bool, where: str) -> str:
+def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def render_messages(
+    tokenizer: Any, messages: Sequence[Any], *, opens_turn: bool, where: str, tools: Any = None
+) -> str:
     """Messages as the model's chat template writes them; with `opens_turn` the assistant's turn is begun."""
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(f"{where}: messages need a chat template; the model's tokenizer has none; use text")
+    options = {"add_generation_prompt": opens_turn, "tokenize": False}
     try:
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=opens_turn, tokenize=False))
+        text = str(tokenizer.apply_chat_template(messages, tools=tools or None, **options))
+        is_complete = not tools or text != tokenizer.apply_chat_template(messages, **options)
     except Exception as error:  # a template is a program, and may refuse roles or their order in its words
         said = " ".join(str(error).split())
         raise InputError(f"{where}: the model's chat template does not take it: {said}") from error
+    if not is_complete:
+        raise InputError(f"{where}: the model's chat template leaves out the row's tools; drop that column")
+    return text
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The token by which the chat template ends an assistant's message, if by a special one."""
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "surefoot"}]
+    try:
+        closed = render_messages(tokenizer, chat, opens_turn=False, where="")
+    except InputError:
+        return None
+    after = _encode(tokenizer, closed.rpartition("surefoot")[2])
+    return next((token for token in after if token in tokenizer.added_tokens_decoder), None)
 
 
 def check_length(tokens: Sequence[int], text: str, *, context: int, new_tokens: int) -> None:
@@ -66,8 +159,10 @@ def check_length(tokens: Sequence[int], text: str, *, context: int, new_tokens: 
         raise InputError(f"{many}; shorten it, set prompt_tokens or lower max_new_tokens ({new_tokens})")
 
 
-def with_end_token(tokenizer: Any, tokens: Sequence[int], end_tokens: Set[int]) -> Tokens:
-    """`tokens`, ending with one of the model's end tokens, else the tokenizer's (else the model's lowest).
+def with_end_token(
+    tokenizer: Any, tokens: Sequence[int], end_tokens: Set[int], end: int | None = None
+) -> Tokens:
+    """`tokens`, ending with one of the model's end tokens: else `end`, the tokenizer's, the model's lowest.
 
     Raises InputError if the model has none.
     """
@@ -75,24 +170,28 @@ def with_end_token(tokenizer: Any, tokens: Sequence[int], end_tokens: Set[int]) 
         raise InputError("policy.model: has no end token, without which no text would end; set its eos_token")
     if tokens and tokens[-1] in end_tokens:
         return tuple(tokens)
-    return (*tokens, min(end_tokens) if tokenizer.eos_token_id is None else tokenizer.eos_token_id)
+    end = tokenizer.eos_token_id if end is None else end
+    return (*tokens, min(end_tokens) if end is None else end)
 
 
-def encode_demonstration(tokenizer: Any, example: Demonstration, *, end_tokens: Set[int]) -> TokenizedExample:
+def encode_demonstration(
+    tokenizer: Any, example: Demonstration, *, end_tokens: Set[int], mask_history: bool = False
+) -> TokenizedExample:
     """Tokens and loss mask of a demonstration, which ends with an end token.
 
-    The loss falls on the text, the completion, or the assistant's messages, each with its end token, and
-    never on the first token, which nothing predicts. Prompt and completion are tokenized apart, as when the
-    model writes the one after the other. Raises InputError for messages that cannot be rendered.
+    The loss falls on the text, the completion, or the assistant's messages (with `mask_history` the last of
+    them alone), each with its end token, and never on the first token, which nothing predicts. Prompt and
+    completion are tokenized apart, as when the model writes the one after the other. Raises InputError for
+    messages that cannot be rendered, or whose rendering is not what the model would have to write.
     """
     contents = example.contents
     if "messages" in contents:
-        pieces = _assistant_pieces(tokenizer, contents["messages"], end_tokens, example.where)
+        pieces = _assistant_pieces(tokenizer, example, end_tokens, mask_history)
     elif "text" in contents:
-        pieces = [(encode_prompt(tokenizer, contents["text"]), True)]
+        pieces = [(encode_text(tokenizer, contents["text"]), True)]
     else:
         prompt, completion = contents["prompt"], contents["completion"]
-        pieces = [(encode_prompt(tokenizer, prompt), False), (encode_more(tokenizer, completion), True)]
+        pieces = [(encode_text(tokenizer, prompt), False), (encode_more(tokenizer, completion, prompt), True)]
     tokens = with_end_token(tokenizer, [token for piece, _ in pieces for token in piece], end_tokens)
     loss_mask = [is_target for piece, is_target in pieces for _ in piece]
     loss_mask += [True] * (len(tokens) - len(loss_mask))
@@ -106,28 +205,71 @@ def encode_scored_text(tokenizer: Any, prompt: Any, text: str, *, end_tokens: Se
     InputError for messages that cannot be rendered.
     """
     if prompt is None or isinstance(prompt, str):
-        tokens = encode_prompt(tokenizer, (prompt or "") + text)
-    else:
-        tokens = (*encode_prompt(tokenizer, prompt, where=where), *encode_more(tokenizer, text))
-    return with_end_token(tokenizer, tokens, end_tokens)
+        return with_end_token(tokenizer, encode_text(tokenizer, (prompt or "") + text), end_tokens)
+    opened = render_messages(tokenizer, prompt, opens_turn=True, where=where)
+    tokens = (*_encode(tokenizer, opened), *encode_more(tokenizer, text, opened))
+    return with_end_token(tokenizer, tokens, end_tokens, turn_end(tokenizer))
 
 
-def _assistant_pieces(tokenizer: Any, messages: list[Any], end_tokens: Set[int], where: str) -> list[Piece]:
+def _assistant_pieces(
+    tokenizer: Any, example: Demonstration, end_tokens: Set[int], mask_history: bool
+) -> list[Piece]:
     """A chat up to the assistant's last turn."""
+    messages, where = example.contents["messages"], example.where
+    alone = "train on the last message alone (mask_history: true)"
+    places = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    places = places[-1:] if mask_history else places
     pieces: list[Piece] = []
     before = ""
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        opened = render_messages(tokenizer, messages[:number], opens_turn=True, where=where)
-        closed = render_messages(tokenizer, messages[: number + 1], opens_turn=False, where=where)
-        if not (opened.startswith(before) and closed.startswith(opened)):
+    for number in places:
+        opened, written = _turn(tokenizer, messages[: number + 1], example, is_alone=len(places) == 1)
+        if not opened.startswith(before):
             what = "the model's chat template changes earlier turns as the chat goes on"
-            raise InputError(f"{where}: {what}; give every assistant message and what is before it a row")
-        others = encode_more(tokenizer, opened[len(before) :])
-        written = encode_more(tokenizer, closed[len(opened) :])
+            raise InputError(f"{where}: {what}; {alone}")
+        others = encode_more(tokenizer, opened[len(before) :], before)
+        tokens = encode_more(tokenizer, written, opened)
         # After the end token a template may have a line break, which the policy need not write.
-        end = max((n + 1 for n, token in enumerate(written) if token in end_tokens), default=len(written))
-        pieces += [(others, False), (written[:end], True), (written[end:], False)]
-        before = closed
+        end = max((n + 1 for n, token in enumerate(tokens) if token in end_tokens), default=0)
+        if not end and number != places[-1]:
+            what = "the model's chat template ends no message with an end token, so most would teach to go on"
+            raise InputError(f"{where}: {what}; {alone}")
+        end = end or len(tokens)
+        pieces += [(others, False), (tokens[:end], True), (tokens[end:], False)]
+        before = opened + written
     return pieces[:-1]  # nor what follows the last one
+
+
+def _turn(tokenizer: Any, messages: list[Any], example: Demonstration, *, is_alone: bool) -> tuple[str, str]:
+    """What a model is given before the last message, an assistant's, and what it would have to write then.
+
+    Raises InputError where the template's rendering of the message is something else.
+    """
+    where, tools = example.where, example.tools
+    as_pair = "give the row as prompt and completion, the prompt rendered"
+
+    def rendered(chat: list[Any], opens_turn: bool = False) -> str:
+        return render_messages(tokenizer, chat, tools=tools, opens_turn=opens_turn, where=where)
+
+    opened, closed = rendered(messages[:-1], opens_turn=True), rendered(messages)
+    reasoning = [str(text) for key in REASONING if (text := messages[-1].get(key)) is not None]
+    if any(text.strip() not in closed for text in reasoning):
+        raise InputError(
+            f"{where}: the model's chat template leaves out its reasoning; drop that from the row"
+        )
+    if not closed.startswith(opened):
+        # A turn is opened with more than is written of one that is past: with a thinking block, say.
+        probe = rendered([*messages[:-1], {"role": "assistant", "content": "surefoot"}])
+        header = _common_prefix(opened, probe)
+        block = opened[len(header) :]
+        if not (is_alone and closed.startswith(header) and re.search(r"</[^<>]+>\s*$", block)):
+            what = f"the model's chat template opens a message with {block.strip()[:40]!r}, but not this one"
+            raise InputError(f"{where}: {what}, so what it would write is unknown; {as_pair}")
+        return opened, closed[len(header) :]
+    written = closed[len(opened) :]
+    block_end = re.match(r"\s*(<\w+>)?\s*(</\w+>)", written)
+    if block_end is None or written.startswith(str(messages[-1]["content"])):
+        return opened, written
+    if written.count(block_end[2]) > 1 or not (block_end[1] or reasoning):
+        what = f"the model's chat template ends its thinking ({block_end[2]}) before it begins"
+        raise InputError(f"{where}: {what}; give the message its reasoning_content ('' for none)")
+    return opened, written

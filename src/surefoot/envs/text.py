@@ -60,8 +60,6 @@ class TextTask:
                 raise InputError(f"{name}: expected a function of {signature}, got {function!r}")
         if prompt_tokens is not None and (not isinstance(prompt_tokens, int) or prompt_tokens < 1):
             raise InputError(f"prompt_tokens: expected a whole number above 0, got {prompt_tokens!r}")
-        if chat and prompt_tokens is not None:
-            raise InputError("task.prompt_tokens would cut the chat template's text; drop it or task.chat")
         self.reward, self.metric = reward, metric
         self.prompt_tokens, self.chat = prompt_tokens, chat
         examples = _read_examples(prompts, prompt_column, name="prompts")
@@ -72,6 +70,10 @@ class TextTask:
             self.train, self.held_out = split(examples, [example.text for example in examples], held_out)
         else:
             self.train, self.held_out = examples, _read_examples(held_out, prompt_column, name="held_out")
+        is_chat = chat or any(not isinstance(one.prompt, str) for one in (*self.train, *self.held_out))
+        if is_chat and prompt_tokens is not None:
+            what = "prompt_tokens would cut the chat template's text"
+            raise InputError(f"task.{what}; drop it, or give prompts as text, without task.chat")
 
     def training_example(self, episode: int, seed: int) -> Example:
         """The prompt of training episode number `episode`: every pass over the prompts has its own order."""

@@ -18,6 +18,8 @@ from torch import Tensor
 from surefoot.generation.sampling import request_uniforms, sample
 from surefoot.types import Completion, Request, SamplingParams, StopReason
 
+MARGIN = 8  # characters: of the text of some last tokens this much may differ without the tokens before
+
 
 class Engine(Protocol):
     """Whatever continues prompts: requests go in, completions come out as they finish, in any order."""
@@ -50,8 +52,8 @@ class TokenModel(Protocol):
     def model_end_tokens(self) -> frozenset[int]:
         """Tokens that end a completion."""
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Tokens as text, in which stop strings are looked for."""
+    def decode(self, tokens: Sequence[int], before: Sequence[int] = ()) -> str:
+        """The text that `tokens` add after the tokens `before`, in which stop strings are looked for."""
 
     def new_cache(self, *, slots: int, columns: int) -> Any:
         """An empty cache: `window`, `move_rows`, `copy_from` and `shift_to` (policies/lm/kv_cache.py)."""
@@ -87,6 +89,8 @@ class _Row:
     request: Request
     uniforms: list[float]
     completion: Completion
+    is_finished: bool = False
+    window: int = 0  # where the tokens begin in whose text stop strings are looked for
 
     @property
     def length(self) -> int:
@@ -213,7 +217,7 @@ class TokenEngine:
 
     def _retire(self) -> None:
         """Let finished rows go: rows from the end move into their places."""
-        finished = [i for i, row in enumerate(self._rows) if self._is_finished(row)]
+        finished = [i for i, row in enumerate(self._rows) if row.is_finished]
         self._finished += [self._rows[i].completion for i in finished]
         left = len(self._rows) - len(finished)
         targets = [i for i in finished if i < left]
@@ -240,16 +244,39 @@ class TokenEngine:
             row.completion.logprobs.append(logprob)
             row.completion.entropies.append(entropy)
             row.completion.values.append(value)
+            row.is_finished = self._is_finished(row)
 
     def _is_finished(self, row: _Row) -> bool:
-        tokens, stop = row.completion.tokens, row.request.stop
+        tokens = row.completion.tokens
         if tokens[-1] in self.end_tokens:
             row.completion.stop_reason = StopReason.END_TOKEN
-        elif stop and any(string in self.model.decode(tokens) for string in stop):
+        elif row.request.stop and self._has_stop_string(row):
             row.completion.stop_reason = StopReason.STOP_STRING
         else:
             return len(tokens) >= row.request.params.max_new_tokens
         return True
+
+    def _has_stop_string(self, row: _Row) -> bool:
+        """Whether the completion's text has a stop string, which it had not a token before.
+
+        So it would end in what the last token changed: the last tokens are looked at, as many as had text for
+        the longest string before it came. What they look like without those before them is checked.
+        """
+        stop, text = row.request.stop, self._text_since(row, row.window)
+        if any(string in text for string in stop):
+            whole = self._text_since(row, 0) if row.window else text
+            if any(string in whole for string in stop):
+                return True
+        needed = max(map(len, stop)) + MARGIN
+        middle = (row.window + len(row.completion.tokens)) // 2
+        # Parts of characters, which what comes may complete, do not count.
+        is_enough = len(text) > 2 * needed
+        if is_enough and len(self._text_since(row, middle).replace("\ufffd", "")) > needed:
+            row.window = middle
+        return False
+
+    def _text_since(self, row: _Row, begin: int) -> str:
+        return self.model.decode(row.completion.tokens[begin:], () if begin else row.request.prompt)
 
 
 def _are_alike(one: SamplingParams, other: SamplingParams) -> bool:

@@ -75,8 +75,9 @@ class DemonstrationRollout(ExampleRollout):
 
     def _tokenized(self, demonstration: Demonstration) -> TokenizedExample:
         """Cut to max_tokens. Raises InputError for one that does not fit, or whose cut leaves no target."""
-        end_tokens, tokenizer = self.policy.model_end_tokens, self.policy.tokenizer
-        example = encode_demonstration(tokenizer, demonstration, end_tokens=end_tokens)
+        policy, alone = self.policy, self.sft.mask_history
+        ends, tokenizer = policy.model_end_tokens, policy.tokenizer
+        example = encode_demonstration(tokenizer, demonstration, end_tokens=ends, mask_history=alone)
         where, key, limit = demonstration.where, f"{self.key}.max_tokens", self._max_tokens
         if (count := len(example.tokens)) > limit:
             if self.sft.max_tokens is None:

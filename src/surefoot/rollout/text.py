@@ -141,7 +141,8 @@ class TextRollout(Rollout):
         for example, request, completion in zip(examples, requests, completions, strict=True):
             names = ("tokens", "logprobs", "values", "entropies", "version")
             columns = {name: getattr(completion, name) for name in names}
-            written = Turn(text=completion_text(self.policy, completion), by_policy=True, **columns)
+            text = completion_text(self.policy, request, completion)
+            written = Turn(text=text, by_policy=True, **columns)
             shown = example.prompt  # to the reward function: as given, or what `prompt_tokens` left of it
             if self.task.prompt_tokens is not None and isinstance(shown, str):
                 shown = self.policy.decode(request.prompt)
@@ -151,7 +152,8 @@ class TextRollout(Rollout):
 
     def encode(self, example: Example) -> tuple[int, ...]:
         """The prompt as tokens. Raises InputError for one that is empty or longer than the context."""
-        tokens = encode_prompt(self.policy.tokenizer, example.prompt, chat=self.task.chat)
+        tools = example.columns.get("tools")
+        tokens = encode_prompt(self.policy.tokenizer, example.prompt, chat=self.task.chat, tools=tools)
         tokens = tokens[: self.task.prompt_tokens]
         limits = {"context": self.policy.context_length, "new_tokens": self.generation.max_new_tokens}
         check_length(tokens, example.text, **limits)
@@ -211,10 +213,10 @@ def text_engine(policy: LanguagePolicy, generation: GenerationConfig) -> TokenEn
     return TokenEngine(policy, slots=generation.slots, end_tokens=ends)
 
 
-def completion_text(policy: LanguagePolicy, completion: Completion) -> str:
-    """The completion as text, without the end token."""
+def completion_text(policy: LanguagePolicy, request: Request, completion: Completion) -> str:
+    """The text that the completion adds to the request's prompt, without the end token."""
     has_end = completion.stop_reason is StopReason.END_TOKEN
-    return policy.decode(completion.tokens[:-1] if has_end else completion.tokens)
+    return policy.decode(completion.tokens[:-1] if has_end else completion.tokens, request.prompt)
 
 
 def distinct_2(sequences: Sequence[Sequence[int]]) -> float:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from surefoot.config import PolicyConfig
+from surefoot.data.render import decode_more, turn_end
 from surefoot.data.silence import silence_transformers
 from surefoot.errors import InputError, one_line
 from surefoot.policies.lm import adapters
@@ -57,10 +58,13 @@ class CausalLMPolicy:
         self.context_length = min(
             context_length(lm), trunk.context_length
         )  # of prompt and completion together
-        # Every end token that the model's generation config or its tokenizer names.
+        # Every end token that the model's generation config, its tokenizer or its chat template names.
         named = getattr(getattr(lm, "generation_config", None), "eos_token_id", None)
-        ids = named if isinstance(named, (list, tuple)) else [named]
-        self.model_end_tokens = frozenset(int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None)
+        ids = {*(named if isinstance(named, (list, tuple)) else [named]), tokenizer.eos_token_id}
+        end = turn_end(tokenizer)
+        self.model_end_tokens = frozenset(int(i) for i in ids | {end} if i is not None)
+        if end is not None and end not in ids:  # then whoever opens the saved model is to know it
+            lm.generation_config.eos_token_id = sorted(self.model_end_tokens)
         place = {"device": self.device, "dtype": torch.float32}
         self.value_head: nn.Linear = nn.utils.skip_init(nn.Linear, trunk.width, 1, **place)
         # Zero, so that the first values are 0 and the first advantages are the rewards' own.
@@ -73,9 +77,9 @@ class CausalLMPolicy:
         """Where the weights are."""
         return torch.device(next(self.lm.parameters()).device)
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Tokens as text, without the names of special ones."""
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+    def decode(self, tokens: Sequence[int], before: Sequence[int] = ()) -> str:
+        """The text that `tokens` add after the tokens `before`, without the names of special ones."""
+        return decode_more(self.tokenizer, tokens, before)
 
     def named_parameters_to_train(self) -> Iterable[tuple[str, nn.Parameter]]:
         """The adapter's parameters, or all of the model's, then the critic's."""
