@@ -136,6 +136,7 @@ def test_what_is_not_written_out_goes_through_autograd() -> None:
         ControlPolicy({"obs": spaces.Box(0, 255, (36, 36, 3), "uint8")}, action, kind="CnnPolicy"),
         ControlPolicy(space, spaces.MultiDiscrete([2, 2])),
         frozen,
+        type("Own", (ControlPolicy,), {})(space, action),  # which may compute anything
     ]
     for policy in others:
         assert fast_mlp.accelerator(policy) is None

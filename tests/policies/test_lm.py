@@ -177,7 +177,8 @@ def test_the_fingerprint_knows_the_base_and_not_what_is_trained(adapter):
     before = policy.fingerprint()
     assert before == tiny_policy(adapter=adapter).fingerprint()
     move(policy)
-    assert policy.fingerprint() == before
+    with torch.autograd.graph.saved_tensors_hooks(pytest.fail, pytest.fail):  # no graph is built
+        assert policy.fingerprint() == before
     lm = tiny_lm()
     with torch.no_grad():
         lm.model.layers[1].mlp.up_proj.weight[3, 4] += 1e-6

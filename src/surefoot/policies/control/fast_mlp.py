@@ -25,6 +25,7 @@ from surefoot.core.kl import MAX_LOG_RATIO
 from surefoot.core.losses import LossSettings, PPOStats
 from surefoot.policies.control.actions import LOG_2PI, CategoricalHead, GaussianHead, StateDependentHead
 from surefoot.policies.control.networks import Extractor, Tower
+from surefoot.policies.control.policy import ControlPolicy
 from surefoot.types import ACTION_MASK, Batch
 
 Array = NDArray[numpy.float32]
@@ -37,11 +38,12 @@ def accelerator(policy: Any) -> FastMLP | None:
 
 
 def supports(policy: Any) -> bool:
-    """Whether this policy's gradient is known here; only `ControlPolicy` has the parts it reads."""
-    layers, extractor = getattr(policy, "layers", None), getattr(policy, "extractor", None)
+    """Whether this policy's gradient is known here: that of a `ControlPolicy` and of no subclass."""
+    if type(policy) is not ControlPolicy:
+        return False
+    layers, extractor = policy.layers, policy.extractor
     return (
-        layers is not None
-        and policy.device.type == "cpu"
+        policy.device.type == "cpu"
         and policy.dtype == torch.float32
         and policy.lstm is None
         and isinstance(extractor, Extractor)
