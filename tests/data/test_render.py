@@ -255,6 +255,16 @@ def test_a_thinking_block_is_trained_as_the_model_would_have_to_write_it_or_refu
     assert tokenizer.decode(example.tokens[len(asked) :]) == expected + "<eos>"
 
 
+def test_a_prompts_closed_block_stands_before_the_last_message_alone():
+    tokenizer = TOKENIZERS["bytes"]()
+    tokenizer.chat_template = answered("<assistant><think></think>", f"<assistant>{CONTENT}")
+    with refused("d.jsonl, line 1", "think", "mask_history"):
+        encoded({"messages": CHAT}, tokenizer)
+    example = encoded({"messages": CHAT}, tokenizer, mask_history=True)
+    assert tokenizer.decode(trained(example)) == "an hour<eos>"
+    assert example.tokens[: -len(trained(example))] == encode_prompt(tokenizer, CHAT[:3])
+
+
 def test_tools_reach_the_template_or_are_refused():
     tokenizer, tools = tiny_tokenizer(chat=True), [{"type": "function", "function": {"name": "add", "parameters": {}}}]
     for of_prompt in (False, True):

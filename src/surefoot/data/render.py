@@ -15,6 +15,7 @@ Tokens = tuple[int, ...]
 NEAR = 200  # characters of the text before; more cannot matter to tokens, and would cost time
 REASONING = ("reasoning_content", "reasoning", "thinking")  # where messages have it, by their templates
 Piece = tuple[Tokens, bool]  # part of a chat, and whether it is trained
+ALONE = "train on the last message alone (mask_history: true)"
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,6 @@ def _assistant_pieces(
 ) -> list[Piece]:
     """A chat up to the assistant's last turn."""
     messages, where = example.contents["messages"], example.where
-    alone = "train on the last message alone (mask_history: true)"
     places = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
     places = places[-1:] if mask_history else places
     pieces: list[Piece] = []
@@ -225,14 +225,14 @@ def _assistant_pieces(
         opened, written = _turn(tokenizer, messages[: number + 1], example, is_alone=len(places) == 1)
         if not opened.startswith(before):
             what = "the model's chat template changes earlier turns as the chat goes on"
-            raise InputError(f"{where}: {what}; {alone}")
+            raise InputError(f"{where}: {what}; {ALONE}")
         others = encode_more(tokenizer, opened[len(before) :], before)
         tokens = encode_more(tokenizer, written, opened)
         # After the end token a template may have a line break, which the policy need not write.
         end = max((n + 1 for n, token in enumerate(tokens) if token in end_tokens), default=0)
         if not end and number != places[-1]:
             what = "the model's chat template ends no message with an end token, so most would teach to go on"
-            raise InputError(f"{where}: {what}; {alone}")
+            raise InputError(f"{where}: {what}; {ALONE}")
         end = end or len(tokens)
         pieces += [(others, False), (tokens[:end], True), (tokens[end:], False)]
         before = opened + written
@@ -245,7 +245,6 @@ def _turn(tokenizer: Any, messages: list[Any], example: Demonstration, *, is_alo
     Raises InputError where the template's rendering of the message is something else.
     """
     where, tools = example.where, example.tools
-    as_pair = "give the row as prompt and completion, the prompt rendered"
 
     def rendered(chat: list[Any], opens_turn: bool = False) -> str:
         return render_messages(tokenizer, chat, tools=tools, opens_turn=opens_turn, where=where)
@@ -261,9 +260,11 @@ def _turn(tokenizer: Any, messages: list[Any], example: Demonstration, *, is_alo
         probe = rendered([*messages[:-1], {"role": "assistant", "content": "surefoot"}])
         header = _common_prefix(opened, probe)
         block = opened[len(header) :]
-        if not (is_alone and closed.startswith(header) and re.search(r"</[^<>]+>\s*$", block)):
+        is_past = closed.startswith(header) and re.search(r"</[^<>]+>\s*$", block)  # the block: the prompt's
+        if not (is_past and is_alone):
             what = f"the model's chat template opens a message with {block.strip()[:40]!r}, but not this one"
-            raise InputError(f"{where}: {what}, so what it would write is unknown; {as_pair}")
+            how = ALONE if is_past else "give the row as prompt and completion, the prompt rendered"
+            raise InputError(f"{where}: {what}, so what the model would write is unknown; {how}")
         return opened, closed[len(header) :]
     written = closed[len(opened) :]
     block_end = re.match(r"\s*(<\w+>)?\s*(</\w+>)", written)
