@@ -124,20 +124,25 @@ def test_settings_that_loading_can_undo_are_undone(folder, change, tmp_path):
     assert load_policy(str(tmp_path / "saved"), FLOAT32).fingerprint() == tiny_policy().fingerprint()
 
 
-def test_tokens_that_the_model_has_no_row_for_are_one_line_through_every_door(folder):
+def test_tokens_that_the_model_has_no_row_for_are_one_line_through_every_door_once_they_are_read(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"extra_special_tokens": [f"<x{i}>" for i in range(9)]})
     tokenizer.save_pretrained(folder)
-    pairs = [{"prompt": "a", "chosen": "b", "rejected": text} for text in "cdef"]
-    task, quiet = TextTask(["the"], lambda completions, **_: [0.0] * len(completions)), {"verbose": 0, "held_out": 0.0}
+    texts, quiet = ["the <x8>"] * 4, {"verbose": 0, "held_out": 0.0, "dtype": "float32", "epochs": 1}
+    pairs = [{"prompt": "a", "chosen": "<x8>", "rejected": text} for text in "cdef"]
+    task = TextTask(texts, lambda completions, **_: [0.0] * len(completions), held_out=0.0)
+    small = {"verbose": 0, "total_episodes": 4, "episodes_per_update": 4, "batch_size": 4, "max_new_tokens": 2}
     doors: list[Callable[[], Any]] = [
-        lambda: PPO(str(folder), task, verbose=0),
-        lambda: SFT(str(folder), ["the"], **quiet),
-        lambda: RewardModel(str(folder), pairs, **quiet),
-        lambda: PPO.open(folder).generate("the"),
+        lambda: PPO(str(folder), task, **small).learn(),
+        lambda: PPO(str(folder), task, critic={"kind": "separate"}, **small).learn(),
+        lambda: SFT(str(folder), texts, **quiet).learn(),
+        lambda: RewardModel(str(folder), pairs, **quiet).learn(),
+        lambda: PPO.open(folder).generate(texts),
     ]
     for door in doors:
         refusal(door, "<x8>", "65", "61")
+    assert isinstance(PPO.open(folder).generate("the"), str)
     refusal(lambda: PPO(tiny_policy(), task, verbose=0, stop_token_ids=[57, 10**12]).generate("the"), "stop_token_ids", "57")
 
 

@@ -287,18 +287,28 @@ def wrap_policy(
 
 
 def _check_tokens(lm: Any, tokenizer: Any) -> None:
-    """Raise InputError for a token or an end that the model has no embedding for."""
-    rows = len(lm.get_input_embeddings().weight)
-    token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
-    if number >= rows:
-        found = f"the tokenizer's {token!r} is token {number}, and the model has embeddings for {rows}"
-        how = "give it as many (resize_token_embeddings of transformers), or take the token out"
-        raise InputError(f"policy.model: {found}; {how}")
-    ends = getattr(getattr(lm, "generation_config", None), "eos_token_id", None)
-    for end in ends if isinstance(ends, list) else [] if ends is None else [ends]:
-        if not (isinstance(end, int) and 0 <= end < rows):
+    """Raise InputError for an end that the model has no row for; for other such tokens when one is read.
+
+    Some models have them for good: Gemma 3's small ones have no row for images.
+    """
+    embedding = lm.get_input_embeddings()
+    rows = len(embedding.weight)
+    named = getattr(getattr(lm, "generation_config", None), "eos_token_id", None)
+    for end in (*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id):
+        if end is not None and not (isinstance(end, int) and 0 <= end < rows):
             found = f"eos_token_id is {end!r}, and the model's tokens are 0 to {rows - 1}"
-            raise InputError(f"policy.model: {found}; correct its generation_config.json or config.json")
+            how = "correct its generation_config.json, config.json or tokenizer"
+            raise InputError(f"policy.model: {found}; {how}")
+    beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= rows}
+
+    def check(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if (number := int(inputs[0].max())) in beyond:
+            found = f"{beyond[number]!r} is token {number}, and the model has embeddings for {rows}"
+            how = "take it out of the texts, or give the model more (resize_token_embeddings) and save it"
+            raise InputError(f"policy.model: {found}; {how}")
+
+    if beyond:
+        embedding.register_forward_pre_hook(check)
 
 
 @torch.no_grad()
