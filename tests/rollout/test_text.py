@@ -121,6 +121,8 @@ def test_the_reward_function_reads_the_prompt_and_what_was_written_after_it(kind
         whole = tokenizer.decode([*t.prompt_tokens, *t.completion_tokens], skip_special_tokens=True)
         assert whole.strip() == (t.prompt + t.completion_text).strip()
     assert sum(t.completion_text.startswith(" ") for t in batch.trajectories)
+    uncut = played(policy, task(["the\nfilm"], prompt_tokens=40), episodes=2)  # nor is a prompt written anew
+    assert [t.prompt for t in uncut.trajectories] == ["the\nfilm"] * 2
 
 
 def test_trained_tokens_are_the_sampled_ones_though_their_text_encodes_to_others():

@@ -144,7 +144,7 @@ class TextRollout(Rollout):
             text = completion_text(self.policy, request, completion)
             written = Turn(text=text, by_policy=True, **columns)
             shown = example.prompt  # to the reward function: as given, or what `prompt_tokens` left of it
-            if self.task.prompt_tokens is not None and isinstance(shown, str):
+            if isinstance(shown, str) and len(request.prompt) == self.task.prompt_tokens:
                 shown = self.policy.decode(request.prompt)
             turns = [Turn(request.prompt), written]
             trajectories.append(Trajectory(shown, turns, completion.stop_reason, example.columns))

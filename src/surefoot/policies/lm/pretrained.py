@@ -37,7 +37,7 @@ def load_pretrained(source: str, *, dtype: torch.dtype, key: str = "policy.model
     asked["ignore_mismatched_sizes"] = True  # refused below, with their names
     safe, part = {"trust_remote_code": False}, "configuration"
     try:
-        # What would be given besides hidden states; some implementations refuse to be asked for attentions.
+        # What would be given beside hidden states; some implementations refuse to be asked for attentions.
         plain = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
         model_config = AutoConfig.from_pretrained(source, **plain, **safe)
         _check_quantization(model_config.to_dict(), f"{key} {source}")
