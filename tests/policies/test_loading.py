@@ -146,6 +146,11 @@ def test_tokens_that_the_model_has_no_row_for_are_one_line_through_every_door_on
     refusal(lambda: PPO(tiny_policy(), task, verbose=0, stop_token_ids=[57, 10**12]).generate("the"), "stop_token_ids", "57")
 
 
+def test_a_tokenizer_that_cannot_read_a_text_is_one_line(folder):
+    changed("tokenizer_config.json", tokenizer_class="BertTokenizer")(folder)  # whose words have no unknown one here
+    refusal(lambda: PPO.open(folder).generate("the cat"), "tokenizer", "'the cat'", "[UNK]")
+
+
 _TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
 _TEXT |= {"head_dim": 8, "vocab_size": 61, "pad_token_id": 0, "eos_token_id": END, "max_position_embeddings": CONTEXT}
 _SEEN = {

@@ -8,7 +8,7 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from surefoot.errors import InputError
+from surefoot.errors import InputError, one_line
 from surefoot.types import Demonstration
 
 Tokens = tuple[int, ...]
@@ -35,9 +35,7 @@ def encode_text(tokenizer: Any, text: str) -> Tokens:
 
     What some tokenizers append (EOS, SEP) is left out: nothing could follow it.
     """
-    plain, whole = (
-        list(tokenizer(text, add_special_tokens=is_whole)["input_ids"]) for is_whole in (False, True)
-    )
+    plain, whole = (list(_encode(tokenizer, text, is_whole=is_whole)) for is_whole in (False, True))
     if not plain:  # then nothing tells what stands before from what stands after
         return encode_text(tokenizer, "a")[: -len(_encode(tokenizer, "a"))] if text != "a" else ()
     places = range(len(whole) - len(plain) + 1)
@@ -111,8 +109,12 @@ def _common_prefix(one: str, other: str) -> str:
     return os.path.commonprefix([one, other])  # noqa: RUF071 - of characters
 
 
-def _encode(tokenizer: Any, text: str) -> Tokens:
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _encode(tokenizer: Any, text: str, *, is_whole: bool = False) -> Tokens:
+    try:
+        return tuple(tokenizer(text, add_special_tokens=is_whole)["input_ids"])
+    except Exception as error:  # the library's own have no class; a vocabulary without an unknown token, say
+        found = f"the model's tokenizer cannot read {text[:60]!r}: {one_line(error)}"
+        raise InputError(f"policy.model: {found}") from error
 
 
 def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
