@@ -177,7 +177,7 @@ def test_a_device_this_machine_lacks_is_refused_before_anything_is_fetched(proje
 
 
 def test_generate_continues_a_text_with_any_model(finished, monkeypatch):
-    monkeypatch.setattr(assets, "fetch", lambda name, log: model_folder())
+    monkeypatch.setattr(assets, "fetch", lambda name: model_folder())
     for name in (finished, finished / "model", model_folder(), "smollm2-135m-instruct"):
         command = ("generate", name, "the film", "--max-new-tokens", "5")
         first = run_cli(*command)
