@@ -258,5 +258,5 @@ def test_output_to_a_full_disk_costs_its_words_and_not_the_run(project, monkeypa
     monkeypatch.setattr(sys, "stderr", err)
     with pytest.raises(SystemExit) as end:
         cli.main(["ppo", "config.yaml", "--run.name", "mine", "--run.folder", "runs"])
-    assert end.value.code == 2 and err.getvalue() == "surefoot: OS error: [Errno 28] No space left on device\n"
+    assert end.value.code == 2 and err.getvalue() == "surefoot: stdout could not be written: No space left on device\n"
     assert (project / "runs/mine/model/config.json").exists()

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from surefoot.build.inputs import code_inputs
+from surefoot.config import make_config
+from tests import golden
 from tests.test_reward_model import PAIRS as PREFERENCES
 from tests.test_reward_model import RATINGS
 from tests.test_sft import PAIRS
@@ -119,6 +124,7 @@ def strikes(name: str) -> dict[str, Strike]:
         "checkpoint without its pointer": Strike(f"{CHECKPOINT}:_put_in_place", 2, after=True),
         "logs ahead of the checkpoint": Strike(f"{LOOP}:_finish", 3),
         "evaluation": Strike(f"{LOOP}:evaluate", 2, after=True),
+        **{place: Strike(f"{CHECKPOINT}:{what}", 1, since=(f"{LOOP}:collect", 6)) for place, what in AT_THE_END.items()},
         **KINDS[name].strikes,
         "product half written": Strike(KINDS[name].product, 1, after=True),
     }
@@ -130,7 +136,8 @@ def logged(name: str) -> Strike:
 
 
 # What happens there is the loop's doing, whatever it trains: of two kinds always, of the others among the slow tests.
-OF_THE_LOOP = ("before anything", "first rollout", "first checkpoint", "checkpoint without its pointer")
+AT_THE_END = {"last one without its pointer": "point", "last one beside old ones": "_remove_old"}
+OF_THE_LOOP = ("before anything", "first rollout", "first checkpoint", "checkpoint without its pointer", *AT_THE_END)
 CASES = [
     pytest.param(name, place, marks=[pytest.mark.slow] * (place in OF_THE_LOOP and name not in ("ppo", "cartpole")))
     for name in KINDS
@@ -176,7 +183,7 @@ def test_a_killed_and_resumed_run_is_the_run_that_was_not(
     ended = warm.run(tmp_path, "resume", "runs/run")
     assert ended.code == 0, ended.stderr
     assert_equal(run, expected)
-    assert not list(run.rglob("*.tmp")) and not list(run.rglob("*.old"))
+    assert not [path for end in ("tmp", "old", "unfinished") for path in run.rglob(f"*.{end}")]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -196,15 +203,68 @@ def test_a_signal_saves_stops_and_says_how_to_go_on(
     assert again.code == 0 and again.stdout.startswith("runs/run is finished; its ")
 
 
-@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.data])
-def test_data_that_changed_under_a_run_is_refused(tmp_path: Path, base: Path, warm: Warm, kind: str) -> None:
-    KINDS[kind].project(tmp_path, base)
+def halve(file: Path) -> None:
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[: len(lines) // 2]))
+
+
+def edit(file: Path) -> None:
+    file.write_text(file.read_text() + "# mended\n")
+
+
+def retrain(file: Path) -> None:
+    tensors = load_file(file)
+    save_file(tensors | {name: tensor + 1e-3 for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+
+
+# Kind of run, file, what is done to it, and the keys that are named.
+CHANGES = [
+    *((name, "data.jsonl", halve, ".prompts:" if "rejection" in name else ".data:") for name in KINDS if KINDS[name].data),
+    ("ppo", "prompts.jsonl", halve, "task.prompts: "),
+    ("ppo", "reward.py", edit, "task.metric, task.reward: "),
+    ("ppo", "base/model.safetensors", retrain, "policy.model: "),
+]
+
+
+@pytest.mark.parametrize(("kind", "file", "change", "named"), CHANGES)
+def test_inputs_that_changed_under_a_run_are_named_and_refused_until_accepted(
+    tmp_path: Path, base: Path, warm: Warm, *, kind: str, file: str, change: Callable[[Path], None], named: str
+) -> None:
+    shutil.copytree(base, tmp_path / "base")
+    run = KINDS[kind].project(tmp_path, tmp_path / "base")
     strike = dataclasses.replace(logged(kind), signals=[KILL])
     assert warm.run(tmp_path, KINDS[kind].verb, "ppo.yaml", strikes=[strike]).code == -KILL
-    write_rows(tmp_path / "data.jsonl", KINDS[kind].data[::-1])
+    change(tmp_path / file)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     ended = warm.run(tmp_path, "resume", "runs/run")
-    key = "task.prompts" if kind == "rejection sampling" else ".data"
-    assert ended.code == 2 and f"{key}: not the" in ended.stderr and ended.stderr.count("\n") == 1
+    assert ended.code == 2 and ended.stderr.startswith("surefoot: runs/run: "), ended
+    golden.check(ended.stderr.rstrip("\n").rpartition("runs/run: ")[2], named, "--accept-changes")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    ended = warm.run(tmp_path, "resume", "runs/run", "--accept-changes")
+    assert ended.code == 0, ended.stderr
+
+
+def test_code_and_reward_models_that_a_configuration_names_are_inputs(tmp_path: Path) -> None:
+    for name in ("reward.py", "helper.py", "further.py", "other.py", "scorer/model.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "reward.py").write_text("import json, helper\n")
+    (tmp_path / "helper.py").write_text("def f():\n    from further import number\n")
+    code, model = f"{tmp_path / 'reward.py'}:make", str(tmp_path / "scorer")
+    task = {"prompts": "p", "reward": [{"name": code}, {"name": model}], "metric": "tests.tiny:tiny_lm"}
+    configs = [make_config(sections, where="") for sections in ({"task": task}, {"env": {"id": code}})]
+    before = code_inputs(configs[0]) | code_inputs(configs[1])
+    assert before.keys() == {"task.reward make", "task.reward scorer", "task.metric", "env.id"}
+    for file, changed in (
+        ("reward.py", {"task.reward make", "env.id"}),
+        ("further.py", {"task.reward make", "env.id"}),
+        ("other.py", set()),
+        ("scorer/model.safetensors", {"task.reward scorer"}),
+    ):
+        edit(tmp_path / file)
+        now = code_inputs(configs[0]) | code_inputs(configs[1])
+        assert {key for key in now if now[key] != before[key]} == changed
+        before = now
 
 
 @pytest.mark.parametrize("kind", ["ppo", pytest.param("sft", marks=pytest.mark.slow), "cartpole"])

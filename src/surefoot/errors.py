@@ -4,7 +4,7 @@ SurefootError            one line for the user, never a traceback
 ├── InputError      2    the config, a file, a model folder or a reward is not usable as given
 ├── GateError       2    a check the program runs on itself did not pass; training would be wrong
 ├── NonFiniteError  3    losses or gradients stayed non-finite for several steps in a row
-└── Interrupted     128 + signal   SIGTERM (143) or Ctrl-C (130); a checkpoint was saved
+└── Interrupted     128 + signal   SIGHUP (129), Ctrl-C (130) or SIGTERM (143); a checkpoint was saved
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -543,3 +546,14 @@ def test_episodes_under_way_are_repeated_from_their_seeds(kind: str) -> None:
         assert numpy.array_equal(env.step(row).observations["obs"], again.step(row).observations["obs"])
     env.close()
     again.close()
+
+
+def test_workers_end_with_a_run_that_was_killed():
+    program = "import os, signal; from surefoot import make_env; v = make_env('CartPole-v1', n_envs=2, vectorization='async')"
+    program += "; print(*(p.pid for p in v.env.processes), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    ended = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=False)
+    workers, give_up = ended.stdout.split(), time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{pid}") and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text() for pid in workers):
+        assert time.monotonic() < give_up, workers
+        time.sleep(0.1)
+    assert len(workers) == 2

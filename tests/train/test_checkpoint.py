@@ -18,6 +18,7 @@ import numpy
 import pytest
 import torch
 
+from surefoot.storage.files import sha256
 from surefoot.storage.run_folder import RunFolder
 from surefoot.train import checkpoint
 from surefoot.train.checkpoint import load_checkpoint, newest_checkpoint, point, pointed_checkpoint, save_checkpoint
@@ -42,7 +43,7 @@ def forge(path: Path, **contents: bytes):
     for stem, data in contents.items():
         file = path / (f"{stem}.json" if stem == "state" else f"{stem}.safetensors")
         file.write_bytes(data)
-        manifest["files"][file.name] = {"size": len(data), "sha256": checkpoint._sha256(file)}
+        manifest["files"][file.name] = {"size": len(data), "sha256": sha256(file)}
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -160,6 +161,15 @@ def test_damage_is_found_named_and_the_older_checkpoint_used(tmp_path, capsys, n
     assert said.count("\n") == 1 and str(file) in said and "00000001" in said
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "policy.safetensors", "../best"])
+def test_a_pipe_is_never_read(tmp_path, name: str):
+    path = two_checkpoints(tmp_path)
+    (path / name).unlink(missing_ok=True)
+    os.mkfifo(path / name)
+    assert killing.number_in(newest_checkpoint(tmp_path)) == (2 if name == "../best" else 1)
+    assert pointed_checkpoint(tmp_path, "best") is None
+
+
 def test_all_damaged_is_an_error_that_names_a_file_and_none_at_all_is_not(tmp_path):
     two_checkpoints(tmp_path)
     for number in (1, 2):
@@ -222,11 +232,14 @@ def test_a_second_writer_is_refused_until_the_first_has_gone_or_was_killed(tmp_p
     first, second = RunFolder(tmp_path), RunFolder(tmp_path)
     first.hold()
     first.hold()
-    with refused("in use by another run"):
+    first.is_at_work = True
+    with refused("in use by this very process"):
         second.hold()
     first.release()
     second.hold()
-    second.release()
+    first.hold()  # from one that is not at work
+    assert not second.is_held
+    first.release()
     program = "import os, sys; from pathlib import Path; from surefoot.storage.run_folder import RunFolder; r = RunFolder("
     program += "Path(sys.argv[1])); r.hold(); print(flush=True); os.kill(os.getpid(), 9 * (sys.stdin.read() == 'die'))"
     command, pipe = [sys.executable, "-c", program, str(tmp_path)], subprocess.PIPE
@@ -238,6 +251,14 @@ def test_a_second_writer_is_refused_until_the_first_has_gone_or_was_killed(tmp_p
         holder.communicate("die")
     assert holder.returncode == -9
     first.hold()
+    # A forked process that outlives its parent, as an environment's worker may, keeps nothing.
+    first.release()
+    program = program.rpartition("print(")[0] + "print(os.fork() or '', flush=True); time.sleep(20 * (not parent))"
+    program = program.replace("r.hold();", "r.hold(); parent = os.getpid();").replace("not parent", "os.getpid() != parent")
+    command = [sys.executable, "-c", program.replace("import os, sys;", "import os, sys, time;"), str(tmp_path)]
+    child = int(subprocess.run(command, stdout=pipe, stderr=pipe, text=True, check=True).stdout.split()[0])
+    first.hold()
+    os.kill(child, 9)
 
 
 @pytest.mark.parametrize("name", ["..", "../00000001", "/00000001", "", "00000001/", "00000001\n", "00000001\0", "\udcff", "x"])

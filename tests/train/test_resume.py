@@ -75,17 +75,6 @@ def test_a_damaged_newest_checkpoint_costs_updates_not_the_run(tmp_path, base, w
     assert_equal(run, uninterrupted)
 
 
-def test_other_base_weights_are_refused(tmp_path, warm):
-    write_base(tmp_path / "base", seed=0)
-    run = write_project(tmp_path, tmp_path / "base")
-    warm.run(tmp_path, "ppo", "ppo.yaml", strikes=[Strike(REWARD, 40, KILL)])
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    write_base(tmp_path / "base", seed=1)
-    ended = warm.run(tmp_path, "resume", "runs/run")
-    assert ended.code == 2 and "was trained on other base weights" in ended.stderr and ended.stderr.count("\n") == 1
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-
-
 @pytest.mark.parametrize(
     ("family", "policy"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -15,13 +16,14 @@ import yaml
 from surefoot import PPO
 from surefoot.config import load_config, make_config
 from surefoot.policies.lm.policy import CausalLMPolicy
+from surefoot.storage.files import whole_folder, writing
 from surefoot.storage.run_folder import RunFolder
 from surefoot.storage.safetensors import read_tensors
 from tests.golden import refused
 from tests.inputs import run_cli
 from tests.tiny import written_batch
 from tests.train.small_run import Killed, letters, python_ppo, python_task, rows, same_weights, weights, write_project
-from tests.train.test_checkpoint import header, largest_file, poison
+from tests.train.test_checkpoint import forge, header, largest_file, poison
 from tests.train.warm import Ended
 
 BATCH = written_batch([((5, 9, 30), (8, 44, 2)), ((7,), (12, 13, 14, 15))])
@@ -162,6 +164,73 @@ def test_a_checkpoint_without_its_optimiser_is_refused_not_resumed_without(finis
     assert ended.code == 2 and "'optimizer'" in ended.stderr and ended.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("at", "value"), [(("progress", "best_update"), "4"), (("rollout", "reward_stats"), {"mean": 0.0}), (("total",), 2.5)]
+)
+def test_a_state_of_other_kinds_of_values_is_one_line_whatever_its_checksum(finished, tmp_path, warm, at, value):
+    shutil.copytree(finished.parent.parent, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "runs" / "run" / "checkpoints").glob("0*"):
+        state = json.loads((path / "state.json").read_text())
+        functools.reduce(dict.__getitem__, at[:-1], state)[at[-1]] = value
+        forge(path, state=json.dumps(state).encode())
+    ended = warm.run(tmp_path, "resume", "runs/run")
+    assert ended.code == 2 and at[-1] in ended.stderr and ended.stderr.count("\n") == 1, ended
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "surefoot_critic.safetensors", "surefoot.yaml"])
+def test_a_model_that_is_no_longer_whole_is_written_again(finished, tmp_path, warm, name: str):
+    shutil.copytree(finished.parent.parent, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "runs" / "run" / "model" / name
+    if name == "model.safetensors":
+        file.write_bytes(file.read_bytes()[:100])
+    else:
+        file.unlink()
+    ended = warm.run(tmp_path, "resume", "runs/run")
+    assert ended.code == 0 and ended.stdout.startswith("model: "), ended
+    assert file.read_bytes() == (finished / "model" / name).read_bytes()
+
+
+def test_what_happens_to_a_folder_or_a_log_under_its_run_is_said(tmp_path, capsys):
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    run.hold()
+    log = run.path / "metrics.jsonl"
+
+    def replace_log() -> None:
+        log.rename(run.path / "other")
+        log.write_text("{}\n")
+
+    for change, said in ((log.unlink, "gone"), (lambda: os.truncate(log, 3), "has 3 bytes"), (replace_log, "has 3 bytes")):
+        run.append(log.name, [{"update": 1}])
+        assert capsys.readouterr().err == ""
+        change()
+        run.append(log.name, [{"update": 2}])
+        assert said in capsys.readouterr().err
+    run.cut_logs({log.name: 1_000})
+    assert "are gone" in capsys.readouterr().err
+    log.unlink()
+    os.mkfifo(log)
+    with refused("metrics.jsonl", "no regular file"):
+        run.append(log.name, [{"update": 3}])
+    run.path.rename(tmp_path / "moved")
+    with refused("was moved"):
+        run.append(log.name, [{"update": 3}])
+    run.path.mkdir()
+    with refused("was moved"):
+        run.check_there()
+    assert not list(run.path.iterdir())
+
+
+def test_what_killed_writers_left_beside_a_folder_goes_and_what_living_ones_write_stays(tmp_path):
+    (tmp_path / "out.dead.unfinished").mkdir()
+    (tmp_path / "out.others").mkdir()
+    with whole_folder(tmp_path / "out") as mine, whole_folder(tmp_path / "out") as other:
+        assert mine.exists() and other.exists() and not (tmp_path / "out.dead.unfinished").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.others"]
+    with refused("out", "No space left"), writing(tmp_path / "out"):
+        raise Exception("No space left on device (os error 28)")  # as Rust's tokenizers do
+
+
 @pytest.mark.parametrize("at", [3, 5, 8])
 def test_a_loaded_run_goes_on_bit_for_bit(tmp_path, base, at: int):
     calls = 0
@@ -193,12 +262,16 @@ def test_of_two_models_of_one_run_only_one_goes_on(tmp_path, base):
     first.learn()
     PPO.load(first.run_folder, python_task(), verbose=0).learn()
     assert contents(first.run_folder) == before  # a finished run is left as it is
-    second = PPO.load(first.run_folder, python_task(), verbose=0)
-    with refused("in use by another run"):
-        first.learn(6)
-    second.learn(6)
-    with refused("00000003", "PPO.load"):
-        first.learn(6)
+    second, third = (PPO.load(first.run_folder, python_task(), verbose=0) for _ in range(2))  # a cell that is run twice
+
+    def again(*_: Any) -> None:
+        with refused("in use by this very process"):
+            PPO.load(first.run_folder, python_task(), verbose=0)
+
+    third.learn(6, callback=again)
+    for model in (first, second):
+        with refused("00000003", "PPO.load"):
+            model.learn(6)
 
 
 def test_the_saved_model_gives_the_same_logits_and_values_and_trains_in_a_run_of_its_own(tmp_path, base, monkeypatch):

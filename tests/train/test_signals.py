@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
 import random
 import shutil
 import signal
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -15,10 +18,20 @@ from typing import Any
 import pytest
 
 from surefoot.errors import Interrupted
-from tests.train.small_run import assert_equal, noisy_letters, python_ppo, python_task, rows, same_weights, write_project
+from surefoot.train.signals import StopRequest
+from tests.train.small_run import (
+    assert_equal,
+    letters,
+    noisy_letters,
+    python_ppo,
+    python_task,
+    rows,
+    same_weights,
+    write_project,
+)
 from tests.train.warm import Strike, cold, wait_for
 
-TERM, INT, KILL = int(signal.SIGTERM), int(signal.SIGINT), int(signal.SIGKILL)
+TERM, INT, KILL, HUP = (int(getattr(signal, f"SIG{name}")) for name in ("TERM", "INT", "KILL", "HUP"))
 DECODE = "surefoot.generation.engine:TokenEngine._decode"
 REWARD = "random:gauss"
 STEP = "surefoot.train.update:take_step"
@@ -41,7 +54,7 @@ PLACES: dict[str, tuple[Strike, int, Strike]] = {
 OTHERS = ("checkpoints",)  # which an interrupted run keeps
 
 
-@pytest.mark.parametrize("case", [*((place, TERM) for place in PLACES), ("rollout", INT)], ids=str)
+@pytest.mark.parametrize("case", [*((place, TERM) for place in PLACES), ("rollout", INT), ("reward", HUP)], ids=str)
 def test_a_signal_saves_stops_and_says_how_to_go_on(tmp_path, base, warm, uninterrupted, case: tuple[str, int]):
     place, number = case
     strike, updates, forbidden = PLACES[place]
@@ -70,6 +83,63 @@ def test_a_second_signal_exits_at_once_but_one_delivered_twice_is_one(tmp_path, 
     write_project(tmp_path / "twice", base)
     ended = warm.run(tmp_path / "twice", "ppo", "ppo.yaml", strikes=[Strike(REWARD, 38, [TERM, TERM], pause=0.01)])
     assert ended.code == 128 + TERM and "saved; continue with" in ended.stderr
+
+
+@pytest.mark.parametrize("number", [None, HUP])
+def test_a_run_outlives_its_terminal(tmp_path, base, warm, uninterrupted, number: int | None):
+    run = write_project(tmp_path, base)
+    signals = [] if number is None else [number]  # None: nohup's, or none that reaches it
+    ended = warm.run(tmp_path, "ppo", "ppo.yaml", strikes=[Strike(COLLECT, 3, signals, hang_up=True)])
+    assert ended.code == (128 + number if number else 0)
+    if number:
+        assert (run / "checkpoints" / "latest").read_text() == "00000002"
+        assert warm.run(tmp_path, "resume", "runs/run").code == 0
+    assert_equal(run, uninterrupted, but=OTHERS)
+
+
+def test_an_ignored_hang_up_stays_ignored_and_a_second_one_is_no_second_request():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest().listening() as stop:
+            os.kill(os.getpid(), HUP)
+            assert stop.signal_number is None
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with StopRequest().listening() as stop:
+            for pause in (0.0, 0.4):  # the shell hangs up, and then the kernel
+                time.sleep(pause)
+                os.kill(os.getpid(), HUP)
+            assert stop.signal_number == HUP
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+class Broken(io.StringIO):
+    """A stream whose every write fails."""
+
+    error: Exception
+
+    def write(self, text: str) -> int:
+        raise self.error
+
+
+BROKEN = [OSError(errno.EIO, ""), BrokenPipeError(), OSError(errno.ENOSPC, ""), ValueError("I/O operation on closed file")]
+
+
+@pytest.mark.parametrize("error", BROKEN, ids=repr)
+def test_nothing_that_is_shown_ends_a_run(tmp_path, base, monkeypatch, error: Exception):
+    def chatty(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        print("called")
+        print("called", file=sys.stderr, flush=True)
+        return letters(prompts, completions)
+
+    model = python_ppo(base, tmp_path, chatty)
+    model._session.verbose = 1
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, Broken())
+    monkeypatch.setattr(Broken, "error", error, raising=False)
+    broken = sys.stdout, sys.stderr
+    assert model.learn().is_finished and (sys.stdout, sys.stderr) == broken
 
 
 def test_interrupting_again_and_again_changes_nothing(tmp_path, base, warm, uninterrupted):

@@ -6,14 +6,17 @@ at a place and at a count of calls, so that the same kill can be repeated; the p
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
 import os
+import pty
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -25,6 +28,8 @@ ROOT = Path(__file__).parent.parent.parent
 # The command line sets the last two itself, but only an interpreter that has not imported the libraries takes notice.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 ENVIRONMENT |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+HANG_UP, TERMINAL = threading.Event(), list[threading.Thread]()
 
 
 @dataclass
@@ -41,6 +46,7 @@ class Strike:
     after: bool = False  # once the call is done rather than before it
     pause: float = 0.0  # seconds after each signal
     since: tuple[str, int] | None = None
+    hang_up: bool = False  # stdout and stderr are a terminal, until now
 
 
 @dataclass
@@ -117,6 +123,8 @@ def _play(job: dict[str, Any]) -> NoReturn:
     for descriptor, name in ((1, "stdout.txt"), (2, "stderr.txt")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if any(strike["hang_up"] for strike in job["strikes"]):
+        _open_terminal()
     for strike in job["strikes"]:
         _arm(Strike(**strike))
     code: int | str | None = 0
@@ -127,8 +135,11 @@ def _play(job: dict[str, Any]) -> NoReturn:
     except BaseException:
         traceback.print_exc()
         code = 99
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        code = 120  # as the interpreter does
     os._exit(int(code or 0))
 
 
@@ -162,7 +173,28 @@ def _at_call(place: str, nth: int, act: Callable[[], None], *, after: bool = Fal
     setattr(owner, name, counted)
 
 
+def _open_terminal() -> None:
+    """Let stdout and stderr be a terminal, whose other end is read until `HANG_UP` closes it."""
+    ours, theirs = pty.openpty()
+    os.set_blocking(ours, False)
+    for descriptor in (1, 2):
+        os.dup2(theirs, descriptor)
+    sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", closefd=False) for descriptor in (1, 2))
+
+    def read() -> None:
+        while not HANG_UP.wait(0.01):
+            with contextlib.suppress(BlockingIOError):
+                os.read(ours, 1 << 16)
+        os.close(ours)
+
+    TERMINAL.append(threading.Thread(target=read, daemon=True))
+    TERMINAL[0].start()
+
+
 def _hit(strike: Strike) -> None:
+    if strike.hang_up:
+        HANG_UP.set()
+        TERMINAL[0].join()
     if strike.file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (strike.file_bytes, strike.file_bytes))
     for number in strike.signals:

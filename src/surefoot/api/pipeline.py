@@ -88,7 +88,7 @@ def run_pipeline(stages: list[Stage]) -> None:
     for stage in stages:
         _check_begun(stage, stages)
     for number, stage in enumerate(stages, start=1):
-        note = ", finished before" if (is_finished := stage.product.exists()) else ""
+        note = ", finished before" if (is_finished := runs.is_made(stage.config, stage.folder)) else ""
         print(f"stage {number} of {len(stages)}: {stage.name}{note}", flush=True)
         if not is_finished:
             is_begun = (stage.folder / "config.yaml").is_file()

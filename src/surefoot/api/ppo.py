@@ -138,7 +138,7 @@ class PPO(HasSession, Generates):
 
         `callback` is a function `(locals, globals) -> bool | None`, a `BaseCallback` or a list of them
         (train/callbacks.py); `progress_bar` shows the display even where `verbose` is 0. Raises Interrupted
-        after SIGTERM or Ctrl-C, once it has saved.
+        after SIGTERM, SIGHUP or Ctrl-C, once it has saved.
         """
         is_control = self.config.env is not None
         named, other = (total_timesteps, total_episodes) if is_control else (total_episodes, total_timesteps)
@@ -200,7 +200,8 @@ class PPO(HasSession, Generates):
         After `save` a language model's adapter is merged in, so the saved weights are the new reference.
         `env` is the task or environment; a run that was started from a file or an id builds its own. `given`
         is what a file cannot hold: a schedule that was a function (`learning_rate=...`), a network of your
-        own (`policy=...`), demonstrations that were rows (`ptx_data=...`).
+        own (`policy=...`), demonstrations that were rows (`ptx_data=...`), and `accept_changes=True`
+        where prompts, a reward's file, demonstrations or the model changed, which is refused otherwise.
         """
         config, run = open_folder(folder, "PPO", is_given=env is not None)
         if run is None:

@@ -7,13 +7,13 @@ how far it is in progress.json; and at its end completions.jsonl, which `sft.dat
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 import time
 from pathlib import Path
 from typing import Any
 
+from surefoot.build.inputs import code_inputs
 from surefoot.build.language import build_demonstrations, build_policy, build_task, probe_functions
 from surefoot.config import Config, SFTConfig
 from surefoot.core.seeds import derived_seed
@@ -44,10 +44,12 @@ class RejectionSampling:
         check_join(config, task)
         probe_functions(task)
         sampler = build_policy(config)
+        model = {"policy.model": str(sampler.fingerprint())}  # before its frozen copy goes
         sampler.drop_reference()
         engine = text_engine(sampler, config.generation)
         self.rollout = TextRollout(sampler, task, engine=engine, config=config, seed=config.seed)
-        self._digest = hashlib.sha256(repr(task.train).encode()).hexdigest()
+        self._inputs = {**self.rollout.inputs, **code_inputs(config), **model}
+        self._accept_changes = False
         self._folder, self._stop = run, StopRequest()
 
     @property
@@ -63,11 +65,12 @@ class RejectionSampling:
     def learn(self) -> None:
         """Sample all completions.
 
-        Raises Interrupted after SIGTERM or Ctrl-C, once it has saved; the same call then goes on. Raises
-        InputError if the prompts are not those that the run began with.
+        Raises Interrupted after a signal, once it has saved; the same call then goes on. Raises
+        InputError if its inputs are not those that the run began with.
         """
         folder = self._folder = self._folder or RunFolder.create(self.config)
         folder.hold()
+        folder.is_at_work = True
         try:
             with self._stop.listening():
                 episodes = self._restore(folder)
@@ -96,23 +99,25 @@ class RejectionSampling:
         print(f"{settings.episodes} completions, {len(usable)} usable; {best_of}, {lowest}: {path}")
 
     @classmethod
-    def load(cls, folder: str | Path) -> RejectionSampling:
+    def load(cls, folder: str | Path, *, accept_changes: bool = False) -> RejectionSampling:
         """Go on from a run folder, bit for bit. Raises InputError for a folder of another kind."""
         run = RunFolder.open(folder)
         config = run.config()
-        return cls(config.policy.model, build_task(config), config=config, run=run)
+        sampling = cls(config.policy.model, build_task(config), config=config, run=run)
+        sampling._accept_changes = accept_changes
+        return sampling
 
     def _restore(self, folder: RunFolder) -> int:
         """Go back to the last whole batch, logs and global generators too; the episodes until then."""
         file = folder.path / PROGRESS
-        if not file.exists():
+        if not file.is_file():
             checkpoint.seed_generators(derived_seed(self.config.seed, "global generators", 0))
             folder.cut_logs({})
             return 0
         try:
             progress = json.loads(file.read_bytes())
-            if progress["prompts"] != self._digest:
-                raise InputError("task.prompts: not the prompts that the run began with; continue with those")
+            then, accept = progress["inputs"], self._accept_changes
+            checkpoint.check_inputs(folder.path, then, self._inputs, accept=accept)
             folder.cut_logs(progress["log_sizes"])
             checkpoint.restore_generators(progress["generators"])
             return int(progress["episodes"])
@@ -152,7 +157,7 @@ class RejectionSampling:
         records = [one.record() | ({} if is_usable(one) else {"reward": None}) for one in trajectories]
         folder.append("samples.jsonl", [of_batch | record for record in records])
         folder.append("metrics.jsonl", [{"update": batch, **metrics}])
-        state = {"episodes": after, "prompts": self._digest, "log_sizes": folder.log_sizes()}
+        state = {"episodes": after, "inputs": self._inputs, "log_sizes": folder.log_sizes()}
         state["generators"] = checkpoint.generator_states()
         with writing(folder.path / PROGRESS):
             write_durably(folder.path / PROGRESS, json.dumps(state).encode())

@@ -97,18 +97,21 @@ class RewardModel(HasSession):
         self._session.save(folder)
 
     @classmethod
-    def load(cls, folder: str | Path, data: Any = None, *, verbose: int = 1) -> RewardModel:
+    def load(
+        cls, folder: str | Path, data: Any = None, *, verbose: int = 1, accept_changes: bool = False
+    ) -> RewardModel:
         """Go on from a run folder, or take what `save` wrote, to score with.
 
         `data` are the preferences where they were given in Python. Raises InputError for a folder of another
-        kind, or data that is not what the run was begun with.
+        kind, or data or a model that is not what the run was begun with, but for `accept_changes`.
         """
         config, run = open_folder(folder, "RewardModel", is_given=data is not None)
         if run is None:
             if data is not None:
                 raise InputError(f"{folder} was saved and only scores; to train further, load its run folder")
             return cls(load_reward(folder), config=config, verbose=verbose)
-        return resume(run, cls, config.policy.model, data, config=config, verbose=verbose)
+        given: dict[str, Any] = {"config": config, "verbose": verbose, "accept_changes": accept_changes}
+        return resume(run, cls, config.policy.model, data, **given)
 
     def _calibrate(self) -> None:
         """Shift and scale for the weights as they are, unless they were saved with them."""

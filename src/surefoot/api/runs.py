@@ -46,9 +46,13 @@ def start(config: Config) -> Run:
     return _opener(config)(config.policy.model, source, config=config)  # type: ignore[no-any-return]
 
 
-def resume(folder: str | Path) -> Run:
-    """The run in `folder` at its newest whole checkpoint. Raises InputError for one that needs Python."""
-    return _opener(RunFolder.open(folder).config()).load(folder)  # type: ignore[no-any-return]
+def resume(folder: str | Path, *, accept_changes: bool = False) -> Run:
+    """The run in `folder` at its newest whole checkpoint.
+
+    Raises InputError for one that needs Python, or whose inputs have changed, unless that is to be accepted.
+    """
+    opener = _opener(RunFolder.open(folder).config())
+    return opener.load(folder, accept_changes=accept_changes)  # type: ignore[no-any-return]
 
 
 def _opener(config: Config) -> Any:
@@ -60,6 +64,26 @@ def _opener(config: Config) -> Any:
 def product(config: Config, folder: Path) -> Path:
     """What a finished run leaves in its `folder` for others: a model, or a file of examples."""
     return folder / ("model" if config.rejection_sampling is None else "completions.jsonl")
+
+
+def is_made(config: Config, folder: Path) -> bool:
+    """Whether the product is there and whole: weights that are gone or half-written are written again."""
+    made = product(config, folder)
+    if config.rejection_sampling is not None:
+        return made.is_file()
+    from surefoot.build.preflight import SETTINGS
+    from surefoot.policies.control.policy import WEIGHTS
+    from surefoot.policies.lm.policy import CRITIC
+    from surefoot.policies.lm.pretrained import REWARD, check_model_folder
+    from surefoot.storage.safetensors import read_dtypes
+
+    try:
+        read_dtypes(made / (WEIGHTS if config.env else REWARD if config.reward_model else CRITIC))
+        if config.env is None:
+            check_model_folder(str(made))
+    except InputError:
+        return False
+    return (made / SETTINGS).is_file()  # the last to be written
 
 
 def finish(run: Run) -> Path:

@@ -8,8 +8,8 @@ evaluate   The `eval/…` metrics that the run itself logs, of the policy as it 
            prompts, examples or preferences, or N episodes; by default N is `evaluate.episodes`.
 save       The model and its settings in a folder, without what belongs to the run.
 load       Of a run's folder, the run where it stands, bit for bit, with its optimizer and counters; what was
-           given in Python is given again. Of a folder that `save` wrote, the model; training it further is
-           another run.
+           given in Python is given again. What it learns from must be as it was, but for `accept_changes`.
+           Of a folder that `save` wrote, the model; training it further is another run.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from surefoot.errors import InputError
 from surefoot.rollout.base import Rollout
 from surefoot.storage.files import whole_folder, writing
 from surefoot.storage.run_folder import RunFolder
+from surefoot.storage.streams import outlived
 from surefoot.train import checkpoint, loop
 from surefoot.train.callbacks import CallbackAdapter, calling
 from surefoot.train.objective import Objective
@@ -56,6 +57,7 @@ class Session:
         self.schedules: Mapping[str, Callable[[float], float]] = {}
         self.demonstrations: Demonstrations | None = None
         self.folder = run  # once the run has begun
+        self.accept_changes = False  # of its inputs, when it goes on
         self._training: loop.Training | None = None
         self.adapter: CallbackAdapter | None = None  # while learning with a callback
 
@@ -85,7 +87,8 @@ class Session:
     def training(self) -> loop.Training:
         """What the loop works with, built when it is first asked for; for a new run that makes its folder."""
         if self._training is None:
-            training = build_training(self.config, self.policy, self.source, self.parts, self.folder)
+            given: Any = {"folder": self.folder, "accept": self.accept_changes}
+            training = build_training(self.config, self.policy, self.source, self.parts, **given)
             training.schedules = dict(self.schedules)
             self._training, self.folder = training, training.folder
         return self._training
@@ -109,7 +112,8 @@ class Session:
         if more is not None:
             units = len(self.source.train) if isinstance(self.source, Examples) else 1
             training.total = training.progress.collected + more * units
-        with self._held(training), observed(training, show=bool(self.verbose or show)):
+        is_shown = bool(self.verbose or show)
+        with outlived(), self._held(training), observed(training, show=is_shown):
             with calling(callback, training, model) as adapter:
                 self.adapter = adapter if callback else None
                 try:
@@ -162,6 +166,7 @@ class Session:
                 if newest is not None and checkpoint.number_of(newest) > training.progress.updates:
                     how = f"open it with {self.config.opener}.load"
                     raise InputError(f"{folder.path} has gone on elsewhere, to {newest.name}; {how}")
+            folder.is_at_work = True
             yield
         finally:
             folder.release()
@@ -210,11 +215,14 @@ class HasSession(Protocol):
 Opened = TypeVar("Opened", bound=HasSession)
 
 
-def resume(run: RunFolder, opener: Callable[..., Opened], *arguments: Any, **given: Any) -> Opened:
+def resume(
+    run: RunFolder, opener: Callable[..., Opened], *arguments: Any, accept_changes: bool = False, **given: Any
+) -> Opened:
     """What `opener` makes of a run, at its newest checkpoint; the folder is held from here on."""
     run.hold()
     try:
         model = opener(*arguments, run=run, **given)
+        model._session.accept_changes = accept_changes
         _ = model._session.training
     except BaseException:
         run.release()

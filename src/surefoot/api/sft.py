@@ -66,11 +66,14 @@ class SFT(HasSession, Generates):
         self._session.save(folder)
 
     @classmethod
-    def load(cls, folder: str | Path, data: Any = None, *, verbose: int = 1) -> SFT:
+    def load(
+        cls, folder: str | Path, data: Any = None, *, verbose: int = 1, accept_changes: bool = False
+    ) -> SFT:
         """Go on from a run folder, or train what `save` wrote further.
 
         `data` are the examples where they were given in Python, and always after `save`. Raises InputError
-        for a folder of another kind, or data that is not what the run was begun with.
+        for a folder of another kind, or data or a model that is not what the run was begun with, but for
+        `accept_changes`.
         """
         config, run = open_folder(folder, "SFT", is_given=data is not None)
         if run is None:
@@ -83,4 +86,5 @@ class SFT(HasSession, Generates):
                 sft=SFTConfig(),
             )
             return cls(str(folder), data, config=again, verbose=verbose)
-        return resume(run, cls, config.policy.model, data, config=config, verbose=verbose)
+        given: dict[str, Any] = {"config": config, "verbose": verbose, "accept_changes": accept_changes}
+        return resume(run, cls, config.policy.model, data, **given)

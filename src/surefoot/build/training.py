@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from surefoot.build.control import build_vector, has_two_players
+from surefoot.build.inputs import code_inputs
 from surefoot.build.language import check_critic
 from surefoot.config import Config, SelfPlayConfig, SFTConfig
 from surefoot.core.running import RunningStats
@@ -75,9 +76,18 @@ def build_objective(config: Config, policy: Any, rollout: Rollout, ptx_data: Any
 
 
 def build_training(
-    config: Config, policy: Any, env: Environment | None, parts: Parts, folder: RunFolder | None = None
+    config: Config,
+    policy: Any,
+    env: Any,
+    parts: Parts,
+    folder: RunFolder | None = None,
+    *,
+    accept: bool = False,
 ) -> loop.Training:
-    """A run at its beginning, in a new folder, or at the newest whole checkpoint of `folder`."""
+    """A run at its beginning, in a new folder, or at the newest whole checkpoint of `folder`.
+
+    Raises InputError where its inputs are not what they were, unless `accept`.
+    """
     folder = folder or RunFolder.create(config)
     rollout, objective = parts
     total = config.rollout.total_episodes if config.env is None else config.env.total_timesteps
@@ -85,10 +95,12 @@ def build_training(
         total = settings.epochs * len(env.train)
     optimizer = make_optimizer(policy, objective, critic_learning_rate=config.policy.critic.learning_rate)
     training = loop.Training(config, policy, rollout, objective, optimizer, folder, total)
+    training.inputs = {**rollout.inputs, **objective.inputs, **code_inputs(config)}
+    training.inputs["policy.model"] = str(policy.fingerprint())
     if config.env is not None and sum(p.numel() for p in policy.parameters()) < SMALL:
         training.threads = 1
     if (newest := checkpoint.newest_checkpoint(folder.checkpoints)) is not None:
-        loop.restore(training, newest)
+        loop.restore(training, newest, accept_changes=accept)
     else:
         folder.cut_logs({})
     return training
@@ -101,6 +113,8 @@ def restore_best(policy: Any, folder: RunFolder, env: Any) -> None:
         # What is untrained must not pass for the run's own.
         raise InputError(f"{folder.path} has no checkpoint yet; wait for its first one")
     tensors, state = checkpoint.load_checkpoint(path)
+    model = {"policy.model": str(policy.fingerprint())}
+    checkpoint.check_inputs(folder.path, state["inputs"], state["inputs"] | model, accept=False)
     checkpoint.restore_policy(policy, tensors["policy"])
     if isinstance(policy, ControlPolicy):
         policy.restore(state["rollout"]["policy"])

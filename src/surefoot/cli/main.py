@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
 import shlex
 import sys
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from surefoot import __version__
 from surefoot.errors import InputError, SurefootError
+from surefoot.storage.streams import Shown, outlived
 
 if TYPE_CHECKING:
     from surefoot.api.runs import Run
@@ -21,26 +23,24 @@ if TYPE_CHECKING:
 EPILOG = """\
 every field of the configuration is a flag: --seed 3 --ppo.kl-coef 0.02 --run.name mine
 (surefoot ppo --help lists them). Exit codes: 0 done, 2 bad input, 3 stopped on non-finite steps,
-130 Ctrl-C and 143 SIGTERM, both with a checkpoint saved.
+129 SIGHUP, 130 Ctrl-C and 143 SIGTERM, all with a checkpoint saved.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `surefoot`. Ends with an exit code; mistakes are one line, bugs are tracebacks."""
     _silence()
-    try:
-        options, overrides = _parse(list(sys.argv[1:] if arguments is None else arguments))
-        VERBS[options.verb].run(options, overrides)
-    except SurefootError as error:
-        _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("stopped", 130)  # while loading or writing text: a run has its own words for it
-    except BrokenPipeError:
-        pass
-    except OSError as error:
-        _fail(f"OS error: {error}", 2)  # a full disk behind stdout, say
-    finally:
-        _flush()
+    with outlived():
+        try:
+            options, overrides = _parse(list(sys.argv[1:] if arguments is None else arguments))
+            VERBS[options.verb].run(options, overrides)
+        except SurefootError as error:
+            _fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _fail("stopped", 130)  # while loading or writing text: a run has its own words for it
+        except OSError as error:
+            _fail(f"OS error: {error}", 2)
+        _check_shown()
 
 
 def _start(options: argparse.Namespace, overrides: dict[str, str]) -> None:
@@ -85,9 +85,9 @@ def _pipeline(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 def _resume(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from surefoot.api import runs
 
-    run = runs.resume(options.run)
+    run = runs.resume(options.run, accept_changes=options.accept_changes)
     product = runs.product(run.config, Path(options.run))
-    if run.is_finished and product.exists():
+    if run.is_finished and runs.is_made(run.config, Path(options.run)):
         print(f"{options.run} is finished; its {'model' if product.is_dir() else 'examples'} is {product}")
     else:
         _finish(run)
@@ -186,7 +186,12 @@ VERBS = {
     "reward-model": Verb(_start, "Train a reward model on pairs or ratings.", f"FILE {FIELDS}", FILE),
     "rejection-sampling": Verb(_start, "Sample, and keep the best as examples.", f"FILE {FIELDS}", FILE),
     "pipeline": Verb(_pipeline, STAGES, "FILE [--stages.name.section.field value ...]", FILE),
-    "resume": Verb(_resume, "Continue a run from its newest whole checkpoint, as begun.", "RUN", RUN),
+    "resume": Verb(
+        _resume,
+        "Continue a run from its newest whole checkpoint, as begun.",
+        "RUN [options]",
+        {**RUN, "--accept-changes": {"action": "store_true", "help": "of prompts, reward, data or model"}},
+    ),
     "generate": Verb(
         _generate,
         "Continue a text with a run's best policy, or with a model.",
@@ -311,14 +316,12 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _flush() -> None:
-    """Find out now, not in the interpreter's last moment, that nobody reads stdout any more."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
+def _check_shown() -> None:
+    """End with 2 where a full disk took stdout's words; a reader or a terminal may go when they like."""
+    if isinstance(sys.stdout, Shown):
+        sys.stdout.flush()
+        error = sys.stdout.error
+        if isinstance(error, OSError) and error.errno not in (errno.EPIPE, errno.EIO):
             _fail(f"stdout could not be written: {error.strerror}", 2)
 
 

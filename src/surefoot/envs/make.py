@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 import multiprocessing
+import os
 import signal
+import threading
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -71,10 +74,19 @@ def wrap_vector(env: Any, *, seed: int) -> Vector:
 
 
 def _conforming_env(make: Callable[[], Any]) -> Conforming:
-    """What `make` makes. In a worker Ctrl-C is ignored: the run alone handles it, and ends its workers."""
+    """What `make` makes. A worker ignores Ctrl-C and SIGHUP: the run alone handles them, and ends it."""
     if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     return Conforming(make())
+
+
+def _end_with(parent: int) -> None:
+    """End this worker soon after its parent: one that was killed cannot end it."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def made_from(vector: Vector) -> tuple[str, dict[str, Any]] | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from surefoot.data.rows import SplitRows
-from surefoot.errors import InputError
 from surefoot.types import Batch, Demonstration, Episode, Preference, Trajectory
 
 Poll: TypeAlias = Callable[[], None] | None  # called between pieces of work; it may raise to give the work up
@@ -24,6 +24,7 @@ class Rollout(Protocol):
     throughput: str  # the metric of masked steps a second
     notice: str = ""  # what the user should know before training
     can_evaluate: bool  # whether there is something held out to evaluate on
+    inputs: Mapping[str, str] = {}  # digests of what it learns from, by key: a resume must find the same
     latest: Any = None  # the last step of the environment (`VectorStep`), for callbacks, if any is stepped
 
     def collect(self, *, first: int, count: int, version: int = 0, poll: Poll = None) -> Batch:
@@ -38,15 +39,27 @@ class Rollout(Protocol):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold, as JSON; large `tensors` by name, for a separate file."""
+        return {}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
+        return None
+
+
+def digest(rows: Iterable[Any]) -> str:
+    """A digest of rows of plain values; of any other value, such as an image, only its kind counts."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(
+            json.dumps(row, default=lambda value: type(value).__name__, skipkeys=True).encode() + b"\n"
+        )
+    return found.hexdigest()
 
 
 class ExampleRollout(Rollout, Protocol):
     """Batches of `batch_size` training examples of `data`, in shuffled passes; nothing is generated.
 
-    What was `seen` of them must be what a checkpoint's were. `key` names the settings' section in errors.
+    What is `seen` of them, held-out ones too, makes their digest. `key` is the settings' section.
     """
 
     unit: str = "examples"
@@ -54,12 +67,13 @@ class ExampleRollout(Rollout, Protocol):
     data: SplitRows[Any]
     seed: int
     key: str
-    _digest: str
 
-    def _begin(self, data: SplitRows[Any], *, seen: list[Any], batch_size: int, seed: int, key: str) -> None:
+    def _begin(
+        self, data: SplitRows[Any], *, seen: Iterable[Any], batch_size: int, seed: int, key: str
+    ) -> None:
         self.data, self.seed, self.key = data, seed, key
         self.per_update, self.can_evaluate = min(batch_size, len(data.train)), bool(data.held_out)
-        self._digest = hashlib.sha256(repr(seen).encode()).hexdigest()
+        self.inputs = {f"{key}.data": digest(seen)}
 
     @abstractmethod
     def _training_batch(self, indices: list[int]) -> tuple[Batch, float]:
@@ -74,12 +88,3 @@ class ExampleRollout(Rollout, Protocol):
         batch.metrics = {"time/rollout_s": time.perf_counter() - started, "time/score_s": 0.0}
         batch.metrics |= {f"{self.key}/epoch": end / len(self.data.train), "length/mean": length}
         return batch
-
-    def state(self) -> dict[str, Any]:
-        """A digest of the data: all that is random follows from counters."""
-        return {"examples": self._digest}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint. Raises InputError if its data was another."""
-        if state["examples"] != self._digest:
-            raise InputError(f"{self.key}.data: not the data that the run began with; continue with that")

@@ -45,7 +45,7 @@ class DemonstrationRollout(ExampleRollout):
         if self._truncated:
             total = len(data.train) + len(data.held_out)
             self.notice = f"{self._truncated} of {total} examples are cut to {cut} ({sft.max_tokens})"
-        seen = [(example.tokens, example.loss_mask) for example in self._train]
+        seen = ((example.tokens, example.loss_mask) for example in (*self._train, *self._held_out))
         self._begin(data, seen=seen, batch_size=sft.batch_size, seed=seed, key=key)
 
     @torch.no_grad()

@@ -181,7 +181,8 @@ class GymRollout(Rollout):
             return
         at = self.env.position = Position(self.policy, observations, self.env.num_envs)
         for name in UNDER_WAY:
-            setattr(at, name, numpy.array(state[name]))
+            fresh = getattr(at, name)
+            setattr(at, name, numpy.array(state[name], fresh.dtype).reshape(fresh.shape))
         at.episode_starts = torch.from_numpy(at.lengths == 0).to(self.policy.device)
         at.state = {n: torch.as_tensor(v, device=self.policy.device) for n, v in state["state"].items()}
 

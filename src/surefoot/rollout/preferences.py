@@ -44,7 +44,8 @@ class PreferenceRollout(ExampleRollout):
         else:
             ratings = torch.tensor([row.label for row in data.train], dtype=torch.float64)
             self._mean, self._std = float(ratings.mean()), float(ratings.std(correction=0))
-        seen = [(tokens, row.label) for tokens, row in zip(self._train, data.train, strict=True)]
+        parts = ((self._train, data.train), (self._held_out, data.held_out))
+        seen = ((tokens, row.label) for part in parts for tokens, row in zip(*part, strict=True))
         self._begin(data, seen=seen, batch_size=settings.batch_size, seed=seed, key="reward_model")
 
     def evaluate(self, episodes: int, *, version: int = 0, poll: Poll = None) -> Evaluated:

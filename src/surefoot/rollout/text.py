@@ -21,7 +21,7 @@ from surefoot.policies.base import Policy
 from surefoot.rewards.functions import compute_rewards
 from surefoot.rewards.mixed import PART, assign_rewards
 from surefoot.rewards.shaping import shape_rewards
-from surefoot.rollout.base import Evaluated, Poll, Rollout
+from surefoot.rollout.base import Evaluated, Poll, Rollout, digest
 from surefoot.rollout.batch import text_batch
 from surefoot.rollout.logprobs import fill_logprobs, sequence_kl
 from surefoot.types import Batch, Completion, Request, SamplingParams, StopReason, Trajectory, Turn
@@ -61,8 +61,8 @@ class TextRollout(Rollout):
         self.per_update, self.can_evaluate = config.rollout.episodes_per_update, bool(task.held_out)
         self.reward_stats = RunningStats()
         self.params = SamplingParams(generation.max_new_tokens, generation.temperature)
-        for example in (*task.train, *task.held_out):
-            self.encode(example)
+        rows = ((one.text, one.columns, self.encode(one)) for one in (*task.train, *task.held_out))
+        self.inputs = {"task.prompts": digest(rows)}
 
     def collect(self, *, first: int, count: int, version: int = 0, poll: Poll = None) -> Batch:
         """Play `count` episodes, the first of them number `first` of the run; a batch with shaped rewards."""

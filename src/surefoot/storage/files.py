@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
+import hashlib
 import os
 import shutil
 import tempfile
@@ -12,6 +15,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from surefoot.errors import InputError
+
+ASIDE = ".unfinished"  # how the name of a folder ends that is being written
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -34,9 +39,21 @@ def writing(path: Path | str, note: str = "") -> Iterator[None]:
     """Make what keeps the block from writing `path` an InputError, which ends with `note`."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        # Rust's tokenizers raise a plain Exception where a disk is full.
+        if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:
+            raise
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path} could not be written: {reason}{note}") from error
+
+
+def sha256(path: Path) -> str:
+    """A file's digest, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:
@@ -55,12 +72,29 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     Raises OSError where the disk does not take it, or `folder` has something in it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for path in folder.parent.glob(f"{glob.escape(folder.name)}.*{ASIDE}"):
+        with contextlib.suppress(OSError), _locked(path):  # its writer was killed
+            shutil.rmtree(path, ignore_errors=True)
     # Under another name: what lies beside `folder` belongs to others.
-    beside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    beside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=ASIDE, dir=folder.parent))
     try:
-        aside = beside / "folder"  # with the permissions that folders usually have, which `beside` has not
-        aside.mkdir()
-        yield aside
-        os.replace(aside, folder)
+        with _locked(beside):
+            aside = (
+                beside / "folder"
+            )  # with the permissions that folders usually have, which `beside` has not
+            aside.mkdir()
+            yield aside
+            os.replace(aside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` in the block, or until this process dies. Raises OSError where another does."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)

@@ -20,6 +20,8 @@ import json
 import os
 import platform
 import re
+import stat
+import sys
 import weakref
 from collections.abc import Iterable, Mapping
 from importlib import metadata
@@ -31,6 +33,7 @@ from surefoot.errors import InputError
 from surefoot.storage.files import sync, write_durably, writing
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
+HELD: weakref.WeakSet[RunFolder] = weakref.WeakSet()  # those that this process has held
 PACKAGES = ("surefoot", "torch", "transformers", "peft", "safetensors", "numpy")
 
 
@@ -39,7 +42,10 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
+        self.is_at_work = False  # whether it is not only held but being written to
         self._unlock: weakref.finalize[[int], RunFolder] | None = None
+        self._lock = -1
+        self._sizes: dict[str, tuple[int, int]] = {}  # of logs: the file's number and bytes, as we left it
 
     @staticmethod
     def free_name(config: Config, prefix: str) -> str:
@@ -97,31 +103,59 @@ class RunFolder:
         return self._unlock is not None
 
     def hold(self) -> None:
-        """Take the folder until `release` or the end of this object. Raises InputError if it is taken."""
+        """Take the folder until `release` or the end of this object. Raises InputError if it is taken.
+
+        Another object of this process that is not at work, such as what was loaded before, lets go of it.
+        """
         if self.is_held:
             return
         with writing(self.path):
-            lock = os.open(self.path / ".lock", os.O_WRONLY | os.O_CREAT, 0o666)
+            lock = os.open(self.path / ".lock", os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o666)
+        ours = [other for other in HELD if other.is_held and os.path.sameopenfile(other._lock, lock)]
+        for other in ours:
+            if not other.is_at_work:
+                other.release()
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(lock)
-            raise InputError(f"{self.path} is in use by another run; wait for it or stop it first") from None
-        self._unlock = weakref.finalize(self, os.close, lock)
+            who = "this very process, which is learning in it" if ours else "another run"
+            raise InputError(f"{self.path} is in use by {who}; wait for it or stop it first") from None
+        self._lock, self._unlock = lock, weakref.finalize(self, os.close, lock)
+        self._place = self.path.stat()
+        self._sizes.clear()
+        HELD.add(self)
 
     def release(self) -> None:
         """Let others take the folder."""
         if self._unlock is not None:
             self._unlock()
             self._unlock = None
+        self.is_at_work = False
+
+    def check_there(self) -> None:
+        """Raise InputError if the folder that is held no longer has its name: nothing belongs there then."""
+        if self.is_held and not (self.path.exists() and os.path.samestat(self.path.stat(), self._place)):
+            what = "was moved, removed or replaced while the run was writing to it; nothing more is written"
+            raise InputError(f"{self.path} {what}. Go on from where its last checkpoint is now")
 
     def append(self, log: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add one JSON line per row to a log. Raises InputError if the disk does not take them."""
         lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
         path, fix = self.path / log, "; the last checkpoint stands"
+        self.check_there()
+        found = path.stat() if path.exists() else None
+        if found is not None and not stat.S_ISREG(found.st_mode):
+            raise InputError(f"{path} is no regular file{fix}")
+        now, before = (found.st_ino, found.st_size) if found else (0, 0), self._sizes.get(log)
+        if before is not None and now != before:
+            what = f"it has {now[1]} bytes and the run left {before[1]}" if found else "it is gone"
+            print(f"surefoot: {path} was changed under the run ({what}); it goes on there", file=sys.stderr)
         # A lone surrogate has no UTF-8; as `\\udXXX` it is JSON's own escape and reads back the same.
         with writing(path, fix), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(lines)
+        left = path.stat()
+        self._sizes[log] = left.st_ino, left.st_size
 
     def log_sizes(self) -> dict[str, int]:
         """Bytes in each log, durable from here on: a checkpoint keeps them, and resuming cuts the rest."""
@@ -131,16 +165,31 @@ class RunFolder:
         return dict.fromkeys(LOGS, 0) | {path.name: path.stat().st_size for path in paths}
 
     def cut_logs(self, sizes: Mapping[str, int]) -> None:
-        """Forget log lines written after a checkpoint."""
+        """Forget log lines written after a checkpoint; say on stderr where lines from before it are gone."""
         for log in LOGS:
-            path = self.path / log
-            if path.exists() and path.stat().st_size > sizes.get(log, 0):
-                os.truncate(path, sizes.get(log, 0))
+            path, wanted = self.path / log, sizes.get(log, 0)
+            size = path.stat().st_size if path.exists() else 0
+            if size > wanted:
+                os.truncate(path, wanted)
+            elif size < wanted:
+                lost = f"{wanted - size} of the {wanted} bytes that it had at the checkpoint are gone"
+                print(
+                    f"surefoot: {path}: {lost}; the run goes on, its rows from then are lost", file=sys.stderr
+                )
 
     def read(self, log: str) -> list[dict[str, Any]]:
         """All rows of a log; a last line cut short by a kill, perhaps within a character, is left out."""
-        written = path.read_bytes() if (path := self.path / log).exists() else b""
+        written = path.read_bytes() if (path := self.path / log).is_file() else b""
         return [json.loads(line) for line in written.split(b"\n")[:-1]]
+
+
+def _let_go() -> None:
+    """A forked process, such as an environment's worker, must not keep a run's folder from the next one."""
+    for run in HELD:
+        run.release()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def _make_folder(config: Config) -> Path:

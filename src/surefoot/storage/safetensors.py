@@ -30,6 +30,8 @@ def read_dtypes(file: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _reading(file: Path) -> Iterator[None]:
+    if file.exists() and not file.is_file():  # reading a pipe or a device may never end
+        raise InputError(f"{file}: not a regular file")
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -12,7 +12,6 @@ Nothing in it is a pickle: tensors are safetensors, the rest is JSON.
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import os
 import random
@@ -32,7 +31,7 @@ from torch import Tensor
 
 from surefoot.errors import InputError
 from surefoot.policies.base import Policy
-from surefoot.storage.files import sync, write_durably, writing
+from surefoot.storage.files import sha256, sync, write_durably, writing
 from surefoot.storage.safetensors import read_tensors
 
 FORMAT = 1
@@ -63,6 +62,13 @@ def save_checkpoint(
     return path
 
 
+def settle(path: Path, keep: int) -> None:
+    """Do what a kill may have kept `save_checkpoint` from doing once `path` stood."""
+    if not path.name.endswith(".old"):  # that one stands in for its damaged new version
+        point(path.parent, "latest", path.name)
+        _remove_old(path.parent, number_of(path), keep)
+
+
 def _write(aside: Path, tensors: Mapping[str, TensorsByName], state: Mapping[str, Any]) -> None:
     """Fill the folder `aside`, durably, the manifest last."""
     if aside.exists():  # a kill left it
@@ -76,7 +82,7 @@ def _write(aside: Path, tensors: Mapping[str, TensorsByName], state: Mapping[str
     files = {}
     for file in sorted(aside.iterdir()):
         sync(file)
-        files[file.name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
+        files[file.name] = {"size": file.stat().st_size, "sha256": sha256(file)}
     write_durably(aside / "manifest.json", json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
 
 
@@ -136,7 +142,7 @@ def check(path: Path) -> list[str]:
     """File names of a whole checkpoint. Raises InputError naming the file that is missing or damaged."""
     manifest = path / "manifest.json"
     try:
-        contents = json.loads(manifest.read_bytes())
+        contents = json.loads(manifest.read_bytes() if manifest.is_file() else b"")  # a pipe may never end
         if contents["format"] != FORMAT:
             raise InputError(f"{manifest} has format {contents['format']!r}; this version reads {FORMAT}")
         listed = contents["files"].items()
@@ -149,7 +155,7 @@ def check(path: Path) -> list[str]:
             raise InputError(f"{manifest} is damaged: it lists {sorted(files)}")
         if not file.is_file() or file.is_symlink():
             raise InputError(f"{file} is missing")
-        if (file.stat().st_size, _sha256(file)) != files[name]:
+        if (file.stat().st_size, sha256(file)) != files[name]:
             raise InputError(f"{file} is damaged: its size or SHA-256 is not the manifest's")
     return sorted(files)
 
@@ -165,6 +171,34 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     if not isinstance(state, dict):
         raise InputError(f"{path / 'state.json'} is a {type(state).__name__}, not an object")
     return tensors, state
+
+
+def check_like(value: Any, example: Any, where: str) -> None:
+    """Raise InputError, naming the place, unless `value` has what `example` has, of the same kinds.
+
+    Where the example has None, or nothing, anything may be; numbers that are whole must be whole.
+    """
+    example = example.tolist() if hasattr(example, "tolist") else example
+    kind: Any = (int, float) if type(example) is float else list if type(example) is tuple else type(example)
+    if example is None:
+        return
+    if not isinstance(value, kind) or isinstance(value, bool) is not isinstance(example, bool):
+        raise InputError(f"{where} is {value!r:.60}, not such as {example!r:.60}; the checkpoint is damaged")
+    if kind is dict:
+        for key, inner in example.items():
+            check_like(value.get(str(key)), inner, f"{where}, {key}")
+    elif kind is list and example:
+        for i, inner in enumerate(value):
+            check_like(inner, example[i if len(value) == len(example) else 0], f"{where}, {i}")
+
+
+def check_inputs(path: Path, then: Mapping[str, str], now: Mapping[str, str], *, accept: bool) -> None:
+    """Raise InputError naming the inputs whose digests have changed, unless that is to be accepted."""
+    changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
+    if changed and not accept:
+        what = f"{', '.join(changed)}: not what the run began with"
+        how = "put it back, or go on with the change by --accept-changes (in Python accept_changes=True)"
+        raise InputError(f"{path}: {what}; {how}")
 
 
 def policy_tensors(policy: Policy) -> dict[str, Tensor]:
@@ -266,7 +300,7 @@ def _numbered(folder: Path) -> list[Path]:
 def _pointed(folder: Path, pointer: str) -> Path | None:
     """The checkpoint that a pointer names, unchecked; only what lies in this folder can be named."""
     try:
-        name = (folder / pointer).read_text()
+        name = path.read_text() if (path := folder / pointer).is_file() else ""
     except (OSError, ValueError):
         return None
     return next((path for path in _numbered(folder) if path.name == name), None)
@@ -289,11 +323,3 @@ def _remove_old(folder: Path, number: int, keep: int) -> None:
     for path in (*standing[keep:], *leftovers):
         if path != best:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

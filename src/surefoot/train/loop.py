@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_type_hints
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -63,6 +63,7 @@ class Training:
     total: int  # units of the budget
     progress: Progress = field(default_factory=Progress)
     schedules: dict[str, Callable[[float], float]] = field(default_factory=dict)  # given in Python
+    inputs: dict[str, str] = field(default_factory=dict)  # digests of what it learns from, by key
     threads: int | None = None  # that torch and NumPy use; None: as many as they take by themselves
     observers: list[Observer] = field(default_factory=list)
     stop: StopRequest = field(default_factory=StopRequest)
@@ -215,8 +216,9 @@ def log(t: Training, split: str, metrics: dict[str, float], played: Sequence[Any
 def save(t: Training, before: dict[str, Any]) -> None:
     """Write a checkpoint of everything the run's future depends on; `before` is a `snapshot`."""
     t.enter("save")
+    t.folder.check_there()
     state = {"progress": asdict(t.progress), "total": t.total, **before, "rollout": {**before["rollout"]}}
-    state |= {"base_fingerprint": t.policy.fingerprint(), "log_sizes": t.folder.log_sizes()}
+    state |= {"inputs": t.inputs, "log_sizes": t.folder.log_sizes()}
     tensors = {"policy": checkpoint.policy_tensors(t.policy)}
     tensors["optimizer"] = checkpoint.optimizer_tensors(t.policy, t.optimizer)
     if "tensors" in state["rollout"]:
@@ -227,25 +229,40 @@ def save(t: Training, before: dict[str, Any]) -> None:
     _point_to_best(t)
 
 
-def restore(t: Training, path: Path) -> None:
-    """Go on from a checkpoint. Raises InputError if it is damaged or belongs to another base model."""
+def restore(t: Training, path: Path, *, accept_changes: bool = False) -> None:
+    """Go on from a checkpoint. Raises InputError if it is damaged, or its inputs have changed unaccepted."""
     tensors, state = checkpoint.load_checkpoint(path)
     try:
-        if state["base_fingerprint"] != t.policy.fingerprint():
-            raise InputError(f"{path} was trained on other base weights than {t.config.policy.model} has now")
+        # A run that has just begun has every kind of value that a checkpoint has.
+        begun: dict[str, Any] = {
+            "progress": asdict(t.progress),
+            "total": t.total,
+            "log_sizes": t.folder.log_sizes(),
+        }
+        begun |= snapshot(t)
+        begun["rollout"].pop("tensors", None)  # they are in a file of their own
+        checkpoint.check_like(state, begun, str(path / "state.json"))
+        checkpoint.check_inputs(t.folder.path, state["inputs"], t.inputs, accept=accept_changes)
         checkpoint.restore_policy(t.policy, tensors["policy"])
         checkpoint.restore_optimizer(t.policy, t.optimizer, tensors["optimizer"])
         t.progress = Progress(**state["progress"])
+        for name, kind in get_type_hints(Progress).items():  # `begun` has None in some places
+            if not isinstance(getattr(t.progress, name), kind) or getattr(t.progress, name) is True:
+                raise TypeError(f"progress, {name}")
         t.total = state["total"]
         t.objective.restore(state["objective"])
         large = {"tensors": tensors["rollout"]} if "rollout" in tensors else {}
         t.rollout.restore(state["rollout"] | large)
         t.folder.cut_logs(state["log_sizes"])
         t.generators = state["generators"]
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise InputError(f"{path} is not a checkpoint of this version of Surefoot: {error!r}") from error
+    except SurefootError:
+        raise
+    except Exception as error:  # from deep within what a value of the wrong kind was given to
+        wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise InputError(f"{path} is not a checkpoint of this version of Surefoot: {wrong}") from error
     t.saved_at = t.progress.updates
     _point_to_best(t)  # a kill may have come between the best checkpoint and its pointer
+    checkpoint.settle(path, t.config.run.keep_checkpoints)
 
 
 @contextlib.contextmanager

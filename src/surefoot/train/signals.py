@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C ask a run to save and stop; a second one stops it at once."""
+"""SIGTERM, SIGHUP and Ctrl-C ask a run to save and stop; a second one stops it at once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = {signal.SIGTERM, signal.SIGINT}
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under nohup the run goes on
+            numbers.add(signal.SIGHUP)
+        previous = {number: signal.signal(number, self._handle) for number in numbers}
         try:
             yield self
         finally:
@@ -43,7 +46,7 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal_number is None:
             self.signal_number, self._asked_at = number, time.monotonic()
-        elif time.monotonic() - self._asked_at > ONE_REQUEST_SECONDS:
+        elif number != signal.SIGHUP and time.monotonic() - self._asked_at > ONE_REQUEST_SECONDS:
             os._exit(128 + number)  # asked twice: the last periodic checkpoint stands
 
 

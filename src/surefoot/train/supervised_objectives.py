@@ -93,6 +93,7 @@ class SumObjective:
         self.n_epochs, self.accelerator = self.ppo.n_epochs, self.ppo.accelerator
         self.select, self.gates, self.finish = self.ppo.select, self.ppo.gates, self.ppo.finish
         self.demonstrations, self.notice = demonstrations, demonstrations.notice
+        self.inputs = demonstrations.inputs
         self.ptx, self.coef = config.ptx, config.ptx.coef  # the second as the next update has it
         self.taken = 0  # demonstrations, counted again in every epoch
 
@@ -131,11 +132,10 @@ class SumObjective:
         return {"eval/ptx_perplexity": likelihood["eval/perplexity"]}
 
     def state(self) -> dict[str, Any]:
-        """PPO's, the counter, and what the demonstrations were."""
-        return {"ppo": self.ppo.state(), "taken": self.taken, **self.demonstrations.state()}
+        """PPO's, and the counter."""
+        return {"ppo": self.ppo.state(), "taken": self.taken}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`. Raises InputError for other demonstrations than the run was begun with."""
-        self.demonstrations.restore(state)
+        """Go on from `state`."""
         self.ppo.restore(state["ppo"])
         self.taken = int(state["taken"])

@@ -95,12 +95,8 @@ class Display:
             self._say(f"  {skipped:.0f} optimizer steps skipped so far (non-finite loss or gradient)")
 
     def _say(self, line: str) -> None:
-        if self._live.is_started:
-            return
-        try:
+        if not self._live.is_started:
             self.console.print(line, highlight=False, soft_wrap=True, markup=False)
-        except (OSError, SystemExit):  # rich exits when a pipe is closed; a run must not, if nobody looks
-            self.console.quiet = True
 
     def _eta(self, updates: int) -> str:
         now = time.monotonic()
