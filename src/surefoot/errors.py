@@ -10,6 +10,12 @@ SurefootError            one line for the user, never a traceback
 from __future__ import annotations
 
 
+def one_line(text: str, *, limit: int | None = None) -> str:
+    """`text` in one line; what a terminal would obey or not show stands as Python writes it, `\\x1b`."""
+    line = " ".join(text.split())[:limit]
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
 class SurefootError(Exception):
     """Base of every error that is the user's to fix. `exit_code` is what the command line ends with."""
 

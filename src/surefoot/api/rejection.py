@@ -132,10 +132,11 @@ class RejectionSampling:
         seeds = [derived_seed(seed, "sampling", number) for number in range(first, after)]
         generators = checkpoint.generator_states()
         try:
-            trajectories = self.rollout.play(examples, seeds, self._stop.raise_if_set)
-            sampled = time.perf_counter()
-            usable = [one for one in trajectories if is_usable(one)]
-            assign_rewards(self.task.reward, usable)
+            with self._stop.abandonable():
+                trajectories = self.rollout.play(examples, seeds, self._stop.raise_if_set)
+                sampled = time.perf_counter()
+                usable = [one for one in trajectories if is_usable(one)]
+                assign_rewards(self.task.reward, usable)
             self._stop.raise_if_set()
         except RolloutAborted:
             checkpoint.restore_generators(generators)

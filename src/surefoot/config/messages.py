@@ -89,7 +89,10 @@ def as_flag(key: str) -> str:
 
 def short(value: Any) -> str:
     """A value as it would be written in Python, cut to what fits in a line."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # it is the user's, as may be its class
+        text = f"a {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, Sized
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -18,6 +18,7 @@ Prompt = str | list[dict[str, Any]]
 Row = TypeVar("Row")
 Parse = Callable[[Any, str, Row | None], Row]
 
+MAX_ROWS = 1_000_000  # of what does not say how many it has
 MAX_LINE_BYTES = 16_000_000  # far beyond any context; a file without line breaks must not fill the memory
 
 
@@ -35,7 +36,13 @@ def read_rows(source: Any, name: str) -> Iterator[tuple[str, Any]]:
     elif isinstance(source, Set):
         raise InputError(f"{name}: a set has no order that a run could repeat; give a list")
     elif isinstance(source, Iterable) and not isinstance(source, bytes):
-        yield from ((f"{name}, row {number}", row) for number, row in enumerate(source, start=1))
+        for number, row in enumerate(source, start=1):
+            if number > MAX_ROWS and not isinstance(source, Sized):
+                fix = "take a part of it, with itertools.islice or take(), or give a list"
+                raise InputError(
+                    f"{name}: more than {MAX_ROWS:,} rows of a {kind}, which may have no end; {fix}"
+                )
+            yield f"{name}, row {number}", row
     else:
         raise InputError(f"{name}: expected a list, a JSONL file or a datasets.Dataset, got {kind}")
 
@@ -129,6 +136,8 @@ class SplitRows(Generic[Row]):
 
 def _read_jsonl(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # it may never answer, or never end
+            raise InputError(f"{name}: {path} is a pipe or a device; write the rows to a file")
         with path.open("rb") as file:
             number = 0
             while line := file.readline(MAX_LINE_BYTES + 1):

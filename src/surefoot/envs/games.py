@@ -12,6 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
+from surefoot.data.user_code import Guard
 from surefoot.envs.gym import Vector
 from surefoot.errors import InputError
 
@@ -65,7 +66,9 @@ def make_games(make: GameMaker | str, *, n_envs: int, kwargs: Mapping[str, Any],
     """`n_envs` games of PettingZoo's id, or of what a function makes; `max_moves` is `GameVectorEnv`'s."""
     rest = {name: value for name, value in kwargs.items() if name != "max_moves"}
     maker = game_factory(make, **rest) if isinstance(make, str) else functools.partial(make, **rest)
-    return Vector(GameVectorEnv(maker, n_envs, max_moves=kwargs.get("max_moves")), seed=seed)
+    with Guard(f"game {make if isinstance(make, str) else getattr(make, '__name__', '')}", "cannot be made:"):
+        games = GameVectorEnv(maker, n_envs, max_moves=kwargs.get("max_moves"))
+    return Vector(games, seed=seed)
 
 
 class GameVectorEnv(VectorEnv[Observations, Array, Array]):

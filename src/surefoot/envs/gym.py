@@ -7,6 +7,7 @@ seed and actions repeat an episode exactly, and that is how a resumed run finds 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -23,8 +24,10 @@ from numpy.typing import NDArray
 
 from surefoot.core.running import RunningStats
 from surefoot.core.seeds import derived_seed
+from surefoot.data.user_code import Guard
 from surefoot.envs.observations import Arrays, Checks, choices, flat, leaves, mask_width
 from surefoot.errors import InputError
+from surefoot.rewards.functions import LARGEST_REWARD
 from surefoot.types import ACTION_MASK
 
 Flags: TypeAlias = NDArray[numpy.bool_]
@@ -59,6 +62,7 @@ class Vector:
     def __init__(self, env: Any, *, seed: int, name: str | None = None):
         self.env, self.seed, self.num_envs = env, seed, env.num_envs
         self.name = name or env_name(env)
+        self._guard = Guard(f"env {self.name}", "failed:")
         self.mode = env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
         # Whether episodes are begun by us from a seed, so that they can be repeated.
         self.repeats_itself = self.mode == AutoresetMode.DISABLED
@@ -121,9 +125,10 @@ class Vector:
             else:
                 final = self._final_observations(arrays, infos, ended)
         rewards = numpy.where(valid, numpy.asarray(rewards, dtype=numpy.float64), 0.0)
-        if not numpy.isfinite(rewards).all():
-            index = int(numpy.argmin(numpy.isfinite(rewards)))
-            raise InputError(f"env: the reward of sub-environment {index} is not a finite number")
+        if not (is_right := numpy.abs(rewards) <= LARGEST_REWARD).all():  # nor is NaN
+            index = int(numpy.argmin(is_right))
+            found = f"env {self.name}: the reward of sub-environment {index} is {rewards[index]}"
+            raise InputError(f"{found}; a number of at most ±{LARGEST_REWARD:g} is needed")
         ends = (terminated & valid, truncated & valid, ended)
         return VectorStep(arrays, rewards, *ends, valid, starts, final, infos)
 
@@ -176,7 +181,8 @@ class Vector:
 
     def close(self) -> None:
         """End the environments and their workers."""
-        self.env.close()
+        with self._guard:
+            self.env.close()
 
     def _any_action(self, observations: Any, index: int) -> NDArray[Any]:
         """Some legal action: what a sub-environment that waits for its replay does."""
@@ -224,21 +230,23 @@ class Vector:
     def _guarded(self, call: Callable[..., Any], *args: Any, **settings: Any) -> Any:
         """An environment is the user's code: what it raises is one line with the environment's name."""
         try:
-            return call(*args, **settings)
-        except (InputError, KeyboardInterrupt):
-            raise
-        except Exception as error:
+            with self._guard:
+                return call(*args, **settings)
+        except InputError as error:
+            if (cause := error.__cause__) is None:  # our own line, not the guard's
+                raise
             # Gymnasium's `close` would wait for the reply that a dead worker owes.
-            if isinstance(env := self.env.unwrapped, gymnasium.vector.AsyncVectorEnv):
+            is_apart = isinstance(env := self.env.unwrapped, gymnasium.vector.AsyncVectorEnv)
+            if is_apart:
                 for worker in env.processes:
                     worker.kill()
                     worker.join()
                 env.closed = True
-            self.env.close()
-            message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            if isinstance(error, (EOFError, ConnectionError)):
-                message = "one of its worker processes died"
-            raise InputError(f"env {self.name} failed: {message}") from error
+            with contextlib.suppress(InputError):  # what it raised first is what is wrong
+                self.close()
+            if is_apart and isinstance(cause, (EOFError, ConnectionError)):
+                raise InputError(f"env {self.name} failed: one of its worker processes died") from cause
+            raise
 
 
 def env_name(env: Any) -> str:

@@ -18,6 +18,7 @@ import numpy
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
+from surefoot.data.user_code import Guard
 from surefoot.envs.gym import Vector, env_name
 from surefoot.errors import InputError
 from surefoot.types import OBSERVATION
@@ -52,7 +53,7 @@ def make_vector(
     first = _made(name, maker)  # here, not in a worker: its error is then the user's to read
     if not isinstance(first, gymnasium.Env):
         raise InputError(f"env {name}: expected a gymnasium.Env to be made, got {type(first).__name__}")
-    first.close()
+    _made(name, first.close)
     kind: Any = gymnasium.vector.SyncVectorEnv
     if vectorization == "async":
         kind = gymnasium.vector.AsyncVectorEnv
@@ -211,16 +212,18 @@ def recorded_vector(make: Any, *, kwargs: Mapping[str, Any], seed: int, show: Sh
 
 def _made(name: str, make: Callable[[], Any]) -> Any:
     try:
-        with warnings.catch_warnings():
+        with Guard(f"env {name}", "cannot be made:"), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # that there is a newer version, for each
             return make()
-    except gymnasium.error.UnregisteredEnv as error:
-        why = " ".join(str(error).split()).partition(". Did you mean")[0].rstrip(".")
-        raise InputError(f"env.id: {why}{_hint(name)}") from None
-    except Exception as error:  # what makes an environment is the user's code
+    except InputError as error:
+        cause = error.__cause__
+        if isinstance(cause, gymnasium.error.UnregisteredEnv):
+            why = " ".join(str(cause).split()).partition(". Did you mean")[0].rstrip(".")
+            raise InputError(f"env.id: {why}{_hint(name)}") from None
         extras = [extra for module, extra in PROVIDERS.values() if name.startswith(f"{module}:")]
-        hint = f" (pip install 'surefoot[{extras[0]}]')" if extras and isinstance(error, ImportError) else ""
-        raise InputError(f"env {name} cannot be made{hint}: {' '.join(str(error).split())[:300]}") from error
+        if extras and isinstance(cause, ImportError):
+            raise InputError(f"{error} (pip install 'surefoot[{extras[0]}]')") from cause
+        raise
 
 
 def _hint(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,9 @@ class TextTask:
             self.train, self.held_out = split(examples, [example.text for example in examples], held_out)
         else:
             self.train, self.held_out = examples, _read_examples(held_out, prompt_column, name="held_out")
+            if isinstance(held_out, Iterator) and not self.held_out:
+                what = "it has been read to its end, as the prompts were if it is the same"
+                raise InputError(f"held_out: no prompts there; {what}. Give each its own, or a list")
         is_chat = chat or any(not isinstance(one.prompt, str) for one in (*self.train, *self.held_out))
         if is_chat and prompt_tokens is not None:
             what = "prompt_tokens would cut the chat template's text"

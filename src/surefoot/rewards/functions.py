@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
-import math
 import os
 import sys
-import traceback
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, cast
 
 from surefoot.config.messages import short
+from surefoot.data.user_code import Guard
 from surefoot.errors import InputError
 from surefoot.types import Trajectory
+
+LARGEST_REWARD = 1e15  # beyond, squares of returns and sums of them leave float32
 
 
 class RewardFunction(Protocol):
@@ -48,10 +50,8 @@ def load_function(reference: str, *, key: str) -> RewardFunction:
     folder = str(path.resolve().parent) if is_file else os.getcwd()
     if folder not in sys.path:
         sys.path.append(folder)
-    try:
+    with Guard(f"{key}: {place}", "cannot be imported:"):
         module = _executed(path) if is_file else importlib.import_module(place)
-    except (Exception, SystemExit) as error:  # a script that ends itself must not end the run with code 0
-        raise InputError(f"{key}: {place} cannot be imported: {type(error).__name__}: {error}") from error
     function: Any = getattr(module, name, None)
     if not callable(function):
         raise InputError(f"{key}: {place} has no function {name!r}")
@@ -75,32 +75,30 @@ def compute_rewards(
     message names the sample.
     """
     samples: dict[str, list[Any]] = {
-        "prompts": [t.prompt for t in trajectories],
+        "prompts": [_copied(t.prompt) for t in trajectories],
         "completions": [_completion(t) for t in trajectories],
     }
     for column in sorted({column for t in trajectories for column in t.columns}):
-        samples[column] = [t.columns.get(column) for t in trajectories]
-    folder = os.getcwd()
-    try:
-        rewards = function(**samples)
-    except InputError:  # a reward model's, which says in one line what is wrong
-        raise
-    except (Exception, SystemExit) as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]  # to find the bug without reading a stack
-        where = f" ({last.filename}, line {last.lineno})"
-        if last.filename == __file__:  # it could not be called at all
-            where = f"; it is called with the keywords {', '.join(samples)}"
-        raise InputError(f"the {name} function raised {type(error).__name__}: {error}{where}") from error
-    finally:
-        os.chdir(folder)  # relative paths of the run must go on meaning the same
+        samples[column] = [_copied(t.columns.get(column)) for t in trajectories]
     count = len(trajectories)
-    # Of a dict the keys would be taken for rewards, a set has no order, and a 0-d array no length.
-    is_list = hasattr(rewards, "__len__") and not isinstance(rewards, (str, bytes, Mapping, Set))
-    if not is_list or getattr(rewards, "shape", None) == ():
-        raise InputError(f"the {name} function returned {short(rewards)}; a list of {count} floats is needed")
-    if len(rewards) != count:
-        raise InputError(f"the {name} function returned {len(rewards)} rewards for {count} completions")
-    return [_checked(value, i, trajectories[i], name) for i, value in enumerate(rewards)]
+    with Guard(f"the {name} function", called_with=", ".join(samples)):
+        rewards = function(**samples)
+        # Of a dict the keys would be taken for rewards, a set has no order, and a 0-d array no length.
+        is_list = hasattr(rewards, "__len__") and not isinstance(rewards, (str, bytes, Mapping, Set))
+        if not is_list or getattr(rewards, "shape", None) == ():
+            found = f"the {name} function returned {short(rewards)}"
+            raise InputError(f"{found}; a list of {count} floats is needed")
+        if len(rewards) != count:
+            raise InputError(f"the {name} function returned {len(rewards)} rewards for {count} completions")
+        return [_checked(value, i, trajectories[i], name) for i, value in enumerate(rewards)]
+
+
+def _copied(value: Any) -> Any:
+    """A prompt or a column's value to hand out: whatever is done to it, the task keeps its own."""
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # a lock, a connection: there is but one
+        return value
 
 
 def _completion(trajectory: Trajectory) -> Any:
@@ -111,11 +109,11 @@ def _completion(trajectory: Trajectory) -> Any:
 def _checked(value: Any, index: int, trajectory: Trajectory, name: str) -> float:
     try:
         number = value.item() if hasattr(value, "item") else value  # numpy and torch scalars
-        if isinstance(number, (int, float)) and math.isfinite(number):
+        if isinstance(number, (int, float)) and abs(number) <= LARGEST_REWARD:  # nor is NaN
             return float(number)
     except (OverflowError, RuntimeError, ValueError):  # an int beyond all floats; an array of several numbers
         pass
     raise InputError(
         f"the {name} function returned {short(value)} for sample {index} (prompt {short(trajectory.prompt)}, "
-        f"completion {short(trajectory.completion_text)}); a finite float is needed"
+        f"completion {short(trajectory.completion_text)}); a float of at most ±{LARGEST_REWARD:g} is needed"
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from surefoot.config import check_weights
 from surefoot.errors import InputError
-from surefoot.rewards.functions import RewardFunction, compute_rewards
+from surefoot.rewards.functions import LARGEST_REWARD, RewardFunction, compute_rewards
 from surefoot.types import Trajectory
 
 PART = "part/"  # before a part's label in `reward_parts`
@@ -49,7 +49,7 @@ def assign_rewards(reward: RewardFunction | MixedReward, trajectories: Sequence[
     }
     for i, t in enumerate(trajectories):
         t.reward = math.fsum(reward.parts[label][1] * values[i] for label, values in parts.items())
-        if not math.isfinite(t.reward):
+        if not abs(t.reward) <= LARGEST_REWARD:
             found = f"the parts of the reward add up to {t.reward} for sample {i}"
             raise InputError(f"{found}; make their weights smaller")
         t.reward_parts = {"reward": t.reward} | {PART + label: values[i] for label, values in parts.items()}

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import platform
 import re
@@ -141,7 +142,7 @@ class RunFolder:
 
     def append(self, log: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add one JSON line per row to a log. Raises InputError if the disk does not take them."""
-        lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        lines = "".join(json.dumps(_plain(row), ensure_ascii=False, default=str) + "\n" for row in rows)
         path, fix = self.path / log, "; the last checkpoint stands"
         self.check_there()
         found = path.stat() if path.exists() else None
@@ -190,6 +191,15 @@ def _let_go() -> None:
 
 
 os.register_at_fork(after_in_child=_let_go)
+
+
+def _plain(value: Any) -> Any:
+    """`value` with null for each number that JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _make_folder(config: Config) -> Path:

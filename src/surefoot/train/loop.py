@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -111,14 +112,14 @@ def run(t: Training) -> None:
             before = snapshot(t)
             try:
                 if _evaluation_is_due(t):
-                    evaluate(t)
+                    evaluate(t, before)
                     before = snapshot(t)
                 if _checkpoint_is_due(t):
                     save(t, before)
                 if t.is_done:
                     return
                 t.poll()
-                batch = collect(t)
+                batch = collect(t, before)
                 t.poll()
                 result, metrics = train_on(t, batch, budget=budget, check_first=check_first)
             except (RolloutAborted, SurefootError) as error:
@@ -152,11 +153,12 @@ def _finish(t: Training, batch: Batch) -> None:
         raise
 
 
-def collect(t: Training) -> Batch:
-    """What the next update learns from."""
+def collect(t: Training, before: dict[str, Any]) -> Batch:
+    """What the next update learns from; `before` is a `snapshot`, to be saved if that takes for ever."""
     t.enter("rollout")
-    p = t.progress
-    return t.rollout.collect(first=p.collected, count=t.rollout.per_update, version=p.updates, poll=t.poll)
+    p, count = t.progress, t.rollout.per_update
+    with t.stop.abandonable(functools.partial(_save_in_between, t, before)):
+        return t.rollout.collect(first=p.collected, count=count, version=p.updates, poll=t.poll)
 
 
 def train_on(
@@ -191,12 +193,13 @@ def train_on(
     return result, metrics
 
 
-def evaluate(t: Training) -> None:
-    """Measure on held-out episodes; `progress` remembers whether this was the best so far."""
+def evaluate(t: Training, before: dict[str, Any]) -> None:
+    """Measure on held-out episodes; `progress` remembers whether this was the best so far. See `collect`."""
     t.enter("evaluate")
     p, episodes, poll = t.progress, t.config.evaluate.episodes, t.stop.raise_if_set
-    metrics, trajectories = t.rollout.evaluate(episodes, version=p.updates, poll=poll)
-    metrics |= t.objective.evaluate(episodes, poll=poll)
+    with t.stop.abandonable(functools.partial(_save_in_between, t, before)):
+        metrics, trajectories = t.rollout.evaluate(episodes, version=p.updates, poll=poll)
+        metrics |= t.objective.evaluate(episodes, poll=poll)
     p.evaluated_at = p.updates
     t.saved_at = None  # a checkpoint of this update, from before a resume, doesn't know of it
     log(t, "held_out", metrics, trajectories)
@@ -216,6 +219,16 @@ def log(t: Training, split: str, metrics: dict[str, float], played: Sequence[Any
 def save(t: Training, before: dict[str, Any]) -> None:
     """Write a checkpoint of everything the run's future depends on; `before` is a `snapshot`."""
     t.enter("save")
+    _write_checkpoint(t, before)
+
+
+def _save_in_between(t: Training, before: dict[str, Any]) -> None:
+    """Save, unless that is done, within a rollout or an evaluation and unseen by the observers."""
+    if t.saved_at != t.progress.updates:
+        _write_checkpoint(t, before)
+
+
+def _write_checkpoint(t: Training, before: dict[str, Any]) -> None:
     t.folder.check_there()
     state = {"progress": asdict(t.progress), "total": t.total, **before, "rollout": {**before["rollout"]}}
     state |= {"inputs": t.inputs, "log_sizes": t.folder.log_sizes()}
