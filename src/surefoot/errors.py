@@ -10,9 +10,9 @@ SurefootError            one line for the user, never a traceback
 from __future__ import annotations
 
 
-def one_line(text: str, *, limit: int | None = None) -> str:
+def printable(text: str) -> str:
     """`text` in one line; what a terminal would obey or not show stands as Python writes it, `\\x1b`."""
-    line = " ".join(text.split())[:limit]
+    line = " ".join(text.split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
@@ -47,6 +47,6 @@ class Interrupted(SurefootError, KeyboardInterrupt):
         self.exit_code = 128 + signal_number
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What an error says, in one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return printable(str(error)[:300]) or type(error).__name__

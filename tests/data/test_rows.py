@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,16 @@ def test_a_huge_line_is_refused_and_not_read_into_memory(jsonl, monkeypatch):
     monkeypatch.setattr(module, "MAX_LINE_BYTES", 8)
     assert checked(jsonl('"12345"\n"6789"')) == ["12345", "6789"]
     refusal(lambda: checked(jsonl('"1234567"')), "line 1", "longer than 8 bytes")
+
+
+def test_what_may_have_no_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MAX_ROWS", 50)
+    assert len(list(read_rows((str(i) for i in range(50)), "data"))) == 50
+    assert len(list(read_rows(["one"] * 51, "data"))) == 51  # it says how many it has
+    for endless in (itertools.repeat({"prompt": "one"}), (str(i) for i in itertools.count()), itertools.cycle(["one"])):
+        refusal(lambda endless=endless: list(read_rows(endless, "data")), "data", "more than 50 rows", "islice")
+    os.mkfifo(tmp_path / "rows.jsonl")  # which nobody writes into
+    refusal(lambda: list(read_rows(tmp_path / "rows.jsonl", "data")), "data", "rows.jsonl", "pipe")
 
 
 FRAME = type("Frame", (), {"iterrows": None, "__iter__": lambda self: iter(["prompt"])})()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -89,6 +90,14 @@ def test_who_is_held_out_depends_on_the_text_alone():
     train, held_out = ({e.text for e in part} for part in (task.train, task.held_out))
     assert 70 < len(held_out) < 130 and not train & held_out and train | held_out == {*MANY}
     assert {e.text for e in TextTask(MANY[::-1][:200], reward, held_out=0.25).held_out} == held_out & {*MANY[200:]}
+
+
+def test_one_generator_for_both_is_named():
+    prompts = iter(["a", "b"])
+    refusal(lambda: TextTask(prompts, reward, held_out=prompts), "held_out", "read to its end")
+    prompts = iter(["a", "b", "c"])
+    task = TextTask(itertools.islice(prompts, 2), reward, held_out=prompts)
+    assert [[one.prompt for one in part] for part in (task.train, task.held_out)] == [["a", "b"], ["c"]]
 
 
 def test_held_out_prompts_can_be_given():

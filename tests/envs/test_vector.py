@@ -164,6 +164,10 @@ class Odd(Counter):
         fault = self.fault if self.steps == 2 else ""
         if fault == "raises":
             raise RuntimeError("the wheel\ncame off")
+        if fault == "exits":
+            sys.exit()
+        if fault == "huge":
+            reward = 1e39
         return observation + (numpy.nan if fault == "observation" else 0), numpy.inf if fault == "reward" else reward, *rest
 
 
@@ -265,6 +269,7 @@ def test_what_cannot_be_trained_on_is_one_line(env: Any, policy: Any, settings: 
 
 
 FAULTS = [("raises", "env Odd failed: RuntimeError: the wheel came off"), ("killed", "env Odd failed")]
+FAULTS += [("exits", "env Odd failed"), ("huge", "the reward of sub-environment 0 is 1e+39")]
 FAULTS += [(what, f"the {named} of sub-environment 0") for what, named in (("observation", "observation obs"), ("reward",) * 2)]
 
 
@@ -281,7 +286,7 @@ def test_an_environment_that_fails_is_one_line_and_leaves_no_worker(vectorizatio
             return
         os.kill(workers[1].pid, signal.SIGKILL)
     refusal(lambda: collect(rollout, 1), named)
-    if fault in ("observation", "reward"):
+    if fault in ("observation", "reward", "huge"):
         env.close()
     for worker in workers:
         worker.join(5)

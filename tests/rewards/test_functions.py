@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import sys
+import threading
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from surefoot.config.messages import short
 from surefoot.errors import InputError
 from surefoot.rewards.functions import compute_rewards, load_function
 from tests.fakes import trajectory
@@ -56,9 +58,11 @@ def test_numbers_of_every_library_become_floats(numbers: Any) -> None:
 NO_NUMBERS: list[Any] = [None, float("nan"), -float("inf"), "0.5", b"1", [0.5], {"score": 1.0}, 1 + 2j, 10**400]
 NO_NUMBERS += [Decimal("0.5"), np.float32("nan"), np.str_("0.5"), np.array([1.0, 2.0])]
 NO_NUMBERS += [torch.tensor([1.0, 2.0]), torch.tensor([]), torch.tensor(float("inf"))]
+# Within float64, but squares of them leave float32; and what cannot even be shown.
+NO_NUMBERS += [1e39, -1e20, np.float64(1e300), type("Mute", (), {"__repr__": None})()]
 
 
-@pytest.mark.parametrize("bad", NO_NUMBERS, ids=repr)
+@pytest.mark.parametrize("bad", NO_NUMBERS, ids=short)
 def test_a_reward_that_is_not_a_finite_number_names_the_sample(bad: Any) -> None:
     with refused("reward function ", " for sample 1 (prompt 'How are you?', completion 'bad')"):
         compute_rewards(returning([0.5, bad, 0.5]), ANSWERS)
@@ -96,6 +100,22 @@ def test_function_that_raises_is_an_error_and_not_a_zero_and_an_interrupt_is_one
         compute_rewards(reward, [trajectory(columns={"answer": 4})])
     with pytest.raises(KeyboardInterrupt):
         compute_rewards(Mock(side_effect=KeyboardInterrupt), ANSWERS)
+
+
+def test_what_is_handed_out_is_a_copy_for_each_sample_and_call() -> None:
+    chat = [{"role": "user", "content": "How are you?"}]
+    rows = [trajectory("fine", prompt=chat, columns={"tests": [1, 2, 3], "lock": threading.Lock()})] * 2
+
+    def reward(prompts: list[Any], completions: list[Any], tests: list[Any], **columns: Any) -> list[float]:
+        for prompt, answer, test in zip(prompts, completions, tests, strict=True):
+            prompt.extend(answer)
+            prompt[0]["content"] = test.pop()
+        lengths = [float(len(prompt) + len(test)) for prompt, test in zip(prompts, tests, strict=True)]
+        prompts.clear()
+        return lengths
+
+    assert [compute_rewards(reward, rows) for _ in range(2)] == [[4.0, 4.0]] * 2
+    assert (chat, rows[0].columns["tests"]) == ([{"role": "user", "content": "How are you?"}], [1, 2, 3])
 
 
 def test_two_files_of_one_name_keep_their_own_functions(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -16,13 +17,15 @@ import yaml
 from surefoot import PPO
 from surefoot.config import load_config, make_config
 from surefoot.policies.lm.policy import CausalLMPolicy
+from surefoot.rewards import mixed
+from surefoot.rewards.functions import compute_rewards
 from surefoot.storage.files import whole_folder, writing
 from surefoot.storage.run_folder import RunFolder
 from surefoot.storage.safetensors import read_tensors
 from tests.golden import refused
 from tests.inputs import run_cli
 from tests.tiny import written_batch
-from tests.train.small_run import Killed, letters, python_ppo, python_task, rows, same_weights, weights, write_project
+from tests.train.small_run import Killed, python_ppo, python_task, rows, same_weights, weights, write_project
 from tests.train.test_checkpoint import forge, header, largest_file, poison
 from tests.train.warm import Ended
 
@@ -99,7 +102,8 @@ def test_logs_are_cut_to_the_checkpoint_and_to_nothing_without_one(tmp_path, mon
         patches.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
         sizes = run.log_sizes()
     assert synced == {(tmp_path / log).stat().st_ino for log in sizes} and min(sizes.values()) > 0
-    run.append("metrics.jsonl", [{"update": 2}])
+    run.append("metrics.jsonl", [{"update": 2, "ppo/ratio_max": math.inf, "nested": [{"a": math.nan}]}])
+    assert run.read("metrics.jsonl")[-1] == {"update": 2, "ppo/ratio_max": None, "nested": [{"a": None}]}  # JSON has no inf
     run.append("samples.jsonl", [{"text": "日本"}])
     whole = (tmp_path / "samples.jsonl").read_bytes()
     (tmp_path / "samples.jsonl").write_bytes(whole[:-5])  # in the middle of 本
@@ -232,20 +236,22 @@ def test_what_killed_writers_left_beside_a_folder_goes_and_what_living_ones_writ
 
 
 @pytest.mark.parametrize("at", [3, 5, 8])
-def test_a_loaded_run_goes_on_bit_for_bit(tmp_path, base, at: int):
+def test_a_loaded_run_goes_on_bit_for_bit(tmp_path, base, monkeypatch, at: int):
     calls = 0
 
-    def deadly(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    def deadly(*given: Any) -> list[float]:
         nonlocal calls
         calls += 1
         if calls == at:
             raise Killed
-        return letters(prompts, completions)
+        return compute_rewards(*given)
 
     whole = python_ppo(base, tmp_path / "whole").learn()
-    model = python_ppo(base, tmp_path, deadly)
-    with pytest.raises(Killed):
-        model.learn()
+    with monkeypatch.context() as patches:
+        patches.setattr(mixed, "compute_rewards", deadly)
+        model = python_ppo(base, tmp_path)
+        with pytest.raises(Killed):
+            model.learn()
     assert model.run_folder is not None and whole.run_folder is not None
     loaded = PPO.load(model.run_folder, python_task(), verbose=0)
     torch.manual_seed(at)  # what happens between loading and learning is no business of the run's

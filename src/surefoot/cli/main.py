@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from surefoot import __version__
-from surefoot.errors import InputError, SurefootError, one_line
+from surefoot.errors import InputError, SurefootError, printable
 from surefoot.storage.streams import Shown, outlived
 
 if TYPE_CHECKING:
@@ -312,7 +312,7 @@ def _silence() -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"surefoot: {one_line(message)}", file=sys.stderr)
+    print(f"surefoot: {printable(message)}", file=sys.stderr)
     sys.exit(code)
 
 

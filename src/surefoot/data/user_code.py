@@ -99,10 +99,11 @@ def set_aside() -> Iterator[str | None]:
 def described(error: BaseException) -> str:
     """Class and message of an error, in one line, whatever its `__str__` does."""
     try:
-        message = one_line(str(error), limit=300)
+        message = one_line(error)
     except BaseException as broken:
         message = f"its message cannot be read, as that raises {type(broken).__name__}"
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+    kind = type(error).__name__
+    return kind if message == kind else f"{kind}: {message}"
 
 
 def _state() -> tuple[Any, ...]:
@@ -146,8 +147,8 @@ def _autocast_depth() -> int:
 
 def _set_autocast_depth(depth: int) -> None:
     """At 0 the weights that were cast are forgotten; of a region that is never left they would be used on."""
-    while _autocast_depth() > depth:
-        autocast_decrement_nesting()
+    while (now := _autocast_depth()) != depth:
+        (autocast_decrement_nesting if now > depth else autocast_increment_nesting)()
 
 
 def _handled_by(number: int) -> Callable[[Any], None]:

@@ -76,7 +76,7 @@ class StopRequest:
                     try:
                         self._save()
                     except (SurefootError, OSError) as error:
-                        _say(f"could not be saved: {one_line(str(error))}")
+                        _say(f"could not be saved: {one_line(error)}")
             self._ignored_until = time.monotonic() + ONE_REQUEST_SECONDS
         elif number != signal.SIGHUP and time.monotonic() > self._ignored_until:  # asked twice: the last checkpoint stands
             for worker in multiprocessing.active_children():
