@@ -63,7 +63,7 @@ def test_without_pictures_the_plot_is_drawn_all_the_same(tmp_path, capsys):
     (tmp_path / "env.py").write_text(SEES_NOTHING)
     run = trained(tmp_path / "runs", f"{tmp_path / 'env.py'}:make")
     play_run(run, episodes=1)
-    assert "no video: env make cannot be made: it has no render_mode rgb_array" in capsys.readouterr().out
+    assert "no video: env make cannot be made: ValueError: it has no render_mode rgb_array" in capsys.readouterr().out
     assert [path.name for path in (run / "play").iterdir()] == ["returns.png"]
 
 

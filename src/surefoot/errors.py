@@ -49,4 +49,4 @@ class Interrupted(SurefootError, KeyboardInterrupt):
 
 def one_line(error: BaseException) -> str:
     """What an error says, in one line."""
-    return printable(str(error)[:300]) or type(error).__name__
+    return printable(str(error))[:300] or type(error).__name__
