@@ -78,7 +78,7 @@ class StopRequest:
                     except (SurefootError, OSError) as error:
                         _say(f"could not be saved: {one_line(error)}")
             self._ignored_until = time.monotonic() + ONE_REQUEST_SECONDS
-        elif number != signal.SIGHUP and time.monotonic() > self._ignored_until:  # asked twice: the last checkpoint stands
+        elif number != signal.SIGHUP and time.monotonic() > self._ignored_until:  # asked twice
             for worker in multiprocessing.active_children():
                 worker.kill()
             os._exit(128 + number)
