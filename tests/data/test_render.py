@@ -277,3 +277,13 @@ def test_tools_reach_the_template_or_are_refused():
     assert list(encoded({"messages": CHAT}, tokenizer, tools=tools).tokens) == own
     assert list(encode_prompt(tokenizer, CHAT[:1], tools=tools))[:5] == own[:5] != list(encode_prompt(tokenizer, CHAT[:1]))[:5]
     assert encode_prompt(tokenizer, CHAT[:1], tools=[]) == encode_prompt(tokenizer, CHAT[:1])
+
+
+def test_a_turn_ends_by_a_special_token_or_by_none() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}<stop>{% endfor %}"
+    assert turn_end(tokenizer) is None
+    tokenizer.add_tokens(["<stop>"])  # as some vocabularies have runs of spaces
+    assert turn_end(tokenizer) is None
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<stop>"]})
+    assert turn_end(tokenizer) == tokenizer.convert_tokens_to_ids("<stop>")

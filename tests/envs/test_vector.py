@@ -399,11 +399,20 @@ def test_what_is_one_number_is_no_array(vectorization: str, at: str) -> None:
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 def test_workers_and_this_process_take_the_same_observations(vectorization: str) -> None:
-    for space, given in ((PAIR, numpy.zeros(2)), (PAIR, [0, 1]), (BYTES, numpy.array([255, 0])), (spaces.Discrete(3), 2)):
+    taken = [(PAIR, numpy.zeros(2)), (PAIR, [0, 1]), (BYTES, numpy.array([255, 0])), (spaces.Discrete(3), 2)]
+    for space, given in (*taken, (spaces.Box(0, 1, (2,), bool), numpy.array([1, 0]))):
         env = make_vector(Gives, n_envs=1, vectorization=vectorization, kwargs={"space": space, "odd": given}, seed=0)
         env.reset()
         step = env.step(numpy.zeros(1, dtype=numpy.int64))
         assert step.observations["obs"][0].tolist() == numpy.asarray(given).tolist()
+        env.close()
+    more = {"space": spaces.Dict(a=PAIR), "odd": {"a": numpy.ones(2), "b": 3}}
+    scalar = {"space": PAIR, "odd": numpy.array(2.0), "at": "reward"}
+    for kwargs, reward in ((more, 1.0), (scalar, 2.0)):
+        env = make_vector(Gives, n_envs=1, vectorization=vectorization, kwargs=kwargs, seed=0)
+        env.reset()
+        step = env.step(numpy.zeros(1, dtype=numpy.int64))
+        assert "b" not in step.observations and step.rewards.tolist() == [reward]
         env.close()
 
 
@@ -430,9 +439,11 @@ def test_a_range_that_first_actions_hardly_meet_is_said_with_the_remedy(low: flo
     assert notice.startswith(f"env: action 1 goes from {low:g} to {high:g}: ") and "RescaleAction(env, -1, 1)" in notice
 
 
-@pytest.mark.parametrize(
-    ("low", "high"), [(-1, 1), (0, 1), (-2, 2), (-0.4, 0.4), (-3, 3), (0, numpy.inf), (-numpy.inf, numpy.inf)]
-)
+MOST = float(numpy.finfo(numpy.float32).max)
+MET = [(-1, 1), (0, 1), (-2, 2), (-0.4, 0.4), (-3, 3), (0, 0), (0, numpy.inf), (-numpy.inf, numpy.inf), (-MOST, MOST)]
+
+
+@pytest.mark.parametrize(("low", "high"), MET)
 def test_a_range_that_first_actions_meet_needs_no_word(low: float, high: float) -> None:
     assert action_range_notice(spaces.Box(low, high, (2,)), 1.0) == action_range_notice(spaces.Discrete(2), 1.0) == ""
     assert action_range_notice(spaces.Box(-10, 10, (2,)), 4.0) == ""  # it begins with a larger std

@@ -100,3 +100,11 @@ def test_what_the_targets_leave_alone_is_said(family, targets, said):
 def test_a_target_that_no_adapter_can_be_on_is_named(family, targets, named):
     config = PolicyConfig(adapter=AdapterConfig(targets=targets))
     refusal(lambda: wrap_policy(tiny_lm(family), tiny_tokenizer(), config=config), "policy.adapter.targets", *named)
+
+
+def test_linear_layers_with_a_forward_of_their_own_are_adapted() -> None:
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    falcon = transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, bos_token_id=0, eos_token_id=1))
+    policy = wrap_policy(falcon, tiny_tokenizer(), config=PolicyConfig(adapter=AdapterConfig()))
+    trained = {name.split(".lora_")[0].rpartition(".")[2] for name, _ in policy.named_parameters_to_train() if "lora_" in name}
+    assert trained == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"} and policy.notice == ""

@@ -1,9 +1,9 @@
 """One run and its life: what `PPO`, `SFT` and `RewardModel` share, and what their methods mean in each.
 
 learn      Train for a number of units more or, without one, to the end that was asked for last. The run's
-           folder is made at the first `learn` and held until it returns; a new run that was given a seed
-           starts Python's, NumPy's and torch's global generators from it. A signal and any of our errors
-           leave a checkpoint, and `learn()` goes on from there.
+           folder is made at the first `learn` and held until it returns; a new run starts Python's, NumPy's
+           and torch's global generators from its seed, an agent's only from one that was given. A signal and
+           any of our errors leave a checkpoint, and `learn()` goes on from there.
 evaluate   The `eval/…` metrics that the run itself logs, of the policy as it is: on the first N held-out
            prompts, examples or preferences, or N episodes; by default N is `evaluate.episodes`.
 save       The model and its settings in a folder, without what belongs to the run.

@@ -37,7 +37,8 @@ def encode_text(tokenizer: Any, text: str) -> Tokens:
     """
     plain, whole = (list(_encode(tokenizer, text, is_whole=is_whole)) for is_whole in (False, True))
     if not plain:  # then nothing tells what stands before from what stands after
-        return encode_text(tokenizer, "a")[: -len(_encode(tokenizer, "a"))] if text != "a" else ()
+        letter = _probe(tokenizer, "a")
+        return encode_text(tokenizer, "a")[: -len(letter)] if letter else ()
     places = range(len(whole) - len(plain) + 1)
     begin = next((n for n in places if whole[n : n + len(plain)] == plain), 0)
     before = whole[:begin]
@@ -72,7 +73,7 @@ def encode_more(tokenizer: Any, text: str, before: str) -> Tokens:
     if not before or _decode(tokenizer, (*head, *apart)) == _decode(tokenizer, head) + text:
         return apart
     for context in (before, "\n", ".", "a", "0"):
-        head, whole = _encode(tokenizer, context), _encode(tokenizer, context + text)
+        head, whole = _probe(tokenizer, context), _probe(tokenizer, context + text)
         if head and whole[: len(head)] == head:
             return whole[len(head) :]
     return apart
@@ -101,7 +102,7 @@ def decode_more(tokenizer: Any, tokens: Sequence[int], before: Sequence[int]) ->
 def _begins_anew(tokenizer: Any, token: int) -> bool:
     """Whether text after `token` is tokenized like one that stands alone, first space and all."""
     name = tokenizer.convert_ids_to_tokens(int(token))
-    is_alike = bool(name) and _encode(tokenizer, f"{name}a") == (token, *_encode(tokenizer, "a"))
+    is_alike = bool(name) and _probe(tokenizer, f"{name}a") == (token, *_probe(tokenizer, "a"))
     return is_alike and name in tokenizer.get_added_vocab()
 
 
@@ -115,6 +116,14 @@ def _encode(tokenizer: Any, text: str, *, is_whole: bool = False) -> Tokens:
     except Exception as error:  # the library's own have no class; a vocabulary without an unknown token, say
         found = f"the model's tokenizer cannot read {text[:60]!r}: {one_line(error)}"
         raise InputError(f"policy.model: {found}") from error
+
+
+def _probe(tokenizer: Any, text: str) -> Tokens:
+    """`_encode` of text that is none of the user's; () where the tokenizer cannot read it."""
+    try:
+        return _encode(tokenizer, text)
+    except InputError:
+        return ()
 
 
 def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
@@ -146,8 +155,8 @@ def turn_end(tokenizer: Any) -> int | None:
         closed = render_messages(tokenizer, chat, opens_turn=False, where="")
     except InputError:
         return None
-    after = _encode(tokenizer, closed.rpartition("surefoot")[2])
-    return next((token for token in after if token in tokenizer.added_tokens_decoder), None)
+    after, added = _probe(tokenizer, closed.rpartition("surefoot")[2]), tokenizer.added_tokens_decoder
+    return next((token for token in after if token in added and added[token].special), None)
 
 
 def check_length(tokens: Sequence[int], text: str, *, context: int, new_tokens: int) -> None:
@@ -252,7 +261,7 @@ def _turn(tokenizer: Any, messages: list[Any], example: Demonstration, *, is_alo
         return render_messages(tokenizer, chat, tools=tools, opens_turn=opens_turn, where=where)
 
     opened, closed = rendered(messages[:-1], opens_turn=True), rendered(messages)
-    reasoning = [str(text) for key in REASONING if (text := messages[-1].get(key)) is not None]
+    reasoning = [text for key in REASONING if isinstance(text := messages[-1].get(key), str)]
     if any(text.strip() not in closed for text in reasoning):
         raise InputError(
             f"{where}: the model's chat template leaves out its reasoning; drop that from the row"
@@ -270,7 +279,7 @@ def _turn(tokenizer: Any, messages: list[Any], example: Demonstration, *, is_alo
         return opened, closed[len(header) :]
     written = closed[len(opened) :]
     block_end = re.match(r"\s*(<\w+>)?\s*(</\w+>)", written)
-    if block_end is None or written.startswith(str(messages[-1]["content"])):
+    if block_end is None or written.strip().startswith(str(messages[-1]["content"]).strip()):
         return opened, written
     if written.count(block_end[2]) > 1 or not (block_end[1] or reasoning):
         what = f"the model's chat template ends its thinking ({block_end[2]}) before it begins"

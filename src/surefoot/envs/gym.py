@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from surefoot.types import ACTION_MASK
 Flags: TypeAlias = NDArray[numpy.bool_]
 
 REWARD_STATS = "reward_normalization.json"
+UNBOUNDED = 1e30  # a range as wide is none
 LONGEST_REPLAY = 20_000  # steps of an episode that are kept so that a resumed run can repeat it
 
 
@@ -260,10 +260,14 @@ def action_range_notice(space: Any, std: float) -> str:
     if not isinstance(space, spaces.Box):
         return ""
     normal = NormalDist(0.0, std)
-    for i, (low, high) in enumerate(zip(space.low.flat, space.high.flat, strict=True)):
+    for i, (low, high) in enumerate(
+        zip(space.low.ravel().tolist(), space.high.ravel().tolist(), strict=True)
+    ):
+        if low == high:
+            continue
         within = normal.cdf(high) - normal.cdf(low)
         reached = max(0.0, (min(high, 3 * std) - max(low, -3 * std)) / (high - low))
-        if within < 0.25 or (math.isfinite(high - low) and reached < 1 / 3):
+        if within < 0.25 or (high - low < UNBOUNDED and reached < 1 / 3):
             met = f"{100 * within:.0f} % of the first lie within and reach {100 * reached:.0f} % of it"
             how = "rescale with gymnasium.wrappers.RescaleAction(env, -1, 1)"
             return f"env: action {i} goes from {low:g} to {high:g}: {met}; {how}"

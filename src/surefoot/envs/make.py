@@ -135,7 +135,7 @@ class Conforming(gymnasium.Wrapper[Any, Any, Any, Any]):
             raise ValueError(f"step() gives {parts}; this one gave {len(result)} values")
         observation, reward, terminated, truncated, info = result
         for value in (reward, terminated, truncated):
-            if not isinstance(value, NUMBERS):
+            if not isinstance(value, NUMBERS) and getattr(value, "shape", None) != ():
                 names = "reward, terminated and truncated are a number each"
                 raise ValueError(f"{names}; one is the {type(value).__name__} {value!r:.40}")
         return _conforming(observation, self._space), reward, terminated, truncated, info
@@ -147,21 +147,18 @@ def _conforming(value: Any, space: Any, name: str = OBSERVATION) -> Any:
     if type(value) is numpy.ndarray and value.dtype == dtype and value.shape == shape:
         return value
     if isinstance(space, gymnasium.spaces.Dict):
-        if not isinstance(value, Mapping) or value.keys() != space.keys():
+        if not isinstance(value, Mapping) or not value.keys() >= space.keys():
             has = sorted(value) if isinstance(value, Mapping) else type(value).__name__
             raise ValueError(f"the observation {name} has {has}, its space {sorted(space)}")
         return {key: _conforming(value[key], part, key) for key, part in space.items()}
     array = numpy.asarray(value)
-    if array.shape != space.shape:
-        raise ValueError(
-            f"the observation {name} has shape {list(array.shape)}, its space {list(space.shape)}"
-        )
-    if array.dtype != space.dtype and space.dtype.kind != "f":
-        limits = numpy.iinfo(space.dtype)
-        if array.dtype.kind not in "biu" or array.min() < limits.min or array.max() > limits.max:
-            what = f"the observation {name} has {array.dtype} values"
-            raise ValueError(f"{what}, and {space.dtype} does not hold them")
-        array = array.astype(space.dtype)
+    if array.shape != shape:
+        raise ValueError(f"the observation {name} has shape {list(array.shape)}, its space {list(shape)}")
+    if array.dtype != dtype and dtype.kind != "f":
+        low, high = (0, 1) if dtype.kind == "b" else (numpy.iinfo(dtype).min, numpy.iinfo(dtype).max)
+        if array.dtype.kind not in "biu" or array.min() < low or array.max() > high:
+            raise ValueError(f"the observation {name} has {array.dtype} values; {dtype} does not hold them")
+        array = array.astype(dtype)
     return array
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from surefoot.errors import InputError
 from surefoot.types import ACTION_MASK, OBSERVATION
 
+LARGEST = 2**16  # a bound above says nothing of how large the values are
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -83,9 +84,8 @@ class Checks:
         limits = {n: _limits(space) for n, space in spaces_by_name.items() if n != ACTION_MASK}
         self._limits = {n: both for n, both in limits.items() if both is not None}
         boxes = {n: space for n, space in spaces_by_name.items() if len(space.shape or ()) == 3}
-        self._unscaled = {
-            n for n, space in boxes.items() if not numpy.isfinite(getattr(space, "high", 0)).all()
-        }
+        largest = {n: numpy.abs(numpy.float64(getattr(space, "high", 0))).max() for n, space in boxes.items()}
+        self._unscaled = {n for n, most in largest.items() if not most <= LARGEST}
 
     def __call__(self, arrays: Arrays, is_over: NDArray[numpy.bool_] | None = None) -> None:
         """Check all; where `is_over` [N], no action need be legal."""

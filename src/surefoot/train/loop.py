@@ -299,10 +299,14 @@ def _point_to_best(t: Training) -> None:
 
 
 def _start_generators(t: Training) -> None:
-    """Put the global generators where they were, or, for a new run that was given a seed, where it says."""
+    """Put the global generators where they were, or, for a new run, where its seed says.
+
+    An agent's training that was given no seed leaves them alone: nobody expects more of it.
+    """
+    is_asked_for = t.config.env is None or "seed" in t.config.model_fields_set
     if t.generators is not None:
         checkpoint.restore_generators(t.generators)
-    elif t.progress.updates == 0 and t.saved_at is None and "seed" in t.config.model_fields_set:
+    elif t.progress.updates == 0 and t.saved_at is None and is_asked_for:
         checkpoint.seed_generators(derived_seed(t.config.seed, "global generators", 0))
     t.generators = None
 

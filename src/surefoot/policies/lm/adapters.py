@@ -37,7 +37,7 @@ def add_adapter(lm: Any, config: AdapterConfig, seed: int) -> Any:
     targets = config.targets
     weights = {} if isinstance(targets, str) else _in_no_layer(lm, targets)
     # Some routers of experts are linear layers that give more than one tensor.
-    odd = [n for n, m in linear.items() if type(m).forward not in (nn.Linear.forward, Conv1D.forward)]
+    odd = [name for name, module in linear.items() if "Router" in type(module).__name__]
     settings = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,

@@ -62,8 +62,10 @@ class CausalLMPolicy:
         named = getattr(getattr(lm, "generation_config", None), "eos_token_id", None)
         ids = {*(named if isinstance(named, (list, tuple)) else [named]), tokenizer.eos_token_id}
         end = turn_end(tokenizer)
+        if end is not None and end >= len(lm.get_input_embeddings().weight):
+            end = None  # the model can neither read nor write it
         self.model_end_tokens = frozenset(int(i) for i in ids | {end} if i is not None)
-        if end is not None and end not in ids:  # then whoever opens the saved model is to know it
+        if end not in {None, *ids} and hasattr(lm, "generation_config"):  # who opens what is saved is to know
             lm.generation_config.eos_token_id = sorted(self.model_end_tokens)
         place = {"device": self.device, "dtype": torch.float32}
         self.value_head: nn.Linear = nn.utils.skip_init(nn.Linear, trunk.width, 1, **place)

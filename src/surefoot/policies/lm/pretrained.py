@@ -109,7 +109,7 @@ def _check_described(folder: Path, stored: Mapping[str, str], where: str) -> Non
     """Raise InputError for weights that are none to train, or that a config of any size is not about."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
-        sections = [config, *(section for section in config.values() if isinstance(section, dict))]
+        sections = [config, *filter(None, [config.get("text_config")])]
     except (ValueError, AttributeError, RecursionError):
         return  # refused when it is loaded
     _check_quantization(config, where)
@@ -131,6 +131,6 @@ def _check_quantization(
     for section in (config, config.get("text_config")):
         settings = section.get("quantization_config") if isinstance(section, dict) else None
         method = settings.get("quant_method") if isinstance(settings, dict) else settings
-        if settings is not None and method not in dequantized:
+        if settings and method not in dequantized:
             found = f"its weights are quantized ({method}), and cannot be trained"
             raise InputError(f"{where}: {found}; name the model that they were made from")
