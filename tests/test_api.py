@@ -84,7 +84,7 @@ for supervised in (SFT, RewardModel):
     SIGNATURES[supervised.__init__] = "(self, policy, data=None, *, config=None, verbose=1, run=None, **settings)"
     SIGNATURES[supervised.learn] = "(self, total_epochs=None, callback=None)"
     SIGNATURES |= {supervised.evaluate: "(self, examples=None)", supervised.save: "(self, folder)"}
-    SIGNATURES[supervised.load] = "(folder, data=None, *, verbose=1)"
+    SIGNATURES[supervised.load] = "(folder, data=None, *, verbose=1, accept_changes=False)"
 
 
 def test_public_signatures_change_only_on_purpose():

@@ -229,7 +229,8 @@ def test_a_reward_that_breaks_in_the_middle_of_a_run_loses_nothing(project, what
     outcome.refused("reward function", named, "surefoot resume runs/mine")
     assert newest(project) == "00000001"
     (project / "reward.py").write_text(AT_CALL.format(call=0, what="pass"))
-    resumed = run_cli("resume", "runs/mine")
+    run_cli("resume", "runs/mine").refused("task.reward", "--accept-changes")  # its file has changed
+    resumed = run_cli("resume", "runs/mine", "--accept-changes")
     assert resumed.code == 0 and "update 2/2" in resumed.out and "update 1/2" not in resumed.out
 
 

@@ -34,7 +34,7 @@ REWARDS_CV = torch.rand(len(CONTEXTS), len(WORDS), generator=torch.Generator().m
 
 def table_reward(prompts: list[str], completions: list[str]) -> list[float]:
     pairs = zip(prompts, completions, strict=True)
-    return [float(REWARDS_CV[CONTEXTS.index(prompt), WORDS.index(word or END)]) for prompt, word in pairs]
+    return [float(REWARDS_CV[CONTEXTS.index(prompt), WORDS.index(word.strip() or END)]) for prompt, word in pairs]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What a run depends on besides its configuration: digests, by the key of each, to compare at a resume."""
+"""What a run depends on in addition to its configuration: a digest by key, to compare at a resume."""
 
 from __future__ import annotations
 

@@ -253,7 +253,7 @@ def restore(t: Training, path: Path, *, accept_changes: bool = False) -> None:
             "log_sizes": t.folder.log_sizes(),
         }
         begun |= snapshot(t)
-        begun["rollout"].pop("tensors", None)  # they are in a file of their own
+        begun["rollout"].pop("tensors", None)  # they are in another file
         checkpoint.check_like(state, begun, str(path / "state.json"))
         checkpoint.check_inputs(t.folder.path, state["inputs"], t.inputs, accept=accept_changes)
         checkpoint.restore_policy(t.policy, tensors["policy"])

@@ -78,7 +78,7 @@ class Objective(Protocol):
     n_epochs: int = 1  # passes over the data of an update
     accelerator: Accelerator | None = None
     notice: str = ""  # what to print before a run begins
-    inputs: Mapping[str, str] = {}  # digests of what it learns from besides the batches, by key
+    inputs: Mapping[str, str] = {}  # digests of what it learns from in addition to batches, by key
 
     def gradient(self, policy: Policy, batch: Batch, rows: Tensor, *, token_budget: int) -> Any:
         """Add the gradient of the minibatch `rows` to the parameters' `.grad`. Returns its `Stats`.
