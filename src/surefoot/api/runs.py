@@ -97,7 +97,8 @@ def finish(run: Run) -> Path:
         folder, saved = run.run_folder, ("checkpoints/latest", "progress.json")
         if folder is not None and any((folder / name).exists() for name in saved):
             how = f"surefoot resume {shlex.quote(str(folder))}"
-            raise InputError(f"{error}; the run is saved, once this is fixed go on with: {how}") from error
+            fixed = "once this is fixed (with --accept-changes if that changes its files) go on with"
+            raise InputError(f"{error}; the run is saved, {fixed}: {how}") from error
         raise
     assert run.run_folder is not None
     run.save(path := product(run.config, run.run_folder))

@@ -52,7 +52,7 @@ class EvaluateConfig(Section):
 class Config(Section):
     """Everything a run needs."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = setting(0, "All randomness follows from it; None: drawn.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = setting(0, "Decides all randomness; None in Python: drawn.")
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "`auto`: cuda, else mps, else cpu.")
     run: RunConfig = RunConfig()
     policy: PolicyConfig = PolicyConfig()

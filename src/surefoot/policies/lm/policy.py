@@ -55,9 +55,7 @@ class CausalLMPolicy:
         self.critic, self.stop_gradient = critic, stop_gradient
         self._cap = getattr(lm.config, "final_logit_softcapping", None)
         trunk = critic or Critic(lm)
-        self.context_length = min(
-            context_length(lm), trunk.context_length
-        )  # of prompt and completion together
+        self.context_length = min(context_length(lm), trunk.context_length)  # prompt and completion together
         # Every end token that the model's generation config, its tokenizer or its chat template names.
         named = getattr(getattr(lm, "generation_config", None), "eos_token_id", None)
         ids = {*(named if isinstance(named, (list, tuple)) else [named]), tokenizer.eos_token_id}
