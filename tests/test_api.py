@@ -213,10 +213,12 @@ def test_what_is_opened_writes_as_what_was_trained():
     kept = {"stop": ["e"], "stop_token_ids": [5], "temperature": 0.3, "dtype": "bfloat16", "max_new_tokens": 3}
     model = PPO("model", task(chat=True), verbose=0, **{**SMALL, **kept}).learn(4)
     tuned = SFT("model", ["one", "two"] * 4, held_out=0.0, epochs=1, verbose=0, **kept).learn()
-    model.save("out"), tuned.save("tuned")
+    answers = [{"messages": [{"role": role, "content": "one"} for role in ("user", "assistant")]}] * 8
+    chats = SFT("model", answers, held_out=0.0, epochs=1, verbose=0, **kept).learn()
+    model.save("out"), tuned.save("tuned"), chats.save("chats")
     for name, opened in {
         "model": model,
-        **{name: PPO.open(name) for name in ("out", "tuned", model.run_folder, tuned.run_folder)},
+        **{name: PPO.open(name) for name in ("out", "tuned", "chats", model.run_folder, tuned.run_folder)},
         "loaded": SFT.load("tuned", ["one"], verbose=0),
     }.items():
         generation = opened.config.generation

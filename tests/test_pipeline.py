@@ -234,18 +234,23 @@ def test_an_empty_section_has_its_defaults_and_a_part_that_is_a_stage_is_called_
 
 def test_answers_of_a_chat_are_learned_behind_the_tokens_they_were_written_behind(tmp_path: Path):
     shutil.copytree(model_folder(chat=True), tmp_path / "model")
-    section = {"prompts": "prompts.jsonl", "reward": "broken.py:length", "chat": True}
+    tokenizer, tools = tiny_tokenizer(chat=True), [{"type": "function", "function": {"name": "add"}}]
+    tokenizer.chat_template = "{{ tools[0]['function']['name'] if tools }}" + tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path / "model")
+    asked = [{"prompt": word, "tools": tools} for word in ("a", "in", "the")]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    section = {"prompts": "asked.jsonl", "reward": "broken.py:length", "chat": True}
     labels = {"episodes": 12, "keep": 1.0, "join": "chats.jsonl"}
     file = write(tmp_path, {"answers": {"task": section, "generation": SHORT, "rejection_sampling": labels}})
     assert (outcome := run_cli("pipeline", file)).code == 0, outcome.err
-    given, *examples = [json.loads(line)["messages"] for line in (tmp_path / "runs/answers/completions.jsonl").open()]
-    assert given == CHATS[0]["messages"] and examples
-    tokenizer = tiny_tokenizer(chat=True)
-    for user, assistant in examples:
-        assert (user["role"], assistant["role"]) == ("user", "assistant")
-        asked = encode_prompt(tokenizer, user["content"], chat=True)
-        whole = tokenizer.apply_chat_template([user, assistant], tokenize=True, return_dict=True)["input_ids"]
-        assert tuple(whole[: len(asked)]) == asked
+    given, *examples = [json.loads(line) for line in (tmp_path / "runs/answers/completions.jsonl").open()]
+    assert given["messages"] == CHATS[0]["messages"] and examples
+    for example in examples:
+        user, assistant = example["messages"]
+        assert (user["role"], assistant["role"], example["tools"]) == ("user", "assistant", tools)
+        prompt = encode_prompt(tokenizer, user["content"], chat=True, tools=tools)
+        whole = tokenizer.apply_chat_template([user, assistant], tools=tools, tokenize=True, return_dict=True)["input_ids"]
+        assert tuple(whole[: len(prompt)]) == prompt
 
 
 def test_answers_that_were_all_cut_off_are_no_examples(tmp_path: Path):

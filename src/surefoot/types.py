@@ -131,6 +131,7 @@ class Trajectory:
         names = ("text", "by_policy", "reward")
         turns = [{name: getattr(turn, name) for name in names} for turn in self.turns]
         found = {"prompt": self.prompt, "completion": self.completion_text}
+        found |= {"tools": tools} if (tools := self.columns.get("tools")) else {}
         found |= {"tokens": len(self.completion_tokens), "stop_reason": self.stop_reason.value}
         found |= {"reward": self.reward_parts or {"reward": self.reward}, "kl": self.kl}
         return found | ({"turns": turns} if len(turns) > 2 else {})

@@ -108,7 +108,7 @@ def test_a_scored_text_is_prompt_and_text_in_one_and_ends_with_an_end_token():
     tokenizer, ends = tiny_tokenizer(chat=True), frozenset({END})
 
     def scored(prompt: Any, text: str) -> list[int]:
-        return [*encode_scored_text(tokenizer, prompt, text, end_tokens=ends, where="x")]
+        return [*encode_scored_text(tokenizer, prompt, text, end_tokens=ends, end=turn_end(tokenizer), where="x")]
 
     assert scored("in t", "he end") == scored(None, "in the end") == [*tokenizer("in the end")["input_ids"], END]
     rendered = tokenizer.apply_chat_template(CHAT[:2], tokenize=True, return_dict=True)["input_ids"]
@@ -134,7 +134,7 @@ def test_messages_that_cannot_be_rendered_are_one_line(chat):
     with refused("d.jsonl, line 1", what):
         encoded({"messages": CHAT}, tokenizer)
     with refused("data, row 2", what):
-        encode_scored_text(tokenizer, CHAT[:1], "x", end_tokens=frozenset({END}), where="data, row 2")
+        encode_scored_text(tokenizer, CHAT[:1], "x", end_tokens=frozenset({END}), end=None, where="data, row 2")
     with refused("the prompt", what):
         encode_prompt(tokenizer, "in", chat=True)
 
@@ -174,7 +174,8 @@ def test_a_text_begins_as_the_tokenizer_has_it_once_and_ends_open(kind):
     text = tuple(tokenizer(RENDERED + "was<eos>", add_special_tokens=False)["input_ids"])
     pair = encoded({"prompt": RENDERED, "completion": "was"}, tokenizer)
     scored = [
-        encode_scored_text(tokenizer, *row, end_tokens=ends, where="x") for row in ((RENDERED, "was"), (None, RENDERED + "was"))
+        encode_scored_text(tokenizer, *row, end_tokens=ends, end=turn_end(tokenizer), where="x")
+        for row in ((RENDERED, "was"), (None, RENDERED + "was"))
     ]
     assert encode_prompt(tokenizer, RENDERED) == rendered and rendered.count(tokenizer.bos_token_id) == 1
     assert {pair.tokens, encoded({"text": RENDERED + "was"}, tokenizer).tokens, *scored} == {text}
@@ -193,7 +194,7 @@ def test_a_chats_tokens_are_those_of_the_templates_own_rendering(kind, template)
     written = example.tokens[len(asked) :]
     assert example.tokens[: len(asked)] == asked and all(example.loss_mask[len(asked) :])
     assert decode_more(tokenizer, written, asked).strip() == "an hour"
-    assert encode_scored_text(tokenizer, CHAT[:3], "an hour", end_tokens=ends, where="x")[-1] == END
+    assert encode_scored_text(tokenizer, CHAT[:3], "an hour", end_tokens=ends, end=turn_end(tokenizer), where="x")[-1] == END
 
 
 CHATML = LINE_BREAKS.replace("<eos>", "<assistant>")  # which no generation config names
@@ -209,7 +210,9 @@ def test_the_end_that_the_template_writes_is_the_end_of_every_answer():
     ends = frozenset({END, ASSISTANT})
     the_end, an_hour = tokenizer("the end")["input_ids"], tokenizer("an hour")["input_ids"]
     assert trained(encoded({"messages": CHAT}, tokenizer, end_tokens=ends)) == [*the_end, ASSISTANT, *an_hour, ASSISTANT]
-    assert encode_scored_text(tokenizer, CHAT[:1], "an", end_tokens=ends, where="x")[-1] == ASSISTANT
+    assert encode_scored_text(tokenizer, CHAT[:1], "an", end_tokens=ends, end=turn_end(tokenizer), where="x")[-1] == ASSISTANT
+    tokenizer.chat_template = LINE_BREAKS.replace("<eos>", "<assistant><eos>")  # the first one stops
+    assert trained(encoded({"messages": CHAT}, tokenizer, end_tokens=ends)) == [*the_end, ASSISTANT, *an_hour, ASSISTANT]
 
 
 def answered(opened: str, written: str) -> str:

@@ -89,7 +89,10 @@ class RejectionSampling:
             raise InputError(f"{what}; raise generation.max_new_tokens, or end them with generation.stop")
         kept = max(1, round(settings.keep * len(usable)))
         best = sorted(usable, key=lambda row: -row["reward"]["reward"])[:kept]
-        examples = [example_of(row["prompt"], row["completion"], chat=self.task.chat) for row in best]
+        examples = [
+            example_of(row["prompt"], row["completion"], chat=self.task.chat, tools=row.get("tools"))
+            for row in best
+        ]
         lines = dict.fromkeys(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
         given = b"" if settings.join is None else _joined(settings.join).read_bytes().rstrip() + b"\n"
         with writing(path):
@@ -173,12 +176,13 @@ def is_usable(trajectory: Trajectory) -> bool:
     return bool(trajectory.completion_text.strip()) and trajectory.stop_reason.ended_by_itself
 
 
-def example_of(prompt: Any, completion: str, *, chat: bool) -> dict[str, Any]:
+def example_of(prompt: Any, completion: str, *, chat: bool, tools: Any = None) -> dict[str, Any]:
     """A row that `sft.data` takes; a string that was sent as a chat is a user's message."""
     if isinstance(prompt, str) and not chat:
         return {"prompt": prompt, "completion": completion}
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return {"messages": [*turns, {"role": "assistant", "content": completion}]}
+    row = {"messages": [*turns, {"role": "assistant", "content": completion}]}
+    return row | ({"tools": tools} if tools else {})
 
 
 def check_join(config: Config, task: TextTask | None, *, is_made: bool = True) -> None:

@@ -44,6 +44,9 @@ class SFT(HasSession, Generates):
             preflight(self.config)
         assert self.config.sft is not None
         self.data = build_demonstrations(self.config.sft, data)
+        if "messages" in self.data.train[0].contents:  # what learnt chats is asked in one
+            chat = self.config.generation.model_copy(update={"chat": True})
+            self.config = self.config.model_copy(update={"generation": chat})
         self.policy = policy if isinstance(policy, CausalLMPolicy) else build_policy(self.config)
         self._session = Session(self.config, self.policy, self.data, run=run, verbose=verbose)
 

@@ -210,17 +210,19 @@ def encode_demonstration(
     return TokenizedExample(tokens, (False, *loss_mask[1:]))
 
 
-def encode_scored_text(tokenizer: Any, prompt: Any, text: str, *, end_tokens: Set[int], where: str) -> Tokens:
+def encode_scored_text(
+    tokenizer: Any, prompt: Any, text: str, *, end_tokens: Set[int], end: int | None, where: str
+) -> Tokens:
     """A text as a reward model reads it, with an end token, at which the score is read.
 
-    A string prompt and `text` are one text; messages are rendered with `text` as the assistant's. Raises
-    InputError for messages that cannot be rendered.
+    A string prompt and `text` are one text; messages are rendered with `text` as the assistant's, which the
+    chat template ends by `end` (its `turn_end`). Raises InputError for messages that cannot be rendered.
     """
     if prompt is None or isinstance(prompt, str):
         return with_end_token(tokenizer, encode_text(tokenizer, (prompt or "") + text), end_tokens)
     opened = render_messages(tokenizer, prompt, opens_turn=True, where=where)
     tokens = (*_encode(tokenizer, opened), *encode_more(tokenizer, text, opened))
-    return with_end_token(tokenizer, tokens, end_tokens, turn_end(tokenizer))
+    return with_end_token(tokenizer, tokens, end_tokens, end)
 
 
 def _assistant_pieces(
@@ -241,6 +243,8 @@ def _assistant_pieces(
         tokens = encode_more(tokenizer, written, opened)
         # After the end token a template may have a line break, which the policy need not write.
         end = max((n + 1 for n, token in enumerate(tokens) if token in end_tokens), default=0)
+        while end > 1 and tokens[end - 2] in end_tokens:  # a turn's end and the text's: the first one stops
+            end -= 1
         if not end and number != places[-1]:
             what = "the model's chat template ends no message with an end token, so most would teach to go on"
             raise InputError(f"{where}: {what}; {ALONE}")

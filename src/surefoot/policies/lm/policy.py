@@ -62,6 +62,7 @@ class CausalLMPolicy:
         end = turn_end(tokenizer)
         if end is not None and end >= len(lm.get_input_embeddings().weight):
             end = None  # the model can neither read nor write it
+        self.turn_end = end
         self.model_end_tokens = frozenset(int(i) for i in ids | {end} if i is not None)
         if end not in {None, *ids} and hasattr(lm, "generation_config"):  # who opens what is saved is to know
             lm.generation_config.eos_token_id = sorted(self.model_end_tokens)

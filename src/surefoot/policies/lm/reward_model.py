@@ -64,7 +64,8 @@ class RewardModelPolicy:
         Raises InputError, naming `where`, for more tokens than the context, or messages without a template.
         """
         ends, context = self.model_end_tokens, self.context_length
-        tokens = encode_scored_text(self.tokenizer, prompt, text, end_tokens=ends, where=where)
+        end = self.trunk.turn_end
+        tokens = encode_scored_text(self.tokenizer, prompt, text, end_tokens=ends, end=end, where=where)
         if len(tokens) > context:
             found = f"{where}: has {len(tokens)} tokens, more than the model's context of {context}"
             raise InputError(f"{found}; shorten it")
