@@ -6,6 +6,7 @@ Shape letters used in names all over the package: B rows (episodes, or parallel 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -107,9 +108,15 @@ class Trajectory:
     turns: list[Turn]
     stop_reason: StopReason
     columns: dict[str, Any] = field(default_factory=dict)  # the task's other columns
-    reward: float = float("nan")  # what the reward function gave
+    reward: float = float("nan")  # what the reward function gave; NaN: none applies, and it is left out
     reward_parts: dict[str, float] = field(default_factory=dict)  # what it was made of: see rewards/
+    extra: dict[str, Any] = field(default_factory=dict)  # what a reward function logged of it
     kl: float = 0.0  # log p - log p_ref summed over the policy's tokens, nats
+
+    @property
+    def is_rewarded(self) -> bool:
+        """Whether a reward applies to it."""
+        return not math.isnan(self.reward)
 
     @property
     def prompt_tokens(self) -> tuple[int, ...]:
@@ -134,6 +141,7 @@ class Trajectory:
         found |= {"tools": tools} if (tools := self.columns.get("tools")) else {}
         found |= {"tokens": len(self.completion_tokens), "stop_reason": self.stop_reason.value}
         found |= {"reward": self.reward_parts or {"reward": self.reward}, "kl": self.kl}
+        found |= {"extra": self.extra} if self.extra else {}
         return found | ({"turns": turns} if len(turns) > 2 else {})
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import builtins
+import math
 import sys
 import threading
 from collections.abc import Callable
@@ -17,7 +19,7 @@ import torch
 
 from surefoot.config.messages import short
 from surefoot.errors import InputError
-from surefoot.rewards.functions import compute_rewards, load_function
+from surefoot.rewards.functions import RewardLog, compute_rewards, compute_several, load_function
 from tests.fakes import trajectory
 from tests.golden import refused
 
@@ -55,7 +57,7 @@ def test_numbers_of_every_library_become_floats(numbers: Any) -> None:
     assert checked == [1.5, -2.0, 1.0] and {type(value) for value in checked} == {float}
 
 
-NO_NUMBERS: list[Any] = [None, float("nan"), -float("inf"), "0.5", b"1", [0.5], {"score": 1.0}, 1 + 2j, 10**400]
+NO_NUMBERS: list[Any] = [float("nan"), -float("inf"), "0.5", b"1", [0.5], {"score": 1.0}, 1 + 2j, 10**400]
 NO_NUMBERS += [Decimal("0.5"), np.float32("nan"), np.str_("0.5"), np.array([1.0, 2.0])]
 NO_NUMBERS += [torch.tensor([1.0, 2.0]), torch.tensor([]), torch.tensor(float("inf"))]
 # Within float64, but squares of them leave float32; and what cannot even be shown.
@@ -158,3 +160,52 @@ def test_a_file_or_module_that_cannot_serve_is_named_with_the_key(tmp_path: Path
     for place, missing in ((f"{tmp_path}/bad_reward.py", "no file"), ("bad_reward", "ModuleNotFoundError")):
         with refused("task.metric: ", "bad_reward", missing if source is None else NOT_SERVING[source]):
             load_function(f"{place}:reward", key="task.metric")
+
+
+def test_functions_that_wait_wait_at_the_same_time_also_under_a_running_loop() -> None:
+    met: list[str] = []
+
+    def waiting(name: str) -> Any:
+        async def reward(completions: list[str], **columns: Any) -> list[float]:
+            met.append(name)
+            while len(met) < 2:  # for ever, unless the other one runs too
+                await asyncio.sleep(0)
+            return [float(len(text)) for text in completions]
+
+        return reward
+
+    async def in_a_notebook() -> dict[str, list[float]]:
+        return scored()
+
+    def scored() -> dict[str, list[float]]:
+        met.clear()
+        return compute_several({"a": waiting("a"), "b": waiting("b")}, ANSWERS, RewardLog())
+
+    expected = [float(len(t.completion_text)) for t in ANSWERS]
+    assert scored() == asyncio.run(in_a_notebook()) == {"a": expected, "b": expected}
+
+    async def broken(**given: Any) -> list[float]:
+        raise KeyError("later")
+
+    with refused("the reward b function raised KeyError", "test_functions.py, line "):
+        compute_several({"reward a": returning([0.5] * 3), "reward b": broken}, ANSWERS, RewardLog())
+
+
+def test_functions_that_name_them_get_tokens_state_and_logs_as_trls_do() -> None:
+    log, answers = RewardLog(global_step=7), [trajectory(tokens=(3, 2)), trajectory(tokens=(4,))]
+
+    def reward(completions, completion_ids, trainer_state, log_metric, log_extra, **columns):
+        assert [*columns] == ["prompts"] and completion_ids == [[3, 2], [4]] and trainer_state.global_step == 7
+        log_metric("parsed", 1), log_metric("parsed", np.float32(0.5)), log_extra("answer", ["a", {1}])
+        return [0.0, 1.0]
+
+    compute_rewards(reward, answers, log=log)
+    assert log.means("reward/log/") == {"reward/log/parsed": 0.75}
+    assert [t.record()["extra"] for t in answers] == [{"answer": "a"}, {"answer": "{1}"}]
+    for broken in (
+        lambda log_metric, **_: log_metric("x", math.nan),
+        lambda log_extra, **_: log_extra("x", [1]),
+        lambda log_metric, **_: log_metric("a/b", 1),
+    ):
+        with refused("log_"):
+            compute_rewards(broken, answers)

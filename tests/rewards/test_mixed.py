@@ -13,18 +13,19 @@ import pytest
 import torch
 import yaml
 
-from surefoot import PPO, RewardModel, TextTask
+from surefoot import PPO, PPOObjective, RewardModel, TextTask, advantages, update
 from surefoot.build.language import build_task
 from surefoot.config import ShapingConfig, absolute_paths, load_config
 from surefoot.core.running import RunningStats
 from surefoot.rewards.mixed import MixedReward, assign_rewards
 from surefoot.rewards.shaping import shape_rewards
 from surefoot.types import StopReason
-from tests.fakes import config_of, trajectory
+from tests.fakes import assert_close, config_of, trajectory
 from tests.golden import refused
 from tests.inputs import model_folder, run_cli, write_project
-from tests.rollout.test_text import played, task
+from tests.rollout.test_text import played, task, text_rollout
 from tests.test_reward_model import FAST, PAIRS
+from tests.tiny import tiny_policy
 from tests.train.small_run import rows
 
 TWO = """
@@ -64,11 +65,63 @@ def test_each_part_gets_what_a_function_gets_and_is_checked_as_one():
         assign_rewards(MixedReward({"a": (lambda **given: [1e10], 1e300)}), [trajectory("x")])
 
 
+def test_a_part_that_is_none_is_left_out_of_the_sum_and_a_sample_without_any_of_everything():
+    answers = [trajectory(text) for text in ("you", "and", "me")]
+    some = {"a": (lambda **_: [1.0, None, None], 2.0), "b": (lambda **_: [0.5, 3.0, None], -1.0)}
+    assign_rewards(MixedReward(some), answers)
+    assert [t.reward for t in answers[:2]] == [1.5, -3.0] and not answers[2].is_rewarded
+    assert [t.reward_parts for t in answers[:2]] == [
+        {"reward": 1.5, "part/a": 1.0, "part/b": 0.5},
+        {"reward": -3.0, "part/b": 3.0},
+    ]
+    stats = shape_rewards(answers, ShapingConfig(scale="running_std"), RunningStats())
+    assert stats == RunningStats().updated([1.5, -3.0]) and "shaped" not in answers[2].reward_parts
+
+
+@pytest.mark.parametrize("settings", [{}, *({"group": {"size": 4}, "advantage": name} for name in ("grpo", "rloo", "remax"))])
+def test_a_sample_without_a_reward_teaches_nothing(settings):
+    """The weights after an update are those of a batch that never had the sample."""
+    config = config_of(micro_batch_tokens=60, batch_size=16, n_epochs=1, **settings)
+
+    def some(completions, **columns):  # not to the first group, one of the second, and of remax the fourth's greedy answer
+        return [None if i in (0, 1, 2, 3, 5, 19) else float(len(text)) for i, text in enumerate(completions)]
+
+    policies = [tiny_policy(moved=True) for _ in range(2)]
+    batches = [played(policy, task(reward=some), ppo=config) for policy in policies]
+    rewards = torch.tensor([t.reward for t in batches[0].trajectories])
+    assert int(rewards.isnan().sum()) == 5 and batches[0].metrics["reward/left_out"] == 5 / 16
+    assert batches[0].metrics["reward/mean"] == float(rewards[~rewards.isnan()].mean())
+    kept = [i for i in range(12 if config.ppo.advantage == "remax" else 16) if i not in (0, 1, 2, 3, 5)]
+    batches[1] = batches[1].rows(torch.tensor(kept))
+    for policy, batch in zip(policies, batches, strict=True):
+        update(policy, advantages(batch, config), PPOObjective(config), check_first=True)
+    with_them, without = ({name: p.detach() for name, p in policy.named_parameters_to_train()} for policy in policies)
+    assert_close(with_them, without, 1e-6)
+    before = dict(tiny_policy(moved=True).named_parameters_to_train())
+    assert any(not torch.equal(value, before[name]) for name, value in without.items())
+
+
+def test_a_batch_without_any_reward_is_no_update_and_an_evaluation_without_any_is_one_line():
+    policy, config = tiny_policy(moved=True), config_of(micro_batch_tokens=60)
+    batch = played(policy, task(reward=lambda prompts, **_: [None] * len(prompts)), ppo=config)
+    assert "reward/mean" not in batch.metrics and batch.metrics["reward/left_out"] == 1.0
+    assert update(policy, advantages(batch, config), PPOObjective(config)).steps == 0
+    nothing = task(reward=lambda prompts, **_: [None] * len(prompts), held_out=0.5)
+    with refused("returned None for all"):
+        text_rollout(policy, nothing).evaluate(4)
+
+
+def test_a_list_of_functions_is_their_sum():
+    assert MixedReward([long, vowels]).parts == {"long": (long, 1.0), "vowels": (vowels, 1.0)}
+    with refused("two functions of one name"):
+        task(reward=[long, long])
+
+
 UNFIT: list[tuple[Any, str]] = [
     ({}, "weight"),
     ({"a": (long, 0.0)}, "weight"),
     ({"a/b": (long, 1.0)}, "'a/b'"),
-    ([len], "function"),
+    ([5], "function"),
 ]
 UNFIT += [
     ({"a": (long, math.nan)}, "the weight of a is nan"),

@@ -140,6 +140,7 @@ class RejectionSampling:
                 sampled = time.perf_counter()
                 usable = [one for one in trajectories if is_usable(one)]
                 assign_rewards(self.task.reward, usable)
+                usable = [one for one in usable if one.is_rewarded]
             self._stop.raise_if_set()
         except RolloutAborted:
             checkpoint.restore_generators(generators)
@@ -158,7 +159,7 @@ class RejectionSampling:
         if usable:
             metrics["reward/mean"] = sum(one.reward for one in usable) / len(usable)
         of_batch = {"update": batch, "split": "train"}
-        records = [one.record() | ({} if is_usable(one) else {"reward": None}) for one in trajectories]
+        records = [one.record() | ({} if one.is_rewarded else {"reward": None}) for one in trajectories]
         folder.append("samples.jsonl", [of_batch | record for record in records])
         folder.append("metrics.jsonl", [{"update": batch, **metrics}])
         state = {"episodes": after, "inputs": self._inputs, "log_sizes": folder.log_sizes()}

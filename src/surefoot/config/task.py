@@ -14,6 +14,8 @@ from surefoot.config.fields import FilePath, HeldOut, Positive, RewardPath, Sect
 from surefoot.config.messages import short, validated
 from surefoot.errors import InputError
 
+LABEL = r"[A-Za-z0-9_.-]{1,64}"  # what names a metric
+
 
 class RewardPart(Section):
     """One of several rewards that are added up."""
@@ -70,7 +72,7 @@ def _part(part: Any, number: int) -> RewardPart:
 def check_weights(weights: Mapping[str, float]) -> None:
     """Raise ValueError: weights of a reward's parts, by label, that make no reward, or unusable labels."""
     for label, weight in weights.items():
-        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", label):
+        if not re.fullmatch(LABEL, label):
             raise ValueError(f"{short(label)} cannot name a metric; use letters, digits, '.', '_' and '-'")
         if not math.isfinite(weight):
             raise ValueError(f"the weight of {label} is {weight}; give a finite number")

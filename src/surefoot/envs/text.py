@@ -35,16 +35,20 @@ class TextTask:
 
     `prompts` is a list of strings, of message lists (`[{"role": "user", "content": …}]`) or of dicts with a
     `prompt` column and others; a JSONL file of such; or a `datasets.Dataset`. `reward` has TRL's signature,
-    `reward(prompts, completions, **columns) -> list[float]`, or is a dict of such functions with their
-    weights in the sum, `{"polite": (polite, 1.0), "long": (length, -0.01)}`; `metric` is a measure for
-    evaluations apart from it. `held_out` is the fraction of prompts kept for evaluation, by a hash of the
-    text (`data/rows.py:split`), or a list of other prompts. Raises InputError for unusable prompts.
+    `reward(prompts, completions, **columns) -> list[float]`, or is a list of such functions, or a dict of
+    them with their weights in the sum, `{"polite": (polite, 1.0), "long": (length, -0.01)}`; `metric` is a
+    measure for evaluations apart from it. `held_out` is the fraction of prompts kept for evaluation, by a
+    hash of the text (`data/rows.py:split`), or a list of other prompts. Raises InputError for unusable
+    prompts.
     """
 
     def __init__(
         self,
         prompts: Any,
-        reward: RewardFunction | Mapping[str, tuple[RewardFunction, float]] | MixedReward,
+        reward: RewardFunction
+        | list[RewardFunction]
+        | Mapping[str, tuple[RewardFunction, float]]
+        | MixedReward,
         *,
         metric: RewardFunction | None = None,
         held_out: float | Sequence[Any] = 0.1,
@@ -52,7 +56,7 @@ class TextTask:
         prompt_tokens: int | None = None,
         chat: bool = False,
     ):
-        reward = MixedReward(reward) if isinstance(reward, Mapping) else reward
+        reward = MixedReward(reward) if isinstance(reward, (Mapping, list, tuple)) else reward
         for name, function in (("reward", reward), ("metric", metric)):
             others = isinstance(function, MixedReward) if name == "reward" else function is None
             if not (callable(function) or others):

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import importlib
 import importlib.util
+import inspect
+import math
 import os
+import re
 import sys
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Awaitable, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, Protocol, cast
 
 from surefoot.config.messages import short
+from surefoot.config.task import LABEL
 from surefoot.data.user_code import Guard
 from surefoot.errors import InputError
 from surefoot.types import Trajectory
@@ -23,12 +30,56 @@ LARGEST_REWARD = 1e15  # beyond, squares of returns and sums of them leave float
 class RewardFunction(Protocol):
     """Plain Python, with the signature TRL users already have."""
 
-    def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> Sequence[float]:
-        """One float per completion.
+    def __call__(
+        self, *, prompts: list[Any], completions: list[Any], **columns: Any
+    ) -> Sequence[float | None] | Awaitable[Sequence[float | None]]:
+        """One float per completion; None where it does not apply to one. May be `async`.
 
         Prompts and completions are strings, or message lists where the prompt was one; each further column of
-        the task comes as a keyword, a list with one entry a sample.
+        the task comes as a keyword, a list with one entry a sample. A function that names them also gets
+        `completion_ids`, the completions' tokens, and those of `RewardLog`.
         """
+
+
+@dataclass
+class RewardLog:
+    """What reward functions may say beside rewards, by the keywords that TRL's have.
+
+    `log_metric(name, value)` logs a number, `log_extra(column, values)` a value for each sample;
+    `trainer_state.global_step` is the number of updates before this one.
+    """
+
+    global_step: int = 0
+    metrics: dict[str, list[float]] = field(default_factory=dict)  # by name, as each call gave them
+
+    def offers(self, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+        """The keywords, for a function that scores `trajectories`."""
+
+        def log_metric(name: str, value: Any) -> None:
+            number = float(value)
+            if not (math.isfinite(number) and re.fullmatch(LABEL, name)):
+                what = "a name of letters, digits, '.', '_' and '-' and a finite number are needed"
+                raise InputError(f"log_metric({name!r}, {value}): {what}")
+            self.metrics.setdefault(name, []).append(number)
+
+        def log_extra(column: str, values: Sequence[Any]) -> None:
+            if len(values) != len(trajectories):
+                what = f"{len(values)} values for {len(trajectories)} completions"
+                raise InputError(f"log_extra({column!r}, …): {what}")
+            for trajectory, value in zip(trajectories, values, strict=True):
+                is_plain = value is None or isinstance(value, (str, bool, int, float))
+                trajectory.extra[str(column)] = value if is_plain else str(value)
+
+        return {
+            "completion_ids": [[*t.completion_tokens] for t in trajectories],
+            "trainer_state": SimpleNamespace(global_step=self.global_step),
+            "log_metric": log_metric,
+            "log_extra": log_extra,
+        }
+
+    def means(self, prefix: str) -> dict[str, float]:
+        """The logged metrics, `prefix` before their names."""
+        return {prefix + name: math.fsum(values) / len(values) for name, values in self.metrics.items()}
 
 
 def is_function(reference: str) -> bool:
@@ -67,30 +118,79 @@ def _executed(file: Path) -> ModuleType:
 
 
 def compute_rewards(
-    function: RewardFunction, trajectories: Sequence[Trajectory], *, name: str = "reward"
+    function: RewardFunction,
+    trajectories: Sequence[Trajectory],
+    *,
+    name: str = "reward",
+    log: RewardLog | None = None,
 ) -> list[float]:
-    """What `function` gives for the trajectories, one finite float for each.
+    """What `function` gives for the trajectories, a finite float for each, or NaN where it gave None.
 
     Raises InputError for a function that raises, returns the wrong count, or anything but finite numbers; the
     message names the sample.
     """
+    return compute_several({name: function}, trajectories, log or RewardLog())[name]
+
+
+def compute_several(
+    functions: Mapping[str, RewardFunction], trajectories: Sequence[Trajectory], log: RewardLog
+) -> dict[str, list[float]]:
+    """As `compute_rewards`, of several by their names; those that are `async` wait at the same time."""
+    returned: dict[str, Any] = {}
+    for name, function in functions.items():
+        keywords = _keywords(function, trajectories, log)
+        with Guard(f"the {name} function", called_with=", ".join(keywords)):
+            returned[name] = function(**keywords)
+    waiting = {name: value for name, value in returned.items() if inspect.isawaitable(value)}
+    if waiting:
+        with Guard("the event loop of the reward functions"):
+            returned |= zip(waiting, _outcomes(list(waiting.values())), strict=True)
+    return {name: _floats(value, trajectories, name) for name, value in returned.items()}
+
+
+def _keywords(function: RewardFunction, trajectories: Sequence[Trajectory], log: RewardLog) -> dict[str, Any]:
+    """What a function is called with: samples, columns, and what it names of what is offered."""
     samples: dict[str, list[Any]] = {
         "prompts": [_copied(t.prompt) for t in trajectories],
         "completions": [_completion(t) for t in trajectories],
     }
     for column in sorted({column for t in trajectories for column in t.columns}):
         samples[column] = [_copied(t.columns.get(column)) for t in trajectories]
+    try:
+        named = inspect.signature(function).parameters.keys()
+    except (TypeError, ValueError):  # one written in C has none
+        return samples
+    offers = log.offers(trajectories)
+    return {name: offers[name] for name in offers.keys() & named} | samples
+
+
+def _outcomes(waiting: Sequence[Awaitable[Any]]) -> list[Any]:
+    """What each gives, or the exception it ends by; a notebook's own event loop may be running."""
+
+    async def together() -> list[Any]:
+        return await asyncio.gather(*waiting, return_exceptions=True)
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(together())
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, together()).result()
+
+
+def _floats(returned: Any, trajectories: Sequence[Trajectory], name: str) -> list[float]:
     count = len(trajectories)
-    with Guard(f"the {name} function", called_with=", ".join(samples)):
-        rewards = function(**samples)
+    with Guard(f"the {name} function", called_with="those of a reward function"):
+        if isinstance(returned, BaseException):
+            raise returned
         # Of a dict the keys would be taken for rewards, a set has no order, and a 0-d array no length.
-        is_list = hasattr(rewards, "__len__") and not isinstance(rewards, (str, bytes, Mapping, Set))
-        if not is_list or getattr(rewards, "shape", None) == ():
-            found = f"the {name} function returned {short(rewards)}"
+        is_list = hasattr(returned, "__len__") and not isinstance(returned, (str, bytes, Mapping, Set))
+        if not is_list or getattr(returned, "shape", None) == ():
+            found = f"the {name} function returned {short(returned)}"
             raise InputError(f"{found}; a list of {count} floats is needed")
-        if len(rewards) != count:
-            raise InputError(f"the {name} function returned {len(rewards)} rewards for {count} completions")
-        return [_checked(value, i, trajectories[i], name) for i, value in enumerate(rewards)]
+        if len(returned) != count:
+            raise InputError(f"the {name} function returned {len(returned)} rewards for {count} completions")
+        return [_checked(value, i, trajectories[i], name) for i, value in enumerate(returned)]
 
 
 def _copied(value: Any) -> Any:
@@ -107,6 +207,8 @@ def _completion(trajectory: Trajectory) -> Any:
 
 
 def _checked(value: Any, index: int, trajectory: Trajectory, name: str) -> float:
+    if value is None:
+        return math.nan
     try:
         number = value.item() if hasattr(value, "item") else value  # numpy and torch scalars
         if isinstance(number, (int, float)) and abs(number) <= LARGEST_REWARD:  # nor is NaN

@@ -15,8 +15,10 @@ def shape_rewards(
     """Fill up `reward_parts` of every trajectory; `reward_parts["shaped"]` is what its last turn is paid.
 
     In this order: the penalty for a completion cut off by the length limit; division by the running std of
-    all rewards so far; clipping. Returns the stats with this batch in them.
+    all rewards so far; clipping. One without a reward is paid nothing. Returns the stats with this batch in
+    them.
     """
+    trajectories = [t for t in trajectories if t.is_rewarded]
     for t in trajectories:
         shaped = t.reward
         if config.missing_eos_penalty is not None and not t.stop_reason.ended_by_itself:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -18,7 +19,7 @@ from surefoot.envs.text import Example, TextTask
 from surefoot.errors import InputError
 from surefoot.generation.engine import Engine, TokenEngine, TokenModel, generate
 from surefoot.policies.base import Policy
-from surefoot.rewards.functions import compute_rewards
+from surefoot.rewards.functions import RewardLog, compute_rewards
 from surefoot.rewards.mixed import PART, assign_rewards
 from surefoot.rewards.shaping import shape_rewards
 from surefoot.rollout.base import Evaluated, Poll, Rollout, digest
@@ -81,19 +82,23 @@ class TextRollout(Rollout):
             params = replace(self.params, temperature=0.0)
             greedy = self.play(examples[::group], seeds[::group], poll, params)
         played = time.perf_counter()
-        assign_rewards(self.task.reward, trajectories + greedy)
+        log = RewardLog(version)
+        assign_rewards(self.task.reward, trajectories + greedy, log)
         self.reward_stats = shape_rewards(trajectories + greedy, self.config.shaping, self.reward_stats)
         for trajectory in trajectories:
-            trajectory.turns[-1].reward = trajectory.reward_parts["shaped"]
+            trajectory.turns[-1].reward = trajectory.reward_parts.get("shaped", 0.0)
         device = self.policy.device
         batch = text_batch(trajectories, device=device)
         batch.step_limit = self.params.max_new_tokens
         batch.groups_B = torch.tensor([number // group for number in numbers], device=device)
+        is_rewarded_B = torch.tensor([t.is_rewarded for t in trajectories], device=device)
         if greedy:
-            baselines = torch.tensor([t.reward_parts["shaped"] for t in greedy], device=device)
+            baselines = torch.tensor([t.reward_parts.get("shaped", torch.nan) for t in greedy], device=device)
             batch.baselines_B = baselines.repeat_interleave(group)
+            is_rewarded_B &= ~batch.baselines_B.isnan()
         self._fill_logprobs(batch, values=self.policy.compute_values if self.ppo.has_critic else None)
-        batch.metrics = episode_metrics(batch)
+        batch.metrics = episode_metrics(batch) | log.means("reward/log/")
+        batch.mask_BT = batch.mask_BT & is_rewarded_B[:, None]  # the others teach nothing
         batch.metrics |= {"time/rollout_s": played - started, "time/score_s": time.perf_counter() - played}
         return batch
 
@@ -107,22 +112,24 @@ class TextRollout(Rollout):
         examples = self.task.held_out[:episodes]
         seeds = [derived_seed(self.seed, "evaluation", number) for number in range(len(examples))]
         trajectories = self.play(examples, seeds, poll)
-        assign_rewards(self.task.reward, trajectories)
+        log = RewardLog(version)
+        assign_rewards(self.task.reward, trajectories, log)
         batch = text_batch(trajectories, device=self.policy.device)
         self._fill_logprobs(batch)
         rewards = measured = [t.reward for t in trajectories]
         if self.task.metric is not None:
-            measured = compute_rewards(self.task.metric, trajectories, name="metric")
+            measured = compute_rewards(self.task.metric, trajectories, name="metric", log=log)
         n = len(trajectories)
         metrics = {
-            "eval/reward": sum(rewards) / n,
-            "eval/metric": sum(measured) / n,
+            "eval/reward": _mean(rewards, "reward"),
+            "eval/metric": _mean(measured, "metric"),
             "eval/kl": sum(t.kl for t in trajectories) / n,
             "eval/distinct_2": distinct_2([t.completion_tokens for t in trajectories]),
             "eval/length": sum(len(t.completion_tokens) for t in trajectories) / n,
             "eval/end_rate": sum(t.stop_reason.ended_by_itself for t in trajectories) / n,
         }
-        return metrics | _part_means(trajectories, "eval/part/<label>"), trajectories
+        metrics |= _part_means(trajectories, "eval/part/<label>") | log.means("eval/log/")
+        return metrics, trajectories
 
     def play(
         self,
@@ -181,27 +188,39 @@ def episode_metrics(batch: Batch) -> dict[str, float]:
     """What the episodes of a text batch were like: their rewards and lengths."""
     mask_BT = batch.mask_BT
     acted_B = mask_BT.any(1)  # rows in which the policy did nothing are not counted
-    rows = acted_B.sum().clamp(min=1)
     totals_B = torch.where(mask_BT, batch.rewards_BT, 0.0).sum(1)
     trajectories = [t for t in batch.trajectories if isinstance(t, Trajectory)]
-    rewards = torch.tensor([t.reward for t in trajectories])
     ended = [t.stop_reason.ended_by_itself for t in trajectories]
-    return {
-        "reward/mean": float(rewards.mean()),
-        "reward/std": float(rewards.std(unbiased=False)),
-        "reward/shaped": float(totals_B[acted_B].sum() / rows),
-        "length/mean": float(mask_BT.sum() / rows),
-        "length/end_rate": sum(ended) / len(ended),
-        **_part_means(trajectories, "reward/part/<label>"),
-    }
+    metrics = {}
+    rewards = torch.tensor([t.reward for t in trajectories if t.is_rewarded])
+    counts_B = acted_B & torch.tensor([t.is_rewarded for t in trajectories], device=acted_B.device)
+    if len(rewards):
+        metrics["reward/mean"] = float(rewards.mean())
+        metrics["reward/std"] = float(rewards.std(unbiased=False))
+        metrics["reward/shaped"] = float(totals_B[counts_B].sum() / counts_B.sum().clamp(min=1))
+    if len(rewards) < len(trajectories):
+        metrics["reward/left_out"] = 1 - len(rewards) / len(trajectories)
+    metrics["length/mean"] = float(mask_BT.sum() / acted_B.sum().clamp(min=1))
+    metrics["length/end_rate"] = sum(ended) / len(ended)
+    return metrics | _part_means(trajectories, "reward/part/<label>")
 
 
 def _part_means(trajectories: Sequence[Trajectory], name: str) -> dict[str, float]:
-    """Mean of each part of a mixed reward, by the metric's `name` with the part's label put in."""
-    labels = [key for key in trajectories[0].reward_parts if key.startswith(PART)]
-    n = len(trajectories)
-    means = {label: sum(t.reward_parts[label] for t in trajectories) / n for label in labels}
-    return {name.replace("<label>", label.removeprefix(PART)): mean for label, mean in means.items()}
+    """Mean of each part of a mixed reward where it applies, by the metric's `name` with its label put in."""
+    given: dict[str, list[float]] = {}
+    for trajectory in trajectories:
+        for key, value in trajectory.reward_parts.items():
+            if key.startswith(PART):
+                given.setdefault(name.replace("<label>", key.removeprefix(PART)), []).append(value)
+    return {key: sum(values) / len(values) for key, values in given.items()}
+
+
+def _mean(values: Sequence[float], name: str) -> float:
+    """Mean of the numbers that there are. Raises InputError for none."""
+    if not (given := [value for value in values if not math.isnan(value)]):
+        what = f"the {name} function returned None for all {len(values)} held-out prompts evaluated"
+        raise InputError(f"{what}; give the task prompts that it applies to, or raise evaluate.episodes")
+    return sum(given) / len(given)
 
 
 def text_engine(policy: LanguagePolicy, generation: GenerationConfig) -> TokenEngine:

@@ -102,10 +102,14 @@ class PPOObjective(Objective):
         return torch.where(mask_BT, advantages_B[:, None], 0.0)
 
     def select(self, batch: Batch, rows_per_minibatch: int) -> Batch:
-        """Without zero-variance groups, if asked for; whitened here where all is one minibatch."""
+        """Without rows that teach nothing, as no reward applies to them, nor, if asked for, zero-variance
+        groups; whitened here where all is one minibatch.
+        """
         assert batch.advantages_BT is not None, "call advantages(batch) first"
-        if self.config.group.skip_zero_variance and not bool((varies_B := has_reward_variance(batch)).all()):
-            batch = batch.rows(varies_B.nonzero().flatten())
+        skips = self.config.group.skip_zero_variance
+        teaches_B = has_reward_variance(batch) if skips else batch.mask_BT.any(1)
+        if not bool(teaches_B.all()):
+            batch = batch.rows(teaches_B.nonzero().flatten())
         self._is_whitened = self._normalizes and rows_per_minibatch >= len(batch) > 1
         if self._is_whitened:
             assert batch.advantages_BT is not None
