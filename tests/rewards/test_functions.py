@@ -200,7 +200,7 @@ def test_functions_that_name_them_get_tokens_state_and_logs_as_trls_do() -> None
         return [0.0, 1.0]
 
     compute_rewards(reward, answers, log=log)
-    assert log.means("reward/log/") == {"reward/log/parsed": 0.75}
+    assert log.means("reward/log/<name>") == {"reward/log/parsed": 0.75}
     assert [t.record()["extra"] for t in answers] == [{"answer": "a"}, {"answer": "{1}"}]
     for broken in (
         lambda log_metric, **_: log_metric("x", math.nan),

@@ -77,9 +77,10 @@ class RewardLog:
             "log_extra": log_extra,
         }
 
-    def means(self, prefix: str) -> dict[str, float]:
-        """The logged metrics, `prefix` before their names."""
-        return {prefix + name: math.fsum(values) / len(values) for name, values in self.metrics.items()}
+    def means(self, metric: str) -> dict[str, float]:
+        """The logged numbers, called `metric` with their names put in for `<name>`."""
+        means = {name: math.fsum(values) / len(values) for name, values in self.metrics.items()}
+        return {metric.replace("<name>", name): mean for name, mean in means.items()}
 
 
 def is_function(reference: str) -> bool:

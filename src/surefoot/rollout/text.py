@@ -97,7 +97,7 @@ class TextRollout(Rollout):
             batch.baselines_B = baselines.repeat_interleave(group)
             is_rewarded_B &= ~batch.baselines_B.isnan()
         self._fill_logprobs(batch, values=self.policy.compute_values if self.ppo.has_critic else None)
-        batch.metrics = episode_metrics(batch) | log.means("reward/log/")
+        batch.metrics = episode_metrics(batch) | log.means("reward/log/<name>")
         batch.mask_BT = batch.mask_BT & is_rewarded_B[:, None]  # the others teach nothing
         batch.metrics |= {"time/rollout_s": played - started, "time/score_s": time.perf_counter() - played}
         return batch
@@ -128,7 +128,7 @@ class TextRollout(Rollout):
             "eval/length": sum(len(t.completion_tokens) for t in trajectories) / n,
             "eval/end_rate": sum(t.stop_reason.ended_by_itself for t in trajectories) / n,
         }
-        metrics |= _part_means(trajectories, "eval/part/<label>") | log.means("eval/log/")
+        metrics |= _part_means(trajectories, "eval/part/<label>") | log.means("eval/log/<name>")
         return metrics, trajectories
 
     def play(
