@@ -9,6 +9,9 @@ SurefootError            one line for the user, never a traceback
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 def printable(text: str) -> str:
     """`text` in one line; what a terminal would obey or not show stands as Python writes it, `\\x1b`."""
@@ -50,3 +53,17 @@ class Interrupted(SurefootError, KeyboardInterrupt):
 def one_line(error: BaseException) -> str:
     """What an error says, in one line."""
     return printable(str(error))[:300] or type(error).__name__
+
+
+@contextlib.contextmanager
+def failing_as(what: str) -> Iterator[None]:
+    """Make all that a library raises in the block an InputError: `what`, and its words in one line.
+
+    Those written in Rust panic with what is no Exception.
+    """
+    try:
+        yield
+    except (SurefootError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise InputError(f"{what}: {one_line(error)}") from error

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
+from surefoot.data import render, time_limit
 from surefoot.data.render import (
     TokenizedExample,
     decode_more,
@@ -137,6 +139,23 @@ def test_messages_that_cannot_be_rendered_are_one_line(chat):
         encode_scored_text(tokenizer, CHAT[:1], "x", end_tokens=frozenset({END}), end=None, where="data, row 2")
     with refused("the prompt", what):
         encode_prompt(tokenizer, "in", chat=True)
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(("template", "named"), [(ENDLESS, "no end"), ("{{ 'long ' * 99 }}", "495"), ("{{ 1 // 0 }}", "zero")])
+def test_a_template_that_does_not_end_or_makes_too_much_is_one_line(template, named, monkeypatch):
+    monkeypatch.setattr(time_limit, "SECONDS", 0)
+    monkeypatch.setattr(render, "LONGEST", 400)
+    tokenizer = tiny_tokenizer(chat=True)
+    expected, tokenizer.chat_template = encode_prompt(tokenizer, CHAT), template
+    with refused("d.jsonl, line 1", named):
+        encoded({"messages": CHAT}, tokenizer)
+    with ThreadPoolExecutor(1) as elsewhere, refused("the prompt", named):  # where no signal is heard
+        elsewhere.submit(encode_prompt, tokenizer, CHAT).result()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    assert encode_prompt(tokenizer, CHAT) == expected
 
 
 EVERY_TOKENIZER = pytest.mark.parametrize("kind", TOKENIZERS)

@@ -85,6 +85,7 @@ def reweighted(change: Callable[[torch.Tensor], torch.Tensor], folder: Path) -> 
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
 
 
+CHARSMAP = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
 DAMAGES: dict[str, tuple[Damage, str]] = {  # more of them: tests/test_inputs.py
     "less than it says": (written(WEIGHTS, lambda data: data[:-1]), f"{WEIGHTS}: half-written"),
     "more than it says": (written(WEIGHTS, lambda data: data + b"\0" * 64), f"{WEIGHTS}: half-written"),
@@ -98,6 +99,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {  # more of them: tests/test_inputs.py
     "a device": (lambda folder: (folder / "added_tokens.json").symlink_to("/dev/zero"), "added_tokens.json"),
     "whole numbers": (functools.partial(reweighted, lambda weight: weight.to(torch.int8)), "I8"),
     "a length that is none": (changed("tokenizer_config.json", model_max_length="long"), "tokenizer"),
+    "a charsmap that is none": (changed("tokenizer.json", normalizer=CHARSMAP), "charsmap"),  # Rust panics
     "an end that is none": (changed("generation_config.json", eos_token_id="x"), "'x'"),
     "an end beyond the rows": (changed("generation_config.json", eos_token_id=[1, 61]), "61"),
     **{
@@ -124,13 +126,40 @@ def test_settings_that_loading_can_undo_are_undone(folder, change, tmp_path):
     assert load_policy(str(tmp_path / "saved"), FLOAT32).fingerprint() == tiny_policy().fingerprint()
 
 
-def test_tokens_that_the_model_has_no_row_for_are_one_line_through_every_door_once_they_are_read(folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def adding_tokens(folder: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"extra_special_tokens": [f"<x{i}>" for i in range(9)]})
     tokenizer.save_pretrained(folder)
-    texts, quiet = ["the <x8>"] * 4, {"verbose": 0, "held_out": 0.0, "dtype": "float32", "epochs": 1}
-    pairs = [{"prompt": "a", "chosen": "<x8>", "rejected": text} for text in "cdef"]
+
+
+def beginning_with(token: int) -> Damage:
+    """A tokenizer that begins each text with a token of which only its id is said."""
+    special = {"<s>": {"id": "<s>", "ids": [token], "tokens": ["<s>"]}}
+    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    processor = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": special}
+    return changed("tokenizer.json", post_processor=processor)
+
+
+# Rust's tokenizers panic: Oniguruma gives up.
+PANIC = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (adding_tokens, ("<x8>", "65", "61")),
+        (beginning_with(5000), ("5000", "61")),
+        (changed("tokenizer.json", pre_tokenizer=PANIC), ("Onig",)),
+    ],
+    ids=["added tokens", "a BOS", "a panic"],
+)
+def test_what_a_tokenizer_makes_of_a_text_and_the_model_cannot_read_is_one_line_through_every_door(
+    folder, tmp_path, monkeypatch, damage, named
+):
+    monkeypatch.chdir(tmp_path)
+    damage(folder)
+    texts, quiet = ["the <x8>" + "x" * 40] * 4, {"verbose": 0, "held_out": 0.0, "dtype": "float32", "epochs": 1}
+    pairs = [{"prompt": "a", "chosen": "<x8>" + "x" * 40, "rejected": text} for text in "cdef"]
     task = TextTask(texts, lambda completions, **_: [0.0] * len(completions), held_out=0.0)
     small = {"verbose": 0, "total_episodes": 4, "episodes_per_update": 4, "batch_size": 4, "max_new_tokens": 2}
     doors: list[Callable[[], Any]] = [
@@ -141,7 +170,9 @@ def test_tokens_that_the_model_has_no_row_for_are_one_line_through_every_door_on
         lambda: PPO.open(folder).generate(texts),
     ]
     for door in doors:
-        refusal(door, "<x8>", "65", "61")
+        refusal(door, str(folder), *named)
+    if damage is not adding_tokens:
+        return
     assert isinstance(PPO.open(folder).generate("the"), str)
     refusal(lambda: PPO(tiny_policy(), task, verbose=0, stop_token_ids=[57, 10**12]).generate("the"), "stop_token_ids", "57")
 

@@ -8,10 +8,12 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from surefoot.errors import InputError, one_line
+from surefoot.data.time_limit import limited
+from surefoot.errors import InputError, failing_as
 from surefoot.types import Demonstration
 
 Tokens = tuple[int, ...]
+LONGEST = 2**24  # characters of a rendered chat; no model reads as many
 NEAR = 200  # characters of the text before; more cannot matter to tokens, and would cost time
 REASONING = ("reasoning_content", "reasoning", "thinking")  # where messages have it, by their templates
 Piece = tuple[Tokens, bool]  # part of a chat, and whether it is trained
@@ -70,7 +72,8 @@ def encode_more(tokenizer: Any, text: str, before: str) -> Tokens:
     """
     before = before[-NEAR:]
     apart, head = _encode(tokenizer, text), _encode(tokenizer, before)
-    if not before or _decode(tokenizer, (*head, *apart)) == _decode(tokenizer, head) + text:
+    plain = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    if not before or _decode(tokenizer, (*head, *apart), **plain) == _decode(tokenizer, head, **plain) + text:
         return apart
     for context in (before, "\n", ".", "a", "0"):
         head, whole = _probe(tokenizer, context), _probe(tokenizer, context + text)
@@ -84,7 +87,7 @@ def decode_more(tokenizer: Any, tokens: Sequence[int], before: Sequence[int]) ->
 
     Example: after "The film" the token "▁was" adds " was", though "was" is what it stands for alone.
     """
-    alone = str(tokenizer.decode(tokens, skip_special_tokens=True))
+    alone = _decode(tokenizer, tokens, skip_special_tokens=True)
     if not before:
         return alone
     if _begins_anew(tokenizer, before[-1]):
@@ -92,11 +95,11 @@ def decode_more(tokenizer: Any, tokens: Sequence[int], before: Sequence[int]) ->
         return alone[1:] if is_tokenizers else alone  # its first space
     # A context of some tokens will do, unless it has no text or begins or ends within a character.
     for context in (before[-32:], before):
-        head = tokenizer.decode(context, skip_special_tokens=True)
+        head = _decode(tokenizer, context, skip_special_tokens=True)
         if head and "\ufffd" not in head:
             break
-    whole = tokenizer.decode([*context, *tokens], skip_special_tokens=True)
-    return str(whole[len(_common_prefix(head, whole)) :])
+    whole = _decode(tokenizer, [*context, *tokens], skip_special_tokens=True)
+    return whole[len(_common_prefix(head, whole)) :]
 
 
 def _begins_anew(tokenizer: Any, token: int) -> bool:
@@ -111,11 +114,18 @@ def _common_prefix(one: str, other: str) -> str:
 
 
 def _encode(tokenizer: Any, text: str, *, is_whole: bool = False) -> Tokens:
-    try:
-        return tuple(tokenizer(text, add_special_tokens=is_whole)["input_ids"])
-    except Exception as error:  # the library's own have no class; a vocabulary without an unknown token, say
-        found = f"the model's tokenizer cannot read {text[:60]!r}: {one_line(error)}"
-        raise InputError(f"policy.model: {found}") from error
+    with failing_as(
+        f"{_name(tokenizer)} cannot read {text[:60]!r}"
+    ):  # a vocabulary without an unknown token, say
+        tokens = tuple(tokenizer(text, add_special_tokens=is_whole)["input_ids"])
+    rows = getattr(tokenizer, "embedding_rows", None)  # the model's; here is the last place before a device
+    if rows is not None and tokens and (most := max(tokens)) >= rows:
+        found = (
+            f"{tokenizer.convert_ids_to_tokens(most)!r} as token {most}, and the model embeddings for {rows}"
+        )
+        how = "take it out of the texts, or give the model more (resize_token_embeddings) and save it"
+        raise InputError(f"{_name(tokenizer)} has {found}; {how}")
+    return tokens
 
 
 def _probe(tokenizer: Any, text: str) -> Tokens:
@@ -126,8 +136,13 @@ def _probe(tokenizer: Any, text: str) -> Tokens:
         return ()
 
 
-def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
-    return str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+def _decode(tokenizer: Any, tokens: Sequence[int], **settings: bool) -> str:
+    with failing_as(f"{_name(tokenizer)} cannot decode {list(tokens)[:9]}"):
+        return str(tokenizer.decode(tokens, **settings))
+
+
+def _name(tokenizer: Any) -> str:
+    return f"the model's tokenizer ({tokenizer.name_or_path or 'made in Python'})"
 
 
 def render_messages(
@@ -137,12 +152,12 @@ def render_messages(
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(f"{where}: messages need a chat template; the model's tokenizer has none; use text")
     options = {"add_generation_prompt": opens_turn, "tokenize": False}
-    try:
+    # A template is a program: it may refuse roles or their order in its words, or have no end.
+    with failing_as(f"{where}: the model's chat template does not take it"), limited():
         text = str(tokenizer.apply_chat_template(messages, tools=tools or None, **options))
         is_complete = not tools or text != tokenizer.apply_chat_template(messages, **options)
-    except Exception as error:  # a template is a program, and may refuse roles or their order in its words
-        said = " ".join(str(error).split())
-        raise InputError(f"{where}: the model's chat template does not take it: {said}") from error
+    if len(text) > LONGEST:
+        raise InputError(f"{where}: the model's chat template makes {len(text):,} characters of it")
     if not is_complete:
         raise InputError(f"{where}: the model's chat template leaves out the row's tools; drop that column")
     return text

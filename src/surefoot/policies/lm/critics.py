@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from surefoot.config import CriticConfig
 from surefoot.core.seeds import derived_seed
 from surefoot.data.silence import silence_transformers
-from surefoot.errors import InputError, one_line
+from surefoot.errors import InputError, failing_as
 from surefoot.policies.lm import adapters
 from surefoot.policies.lm.pretrained import REWARD, load_pretrained
 from surefoot.storage.safetensors import read_tensors
@@ -125,11 +125,8 @@ def _check_vocabulary(name: str, tokenizer: Any, other: Any, critic: Any, lm: An
 def _check_causal(name: str, body: Any) -> None:
     """Raise InputError for a model that looks ahead: its values would know what is still to be written."""
     tokens = torch.arange(4, device=next(body.parameters()).device)[None]
-    try:
+    with failing_as(f"policy.critic.model {name}: it gives no hidden states here"):
         longer, shorter = (body(input_ids=tokens[:, :n], use_cache=False).last_hidden_state for n in (4, 3))
-    except Exception as error:  # an architecture we have not met can fail in any way
-        problem = f"policy.critic.model {name}: it gives no hidden states here: {one_line(error)}"
-        raise InputError(problem) from error
     if (longer[:, :3] - shorter).abs().max() > 1e-3 * shorter.abs().max():
         reason = "it looks ahead, and a value must not know what comes after it"
         raise InputError(f"policy.critic.model {name}: {reason}")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from surefoot.data.silence import silence_transformers
-from surefoot.errors import InputError, one_line
+from surefoot.errors import InputError, failing_as
 from surefoot.storage.safetensors import read_dtypes
 
 # Beside the weights of a reward model: its scalar head, and what its scores are shifted and scaled by.
@@ -35,22 +35,17 @@ def load_pretrained(source: str, *, dtype: torch.dtype, key: str = "policy.model
     importlib.import_module("surefoot.policies.lm.lstm")  # by which the Auto classes know it
     asked: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     asked["ignore_mismatched_sizes"] = True  # refused below, with their names
-    safe, part = {"trust_remote_code": False}, "configuration"
-    try:
-        # What would be given beside hidden states; some implementations refuse to be asked for attentions.
-        plain = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
+    safe, unable = {"trust_remote_code": False}, "that can be loaded"
+    # What would be given beside hidden states; some implementations refuse to be asked for attentions.
+    plain = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
+    with failing_as(f"{key} {source}: no configuration {unable}"):
         model_config = AutoConfig.from_pretrained(source, **plain, **safe)
         _check_quantization(model_config.to_dict(), f"{key} {source}")
-        part = "tokenizer"
+    with failing_as(f"{key} {source}: no tokenizer {unable}"):
         tokenizer = AutoTokenizer.from_pretrained(source, **safe)
         tokenizer("")  # what its settings have of the wrong type shows when it is used
-        part = "causal language model"
-        with silence_transformers():
-            lm, report = AutoModelForCausalLM.from_pretrained(source, config=model_config, **asked, **safe)
-    except InputError:
-        raise
-    except Exception as error:  # a broken folder can make transformers raise anything, a KeyError too
-        raise InputError(f"{key} {source}: no {part} that can be loaded: {one_line(error)}") from error
+    with failing_as(f"{key} {source}: no causal language model {unable}"), silence_transformers():
+        lm, report = AutoModelForCausalLM.from_pretrained(source, config=model_config, **asked, **safe)
     if getattr(lm, "_hf_peft_config_loaded", False):
         raise InputError(f"{key} {source}: {HAS_ADAPTER}")
     _check_quantization(lm.config.to_dict(), f"{key} {source}", dequantized=())
