@@ -18,7 +18,6 @@ from surefoot.data.preferences import PreferenceDataset
 from surefoot.errors import InputError
 from surefoot.policies.lm.policy import CausalLMPolicy
 from surefoot.policies.lm.reward_model import RewardModelPolicy
-from surefoot.rewards.model import RewardScorer
 from surefoot.rollout.preferences import PreferenceRollout
 from surefoot.storage.files import write_durably, writing
 from surefoot.storage.run_folder import RunFolder
@@ -85,7 +84,7 @@ class RewardModel(HasSession):
         for a text longer than the model's context.
         """
         self._calibrate()
-        return RewardScorer(self.policy)(prompts, completions)
+        return self.policy.rewards(prompts, completions)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         """`score` with a reward function's signature."""

@@ -21,7 +21,6 @@ from surefoot.policies.lm.pretrained import REWARD, check_model_folder
 from surefoot.policies.lm.reward_model import RewardModelPolicy
 from surefoot.rewards.functions import RewardFunction, compute_rewards, is_function, load_function
 from surefoot.rewards.mixed import MixedReward, assign_rewards
-from surefoot.rewards.model import RewardScorer
 from surefoot.train import checkpoint
 from surefoot.types import StopReason, Trajectory, Turn
 
@@ -119,12 +118,8 @@ def build_reward(name: str, key: str, device: str) -> RewardFunction:
         return load_function(name, key=key)
     folder = _reward_folder(name, key)
     # Loaded when it is first asked: what else is wrong with a run is found before.
-    scorer = functools.cache(lambda: RewardScorer(load_reward(folder, device=device, key=key)))
-
-    def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-        return scorer()(prompts, completions)
-
-    return reward
+    model = functools.cache(lambda: load_reward(folder, device=device, key=key))
+    return lambda prompts, completions, **_: model().rewards(prompts, completions)
 
 
 def load_reward(folder: str | Path, *, device: str = "auto", key: str = "reward model") -> RewardModelPolicy:

@@ -44,7 +44,7 @@ def build_rollout(config: Config, policy: Any, env: Environment) -> Rollout:
     if config.sft is not None and isinstance(env, Demonstrations):
         return DemonstrationRollout(policy, env, sft=config.sft, seed=config.seed)
     if config.reward_model is not None and isinstance(env, PreferenceDataset):
-        return PreferenceRollout(policy, env, settings=config.reward_model, seed=config.seed)
+        return PreferenceRollout(policy, env, config.reward_model, config.seed)
     if isinstance(env, TextTask):
         engine = text_engine(policy, config.generation)
         return TextRollout(policy, env, engine=engine, config=config, seed=config.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,25 +11,26 @@ from torch.nn.utils.rnn import pad_sequence
 
 from surefoot.types import Batch
 
+Masked: TypeAlias = tuple[Sequence[int], Sequence[bool]]  # tokens, and on which of them the loss falls
+Texts: TypeAlias = Sequence[Sequence[int]]
 
-def demonstration_batch(
-    rows: Sequence[tuple[Sequence[int], Sequence[bool]]], *, device: torch.device, temperature: float = 1.0
-) -> Batch:
+
+def padded(columns: Sequence[Sequence[Any]]) -> Tensor:
+    """Columns of several lengths as one tensor [B, T], with 0 at the right."""
+    return pad_sequence([torch.tensor(column) for column in columns], batch_first=True)
+
+
+def demonstration_batch(rows: Sequence[Masked], *, device: torch.device, temperature: float = 1.0) -> Batch:
     """Right-padded [B, T] batch of (tokens, loss mask); it has no log-probs, values or rewards."""
-    tokens_BT, mask_BT = (
-        pad_sequence([torch.tensor(row[side]) for row in rows], batch_first=True) for side in (0, 1)
-    )
+    tokens_BT, mask_BT = (padded([row[side] for row in rows]) for side in (0, 1))
     observations = {"tokens": tokens_BT, "lengths": torch.tensor([len(tokens) for tokens, _ in rows])}
     return Batch(observations, mask_BT, tokens_BT, temperature=temperature).to(device)
 
 
-def preference_batch(
-    rows: Sequence[Sequence[Sequence[int]]], labels: Sequence[float] = (), *, device: torch.device
-) -> Batch:
+def preference_batch(rows: Sequence[Texts], labels: Sequence[float] = (), *, device: torch.device) -> Batch:
     """Batch of rows of K tokenized texts, right-padded to [B, T, K]; the mask covers a row's longest."""
     lengths_BK = torch.tensor([[len(tokens) for tokens in texts] for texts in rows])
-    texts = [torch.tensor(tokens) for row in rows for tokens in row]
-    tokens_BKT = pad_sequence(texts, batch_first=True).view(*lengths_BK.shape, -1)
+    tokens_BKT = padded([tokens for row in rows for tokens in row]).view(*lengths_BK.shape, -1)
     tokens_BTK = tokens_BKT.transpose(1, 2).contiguous()
     mask_BT = torch.arange(tokens_BTK.shape[1]) < lengths_BK.amax(1)[:, None]
     observations = {"tokens": tokens_BTK, "lengths": lengths_BK}

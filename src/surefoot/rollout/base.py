@@ -48,11 +48,9 @@ class Rollout(Protocol):
 
 def digest(rows: Iterable[Any]) -> str:
     """A digest of rows of plain values; of any other value, such as an image, only its kind counts."""
-    found = hashlib.sha256()
+    found, encoder = hashlib.sha256(), json.JSONEncoder(default=lambda v: type(v).__name__, skipkeys=True)
     for row in rows:
-        found.update(
-            json.dumps(row, default=lambda value: type(value).__name__, skipkeys=True).encode() + b"\n"
-        )
+        found.update(encoder.encode(row).encode() + b"\n")
     return found.hexdigest()
 
 
@@ -68,9 +66,7 @@ class ExampleRollout(Rollout, Protocol):
     seed: int
     key: str
 
-    def _begin(
-        self, data: SplitRows[Any], *, seen: Iterable[Any], batch_size: int, seed: int, key: str
-    ) -> None:
+    def _begin(self, data: SplitRows[Any], seen: Iterable[Any], batch_size: int, seed: int, key: str) -> None:
         self.data, self.seed, self.key = data, seed, key
         self.per_update, self.can_evaluate = min(batch_size, len(data.train)), bool(data.held_out)
         self.inputs = {f"{key}.data": digest(seen)}

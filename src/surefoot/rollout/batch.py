@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surefoot.data.batches import padded
 from surefoot.types import Batch, Trajectory
 
 
@@ -19,24 +20,17 @@ def text_batch(trajectories: Sequence[Trajectory], *, device: torch.device) -> B
     and one before any reward.
     """
     rows = [_columns(trajectory) for trajectory in trajectories]
-    lengths = [len(tokens) for tokens, *_ in rows]
-    shape = (len(rows), max(lengths))
-    tokens_BT, ends_BT = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
-    mask_BT, logprobs_BT, values_BT, rewards_BT = ends_BT.clone(), *torch.zeros(3, *shape)
-    filled = (tokens_BT, mask_BT, logprobs_BT, values_BT, rewards_BT)
-    for b, (columns, length) in enumerate(zip(rows, lengths, strict=True)):
-        for column_BT, column in zip(filled, columns, strict=True):
-            column_BT[b, :length] = torch.tensor(column)
-        ends_BT[b, length - 1] = True
+    lengths_B = torch.tensor([len(tokens) for tokens, *_ in rows])
+    tokens_BT, mask_BT, logprobs_BT, values_BT, rewards_BT = map(padded, zip(*rows, strict=True))
     batch = Batch(
-        observations={"tokens": tokens_BT, "lengths": torch.tensor(lengths)},
+        observations={"tokens": tokens_BT, "lengths": lengths_B},
         actions_BT=tokens_BT,
         mask_BT=mask_BT,
         logprobs_BT=logprobs_BT,
         values_BT=values_BT,
         rewards_BT=rewards_BT,
-        ends_BT=ends_BT,
-        bootstrap_BT=torch.zeros(shape),  # an episode that was cut off is terminal, with value 0
+        ends_BT=torch.arange(tokens_BT.shape[1]) == lengths_B[:, None] - 1,
+        bootstrap_BT=torch.zeros_like(rewards_BT),  # an episode that was cut off is terminal, with value 0
         trajectories=list(trajectories),
         version=min(turn.version for t in trajectories for turn in t.turns if turn.by_policy),
     )

@@ -46,7 +46,7 @@ class DemonstrationRollout(ExampleRollout):
             total = len(data.train) + len(data.held_out)
             self.notice = f"{self._truncated} of {total} examples are cut to {cut} ({sft.max_tokens})"
         seen = ((example.tokens, example.loss_mask) for example in (*self._train, *self._held_out))
-        self._begin(data, seen=seen, batch_size=sft.batch_size, seed=seed, key=key)
+        self._begin(data, seen, batch_size=sft.batch_size, seed=seed, key=key)
 
     @torch.no_grad()
     def evaluate(self, episodes: int, *, version: int = 0, poll: Poll = None) -> Evaluated:

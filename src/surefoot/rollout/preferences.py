@@ -11,16 +11,24 @@ import torch
 
 from surefoot.config import RewardModelConfig
 from surefoot.core import preference as core
-from surefoot.data.batches import preference_batch
+from surefoot.data.batches import Texts, preference_batch
 from surefoot.data.preferences import PreferenceDataset
 from surefoot.policies.base import Policy
-from surefoot.rewards.model import TextScorer
 from surefoot.rollout.base import Evaluated, ExampleRollout, Poll
 from surefoot.types import Batch, Preference
 
 
-class ScoringPolicy(Policy, TextScorer, Protocol):
+class Scorer(Policy, Protocol):
     """A policy that scores texts: what `policies/lm/reward_model.py` provides."""
+
+    shift: float  # of a score, and what it is divided by, to be a reward
+    scale: float
+
+    def encode(self, prompt: Any, text: str, *, where: str) -> tuple[int, ...]:
+        """Tokens of a prompt and what continues it. Raises InputError, naming `where`, if too long."""
+
+    def scores(self, rows: Sequence[Texts], poll: Poll = None) -> torch.Tensor:
+        """Scores of rows of K tokenized texts each, [B, K] float32 on the CPU."""
 
 
 class PreferenceRollout(ExampleRollout):
@@ -30,9 +38,7 @@ class PreferenceRollout(ExampleRollout):
     learns does not depend on the raters' scale.
     """
 
-    def __init__(
-        self, policy: ScoringPolicy, data: PreferenceDataset, *, settings: RewardModelConfig, seed: int
-    ):
+    def __init__(self, policy: Scorer, data: PreferenceDataset, settings: RewardModelConfig, seed: int):
         self.policy, self.of_pairs = policy, data.of_pairs
         self._train, self._held_out = (
             [[policy.encode(row.prompt, text, where=row.where) for text in row.texts] for row in part]
@@ -46,7 +52,7 @@ class PreferenceRollout(ExampleRollout):
             self._mean, self._std = float(ratings.mean()), float(ratings.std(correction=0))
         parts = ((self._train, data.train), (self._held_out, data.held_out))
         seen = ((tokens, row.label) for part in parts for tokens, row in zip(*part, strict=True))
-        self._begin(data, seen=seen, batch_size=settings.batch_size, seed=seed, key="reward_model")
+        self._begin(data, seen, batch_size=settings.batch_size, seed=seed, key="reward_model")
 
     def evaluate(self, episodes: int, *, version: int = 0, poll: Poll = None) -> Evaluated:
         """Loss on the first `episodes` held-out preferences, and how far the scores agree with them."""

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from surefoot.data.batches import micro_batches, preference_batch
+from surefoot.data.batches import Texts, micro_batches, preference_batch
 from surefoot.data.render import encode_scored_text
 from surefoot.errors import InputError, one_line
 from surefoot.policies.lm.policy import CausalLMPolicy
@@ -72,18 +72,35 @@ class RewardModelPolicy:
         return tokens
 
     @torch.no_grad()
-    def scores(
-        self, rows: Sequence[Sequence[Sequence[int]]], poll: Callable[[], None] | None = None
-    ) -> Tensor:
+    def scores(self, rows: Sequence[Texts], poll: Callable[[], None] | None = None) -> Tensor:
         """Scores of rows of K tokenized texts each, [B, K] float32 on the CPU, before `shift` and `scale`."""
-        batch = preference_batch(rows, device=self.device)
-        sides = len(rows[0])
+        batch, sides = preference_batch(rows, device=self.device), len(rows[0])
         scores_BK = torch.zeros(len(rows), sides)
         for part in micro_batches(batch, torch.arange(len(rows)), SCORED_TOKENS // sides):
             if poll is not None:
                 poll()
             scores_BK[part] = self.evaluate(batch.rows(part)).values_BT.float().cpu()
         return scores_BK
+
+    def rewards(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+        """One reward a completion, (score - shift) / scale: what a reward function gives.
+
+        Strings are read as one text, message lists through the model's own chat template. What goes in is
+        text: the policy may have another tokenizer. Raises InputError for one longer than the context.
+        """
+        if isinstance(prompts, str) or isinstance(completions, str):
+            what = "prompts and completions are lists"
+            raise InputError(f"score: {what}; for one text write [prompt] and [completion]")
+        if len(prompts) != len(completions):
+            counts = f"{len(prompts)} prompts and {len(completions)} completions"
+            raise InputError(f"score: {counts}; one prompt each is needed")
+        if not completions:
+            return []
+        rows = [
+            [self.encode(prompt, _text(completion), where=f"reward model: text {number}")]
+            for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), start=1)
+        ]
+        return ((self.scores(rows)[:, 0].double() - self.shift) / self.scale).tolist()
 
     def reference_logprobs(self, batch: Batch) -> None:
         """It has none."""
@@ -106,3 +123,8 @@ class RewardModelPolicy:
             self.trunk.value_head.load_state_dict(tensors)
         except (KeyError, RuntimeError) as error:  # torch's, for other names or shapes
             raise InputError(f"{folder / REWARD} does not fit this model: {one_line(error)}") from None
+
+
+def _text(completion: Any) -> str:
+    is_text = isinstance(completion, str)
+    return completion if is_text else "".join(str(message["content"]) for message in completion)
