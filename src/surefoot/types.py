@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ from torch import Tensor
 OBSERVATION = "obs"  # of one that has none
 ACTION_MASK = "action_mask"  # which actions are legal
 EPISODE_STARTS = "state/episode_starts"  # [B, T] bool, of a recurrent policy: an episode begins here
+
+
+Poll: TypeAlias = Callable[[], None] | None  # called between pieces of work; it may raise to give the work up
+Step: TypeAlias = tuple[Tensor, Tensor]  # of a model: logits [B, V] and values [B], float32
 
 
 class StopReason(str, Enum):

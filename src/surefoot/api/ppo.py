@@ -15,15 +15,7 @@ from surefoot.build.control import build_control_policy, build_vector
 from surefoot.build.language import build_demonstrations, build_policy, build_task, probe_functions
 from surefoot.build.preflight import SETTINGS, preflight
 from surefoot.build.training import restore_best
-from surefoot.config import (
-    NETWORKS,
-    Config,
-    CriticConfig,
-    load_config,
-    make_config,
-    sections_for,
-    with_settings,
-)
+from surefoot.config import NETWORKS, Config, CriticConfig, make_config, sections_for, with_settings
 from surefoot.config.keywords import nested, setting_keys
 from surefoot.core.seeds import derived_seed
 from surefoot.envs.gym import Vector
@@ -230,9 +222,9 @@ class PPO(HasSession, Generates):
             model = cls(config.policy.model, env, config=config, verbose=0, run=begun)
             restore_best(model.policy, run, model.env)
             return model
-        if not (settings := Path(source) / SETTINGS).is_file():
+        if not (Path(source) / SETTINGS).is_file():
             return cls(str(source), verbose=0)
-        saved = load_config(settings)
+        saved, _ = open_folder(source, "PPO")
         if saved.env is not None:
             return cls.load(source, env, verbose=0)
         policy = saved.policy.model_copy(update={"critic": CriticConfig()})

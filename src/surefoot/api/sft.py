@@ -80,14 +80,8 @@ class SFT(HasSession, Generates):
         """
         config, run = open_folder(folder, "SFT", is_given=data is not None)
         if run is None:
-            policy = config.policy.model_copy(update={"critic": CriticConfig()})
-            again = Config(
-                seed=config.seed,
-                device=config.device,
-                policy=policy,
-                generation=config.generation,
-                sft=SFTConfig(),
-            )
-            return cls(str(folder), data, config=again, verbose=verbose)
+            kept: dict[str, Any] = {name: getattr(config, name) for name in ("seed", "device", "generation")}
+            kept["policy"] = config.policy.model_copy(update={"critic": CriticConfig()})
+            return cls(str(folder), data, config=Config(sft=SFTConfig(), **kept), verbose=verbose)
         given: dict[str, Any] = {"config": config, "verbose": verbose, "accept_changes": accept_changes}
         return resume(run, cls, config.policy.model, data, **given)

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from surefoot.config import strict_yaml
 from surefoot.config.fields import IsPath, Section, parts_of, section_in
 from surefoot.config.kinds import foreign_sections
-from surefoot.config.messages import as_flag, short, validated
+from surefoot.config.messages import Names, as_flag, short, validated
 from surefoot.config.rollout import GenerationConfig
 from surefoot.config.root import Config
 from surefoot.config.tables import all_keys
 from surefoot.errors import InputError
 
 
-def load_config(
-    path: Path | str, overrides: Mapping[str, str] | None = None, *, sections: Collection[str] = ()
-) -> Config:
+def load_config(path: Path | str, overrides: Mapping[str, str] = {}, *, sections: Names = ()) -> Config:
     """Read a YAML file, apply `overrides` (dotted key -> YAML scalar, as from flags), check everything.
 
     Of `sections` that the file lacks the defaults are taken. Relative paths in the file are relative to the
@@ -28,7 +26,7 @@ def load_config(
     """
     data = {section: {} for section in sections} | read_sections(path)
     make_paths_relative_to(Path(path).parent, data)
-    flags = {key.replace("-", "_"): text for key, text in (overrides or {}).items()}
+    flags = {key.replace("-", "_"): text for key, text in overrides.items()}
     for key, text in flags.items():
         set_field(data, key, text)
     return make_config(data, where=str(path), flags=flags)
@@ -43,7 +41,7 @@ def read_sections(path: Path | str, what: str = "sections such as 'ppo:' at the 
     return {key: value for key, value in data.items() if value is not None}
 
 
-def make_config(data: dict[str, Any], *, where: str, flags: Collection[str] = ()) -> Config:
+def make_config(data: dict[str, Any], *, where: str, flags: Names = ()) -> Config:
     """Check nested `data` against the models. Raises InputError naming the key, and the nearest real one.
 
     `flags` are the dotted keys that came from the command line: a problem with one of them names the flag.
@@ -51,7 +49,7 @@ def make_config(data: dict[str, Any], *, where: str, flags: Collection[str] = ()
     return validated(Config, data, where=where, keys=all_keys(), flags=flags)
 
 
-def dump_config(config: Config, *, exclude: Collection[str] = ()) -> str:
+def dump_config(config: Config, *, exclude: Names = ()) -> str:
     """The resolved configuration as YAML, without the sections in `exclude`."""
     return strict_yaml.dump(config.model_dump(mode="json", exclude=set(exclude)))
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from surefoot.errors import InputError
 
 Model = TypeVar("Model", bound=BaseModel)
+Names: TypeAlias = Collection[str]
 
 # pydantic's error type -> what is said instead, and how to fix it.
 _PLAINER = {
@@ -28,9 +29,7 @@ _PLAINER = {
 }
 
 
-def validated(
-    model: type[Model], data: Any, *, where: str, keys: Collection[str] = (), flags: Collection[str] = ()
-) -> Model:
+def validated(model: type[Model], data: Any, *, where: str, keys: Names = (), flags: Names = ()) -> Model:
     """`data` as a `model`, whose real keys are `keys` or its fields; `flags` are keys that came as flags.
 
     Raises InputError: `where` and the key, or the flag, what is wrong with it, and how to fix it.
@@ -42,9 +41,7 @@ def validated(
         raise InputError(found) from None
 
 
-def _first_problem(
-    problems: Sequence[Mapping[str, Any]], where: str, keys: Collection[str], flags: Collection[str]
-) -> str:
+def _first_problem(problems: Sequence[Mapping[str, Any]], where: str, keys: Names, flags: Names) -> str:
     # A misspelled key is also a missing one: say the former. Of a value's types, the one it comes nearest to.
     problem = min(problems, key=lambda p: (p["type"] != "extra_forbidden", -len(p["loc"])))
     parts = [str(part) for part in problem["loc"]]
@@ -67,7 +64,7 @@ def _first_problem(
     return f"{start}{name}: {message}, got {short(problem['input'])}{fix}"
 
 
-def suggestion(name: str, candidates: Collection[str], otherwise: str) -> str:
+def suggestion(name: str, candidates: Names, otherwise: str) -> str:
     """'; did you mean …?' with the closest candidate, by its last part first, then by the whole."""
     if same := next((known for known in candidates if _words(known) == _words(_leaf(name))), None):
         return f"; it is {same!r}"  # kl_coef is kl.coef

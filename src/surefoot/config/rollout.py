@@ -20,9 +20,7 @@ class GenerationConfig(Section):
     )
     stop: list[Annotated[str, Field(min_length=1)]] = setting([], "Strings that end a completion.")
     stop_token_ids: list[Annotated[int, Field(ge=0)]] = setting([], "End tokens in addition to the model's.")
-    chat: bool = setting(
-        False, "Text is a user's message, in the chat template; in training as the task says."
-    )
+    chat: bool = setting(False, "Text is a user's message in the chat template; in training as in the task.")
     slots: Positive = setting(64, "Rows decoded together; waiting prompts take the slots of finished rows.")
     tis_cap: float | None = setting(
         None,

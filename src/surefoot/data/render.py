@@ -186,19 +186,17 @@ def check_length(tokens: Sequence[int], text: str, *, context: int, new_tokens: 
         raise InputError(f"{many}; shorten it, set prompt_tokens or lower max_new_tokens ({new_tokens})")
 
 
-def with_end_token(
-    tokenizer: Any, tokens: Sequence[int], end_tokens: Set[int], end: int | None = None
-) -> Tokens:
+def with_end_token(tokenizer: Any, tokens: Sequence[int], ends: Set[int], end: int | None = None) -> Tokens:
     """`tokens`, ending with one of the model's end tokens: else `end`, the tokenizer's, the model's lowest.
 
     Raises InputError if the model has none.
     """
-    if not end_tokens:
+    if not ends:
         raise InputError("policy.model: has no end token, without which no text would end; set its eos_token")
-    if tokens and tokens[-1] in end_tokens:
+    if tokens and tokens[-1] in ends:
         return tuple(tokens)
     end = tokenizer.eos_token_id if end is None else end
-    return (*tokens, min(end_tokens) if end is None else end)
+    return (*tokens, min(ends) if end is None else end)
 
 
 def encode_demonstration(
@@ -282,9 +280,8 @@ def _turn(tokenizer: Any, messages: list[Any], example: Demonstration, *, is_alo
     opened, closed = rendered(messages[:-1], opens_turn=True), rendered(messages)
     reasoning = [text for key in REASONING if isinstance(text := messages[-1].get(key), str)]
     if any(text.strip() not in closed for text in reasoning):
-        raise InputError(
-            f"{where}: the model's chat template leaves out its reasoning; drop that from the row"
-        )
+        what = "the model's chat template leaves out its reasoning"
+        raise InputError(f"{where}: {what}; drop that from the row")
     if not closed.startswith(opened):
         # A turn is opened with more than is written of one that is past: with a thinking block, say.
         probe = rendered([*messages[:-1], {"role": "assistant", "content": "surefoot"}])

@@ -38,10 +38,8 @@ def read_rows(source: Any, name: str) -> Iterator[tuple[str, Any]]:
     elif isinstance(source, Iterable) and not isinstance(source, bytes):
         for number, row in enumerate(source, start=1):
             if number > MAX_ROWS and not isinstance(source, Sized):
-                fix = "take a part of it, with itertools.islice or take(), or give a list"
-                raise InputError(
-                    f"{name}: more than {MAX_ROWS:,} rows of a {kind}, which may have no end; {fix}"
-                )
+                what = f"more than {MAX_ROWS:,} rows of a {kind}, which may have no end"
+                raise InputError(f"{name}: {what}; take a part, with itertools.islice or take(), or a list")
             yield f"{name}, row {number}", row
     else:
         raise InputError(f"{name}: expected a list, a JSONL file or a datasets.Dataset, got {kind}")

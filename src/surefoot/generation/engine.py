@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from surefoot.generation.sampling import request_uniforms, sample
-from surefoot.types import Completion, Request, SamplingParams, StopReason
+from surefoot.types import Completion, Poll, Request, SamplingParams, Step, StopReason
 
 MARGIN = 8  # characters: of the text of some last tokens this much may differ without the tokens before
 
@@ -58,15 +58,11 @@ class TokenModel(Protocol):
     def new_cache(self, *, slots: int, columns: int) -> Any:
         """An empty cache: `window`, `move_rows`, `copy_from` and `shift_to` (policies/lm/kv_cache.py)."""
 
-    def step(
-        self, tokens_BT: Tensor, positions_BT: Tensor, attention_BS: Tensor, cache: Any
-    ) -> tuple[Tensor, Tensor]:
+    def step(self, tokens_BT: Tensor, positions_BT: Tensor, attention_BS: Tensor, cache: Any) -> Step:
         """Feed tokens; logits [B, V] float32 and values [B] float32 at the last column."""
 
 
-def generate(
-    engine: Engine, requests: Sequence[Request], *, poll: Callable[[], None] | None = None
-) -> list[Completion]:
+def generate(engine: Engine, requests: Sequence[Request], *, poll: Poll = None) -> list[Completion]:
     """The completion of every request, in their order, by an engine that has nothing else to do.
 
     `poll` is called after each of the engine's steps and may raise to abandon the work.

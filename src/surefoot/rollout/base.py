@@ -6,13 +6,12 @@ import hashlib
 import json
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from surefoot.data.rows import SplitRows
-from surefoot.types import Batch, Demonstration, Episode, Preference, Trajectory
+from surefoot.types import Batch, Demonstration, Episode, Poll, Preference, Trajectory
 
-Poll: TypeAlias = Callable[[], None] | None  # called between pieces of work; it may raise to give the work up
 Evaluated: TypeAlias = tuple[dict[str, float], Sequence[Trajectory | Episode | Demonstration | Preference]]
 
 

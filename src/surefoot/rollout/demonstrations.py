@@ -13,9 +13,9 @@ from surefoot.data.batches import demonstration_batch, micro_batches
 from surefoot.data.demonstrations import Demonstrations
 from surefoot.data.render import TokenizedExample, encode_demonstration
 from surefoot.errors import InputError
-from surefoot.rollout.base import Evaluated, ExampleRollout, Poll
+from surefoot.rollout.base import Evaluated, ExampleRollout
 from surefoot.rollout.text import LanguagePolicy
-from surefoot.types import Batch, Demonstration
+from surefoot.types import Batch, Demonstration, Poll
 
 
 class DemonstrationRollout(ExampleRollout):

@@ -23,10 +23,10 @@ from surefoot.envs.gym import LONGEST_REPLAY, Vector, VectorStep, action_range_n
 from surefoot.envs.observations import Arrays
 from surefoot.errors import InputError
 from surefoot.policies.base import ActingPolicy
-from surefoot.rollout.base import Evaluated, Poll, Rollout
+from surefoot.rollout.base import Evaluated, Rollout
 from surefoot.rollout.logprobs import fill_logprobs
 from surefoot.rollout.opponents import OpponentPool
-from surefoot.types import EPISODE_STARTS, Batch, Episode
+from surefoot.types import EPISODE_STARTS, Batch, Episode, Poll
 
 Array: TypeAlias = NDArray[Any]
 Tensors: TypeAlias = dict[str, Tensor]
@@ -216,9 +216,8 @@ def _notice(policy: ActingPolicy, action_space: Any) -> str:
     std = getattr(getattr(policy, "head", None), "log_std", torch.zeros(())).exp().mean().item()
     lines = [action_range_notice(action_space, std)]
     modules = policy.modules() if isinstance(policy, nn.Module) else ()
-    if kept := sorted(
-        {type(module).__name__ for module in modules if isinstance(module, CHANGE_IN_TRAINING)}
-    ):
+    kept = sorted({type(module).__name__ for module in modules if isinstance(module, CHANGE_IN_TRAINING)})
+    if kept:
         why = "the policy that learns is the one that acted"
         lines += [f"policy: {' and '.join(kept)} of your network stay in evaluation mode: {why}"]
     return "\n".join(filter(None, lines))

@@ -14,8 +14,8 @@ from surefoot.core import preference as core
 from surefoot.data.batches import Texts, preference_batch
 from surefoot.data.preferences import PreferenceDataset
 from surefoot.policies.base import Policy
-from surefoot.rollout.base import Evaluated, ExampleRollout, Poll
-from surefoot.types import Batch, Preference
+from surefoot.rollout.base import Evaluated, ExampleRollout
+from surefoot.types import Batch, Poll, Preference
 
 
 class Scorer(Policy, Protocol):

@@ -22,10 +22,10 @@ from surefoot.policies.base import Policy
 from surefoot.rewards.functions import RewardLog, compute_rewards
 from surefoot.rewards.mixed import PART, assign_rewards
 from surefoot.rewards.shaping import shape_rewards
-from surefoot.rollout.base import Evaluated, Poll, Rollout, digest
+from surefoot.rollout.base import Evaluated, Rollout, digest
 from surefoot.rollout.batch import text_batch
 from surefoot.rollout.logprobs import fill_logprobs, sequence_kl
-from surefoot.types import Batch, Completion, Request, SamplingParams, StopReason, Trajectory, Turn
+from surefoot.types import Batch, Completion, Poll, Request, SamplingParams, StopReason, Trajectory, Turn
 
 
 class LanguagePolicy(Policy, TokenModel, Protocol):
@@ -54,9 +54,8 @@ class TextRollout(Rollout):
     def __init__(self, policy: LanguagePolicy, task: TextTask, *, engine: Engine, config: Config, seed: int):
         generation = config.generation
         if generation.top_k is not None or generation.top_p is not None:
-            raise InputError(
-                "generation.top_k and top_p contradict training: log-probs are over the full vocabulary"
-            )
+            why = "log-probs are over the full vocabulary"
+            raise InputError(f"generation.top_k and top_p contradict training: {why}")
         self.policy, self.task, self.engine, self.seed = policy, task, engine, seed
         self.config, self.generation, self.ppo = config, generation, config.ppo
         self.per_update, self.can_evaluate = config.rollout.episodes_per_update, bool(task.held_out)
@@ -69,9 +68,8 @@ class TextRollout(Rollout):
         """Play `count` episodes, the first of them number `first` of the run; a batch with shaped rewards."""
         numbers, group = range(first, first + count), self.config.group.size
         if first % group or count % group:
-            raise InputError(
-                f"episodes {first} to {first + count} are no whole groups of group.size ({group})"
-            )
+            episodes = f"episodes {first} to {first + count}"
+            raise InputError(f"{episodes} are no whole groups of group.size ({group})")
         examples = [self.task.training_example(number // group, self.seed) for number in numbers]
         seeds = [derived_seed(self.seed, "sampling", number) for number in numbers]
         started = time.perf_counter()

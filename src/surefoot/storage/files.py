@@ -79,10 +79,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     beside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=ASIDE, dir=folder.parent))
     try:
         with _locked(beside):
-            aside = (
-                beside / "folder"
-            )  # with the permissions that folders usually have, which `beside` has not
-            aside.mkdir()
+            (aside := beside / "folder").mkdir()  # with a folder's usual permissions, which `beside` has not
             yield aside
             os.replace(aside, folder)
     finally:

@@ -174,9 +174,7 @@ class RunFolder:
                 os.truncate(path, wanted)
             elif size < wanted:
                 lost = f"{wanted - size} of the {wanted} bytes that it had at the checkpoint are gone"
-                print(
-                    f"surefoot: {path}: {lost}; the run goes on, its rows from then are lost", file=sys.stderr
-                )
+                print(f"surefoot: {path}: {lost}; the run goes on without those rows", file=sys.stderr)
 
     def read(self, log: str) -> list[dict[str, Any]]:
         """All rows of a log; a last line cut short by a kill, perhaps within a character, is left out."""

@@ -143,11 +143,9 @@ def _finish(t: Training, batch: Batch) -> None:
     try:
         t.objective.finish(batch)
         if bad_steps >= t.objective.settings.max_bad_steps:
-            raise NonFiniteError(
-                f"{bad_steps} optimizer steps in a row had a non-finite loss or gradient and were skipped; "
-                f"stopped with a checkpoint in {t.folder.path}. Try a lower learning_rate or "
-                "policy.dtype: float32"
-            )
+            what = f"{bad_steps} optimizer steps in a row had a non-finite loss or gradient and were skipped"
+            how = "Try a lower learning_rate or policy.dtype: float32"
+            raise NonFiniteError(f"{what}; stopped with a checkpoint in {t.folder.path}. {how}")
     except (GateError, NonFiniteError):
         save(t, snapshot(t))
         raise
@@ -247,14 +245,10 @@ def restore(t: Training, path: Path, *, accept_changes: bool = False) -> None:
     tensors, state = checkpoint.load_checkpoint(path)
     try:
         # A run that has just begun has every kind of value that a checkpoint has.
-        begun: dict[str, Any] = {
-            "progress": asdict(t.progress),
-            "total": t.total,
-            "log_sizes": t.folder.log_sizes(),
-        }
-        begun |= snapshot(t)
-        begun["rollout"].pop("tensors", None)  # they are in another file
-        checkpoint.check_like(state, begun, str(path / "state.json"))
+        begun = {"progress": asdict(t.progress), "total": t.total, "log_sizes": t.folder.log_sizes()}
+        now = snapshot(t)
+        now["rollout"].pop("tensors", None)  # they are in another file
+        checkpoint.check_like(state, begun | now, str(path / "state.json"))
         checkpoint.check_inputs(t.folder.path, state["inputs"], t.inputs, accept=accept_changes)
         checkpoint.restore_policy(t.policy, tensors["policy"])
         checkpoint.restore_optimizer(t.policy, t.optimizer, tensors["optimizer"])

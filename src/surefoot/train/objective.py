@@ -15,7 +15,7 @@ from surefoot.core.losses import LossSettings, LossStats, PPOStats
 from surefoot.core.schedules import schedule
 from surefoot.errors import InputError
 from surefoot.policies.base import Policy
-from surefoot.types import Batch
+from surefoot.types import Batch, Poll
 
 # How an update steps, the same for every objective.
 OptimizerSettings = PPOConfig | SFTConfig | RewardModelConfig
@@ -109,7 +109,7 @@ class Objective(Protocol):
         """An update on `batch` is done and logged. Raises GateError if the run cannot go on."""
         return None
 
-    def evaluate(self, examples: int, *, poll: Callable[[], None] | None = None) -> dict[str, float]:
+    def evaluate(self, examples: int, *, poll: Poll = None) -> dict[str, float]:
         """`eval/…` metrics of held-out examples that belong to the objective."""
         return {}
 

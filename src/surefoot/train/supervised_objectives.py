@@ -19,7 +19,7 @@ from surefoot.policies.base import Policy
 from surefoot.rollout.demonstrations import DemonstrationRollout
 from surefoot.train.objective import Moment, Objective, OptimizerSettings, UpdateResult
 from surefoot.train.ppo_objective import PPOObjective
-from surefoot.types import Batch
+from surefoot.types import Batch, Poll
 
 PairLoss = Callable[[Tensor, Tensor], Tensor]
 
@@ -124,7 +124,7 @@ class SumObjective:
             metrics["ptx/loss"] = float(stats.nll / stats.nll_tokens)
         return metrics
 
-    def evaluate(self, examples: int, *, poll: Callable[[], None] | None = None) -> dict[str, float]:
+    def evaluate(self, examples: int, *, poll: Poll = None) -> dict[str, float]:
         """The perplexity of the first `examples` held-out demonstrations, if there are any."""
         if not self.demonstrations.can_evaluate:
             return {}

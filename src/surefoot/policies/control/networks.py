@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy
 import torch
@@ -16,6 +16,7 @@ from surefoot.errors import InputError
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU}
 ACTIVATIONS |= {"gelu": nn.GELU, "silu": nn.SiLU, "leaky_relu": nn.LeakyReLU}
+State: TypeAlias = tuple[Tensor, Tensor]  # h and c of an LSTM, [N, width]
 
 
 class Extractor(nn.Module):
@@ -52,14 +53,11 @@ class Extractor(nn.Module):
                 self.parts[name] = scale
                 self.features_dim += math.prod(space.shape)
             else:
-                raise InputError(
-                    f"env: the observation space {kind} ({name}) is not supported; flatten it with a wrapper"
-                )
+                what = f"the observation space {kind} ({name}) is not supported"
+                raise InputError(f"env: {what}; flatten it with a wrapper")
         if needs_images and not self.cnns:
-            raise InputError(
-                "policy.model: CnnPolicy needs images (Box of 3 dimensions, at least 36 × 36) or boards "
-                "(float, [H, W, C]); use MlpPolicy"
-            )
+            needed = "images (Box of 3 dimensions, at least 36 × 36) or boards (float, [H, W, C])"
+            raise InputError(f"policy.model: CnnPolicy needs {needed}; use MlpPolicy")
 
     def forward(self, observations: dict[str, Tensor]) -> Tensor:
         """Features [N, features_dim] float32."""
@@ -128,9 +126,8 @@ class BoardCNN(nn.Module):
 
     def forward(self, boards: Tensor) -> Tensor:
         """Features [N, 256]."""
-        return torch.relu(
-            self.linear(self.layers(self.scale * boards.float().permute(0, 3, 1, 2)).flatten(1))
-        )
+        scaled = self.scale * boards.float().permute(0, 3, 1, 2)
+        return torch.relu(self.linear(self.layers(scaled).flatten(1)))
 
 
 class EpisodicLSTM(nn.Module):
@@ -140,9 +137,7 @@ class EpisodicLSTM(nn.Module):
         super().__init__()
         self.lstm = nn.LSTM(features, width)
 
-    def forward(
-        self, features_BTF: Tensor, state: tuple[Tensor, Tensor], starts_BT: Tensor
-    ) -> tuple[Tensor, Any]:
+    def forward(self, features_BTF: Tensor, state: State, starts_BT: Tensor) -> tuple[Tensor, Any]:
         """Outputs [B, T, width] and the state after the last step. `starts_BT`: an episode begins there."""
         if features_BTF.shape[1] == 1 or not bool(starts_BT[:, 1:].any()):
             goes_on = (~starts_BT[:, :1]).float()
@@ -151,9 +146,7 @@ class EpisodicLSTM(nn.Module):
             return output_TBF.transpose(0, 1), (h[0], c[0])
         return self._in_segments(features_BTF, state, starts_BT)
 
-    def _in_segments(
-        self, features_BTF: Tensor, state: tuple[Tensor, Tensor], starts_BT: Tensor
-    ) -> tuple[Tensor, Any]:
+    def _in_segments(self, features_BTF: Tensor, state: State, starts_BT: Tensor) -> tuple[Tensor, None]:
         """Each episode's part of a row is a sequence: one call of the LSTM over all of them, padded."""
         rows, steps = starts_BT.shape
         begins_BT = starts_BT.clone()

@@ -111,10 +111,9 @@ def _check_vocabulary(name: str, tokenizer: Any, other: Any, critic: Any, lm: An
     own, its = tokenizer.get_vocab(), other.get_vocab()
     if own != its:
         odd = next(token for token in sorted(own.keys() | its.keys()) if own.get(token) != its.get(token))
-        raise InputError(
-            f"policy.critic.model {name}: its tokenizer is not the policy's ({odd!r} is {its.get(odd)} in "
-            f"one and {own.get(odd)} in the other); a critic reads the tokens that the policy writes"
-        )
+        found = f"its tokenizer is not the policy's ({odd!r} is {its.get(odd)} in one and {own.get(odd)} in"
+        how = "a critic reads the tokens that the policy writes"
+        raise InputError(f"policy.critic.model {name}: {found} the other); {how}")
     rows, needed = (len(model.get_input_embeddings().weight) for model in (critic, lm))
     if rows < needed:
         found = f"it has embeddings for {rows} tokens; the policy may write {needed}"

@@ -20,7 +20,7 @@ from surefoot.policies.lm import token_logprobs as head
 from surefoot.policies.lm.critics import Critic, adapter_critic, context_length, separate_critic
 from surefoot.policies.lm.pretrained import check_model_folder, load_pretrained
 from surefoot.storage.safetensors import read_tensors
-from surefoot.types import Batch, Evaluation
+from surefoot.types import Batch, Evaluation, Step
 
 # Written beside the weights by `save`.
 CRITIC = "surefoot_critic.safetensors"
@@ -100,9 +100,7 @@ class CausalLMPolicy:
         layers = int(self.lm.config.get_text_config().num_hidden_layers)
         return SlotCache(layers=layers, slots=slots, columns=columns)
 
-    def step(
-        self, tokens_BT: Tensor, positions_BT: Tensor, attention_BS: Tensor, cache: Any
-    ) -> tuple[Tensor, Tensor]:
+    def step(self, tokens_BT: Tensor, positions_BT: Tensor, attention_BS: Tensor, cache: Any) -> Step:
         """Feed tokens after what `cache` holds; float32 logits [B, V] and value [B] at the last of them.
 
         A separate critic has no cache: its values come afterwards, from `compute_values`, and are 0 here.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def load_pretrained(source: str, *, dtype: torch.dtype, key: str = "policy.model
         lm, report = AutoModelForCausalLM.from_pretrained(source, config=model_config, **asked, **safe)
     if getattr(lm, "_hf_peft_config_loaded", False):
         raise InputError(f"{key} {source}: {HAS_ADAPTER}")
-    _check_quantization(lm.config.to_dict(), f"{key} {source}", dequantized=())
+    _check_quantization(lm.config.to_dict(), f"{key} {source}", undone=())
     if report["mismatched_keys"]:
         name, found, expected = sorted(report["mismatched_keys"])[0]
         raise InputError(f"{key} {source}: {name} is {list(found)}, and config.json says {list(expected)}")
@@ -67,9 +67,8 @@ def check_model_folder(source: str, *, key: str = "policy.model") -> None:
         if folder.exists() or folder.is_absolute() or source.startswith(".") or source.count("/") > 1:
             raise InputError(f"{key}: no folder {source}")
         return
-    if odd := [
-        path.name for path in folder.iterdir() if path.exists() and not (path.is_file() or path.is_dir())
-    ]:
+    odd = [p.name for p in folder.iterdir() if p.exists() and not (p.is_file() or p.is_dir())]
+    if odd:
         raise InputError(f"{key} {source}: {min(odd)} is a pipe or a device, which may never end; remove it")
     if (folder / "adapter_config.json").is_file():
         raise InputError(f"{key} {source}: {HAS_ADAPTER}")
@@ -110,22 +109,19 @@ def _check_described(folder: Path, stored: Mapping[str, str], where: str) -> Non
     _check_quantization(config, where)
     layers = [section[name] for section in sections for name in LAYERS if isinstance(section.get(name), int)]
     if layers and max(layers) > len(stored):  # building them would take longer than anybody waits
-        raise InputError(
-            f"{where}: config.json says {max(layers)} layers; the weights are {len(stored)} tensors"
-        )
+        found = f"config.json says {max(layers)} layers"
+        raise InputError(f"{where}: {found}; the weights are {len(stored)} tensors")
     whole = [name for name, dtype in stored.items() if name.endswith("weight") and dtype not in FLOATS]
     if whole and not config.get("quantization_config"):
         found = f"{whole[0]} is stored as {stored[whole[0]]}, and config.json does not say how to read it"
         raise InputError(f"{where}: {found}; name the model it was made from")
 
 
-def _check_quantization(
-    config: Mapping[str, Any], where: str, *, dequantized: tuple[str, ...] = DEQUANTIZED
-) -> None:
+def _check_quantization(config: Mapping[str, Any], where: str, undone: Sequence[str] = DEQUANTIZED) -> None:
     """Raise InputError for quantized weights, but in those ways that loading undoes."""
     for section in (config, config.get("text_config")):
         settings = section.get("quantization_config") if isinstance(section, dict) else None
         method = settings.get("quant_method") if isinstance(settings, dict) else settings
-        if settings and method not in dequantized:
+        if settings and method not in undone:
             found = f"its weights are quantized ({method}), and cannot be trained"
             raise InputError(f"{where}: {found}; name the model that they were made from")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from surefoot.errors import InputError, one_line
 from surefoot.policies.lm.policy import CausalLMPolicy
 from surefoot.policies.lm.pretrained import REWARD
 from surefoot.storage.safetensors import read_tensors
-from surefoot.types import Batch, Evaluation
+from surefoot.types import Batch, Evaluation, Poll
 
 SCORED_TOKENS = 4096  # in one forward pass of `scores`
 
@@ -72,7 +72,7 @@ class RewardModelPolicy:
         return tokens
 
     @torch.no_grad()
-    def scores(self, rows: Sequence[Texts], poll: Callable[[], None] | None = None) -> Tensor:
+    def scores(self, rows: Sequence[Texts], poll: Poll = None) -> Tensor:
         """Scores of rows of K tokenized texts each, [B, K] float32 on the CPU, before `shift` and `scale`."""
         batch, sides = preference_batch(rows, device=self.device), len(rows[0])
         scores_BK = torch.zeros(len(rows), sides)
