@@ -37,11 +37,8 @@ class PPO(HasSession, Generates):
     `"MultiInputPolicy"`, `"MlpLstmPolicy"`, `"CnnLstmPolicy"`, or an `nn.Module` with a `features_dim` that
     turns observations into features; `env` a Gymnasium id, environment or vector environment.
 
-    Settings are listed below (`learning_rate=1e-4`, `run_name="mine"`); `config` gives them all at once.
     Stable-Baselines3's keywords work as they do there (docs/from-sb3.md). `ptx_data` are demonstrations as
     `SFT` takes them, whose likelihood is part of the loss (docs/sft.md), with settings `ptx={"coef": 0.5}`.
-    `verbose=0` shows nothing, `run` is a run folder to go on in. Raises InputError for anything unusable,
-    if it can before a model is loaded. `learn`, `evaluate`, `save` and `load`: see `api/session.py`.
     """
 
     def __init__(

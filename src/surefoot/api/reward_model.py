@@ -31,10 +31,6 @@ class RewardModel(HasSession):
     which is taken over; `data` a JSONL file, a list or a `datasets.Dataset` of pairs, `{"prompt"?, "chosen",
     "rejected", "margin"?}`, or of ratings, `{"prompt"?, "text" or "completion", "rating"}`. The score is read
     at the end token after the text.
-
-    Settings are listed below (`center=0.01`, `run_name="mine"`); `config` gives them all at once, `verbose=0`
-    shows nothing, `run` is a run folder to go on in. Raises InputError for anything unusable, if it can
-    before a model is loaded. `learn`, `evaluate`, `save` and `load`: see `api/session.py`.
     """
 
     def __init__(

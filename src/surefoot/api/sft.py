@@ -22,10 +22,6 @@ class SFT(HasSession, Generates):
     `data` a JSONL file, a list or a `datasets.Dataset` of `{"text": …}` rows or strings, of `{"prompt": …,
     "completion": …}` or of `{"messages": […]}`, all of one kind. The loss is the negative log-likelihood of
     the text, of the completions, or of the assistant's messages, with their end tokens.
-
-    Settings are listed below (`learning_rate=1e-4`, `run_name="mine"`); `config` gives them all at once,
-    `verbose=0` shows nothing, `run` is a run folder to go on in. Raises InputError for anything unusable,
-    if it can before a model is loaded. `learn`, `evaluate`, `save` and `load`: see `api/session.py`.
     """
 
     def __init__(

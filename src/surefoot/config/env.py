@@ -29,8 +29,7 @@ class EnvConfig(Section):
     """The Gymnasium environment, in place of a text task."""
 
     id: FunctionName | None = setting(
-        None,
-        "Gymnasium id, `file.py:function`, or PettingZoo's `classic/tictactoe-v3`; `null`: given in Python.",
+        None, "Gymnasium id, `file.py:function`, PettingZoo's `classic/tictactoe-v3`; `null`: from Python."
     )
     total_timesteps: Positive = setting(100_000, "Steps in the run, of all sub-environments; rounded up.")
     n_steps: Positive = setting(2048, "Steps of each sub-environment in one update.")

@@ -78,6 +78,7 @@ RewardPath = Annotated[PathText, IsPath(lambda text, folder: ".py:" in text or o
 
 # --- fields that sections share ---
 
+_ROWS = "`{text}`, `{prompt, completion}` or `{messages}` rows, one kind per file, or a `surefoot fetch` name"
 _HELD_OUT = "Share of rows held out for evaluation, by a hash of the prompt (docs/sft.md#what-is-held-out)."
 HeldOut = Annotated[float, Field(ge=0, lt=1, description=_HELD_OUT)]
 
@@ -85,11 +86,7 @@ HeldOut = Annotated[float, Field(ge=0, lt=1, description=_HELD_OUT)]
 class ExampleFields(Section):
     """What `sft` and `ptx` have in common: the file of examples."""
 
-    data: FilePath | None = setting(
-        None,
-        "JSONL file of `{text}`, `{prompt, completion}` or `{messages}` rows, one kind per file, or a name "
-        "`surefoot fetch` knows; `null`: rows given in Python.",
-    )
+    data: FilePath | None = setting(None, f"JSONL file of {_ROWS}; `null`: rows given in Python.")
     columns: dict[Literal["text", "prompt", "completion", "messages"], str] = setting(
         {}, "The file's names of these columns, where they differ: `{prompt: question}`."
     )

@@ -37,8 +37,7 @@ class CriticConfig(Section):
     )
     stop_gradient: bool = setting(False, "`shared`: value (or reward) losses train the head alone.")
     model: ModelPath | None = setting(
-        None,
-        "`separate`: a model, or reward model, with the same tokenizer; `null`: the policy's base.",
+        None, "`separate`: a model, or reward model, with the same tokenizer; `null`: the policy's base."
     )
     learning_rate: float | None = setting(None, "Peak, if not `shared`; `null`: ppo.learning_rate.", gt=0)
     gae_lambda: Fraction | None = setting(None, "λ of the critic's targets; `null`: that of the advantages.")
@@ -83,8 +82,7 @@ class PolicyConfig(Section):
     critic: CriticConfig = setting(CriticConfig(), "The value function.")
     network: NetworkConfig = setting(NetworkConfig(), "The network of `MlpPolicy` and its kin.")
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto",
-        "Of computation and frozen weights; trained ones are float32; `auto`: bfloat16 where it is fast.",
+        "auto", "Of computation and frozen weights; trained: float32; `auto`: bfloat16 where it is fast."
     )
 
     @model_validator(mode="after")

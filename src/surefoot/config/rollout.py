@@ -22,10 +22,8 @@ class GenerationConfig(Section):
     stop_token_ids: list[Annotated[int, Field(ge=0)]] = setting([], "End tokens in addition to the model's.")
     chat: bool = setting(False, "Text is a user's message in the chat template; in training as in the task.")
     slots: Positive = setting(64, "Rows decoded together; waiting prompts take the slots of finished rows.")
-    tis_cap: float | None = setting(
-        None,
-        "Truncated importance sampling (bfloat16): weight min(π_trainer / π_sampler, this); `null`: 1.",
-        gt=0,
+    tis_cap: Annotated[float, Field(gt=0)] | None = setting(
+        None, "Truncated importance sampling (bfloat16): weight min(π_trainer / π_sampler, this); `null`: 1."
     )
 
 

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from surefoot.config import fields as f
 from surefoot.config.fields import ExampleFields, OptimizerFields, Section, setting
 
+_ROWS = "`{prompt?, chosen, rejected, margin?}` or `{prompt?, text, rating}` rows, one kind per file"
 MAX_WEIGHTS = 1_000_000_000  # of a new model: 4 GB in float32
 
 
@@ -30,11 +31,7 @@ class PTXConfig(ExampleFields):
 class RewardModelConfig(OptimizerFields):
     """A reward model from people's preferences, in place of a task: a score for whole texts."""
 
-    data: f.FilePath | None = setting(
-        None,
-        "JSONL file of `{prompt, chosen, rejected, margin}` or `{prompt, text, rating}` rows, one kind per "
-        "file; prompt and margin are optional; `null`: rows given in Python.",
-    )
+    data: f.FilePath | None = setting(None, f"JSONL file of {_ROWS}; `null`: rows given in Python.")
     held_out: f.HeldOut = 0.1
     rating_range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = setting(
         None, "Lowest and highest allowed rating, such as `[-4, 4]`."

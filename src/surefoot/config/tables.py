@@ -15,6 +15,13 @@ from surefoot.config.kinds import foreign_sections
 from surefoot.config.root import Config
 
 Class = TypeVar("Class", bound=type)
+_COMMON = """
+    `config` gives all settings at once, `verbose=0` shows nothing, `run` is a run folder to go on in. Raises
+    InputError for anything unusable, if it can before a model is loaded. `learn`, `evaluate`, `save` and
+    `load`: see `api/session.py`.
+
+    Settings, and their defaults:
+"""
 # What a run of each kind is begun with at least; `recurrent` are environments' with an LSTM.
 LEAST: dict[str, dict[str, Any]] = {
     "text": {"task": {"prompts": "prompts.jsonl", "reward": "reward.py:reward"}},
@@ -89,7 +96,7 @@ def with_settings(keys: dict[str, str]) -> Callable[[Class], Class]:
     """A class decorator: the settings `keys` (keyword -> dotted key) go to its docstring, one line each."""
 
     def decorate(cls: Class) -> Class:
-        lines = [(cls.__doc__ or "").rstrip(), "", "    Settings, and their defaults:", ""]
+        lines = [f"{cls.__doc__}".rstrip(), _COMMON]
         for name, row in ((name, all_keys()[key]) for name, key in keys.items()):
             meaning = row.description.split("; ")[0].split(". ")[0].rstrip(".")
             default = f" [{default_text(row.key)}]" if row.type else ""

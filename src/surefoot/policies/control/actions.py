@@ -24,47 +24,32 @@ Evaluated: TypeAlias = tuple[Tensor, Tensor]
 
 
 class CategoricalHead(nn.Module):
-    """One of `n` actions; [N] int64."""
+    """One choice, [N] int64, or where the space has several, independent of each other, [N, len(sizes)]."""
 
-    def __init__(self, features: int, n: int):
+    def __init__(self, features: int, sizes: list[int], *, is_one: bool):
         super().__init__()
-        self.linear = nn.Linear(features, n)
-
-    def noise(self, steps: int, envs: int, generator: torch.Generator) -> Tensor:
-        """Gumbel noise [steps, envs, n]: the largest logit plus noise is a draw from the softmax."""
-        return _gumbel((steps, envs, self.linear.out_features), generator)
-
-    def sample(self, latent_NF: Tensor, noise: Tensor | None, mask: Mask) -> Tensor:
-        """Actions [N]."""
-        return _masked(_noisy(self.linear(latent_NF), noise), mask).argmax(-1)
-
-    def evaluate_actions(self, latent_NF: Tensor, actions: Tensor, mask: Mask) -> Evaluated:
-        """Log-prob and entropy [N]."""
-        return _categorical(_masked(self.linear(latent_NF).float(), mask), actions)
-
-
-class MultiCategoricalHead(nn.Module):
-    """Several independent choices; [N, len(sizes)] int64."""
-
-    def __init__(self, features: int, sizes: list[int]):
-        super().__init__()
-        self.sizes = sizes
+        self.sizes, self.is_one = sizes, is_one
         self.linear = nn.Linear(features, sum(sizes))
 
     def noise(self, steps: int, envs: int, generator: torch.Generator) -> Tensor:
-        """Gumbel noise [steps, envs, sum(sizes)]."""
-        return _gumbel((steps, envs, sum(self.sizes)), generator)
+        """Gumbel noise [steps, envs, sum(sizes)]: the largest logit plus noise is a draw from the softmax."""
+        return -torch.empty((steps, envs, sum(self.sizes))).exponential_(generator=generator).log()
 
     def sample(self, latent_NF: Tensor, noise: Tensor | None, mask: Mask) -> Tensor:
-        """Actions [N, len(sizes)]."""
+        """Actions [N], or [N, len(sizes)]."""
         logits = _masked(_noisy(self.linear(latent_NF), noise), mask)
+        if self.is_one:
+            return logits.argmax(-1)
         return torch.stack([part.argmax(-1) for part in logits.split(self.sizes, -1)], -1)
 
     def evaluate_actions(self, latent_NF: Tensor, actions: Tensor, mask: Mask) -> Evaluated:
         """Log-prob and entropy [N], summed over the choices."""
-        logits = _masked(self.linear(latent_NF).float(), mask).split(self.sizes, -1)
-        parts = [_categorical(part, actions[..., i]) for i, part in enumerate(logits)]
-        return torch.stack([p[0] for p in parts]).sum(0), torch.stack([p[1] for p in parts]).sum(0)
+        logits = _masked(self.linear(latent_NF).float(), mask)
+        if self.is_one:
+            return _categorical(logits, actions)
+        parts = map(_categorical, logits.split(self.sizes, -1), actions.unbind(-1))
+        logprobs, entropies = zip(*parts, strict=True)
+        return torch.stack(logprobs).sum(0), torch.stack(entropies).sum(0)
 
 
 class BernoulliHead(nn.Module):
@@ -152,20 +137,19 @@ def action_head(
     """
     kind = type(space).__name__
     if kind == "Discrete":
-        return CategoricalHead(features, int(space.n))
+        return CategoricalHead(features, [int(space.n)], is_one=True)
     is_flat = len(space.shape or ()) == 1
     if kind == "MultiDiscrete" and is_flat:
-        return MultiCategoricalHead(features, [int(n) for n in space.nvec])
+        return CategoricalHead(features, [int(n) for n in space.nvec], is_one=False)
     if kind == "MultiBinary" and is_flat:
         return BernoulliHead(features, space.shape[0])
     if kind == "Box" and is_flat and use_sde:
         return StateDependentHead(features, space.shape[0], log_std=log_std, sample_freq=sde_sample_freq)
     if kind == "Box" and is_flat:
         return GaussianHead(features, space.shape[0], log_std=log_std)
-    raise InputError(
-        f"env: the action space {space} is not supported; Discrete, MultiDiscrete, MultiBinary and Box of "
-        "one dimension are (gymnasium.wrappers.FlattenAction or your own wrapper can make it one)"
-    )
+    ours = "Discrete, MultiDiscrete, MultiBinary and Box of one dimension are"
+    how = "gymnasium.wrappers.FlattenAction or your own wrapper can make it one"
+    raise InputError(f"env: the action space {space} is not supported; {ours} ({how})")
 
 
 def _noisy(outputs: Tensor, noise: Tensor | None) -> Tensor:
@@ -175,10 +159,6 @@ def _noisy(outputs: Tensor, noise: Tensor | None) -> Tensor:
 
 def _masked(logits: Tensor, mask: Mask) -> Tensor:
     return logits if mask is None else logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
-
-
-def _gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return -torch.empty(shape).exponential_(generator=generator).log()
 
 
 def _categorical(logits: Tensor, actions: Tensor) -> Evaluated:

@@ -41,7 +41,7 @@ def supports(policy: Any) -> bool:
     """Whether this policy's gradient is known here: that of a `ControlPolicy` and of no subclass."""
     if type(policy) is not ControlPolicy:
         return False
-    layers, extractor = policy.layers, policy.extractor
+    layers, extractor, head = policy.layers, policy.extractor, policy.head
     return (
         policy.device.type == "cpu"
         and policy.dtype == torch.float32
@@ -50,7 +50,8 @@ def supports(policy: Any) -> bool:
         and not list(extractor.parameters())
         and not layers.is_shared
         and all(isinstance(tower, Tower) and tower.is_tanh for tower in (layers.policy, layers.value))
-        and type(policy.head) in (CategoricalHead, GaussianHead, StateDependentHead)
+        and type(head) in (CategoricalHead, GaussianHead, StateDependentHead)
+        and getattr(head, "is_one", True)
         and all(parameter.requires_grad for parameter in policy.parameters())
     )
 
