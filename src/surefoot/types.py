@@ -234,12 +234,12 @@ class Batch:
     ends_BT: Tensor = field(default_factory=nothing)  # bool: the trajectory ends after this step
     # float32, read where ends_BT: V(final observation) where truncated, 0 where terminated
     bootstrap_BT: Tensor = field(default_factory=nothing)
-    labels_B: Tensor | None = None  # float32: margins of pairs, or ratings
+    labels_B: Tensor = field(default_factory=nothing)  # float32: margins of pairs, or ratings
     groups_B: Tensor | None = None  # int64: rows with the same number continue the same prompt
     baselines_B: Tensor | None = None  # float32: the reward of the greedy completion of the row's prompt
     reference_logprobs_BT: Tensor | None = None  # float32, nats: the frozen reference
     behavior_logprobs_BT: Tensor | None = None  # the sampler's own, kept where logprobs_BT was computed again
-    advantages_BT: Tensor | None = None
+    advantages_BT: Tensor = field(default_factory=nothing)
     returns_BT: Tensor | None = None  # what a critic learns; None where there is none
     trajectories: list[Trajectory] | list[Episode] | list[Demonstration] = field(default_factory=list)
     temperature: float = 1.0  # the logits were divided by it when the actions were drawn; of text alone

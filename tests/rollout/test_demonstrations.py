@@ -10,6 +10,7 @@ import torch
 
 from surefoot.config import SFTConfig
 from surefoot.data.demonstrations import Demonstrations
+from surefoot.data.rows import index_in_order
 from surefoot.rollout.demonstrations import DemonstrationRollout
 from tests.golden import refused
 from tests.tiny import CONTEXT, END, VOCABULARY, tiny_policy, tiny_tokenizer
@@ -66,7 +67,7 @@ def test_every_epoch_is_a_pass_in_an_order_of_its_own():
     tokenizer = tiny_tokenizer()
 
     def epoch(number: int, seed: int = 3) -> list[str]:
-        return [texts[rollout.data.training_index(10 * number + place, seed)] for place in range(10)]
+        return [texts[index_in_order(10 * number + place, len(rollout.data.train), seed)] for place in range(10)]
 
     assert sorted(epoch(0)) == sorted(epoch(1)) == sorted(texts) and len({*map(tuple, (epoch(0), epoch(1), epoch(0, 4)))}) == 3
     # Batches go on where the last one ended, across the end of an epoch too; each call stands alone.

@@ -14,6 +14,7 @@ from torch import Tensor
 from surefoot import PPO, TextTask
 from surefoot.config import Config, PTXConfig
 from surefoot.data.batches import demonstration_batch, micro_batches
+from surefoot.data.rows import index_in_order
 from surefoot.policies.lm.policy import CausalLMPolicy
 from surefoot.train.ppo_objective import PPOObjective
 from surefoot.train.supervised_objectives import SumObjective
@@ -208,7 +209,7 @@ def test_each_epoch_of_the_demonstrations_is_a_pass_whatever_stopped_the_updates
     assert 1.0 in stopped and len(taken) < 3 * 4 * len(stopped)  # else nothing was stopped
     assert taken == list(range(len(taken))) and len(taken) == objective.taken
     passes = objective.demonstrations
-    assert sorted(passes.data.training_index(number, passes.seed) for number in taken[:10]) == list(range(10))
+    assert sorted(index_in_order(number, len(passes.data.train), passes.seed) for number in taken[:10]) == list(range(10))
 
 
 @pytest.mark.usefixtures("in_own_folder")

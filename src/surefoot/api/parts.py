@@ -13,7 +13,7 @@ from surefoot.errors import InputError
 from surefoot.generation.engine import Engine
 from surefoot.policies.control.policy import ControlPolicy
 from surefoot.rollout.gym import GymRollout
-from surefoot.rollout.text import TextRollout, text_engine
+from surefoot.rollout.text import TextRollout
 from surefoot.types import Batch
 
 
@@ -77,7 +77,6 @@ def collect(
     """
     config = config or (Config() if isinstance(env, TextTask) else _config("collect", env={}))
     if isinstance(env, TextTask):
-        engine = engine or text_engine(policy, config.generation)
         text = TextRollout(policy, env, engine=engine, config=config, seed=seed)
         return text.collect(first=first_episode, count=episodes, version=version)
     if config.env is None:

@@ -21,7 +21,7 @@ from surefoot.data import assets
 from surefoot.envs.text import TextTask
 from surefoot.errors import InputError, Interrupted
 from surefoot.rewards.mixed import assign_rewards
-from surefoot.rollout.text import TextRollout, text_engine
+from surefoot.rollout.text import TextRollout
 from surefoot.storage.files import write_durably, writing
 from surefoot.storage.run_folder import RunFolder
 from surefoot.train import checkpoint
@@ -46,8 +46,7 @@ class RejectionSampling:
         sampler = build_policy(config)
         model = {"policy.model": str(sampler.fingerprint())}  # before its frozen copy goes
         sampler.drop_reference()
-        engine = text_engine(sampler, config.generation)
-        self.rollout = TextRollout(sampler, task, engine=engine, config=config, seed=config.seed)
+        self.rollout = TextRollout(sampler, task, config=config, seed=config.seed)
         self._inputs = {**self.rollout.inputs, **code_inputs(config), **model}
         self._accept_changes = False
         self._folder, self._stop = run, StopRequest()

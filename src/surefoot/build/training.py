@@ -23,7 +23,7 @@ from surefoot.rollout.demonstrations import DemonstrationRollout
 from surefoot.rollout.gym import GymRollout
 from surefoot.rollout.opponents import OpponentPool
 from surefoot.rollout.preferences import PreferenceRollout
-from surefoot.rollout.text import TextRollout, text_engine
+from surefoot.rollout.text import TextRollout
 from surefoot.storage.run_folder import RunFolder
 from surefoot.train import checkpoint, loop
 from surefoot.train.objective import Objective
@@ -46,8 +46,7 @@ def build_rollout(config: Config, policy: Any, env: Environment) -> Rollout:
     if config.reward_model is not None and isinstance(env, PreferenceDataset):
         return PreferenceRollout(policy, env, config.reward_model, config.seed)
     if isinstance(env, TextTask):
-        engine = text_engine(policy, config.generation)
-        return TextRollout(policy, env, engine=engine, config=config, seed=config.seed)
+        return TextRollout(policy, env, config=config, seed=config.seed)
     gym, ppo, seed = config.env, config.ppo, config.seed
     assert gym is not None and isinstance(env, Vector)
     make = None if gym.id is None else lambda: build_vector(config, for_evaluation=True)

@@ -44,10 +44,8 @@ def run_demo(overrides: dict[str, str]) -> None:
         highlight=False,
     )
     started = time.monotonic()
-    runs.finish(model)
+    run = RunFolder.open(runs.finish(model).parent)
     minutes = (time.monotonic() - started) / 60
-    assert model.run_folder is not None
-    run = RunFolder.open(model.run_folder)
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     evaluations = [row for row in run.read("metrics.jsonl") if "eval/reward" in row]
     if not evaluations:  # task.held_out 0 leaves nothing to compare

@@ -34,8 +34,7 @@ def preference_batch(rows: Sequence[Texts], labels: Sequence[float] = (), *, dev
     tokens_BTK = tokens_BKT.transpose(1, 2).contiguous()
     mask_BT = torch.arange(tokens_BTK.shape[1]) < lengths_BK.amax(1)[:, None]
     observations = {"tokens": tokens_BTK, "lengths": lengths_BK}
-    labels_B = torch.tensor(labels, dtype=torch.float32) if labels else None
-    return Batch(observations, mask_BT, labels_B=labels_B).to(device)
+    return Batch(observations, mask_BT, labels_B=torch.tensor(labels, dtype=torch.float32)).to(device)
 
 
 def minibatches(batch: Batch, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Batch, Tensor]]:

@@ -127,10 +127,6 @@ class SplitRows(Generic[Row]):
         keys = [json.dumps(key(row), default=str) for row in rows]
         self.train, self.held_out = split(rows, keys, held_out)
 
-    def training_index(self, number: int, seed: int) -> int:
-        """Which of `train` comes as number `number` of the run."""
-        return index_in_order(number, len(self.train), seed)
-
 
 def _read_jsonl(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     try:

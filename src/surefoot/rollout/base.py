@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
-from surefoot.data.rows import SplitRows
+from surefoot.data.rows import SplitRows, index_in_order
 from surefoot.types import Batch, Demonstration, Episode, Poll, Preference, Trajectory
 
 Evaluated: TypeAlias = tuple[dict[str, float], Sequence[Trajectory | Episode | Demonstration | Preference]]
@@ -77,7 +77,7 @@ class ExampleRollout(Rollout, Protocol):
     def collect(self, *, first: int, count: int, version: int = 0, poll: Poll = None) -> Batch:
         """Examples number `first` to `first + count` of the run."""
         started, end = time.perf_counter(), first + count
-        indices = [self.data.training_index(number, self.seed) for number in range(first, end)]
+        indices = [index_in_order(number, len(self.data.train), self.seed) for number in range(first, end)]
         batch, length = self._training_batch(indices)
         batch.version = version
         batch.metrics = {"time/rollout_s": time.perf_counter() - started, "time/score_s": 0.0}

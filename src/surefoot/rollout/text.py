@@ -51,12 +51,21 @@ class TextRollout(Rollout):
     unit = "episodes"
     throughput = "throughput/tokens_per_s"
 
-    def __init__(self, policy: LanguagePolicy, task: TextTask, *, engine: Engine, config: Config, seed: int):
+    def __init__(
+        self,
+        policy: LanguagePolicy,
+        task: TextTask,
+        *,
+        config: Config,
+        seed: int,
+        engine: Engine | None = None,
+    ):
         generation = config.generation
         if generation.top_k is not None or generation.top_p is not None:
             why = "log-probs are over the full vocabulary"
             raise InputError(f"generation.top_k and top_p contradict training: {why}")
-        self.policy, self.task, self.engine, self.seed = policy, task, engine, seed
+        self.policy, self.task, self.seed = policy, task, seed
+        self.engine = engine or text_engine(policy, generation)
         self.config, self.generation, self.ppo = config, generation, config.ppo
         self.per_update, self.can_evaluate = config.rollout.episodes_per_update, bool(task.held_out)
         self.reward_stats = RunningStats()

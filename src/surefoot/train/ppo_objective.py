@@ -105,14 +105,13 @@ class PPOObjective(Objective):
         """Without rows that teach nothing, as no reward applies to them, nor, if asked for, zero-variance
         groups; whitened here where all is one minibatch.
         """
-        assert batch.advantages_BT is not None, "call advantages(batch) first"
+        assert len(batch.advantages_BT), "call advantages(batch) first"
         skips = self.config.group.skip_zero_variance
         teaches_B = has_reward_variance(batch) if skips else batch.mask_BT.any(1)
         if not bool(teaches_B.all()):
             batch = batch.rows(teaches_B.nonzero().flatten())
         self._is_whitened = self._normalizes and rows_per_minibatch >= len(batch) > 1
         if self._is_whitened:
-            assert batch.advantages_BT is not None
             batch = replace(batch, advantages_BT=whiten(batch.advantages_BT, batch.mask_BT))
         return batch
 
@@ -126,7 +125,6 @@ class PPOObjective(Objective):
         denominator, stats = self._denominator(batch, rows), []
         for micro in micro_batches(batch, rows, token_budget):
             part = batch if len(micro) == len(batch) else batch.rows(micro)
-            assert part.advantages_BT is not None
             scale: float | Tensor = 1.0 / denominator
             if self.config.ppo.loss_aggregation == "sequence":
                 scale = part.mask_BT / part.mask_BT.sum(1).clamp(min=1)[:, None] * scale
@@ -156,7 +154,6 @@ class PPOObjective(Objective):
     def _minibatch_advantages(self, batch: Batch, rows: Tensor, normalize: bool) -> Tensor:
         """Advantages [B, T] as the loss of the minibatch `rows` counts them."""
         advantages_BT, mask_BT = batch.advantages_BT, batch.mask_BT
-        assert advantages_BT is not None
         if normalize and int(mask_BT[rows].sum()) > 1:  # one advantage alone has no spread to divide by
             # Over the minibatch, before it is split: a micro-batch's own mean and variance would change the
             # gradient.

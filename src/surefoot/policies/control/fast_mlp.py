@@ -118,7 +118,6 @@ class FastMLP:
         if self.weights.grad is None:
             self.gradient_N.zero_()
             self.weights.grad = self.gradient_N
-        assert batch.advantages_BT is not None
         advantages_BT, mask_BT = batch.advantages_BT.numpy(), batch.mask_BT.numpy()
         steps = int(mask_BT.sum())
         if normalize and steps > 1:
