@@ -17,7 +17,9 @@ from surefoot.config.tables import all_keys
 from surefoot.errors import InputError
 
 
-def load_config(path: Path | str, overrides: Mapping[str, str] = {}, *, sections: Names = ()) -> Config:
+def load_config(
+    path: Path | str, overrides: Mapping[str, str] | None = None, *, sections: Names = ()
+) -> Config:
     """Read a YAML file, apply `overrides` (dotted key -> YAML scalar, as from flags), check everything.
 
     Of `sections` that the file lacks the defaults are taken. Relative paths in the file are relative to the
@@ -26,7 +28,7 @@ def load_config(path: Path | str, overrides: Mapping[str, str] = {}, *, sections
     """
     data = {section: {} for section in sections} | read_sections(path)
     make_paths_relative_to(Path(path).parent, data)
-    flags = {key.replace("-", "_"): text for key, text in overrides.items()}
+    flags = {key.replace("-", "_"): text for key, text in (overrides or {}).items()}
     for key, text in flags.items():
         set_field(data, key, text)
     return make_config(data, where=str(path), flags=flags)
