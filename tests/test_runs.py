@@ -203,6 +203,39 @@ def test_a_signal_saves_stops_and_says_how_to_go_on(
     assert again.code == 0 and again.stdout.startswith("runs/run is finished; its ")
 
 
+LONGER = {"ppo": ("rollout.total_episodes", 48), "sft": ("sft.epochs", 3), "cartpole": ("env.total_timesteps", 512)}
+
+
+@pytest.mark.parametrize("kind", LONGER)
+def test_a_finished_run_goes_on_longer_and_at_another_rate_and_a_kill_there_changes_nothing(
+    tmp_path: Path, base: Path, warm: Warm, kind: str, expected: dict[str, Any]
+) -> None:
+    key, total = LONGER[kind]
+    rate = f"{'sft' if kind == 'sft' else 'ppo'}.learning_rate"
+    run = KINDS[kind].project(tmp_path, base)
+    assert warm.run(tmp_path, KINDS[kind].verb, "ppo.yaml").code == 0
+    assert f"--{key.replace('_', '-')} N, for a longer run" in warm.run(tmp_path, "resume", "runs/run").stdout
+    short = warm.run(tmp_path, "resume", "runs/run", f"--{key}", "1")
+    golden.check(short.stderr.strip().rpartition("runs/run: ")[2], "ask for more")
+    shutil.copytree(run, tmp_path / "runs" / "killed")
+    flags = (f"--{key}={total}", f"--{rate}", "0.004")
+    ended = warm.run(tmp_path, "resume", "runs/run", *flags)
+    assert ended.code == 0, ended.stderr
+    longer = outcome(run)
+    assert longer["state"]["progress"]["collected"] >= longer["state"]["total"] > expected["state"]["total"]
+    assert len(longer["metrics"]) > len(expected["metrics"]) and longer["model"] != expected["model"]
+    written = json.loads((run / "history.jsonl").read_text().splitlines()[-1])
+    assert written["to"] == {key: total, rate: 0.004} and written["from"][rate] != 0.004
+    strike = Strike("surefoot.train.update:take_step", 2, after=True, signals=[KILL])
+    assert warm.run(tmp_path, "resume", "runs/killed", *flags, strikes=[strike]).code == -KILL
+    ended = warm.run(tmp_path, "resume", "runs/killed")
+    assert ended.code == 0, ended.stderr
+    assert_equal(tmp_path / "runs" / "killed", longer)
+    refused = warm.run(tmp_path, "resume", "runs/run", "--seed", "3")
+    assert refused.code == 2
+    golden.check(refused.stderr.strip().partition("surefoot: ")[2], "--seed", key)
+
+
 def halve(file: Path) -> None:
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[: len(lines) // 2]))

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import importlib
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surefoot.config import Config
+from surefoot.config import Config, load_config
+from surefoot.config.messages import as_flag
 from surefoot.errors import InputError
 from surefoot.storage.run_folder import RunFolder
 
@@ -22,6 +24,12 @@ if TYPE_CHECKING:
     from surefoot.api.sft import SFT
 
     Run = PPO | SFT | RewardModel | RejectionSampling
+
+# How long a run is, and what else may be another from some update on.
+TOTALS = {"rollout.total_episodes", "env.total_timesteps", "sft.epochs", "reward_model.epochs"}
+RATES = {f"{section}.learning_rate" for section in ("ppo", "sft", "reward_model", "policy.critic")}
+CHANGEABLE = TOTALS | RATES | {"ppo.clip_range", "ppo.ent_coef", "ppo.n_epochs", "ppo.target_kl"}
+CHANGEABLE |= {"evaluate.every", "run.checkpoint_every", "run.keep_checkpoints"}
 
 
 def check(config: Config, *, where: str = "config", verb: str | None = None) -> None:
@@ -46,13 +54,34 @@ def start(config: Config) -> Run:
     return _opener(config)(config.policy.model, source, config=config)  # type: ignore[no-any-return]
 
 
-def resume(folder: str | Path, *, accept_changes: bool = False) -> Run:
+def total_key(config: Config) -> str:
+    """The field that says how long a run of this kind is."""
+    section = config.supervised or ("env" if config.env is not None else "rollout")
+    return next(key for key in TOTALS if key.startswith(f"{section}."))
+
+
+def resume(
+    folder: str | Path, *, accept_changes: bool = False, changes: Mapping[str, str] | None = None
+) -> Run:
     """The run in `folder` at its newest whole checkpoint.
 
-    Raises InputError for one that needs Python, or whose inputs have changed, unless that is to be accepted.
+    `changes` (dotted key -> YAML scalar) of `CHANGEABLE` fields are written to its config.yaml, with what was
+    there before to history.jsonl. Raises InputError for one that needs Python, for other fields, or for
+    inputs that have changed, unless that is to be accepted.
     """
-    opener = _opener(RunFolder.open(folder).config())
-    return opener.load(folder, accept_changes=accept_changes)  # type: ignore[no-any-return]
+    run = RunFolder.open(folder)
+    opener, is_longer = _opener(run.config()), False
+    if changes:
+        check(run.config(), where=str(folder))
+        for key in changes.keys() - CHANGEABLE:
+            how = f"a run that has begun goes on with other {', '.join(sorted(CHANGEABLE))}"
+            raise InputError(f"{as_flag(key)}: cannot change here; {how}; start a new run for the rest")
+        run.change(load_config(run.path / "config.yaml", changes), changes)
+        is_longer = bool(TOTALS & changes.keys())
+    model = opener.load(folder, accept_changes=accept_changes)
+    if is_longer:
+        model._session.follow_total()
+    return model  # type: ignore[no-any-return]
 
 
 def _opener(config: Config) -> Any:

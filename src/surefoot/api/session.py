@@ -21,7 +21,14 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from surefoot.build.preflight import SETTINGS
-from surefoot.build.training import Environment, Examples, build_objective, build_rollout, build_training
+from surefoot.build.training import (
+    Environment,
+    Examples,
+    build_objective,
+    build_rollout,
+    build_training,
+    total_of,
+)
 from surefoot.config import Config, absolute_paths, dump_config, load_config, make_config, sections_for
 from surefoot.config.keywords import nested
 from surefoot.config.kinds import SUPERVISED
@@ -113,6 +120,8 @@ class Session:
             units = len(self.source.train) if isinstance(self.source, Examples) else 1
             training.total = training.progress.collected + more * units
         is_shown = bool(self.verbose or show)
+        if more is None and training.is_finished and is_shown:
+            print(f"{training.folder.path} has been trained to its end; learn({name}=N) trains it further")
         with outlived(), self._held(training), observed(training, show=is_shown):
             with calling(callback, training, model) as adapter:
                 self.adapter = adapter if callback else None
@@ -122,6 +131,10 @@ class Session:
                 finally:
                     self.adapter = None
             finish()
+
+    def follow_total(self) -> None:
+        """Train to the end that the configuration names, whatever was asked for last."""
+        loop.set_total(self.training, total_of(self.config, self.source))
 
     def start_over(self) -> None:
         """Let an environment's training begin new episodes. Raises InputError in the middle of a rollout."""

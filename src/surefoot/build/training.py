@@ -74,6 +74,13 @@ def build_objective(config: Config, policy: Any, rollout: Rollout, ptx_data: Any
     return SumObjective(config, rows)
 
 
+def total_of(config: Config, env: Any) -> int:
+    """How many episodes, timesteps or examples the configuration asks for."""
+    if isinstance(env, Examples) and (settings := config.sft or config.reward_model) is not None:
+        return settings.epochs * len(env.train)
+    return config.rollout.total_episodes if config.env is None else config.env.total_timesteps
+
+
 def build_training(
     config: Config,
     policy: Any,
@@ -89,11 +96,8 @@ def build_training(
     """
     folder = folder or RunFolder.create(config)
     rollout, objective = parts
-    total = config.rollout.total_episodes if config.env is None else config.env.total_timesteps
-    if isinstance(env, Examples) and (settings := config.sft or config.reward_model) is not None:
-        total = settings.epochs * len(env.train)
     optimizer = make_optimizer(policy, objective, critic_learning_rate=config.policy.critic.learning_rate)
-    training = loop.Training(config, policy, rollout, objective, optimizer, folder, total)
+    training = loop.Training(config, policy, rollout, objective, optimizer, folder, total_of(config, env))
     training.inputs = {**rollout.inputs, **objective.inputs, **code_inputs(config)}
     training.inputs["policy.model"] = str(policy.fingerprint())
     if config.env is not None and sum(p.numel() for p in policy.parameters()) < SMALL:

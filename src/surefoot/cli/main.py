@@ -84,11 +84,15 @@ def _pipeline(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 def _resume(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from surefoot.api import runs
+    from surefoot.config.messages import as_flag
 
-    run = runs.resume(options.run, accept_changes=options.accept_changes)
+    run = runs.resume(options.run, accept_changes=options.accept_changes, changes=overrides)
     product = runs.product(run.config, Path(options.run))
     if run.is_finished and runs.is_made(run.config, Path(options.run)):
         print(f"{options.run} is finished; its {'model' if product.is_dir() else 'examples'} is {product}")
+        if product.is_dir():
+            total = runs.total_key(run.config)
+            print(f"next:  surefoot resume {shlex.quote(options.run)} {as_flag(total)} N, for a longer run")
     else:
         _finish(run)
 
@@ -188,8 +192,8 @@ VERBS = {
     "pipeline": Verb(_pipeline, STAGES, "FILE [--stages.name.section.field value ...]", FILE),
     "resume": Verb(
         _resume,
-        "Continue a run from its newest whole checkpoint, as begun.",
-        "RUN [options]",
+        "Continue a run from its newest whole checkpoint; a field may change how long or how fast it trains.",
+        "RUN [--accept-changes] [--section.field value]",
         {**RUN, "--accept-changes": {"action": "store_true", "help": "of prompts, reward, data or model"}},
     ),
     "generate": Verb(
@@ -286,7 +290,7 @@ def _split_fields(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     overrides: dict[str, str] = {}
     rest = iter(arguments)
     for argument in rest:
-        if not argument.startswith("--") or argument in {"--", "--help"}:
+        if not argument.startswith("--") or argument in {"--", "--help", "--accept-changes"}:
             others.append(argument)
             continue
         key, equals, value = argument[2:].partition("=")

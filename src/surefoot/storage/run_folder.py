@@ -9,6 +9,7 @@ checkpoints/       see train/checkpoint.py
 model/             the trained model, written when the run ends
 completions.jsonl  of rejection sampling: the examples, written when the run ends
 progress.json      of rejection sampling: how far it is
+history.jsonl      of a run that went on with other settings: when, from what, to what
 calibration.json   of a reward model: its predictions beside what people said, with a plot where matplotlib is
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import math
 import os
@@ -23,6 +25,7 @@ import platform
 import re
 import stat
 import sys
+import time
 import weakref
 from collections.abc import Iterable, Mapping
 from importlib import metadata
@@ -97,6 +100,18 @@ class RunFolder:
     def config(self) -> Config:
         """The configuration the run was started with."""
         return load_config(self.path / "config.yaml")
+
+    def change(self, config: Config, keys: Iterable[str]) -> None:
+        """Go on with `config`, other in the fields `keys`; what they were stands in history.jsonl."""
+
+        def values(config: Config) -> dict[str, Any]:
+            return {key: functools.reduce(getattr, key.split("."), config) for key in keys}
+
+        self.hold()
+        with writing(self.path), (self.path / "history.jsonl").open("a", encoding="utf-8") as file:
+            line = {"time": time.strftime("%FT%TZ", time.gmtime())}
+            file.write(json.dumps(line | {"from": values(self.config()), "to": values(config)}) + "\n")
+            write_durably(self.path / "config.yaml", dump_config(config).encode())
 
     @property
     def is_held(self) -> bool:

@@ -214,6 +214,17 @@ def log(t: Training, split: str, metrics: dict[str, float], played: Sequence[Any
         observer.log(metrics, t.progress)
 
 
+def set_total(t: Training, total: int) -> None:
+    """Train to `total` from here on, also after a kill. Raises InputError where that leaves nothing to do."""
+    if total <= t.progress.collected:
+        what = f"it has had {t.progress.collected} {t.rollout.unit} already"
+        raise InputError(f"{t.folder.path}: {what}, and is to end after {total}; ask for more")
+    t.total = total
+    if t.saved_at is not None:
+        before = snapshot(t)
+        _write_checkpoint(t, before | {"generators": t.generators or before["generators"]})
+
+
 def save(t: Training, before: dict[str, Any]) -> None:
     """Write a checkpoint of everything the run's future depends on; `before` is a `snapshot`."""
     t.enter("save")
