@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
 
-from tests import golden
-from tests.train.small_run import write_base
-from tests.train.warm import Warm
+from tests import golden, inputs
+from tests.train.small_run import outcome, write_base, write_project
+from tests.train.warm import Warm, cold
 
 
 @pytest.fixture
@@ -19,6 +20,24 @@ def in_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The working directory is the test's own, where runs may leave what they make."""
     monkeypatch.chdir(tmp_path)
     transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture
+def project(in_own_folder: None, tmp_path: Path) -> Path:
+    """The working directory with config.yaml, prompts, reward and model; `write_project` puts other parts in."""
+    inputs.write_project(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def written(in_own_folder: None) -> Callable[..., Path]:
+    """Write text, or bytes, as a file in the working directory; its path."""
+
+    def write(content: str | bytes, name: str = "c.yaml") -> Path:
+        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return Path(name)
+
+    return write
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +53,16 @@ def warm() -> Iterator[Warm]:
     """An interpreter that has imported everything, to run and kill commands in."""
     with Warm() as interpreter:
         yield interpreter
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a run that nobody disturbed leaves."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run = write_project(folder, base)
+    ended = cold(folder, "ppo", "ppo.yaml")
+    assert ended.code == 0, ended.stderr
+    return outcome(run)
 
 
 def pytest_sessionfinish() -> None:

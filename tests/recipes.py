@@ -1,23 +1,23 @@
-"""What recipes bring along, imported by its path: recipes are no package."""
+"""Programs of recipes, examples and docs, imported by their path: they are in no package."""
 
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+ROOT = Path(__file__).parent.parent
 
 
 def load(path: str) -> Any:
-    """A recipe's module."""
-    name = path.removesuffix(".py").replace("/", "_")
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / path)
+    """The module at this path of the repository."""
+    spec = importlib.util.spec_from_file_location(path.removesuffix(".py").replace("/", "_"), ROOT / path)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-tictactoe = load("tictactoe/oracle.py")
-go_gtp = load("go/gtp.py")
+tictactoe = load("recipes/tictactoe/oracle.py")
+go_gtp = load("recipes/go/gtp.py")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,12 +16,15 @@ import transformers
 import surefoot
 from surefoot import PPO, SFT, RewardModel, TextTask, advantages, collect, load_policy, update
 from surefoot.config import AdapterConfig, Config, make_config
+from surefoot.train import loop
 from tests.inputs import PROMPTS, model_folder, refusal, run_cli
+from tests.test_reward_model import PAIRS, RATINGS
+from tests.test_sft import PAIRS as EXAMPLES
+from tests.test_sft import SENTENCES
 from tests.tiny import tiny_policy, tiny_tokenizer
+from tests.train.small_run import weights
 
 SMALL = {"total_episodes": 8, "episodes_per_update": 4, "batch_size": 4, "n_epochs": 1, "max_new_tokens": 3, "dtype": "float32"}
-
-
 pytestmark = pytest.mark.usefixtures("in_own_folder")
 
 
@@ -124,10 +128,7 @@ def test_settings_and_config_are_the_same_thing():
     ("settings", "named"),
     [
         ({"learning_rat": 1}, "'learning_rate'"),
-        ({"chat": True}, "TextTask"),
-        ({"learning_rate": "fast"}, "ppo.learning_rate"),
         ({"batch_size": 5}, "ppo.batch_size (5)"),
-        ({"temperature": 0}, "generation.temperature"),
         ({"adapter": {"rnk": 2}}, "'policy.adapter.rank'"),
         ({"run_name": "../up"}, "run.name"),
         ({"n_steps": 5}, "n_steps"),
@@ -185,11 +186,6 @@ def test_prompts_that_cannot_be_continued_are_refused(prompts, named):
     refusal(lambda: PPO(tiny_policy()).generate(prompts), named)
 
 
-@pytest.mark.parametrize(("name", "value"), [("top_q", 3), ("max_new_tokens", 0), ("top_p", 3.0)])
-def test_sampling_settings_are_checked(name, value):
-    refusal(lambda: PPO(tiny_policy()).generate("one", **{name: value}), name)
-
-
 def test_generating_stops_at_the_strings_the_policy_was_trained_to_stop_at():
     prompts = ["one"] * 20
     free = small(max_new_tokens=20).generate(prompts)
@@ -227,6 +223,42 @@ def test_what_is_opened_writes_as_what_was_trained():
         assert generation.chat == (name not in ("tuned", tuned.run_folder, "loaded"))
     opened, chat = PPO.open("out"), [{"role": "user", "content": "one"}]
     assert opened.generate("one") == opened.generate([chat])[0] == run_cli("generate", "out", "one").out[:-1]
+
+
+SUPERVISED = pytest.mark.parametrize(
+    ("kind", "section", "data", "other"),
+    [(SFT, "sft", SENTENCES, EXAMPLES[0]), (RewardModel, "reward_model", PAIRS, RATINGS[0])],
+    ids=["sft", "reward model"],
+)
+
+
+@SUPERVISED
+def test_a_supervised_run_learns_more_and_goes_on_in_another_process(kind, section, data, other):
+    settings = {"held_out": 0.0, "batch_size": 8, "lr_schedule": "constant", "lr_warmup": 0.0, "dtype": "float32", "verbose": 0}
+    straight = kind(model_folder(), data, epochs=4, run_name="a", **settings).learn()
+    first = kind(model_folder(), data, epochs=1, run_name="b", **settings).learn().learn(1)
+    again = kind.load("runs/b", data, verbose=0)
+    assert first.is_finished and again.is_finished and again.learn(2).is_finished
+    assert all(torch.equal(value, weights(straight)[name]) for name, value in weights(again).items())
+    refusal(lambda: first.learn(1), "runs/b", f"{kind.__name__}.load")
+    refusal(lambda: kind.load("runs/b"), f"{kind.__name__}.load(folder, data)")
+    refusal(lambda: kind.load("runs/b", data[1:], verbose=0), f"{section}.data")
+    again._session.training.stop.signal_number = int(signal.SIGTERM)
+    stopped = str(loop._interrupted(again._session.training))
+    assert stopped.endswith(f"continue with: {kind.__name__}.load('runs/b', data).learn()")
+
+
+@SUPERVISED
+def test_what_a_supervised_run_cannot_be_is_one_line(kind, section, data, other):
+    refusal(lambda: kind(model_folder()), f"{section}.data")
+    refusal(lambda: kind(7, data), "policy")
+    refusal(lambda: kind(model_folder(), data, model="another"), "model")
+    refusal(lambda: kind(model_folder(), [*data, other]), f"data, row {len(data) + 1}")
+    refusal(lambda: kind(model_folder(), data, verbose=0).learn(0), "total_epochs")
+    refusal(lambda: kind(model_folder(), data, held_out=0.0, verbose=0).evaluate(), "held-out")
+    long = SENTENCES[0] * 20
+    rows = [long] if kind is SFT else [{"chosen": long, "rejected": "a"}, {"chosen": "a", "rejected": "b"}]
+    refusal(lambda: kind(model_folder(), rows, held_out=0.0, verbose=0).learn(), "row 1", "context")
 
 
 def test_folders_that_cannot_be_loaded_or_written_are_one_line():

@@ -23,14 +23,6 @@ HEAVY = ("torch", "transformers", "peft", "numpy", "safetensors", "rich", "tenso
 FIELDS = {f"--{row.key.replace('_', '-')}" for row in field_table()}
 
 
-@pytest.fixture
-def project(tmp_path, monkeypatch) -> Path:
-    """A folder with config.yaml, prompts, reward and model, which is the working directory."""
-    monkeypatch.chdir(tmp_path)
-    write_project(tmp_path)
-    return tmp_path
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, Outcome]:
     """A run that the command line has trained to its end, and what it said."""
@@ -109,8 +101,6 @@ PPO, GENERATE = ["ppo", "config.yaml"], ["generate", "model", "x"]
         ([*PPO, "--kl.coef"], ["--kl.coef needs a value"]),
         (["ppo", "--run.name", "--seed", "3", "config.yaml"], ["--run.name needs a value"]),
         ([*PPO, "--run.name="], ["--run.name", "null"]),
-        ([*PPO, "--kl-coef", "1"], ["'--kl-coef'", "'--kl.coef'"]),
-        ([*PPO, "--kl.coef", "-1"], ["--kl.coef", "got -1"]),
         (["ppo", "no.yaml"], ["no.yaml: no such file"]),
         (["ppo", "empty.yaml"], ["empty.yaml", "task.prompts", "env.id"]),
         (["sft", "config.yaml"], ["config.yaml", "sft.data"]),
@@ -121,8 +111,6 @@ PPO, GENERATE = ["ppo", "config.yaml"], ["generate", "model", "x"]
         (["generate", "model", "  "], ["text is empty"]),
         ([*GENERATE, "--seed", "a"], ["--seed", "'a'"]),
         ([*GENERATE, "--temperature", "-1"], ["temperature", "got -1.0"]),
-        ([*GENERATE, "--max-new-tokens", "0"], ["max_new_tokens", "got 0"]),
-        ([*GENERATE, "--top-p", "2"], ["top_p", "got 2.0"]),
         (["generate", "./no", "x"], ["policy.model: no folder ./no"]),
         (["fetch", "tweeets"], ["'tweeets'", *assets.ASSETS]),
         (["demo", "--nosuch", "1"], ["'--nosuch'"]),
@@ -218,9 +206,8 @@ def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     script = f'surefoot() {{ "{sys.executable}" -m surefoot.cli.main "$@"; }}; {command}'
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(surefoot.__file__).parent.parent)}
     environment.pop("PYTHONUNBUFFERED", None)  # a pipe is noticed to be closed when the buffer is written, at the end
-    return subprocess.run(
-        ["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    command = ["bash", "-c", script]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.mark.parametrize("verb", ["--help", "ppo --help", "--version"])

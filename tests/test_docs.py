@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import importlib.util
 import re
 import subprocess
 import sys
@@ -13,16 +12,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.recipes import load
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *ROOT.glob("recipes/**/*.md"), *ROOT.glob("benchmarks/**/*.md")])
 
 
 def generated() -> dict[str, str]:
-    spec = importlib.util.spec_from_file_location("generate_docs", DOCS / "generate.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load("docs/generate.py")
     return {"config.md": module.config_page(), "metrics.md": module.metrics_page()}
 
 
@@ -35,17 +33,13 @@ def test_every_metric_that_is_logged_is_defined_and_every_defined_one_is_logged(
     from surefoot.train.metrics import METRICS
 
     source = "\n".join(path.read_text() for path in (ROOT / "src" / "surefoot").rglob("*.py"))
-    named = set(
-        re.findall(
-            r'"((?:reward|kl|ppo|critic|policy|length|sampler|time|throughput|eval|sft|reward_model|ptx)/[a-z_0-9]+)"', source
-        )
-    )
+    prefixes = "reward|kl|ppo|critic|policy|length|sampler|time|throughput|eval|sft|reward_model|ptx"
+    named = set(re.findall(rf'"((?:{prefixes})/[a-z_0-9]+)"', source))
     assert named <= METRICS.keys()
     for name in METRICS:
         is_built = f'"{{name}}/{name.partition("/")[2]}"' in source  # of every objective's name
-        assert is_built or source.count(f'"{name}"') + source.count("'" + name + "'") >= 2, (
-            f"{name} is defined but never logged"
-        )
+        times = source.count(f'"{name}"') + source.count(f"'{name}'")
+        assert is_built or times >= 2, f"{name} is defined but never logged"
 
 
 def algorithm_rows() -> list[list[str]]:
@@ -54,15 +48,12 @@ def algorithm_rows() -> list[list[str]]:
     return [row for row in rows if not set("".join(row)) <= set("-: ") and row[0] != "detail"]
 
 
-def test_the_algorithm_table_has_no_empty_cell() -> None:
+def test_the_algorithm_table_has_no_empty_cell_and_points_at_code_and_tests_that_exist() -> None:
     rows = algorithm_rows()
     assert len(rows) > 30
     for row in rows:
         assert len(row) == 4 and all(row), row
-
-
-def test_the_algorithm_table_points_at_code_and_tests_that_exist() -> None:
-    for detail, place, tests, _ in algorithm_rows():
+        detail, place, tests, _ = row
         for file, name in re.findall(r"`([\w/]+\.py)(?::(\w+))?`", place):
             text = (ROOT / "src" / "surefoot" / file).read_text()
             assert not name or re.search(rf"\b{name}\b", text), f"{detail}: no {name} in {file}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 from pathlib import Path
@@ -17,22 +16,16 @@ from surefoot import PPO, SFT, TextTask, load_policy, new_model
 from surefoot.config import PolicyConfig
 from surefoot.policies.lm.from_scratch import END, learn_tokenizer
 from tests.inputs import refusal, run_cli, write_project
-from tests.train.small_run import rows
+from tests.train.small_run import rows, write_rows
 from tests.train.warm import cold
 
 TEXTS = [f"the {noun} is {word}." for noun in ("cat", "dog", "hen", "cow") for word in ("red", "big", "old", "shy")]
+ROWS = [{"text": text} for text in TEXTS]
 CHATS = [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]} for text in TEXTS]
 WHOLE = {"adapter": None, "dtype": "float32", "verbose": 0}
 TINY = {"vocab": 300, "width": 32, "layers": 1}
 KINDS = ("transformer", "lstm")
-
-
 pytestmark = pytest.mark.usefixtures("in_own_folder")
-
-
-def write_texts(folder: Path = Path()) -> None:
-    folder.mkdir(exist_ok=True)
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
 
 
 def random_text(chance: random.Random) -> str:
@@ -65,7 +58,7 @@ def test_merges_are_of_what_stands_often_and_end_with_the_text():
 
 
 def test_the_seed_alone_decides_the_weights_in_any_interpreter():
-    write_texts()
+    write_rows(Path("texts.jsonl"), ROWS)
     config = {"seed": 3, "policy": {"model": "cold", "adapter": None}, "sft": {"data": "texts.jsonl"}, "new_model": TINY}
     Path("new.yaml").write_text(yaml.safe_dump(config))
     ended = cold(Path.cwd(), "new-model", "new.yaml")
@@ -143,7 +136,7 @@ def test_from_nothing_through_sft_to_ppo(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_command_line_goes_the_whole_way(kind):
-    Path("texts.jsonl").write_text("".join(json.dumps({"said": text, "text": "no"}) + "\n" for text in TEXTS))
+    write_rows(Path("texts.jsonl"), ({"said": text, "text": "no"} for text in TEXTS))
     section = {"data": "texts.jsonl", "columns": {"text": "said"}, "epochs": 1}
     config = {"policy": {"model": "new", "adapter": None}, "new_model": TINY, "sft": section}
     Path("sft.yaml").write_text(yaml.safe_dump(config))
@@ -176,7 +169,7 @@ def test_the_command_line_goes_the_whole_way(kind):
 def test_bad_input_is_one_line(flags, names):
     Path("full").mkdir()
     Path("full/precious").touch()
-    write_texts()
+    write_rows(Path("texts.jsonl"), ROWS)
     Path("empty.jsonl").touch()
     Path("sft.yaml").write_text(yaml.safe_dump({"policy": {"model": "new", "adapter": None}, "sft": {"data": "texts.jsonl"}}))
     run_cli("new-model", "sft.yaml", *flags).refused(*names)
@@ -185,7 +178,8 @@ def test_bad_input_is_one_line(flags, names):
 
 
 def test_the_folder_is_beside_the_file_and_sft_finds_it_there():
-    write_texts(Path("of_mine"))
+    Path("of_mine").mkdir()
+    write_rows(Path("of_mine/texts.jsonl"), ROWS)
     config = {"policy": {"model": "base", "adapter": None}, "new_model": TINY, "sft": {"data": "texts.jsonl", "epochs": 1}}
     Path("of_mine/sft.yaml").write_text(yaml.safe_dump(config))
     run_cli("sft", "of_mine/sft.yaml").refused("of_mine/base", "surefoot new-model of_mine/sft.yaml")

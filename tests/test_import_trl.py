@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from surefoot.migrate.trl.value_head import import_value_head
 from tests.golden import refused
 from tests.inputs import run_cli, write_project
 from tests.tiny import FAMILIES, tiny_lm, tiny_tokenizer
+from tests.train.test_checkpoint import poison
 
 ROOT = Path(__file__).parent.parent
 # What `json.dump(config.to_dict(), …)` gives of TRL 0.11.
@@ -259,13 +259,9 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, name, text, named):
 
 
 def test_a_pickle_is_refused_unread_with_the_way_around_it(tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "was_run",))
-
-    (tmp_path / "training_args.bin").write_bytes(pickle.dumps(Trap()))
+    (tmp_path / "training_args.bin").write_bytes(poison(tmp_path / "canary"))
     run_cli("import-trl", tmp_path / "training_args.bin").refused("a pickle", "to_json_string()")
-    assert not (tmp_path / "was_run").exists()
+    assert not (tmp_path / "canary").exists()
 
 
 def test_the_command_writes_yaml_that_ppo_takes(tmp_path):

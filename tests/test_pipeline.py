@@ -23,7 +23,7 @@ from tests.tiny import tiny_tokenizer
 from tests.train.small_run import rows
 from tests.train.warm import Strike, Warm
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, REJECTION = "model.safetensors", "surefoot.api.rejection"
 PAIRS = [{"prompt": f"{word} {number}", "completion": f" {word * 2}"} for word in ("the", "an", "in") for number in range(4)]
 RATINGS = [{"text": f"{word} film {number}", "rating": number % 3} for word in ("good", "bad") for number in range(6)]
 PROMPTS = [{"prompt": f"{word} {number}"} for word in ("the", "our", "in") for number in range(4)]
@@ -110,9 +110,7 @@ def test_sampled_examples_are_the_given_rows_and_then_the_best_answers(whole: Pa
     assert [(row["prompt"], row["completion"]) for row in examples[len(PAIRS) :]] == list(best)
 
 
-@pytest.mark.parametrize(
-    ("place", "nth"), [("surefoot.train.update:take_step", 4), ("surefoot.api.rejection:write_durably", 2)]
-)
+@pytest.mark.parametrize(("place", "nth"), [("surefoot.train.update:take_step", 4), (f"{REJECTION}:write_durably", 2)])
 def test_a_killed_pipeline_goes_on_to_the_same_weights(tmp_path: Path, whole: Path, warm: Warm, place: str, nth: int):
     file = write(tmp_path, STAGES)
     strike = Strike(place, nth=nth, signals=[int(signal.SIGKILL)])
@@ -169,10 +167,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a later stage": ({"first": STAGES["tuned"]}, "stage:taught"),
     "nothing to learn": ({"empty": {"seed": 1}}, "stage empty"),
     "a misspelt key": (changed("taught", sft={"data": "pairs.jsonl", "epoch": 1}), "stage taught: unknown key 'sft.epoch'"),
-    "no examples to join": (
-        changed("answers", rejection_sampling={"join": "none.jsonl"}),
-        "stage answers: rejection_sampling.join",
-    ),
+    "no rows to join": (changed("answers", rejection_sampling={"join": "none.jsonl"}), "answers: rejection_sampling.join"),
     "rejection without a task": (changed("answers", task=None, sft=STAGES["taught"]["sft"]), "answers: rejection_sampling"),
     "rejection that is no section": (changed("answers", rejection_sampling=5), "rejection_sampling"),
     "a run that is no section": (changed("taught", run=5), "stage taught: run"),
@@ -186,11 +181,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a reward model as policy": (changed("tuned", policy={"model": "stage:judge"}), "policy.model"),
     "a language model as reward": (tuned(reward=[{"name": "stage:taught"}]), "task.reward.name"),
     "a model as examples": (changed("again", sft={"data": "stage:tuned"}), "stage again: sft.data"),
-    "chats to join for strings": (
-        changed("answers", rejection_sampling={"join": "chats.jsonl"}),
-        "rejection_sampling.join has messages",
-    ),
-    "pairs to join for a chat": (changed("answers", task=TASK | {"chat": True}), "join has prompt and completion"),
+    "chats for strings": (changed("answers", rejection_sampling={"join": "chats.jsonl"}), "sampling.join has messages"),
+    "pairs for a chat": (changed("answers", task=TASK | {"chat": True}), "join has prompt and completion"),
     "prompts of both kinds": (changed("answers", task=TASK | {"prompts": "mixed.jsonl", "held_out": 0.0}), "task.prompts"),
     "a name of its own": (changed("taught", run={"name": "x"}), "run.name"),
 }
@@ -279,9 +271,7 @@ def test_the_recipes_pipelines_are_whole(tmp_path: Path, name: str):
     examples = [{"prompt": film, "completion": " is good"} for film in films]
     rows = {"examples": examples, "answers": examples, "openings": PROMPTS, "questions": PROMPTS}
     rows["ratings"] = [{"text": film, "rating": n % 3} for n, film in enumerate(films)]
-    rows["answer_pairs"] = [
-        {"prompt": film, "chosen": f" {n % 2}", "rejected": f" {1 - n % 2}"} for n, film in enumerate(films)
-    ]
+    rows["answer_pairs"] = [{"prompt": f, "chosen": f" {n % 2}", "rejected": f" {1 - n % 2}"} for n, f in enumerate(films)]
     (tmp_path / "data").mkdir()
     for file, lines in rows.items():
         (tmp_path / "data" / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

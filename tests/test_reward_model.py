@@ -1,4 +1,4 @@
-"""A reward model as a user meets it: `RewardModel`, `surefoot reward-model`, resume, its use in PPO, bad input in one line."""
+"""A reward model as a user meets it: `RewardModel`, what it learns and is saved as, its use in PPO."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 import transformers
 import yaml
 
-from surefoot import PPO, RewardModel, TextTask, load_policy, new_model
+from surefoot import RewardModel, load_policy, new_model
 from surefoot.config import PolicyConfig
 from tests import inputs
 from tests.inputs import model_folder, refusal, run_cli
-from tests.train.small_run import rows, weights, write_rows, write_supervised
+from tests.train.small_run import rows
 
 GOOD, BAD = ["good", "fine", "the best"], ["bad", "poor", "worst"]
 PAIRS: list[dict[str, Any]] = [
@@ -25,15 +25,6 @@ RATINGS = [{"text": f"film {n} is {[*GOOD, *BAD][n % 6]}", "rating": 3.0 - n % 2
 CHAT = [{"role": "user", "content": "who"}]
 SMALL = {"dtype": "float32", "verbose": 0}
 FAST: dict[str, Any] = {"held_out": 0.2, "epochs": 6, "learning_rate": 0.01, "batch_size": 8, **SMALL}
-CONFIG: dict[str, Any] = {
-    "seed": 5,
-    "device": "cpu",
-    "run": {"name": "run"},
-    "policy": {"dtype": "float32", "adapter": {"rank": 2}},
-    "reward_model": {"data": "pairs.jsonl", "held_out": 0.3, "epochs": 2, "batch_size": 10, "center": 0.01},
-}
-
-
 pytestmark = pytest.mark.usefixtures("in_own_folder")
 
 
@@ -72,9 +63,8 @@ def test_ratings_are_learned_whatever_their_scale(adapter):
         model = RewardModel(model_folder(), data, rating_range=[-400, 400], **settings).learn()
         found.append((model.evaluate(), model.score(["", ""], ["film 3 is good", "film 8 is bad"])))
     metrics, (good, bad) = found[0]
-    assert (
-        metrics["eval/pearson"] > 0.9 and metrics["eval/spearman"] > 0.7 and metrics["eval/accuracy"] > 0.9 and good > bad + 1
-    )
+    least = {"eval/pearson": 0.9, "eval/spearman": 0.7, "eval/accuracy": 0.9}
+    assert all(metrics[name] > value for name, value in least.items()) and good > bad + 1
     assert metrics == pytest.approx(found[1][0], abs=1e-3) and found[0][1] == pytest.approx(found[1][1], abs=1e-2)
 
 
@@ -85,6 +75,7 @@ def test_rewards_are_calibrated_on_the_held_out_texts():
     scores = torch.tensor(model.score([p.prompt for p in pairs for _ in p.texts], [t for p in pairs for t in p.texts]))
     assert float(scores.mean()) == pytest.approx(0, abs=1e-4) and float(scores.std(correction=0)) == pytest.approx(1, abs=1e-4)
     before = model.score(["film"], [" is good"])
+    assert RewardModel.load(model.run_folder, PAIRS, verbose=0).score(["film"], [" is good"]) == before
     assert model.learn(1).score(["film"], [" is good"]) != before  # calibrated again for the weights as they are now
 
 
@@ -126,68 +117,17 @@ def paid(run: Path, reward: Path) -> bool:
     return [one["reward"]["reward"] for one in samples] == pytest.approx(expected, abs=1e-4)
 
 
-def test_ppo_is_paid_by_a_reward_model(saved):
-    settings: dict[str, Any] = {"total_episodes": 4, "episodes_per_update": 4, "batch_size": 4, "max_new_tokens": 4, **SMALL}
-    task = TextTask(["film 1 is", "a band"], RewardModel.load(saved), held_out=0.0)
-    assert paid(PPO(model_folder(), task, **settings).learn().run_folder or Path(), saved)
-
-
 def test_a_config_names_a_reward_models_folder_as_reward_or_metric(saved):
     shutil.copytree(saved, "reward")
+    # Text goes from one to the other: the policy's bytes are not the reward model's merged tokens.
+    new_model("other", [row["prompt"] for row in inputs.PROMPTS], vocab=257, width=32, layers=1)
     project = inputs.write_project(Path("project"), task={"reward": "../reward", "metric": "../reward"})
-    assert (done := run_cli("ppo", project, "--run.folder", "runs", "--device", "cpu")).code == 0, done.err
+    flags = ("--policy.model", "other", "--run.folder", "runs", "--device", "cpu")
+    assert (done := run_cli("ppo", project, *flags)).code == 0, done.err
     assert paid(Path("runs/ppo-1"), Path("reward"))
     assert yaml.safe_load(Path("runs/ppo-1/config.yaml").read_text())["task"]["reward"] == str(Path("reward").absolute())
     # Naming a folder that holds something else is one line.
     run_cli("ppo", project, "--task.reward", model_folder()).refused("task.reward", str(model_folder()))
-
-
-def test_learning_more_and_going_on_in_another_process():
-    settings = FAST | {"lr_schedule": "constant", "lr_warmup": 0.0}
-    straight = RewardModel(model_folder(), PAIRS, run_name="a", **settings | {"epochs": 3}).learn()
-    first = RewardModel(model_folder(), PAIRS, run_name="b", **settings | {"epochs": 1}).learn()
-    assert first.is_finished
-    again = RewardModel.load("runs/b", PAIRS, verbose=0)
-    assert again.is_finished and again.score(["film"], [" is good"]) == first.score(["film"], [" is good"])
-    assert again.learn(2).is_finished
-    assert all(torch.equal(value, weights(straight)[name]) for name, value in weights(again).items())  # type: ignore[arg-type]
-    refusal(lambda: RewardModel.load("runs/b"), "RewardModel.load(folder, data)")
-    refusal(lambda: RewardModel.load("runs/b", PAIRS[1:], verbose=0), "reward_model.data")
-
-
-ONE_CLASS = [{**row, "rating": 1.0} for row in RATINGS]
-ONE_SIDE = [{**row, "chosen": " positive", "rejected": " negative"} for row in PAIRS]
-
-
-@pytest.mark.parametrize(
-    ("data", "flags", "named"),
-    [
-        (PAIRS, ("--reward-model.data", "null"), "reward_model.data"),
-        (PAIRS, ("--reward-model.data", "no.jsonl"), "no.jsonl"),
-        (PAIRS, ("--reward-model.rating-range", "[4, -4]"), "--reward-model.rating-range"),
-        (PAIRS, ("--policy.model", "./no"), "policy.model"),
-        (ONE_CLASS, (), "41 ratings"),
-        (RATINGS, ("--reward-model.rating-range", "[-1, 5]"), "pairs.jsonl, line 4"),
-        (ONE_SIDE, (), "27 pairs"),
-        (PAIRS, ("--reward-model.rating-range", "[-4, 4]"), "reward_model.rating_range"),
-        (RATINGS, ("--reward-model.center", "0.1"), "reward_model.center"),
-    ],
-)
-def test_bad_input_is_one_line_before_a_model_is_loaded(base, monkeypatch, data, flags, named):
-    monkeypatch.setattr("surefoot.build.language.load_policy", None)
-    write_supervised(Path(), base, CONFIG, command="reward")
-    write_rows(Path("pairs.jsonl"), data)
-    run_cli("reward-model", "reward.yaml", *flags).refused(named)
-    assert not Path("runs").exists()
-
-
-def test_ppo_with_another_tokenizer_than_the_reward_models(saved, tmp_path):
-    # Text goes from one to the other: the policy's bytes are not the reward model's merged tokens.
-    project = inputs.write_project(tmp_path)
-    new_model("other", [row["prompt"] for row in inputs.PROMPTS], vocab=257, width=32, layers=1)
-    flags = ("--policy.model", "other", "--task.reward", saved, "--run.folder", "runs", "--run.name", "x")
-    assert run_cli("ppo", project, *flags).code == 0
-    assert paid(Path("runs/x"), saved)
 
 
 def test_a_reward_model_that_cannot_read_the_prompts_is_refused_in_one_line(saved, tmp_path):
@@ -197,21 +137,6 @@ def test_a_reward_model_that_cannot_read_the_prompts_is_refused_in_one_line(save
     run_cli("ppo", project, *flags).refused("reward model: text 1", "chat template")
     assert not Path("runs").exists()
     run_cli("ppo", project, "--task.reward", "runs/none").refused("task.reward", "'runs/none'")
-
-
-@pytest.mark.parametrize(
-    ("call", "named"),
-    [
-        (lambda: RewardModel(model_folder()), "reward_model.data"),
-        (lambda: RewardModel(7, PAIRS), "policy"),  # type: ignore[arg-type]
-        (lambda: RewardModel(model_folder(), [*PAIRS, RATINGS[0]]), "data, row 41"),
-        (lambda: RewardModel(model_folder(), PAIRS, **SMALL).learn(0), "total_epochs"),
-        (lambda: RewardModel(model_folder(), PAIRS, held_out=0.0, **SMALL).evaluate(), "held-out preferences"),
-        (lambda: RewardModel(model_folder(), [*PAIRS, {**PAIRS[0], "chosen": "a" * 200}], **SMALL).learn(), "row 41: has 207"),
-    ],
-)
-def test_bad_input_from_python_is_one_line(call, named):
-    refusal(call, named)
 
 
 def test_texts_that_cannot_be_scored_are_refused(saved):

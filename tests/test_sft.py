@@ -1,34 +1,20 @@
-"""Supervised fine-tuning as a user meets it: `SFT`, `surefoot sft`, resume, the road to PPO, and bad input in one line."""
+"""Supervised fine-tuning as a user meets it: `SFT`, its evaluation, the road to PPO."""
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 import transformers
 
 from surefoot import PPO, SFT, RewardModel, TextTask
 from surefoot.config import make_config
-from surefoot.train import loop
-from tests.inputs import model_folder, refusal, run_cli
-from tests.train.small_run import rows, weights, write_rows, write_supervised
+from tests.inputs import model_folder, refusal
+from tests.train.small_run import rows
 
 SENTENCES = ["the film was good", "a band in the end", "her two dogs"]
 PAIRS = [{"prompt": f"{word} {number}", "completion": f" {word * 2}"} for word in ("the", "an", "in") for number in range(8)]
 SMALL = {"dtype": "float32", "verbose": 0}
-CONFIG: dict[str, Any] = {
-    "seed": 5,
-    "device": "cpu",
-    "run": {"name": "run", "checkpoint_every": 2},
-    "policy": {"dtype": "float32", "adapter": {"rank": 2}},
-    "sft": {"data": "pairs.jsonl", "held_out": 0.3, "epochs": 2, "batch_size": 5, "micro_batch_tokens": 40},
-    "evaluate": {"every": 2, "episodes": 4},
-}
-
-
 pytestmark = pytest.mark.usefixtures("in_own_folder")
 
 
@@ -47,9 +33,8 @@ def test_three_sentences_are_learnt_by_heart_and_go_on_to_ppo(capsys):
     assert transformers.AutoModelForCausalLM.from_pretrained("out").config.model_type == "llama"
 
     # What PPO starts from, and holds its policy to, is the model as it was taught.
-    ppo = PPO(
-        "out", TextTask(["the f", "a b"], reward, held_out=0.0), total_episodes=4, episodes_per_update=4, batch_size=4, **SMALL
-    )
+    task = TextTask(["the f", "a b"], reward, held_out=0.0)
+    ppo = PPO("out", task, total_episodes=4, episodes_per_update=4, batch_size=4, **SMALL)
     assert ppo.generate("a b", temperature=0) == "and in the end"
     first = rows(ppo.learn().run_folder or Path())[0]
     assert first["kl/reference"] == pytest.approx(0, abs=1e-4) and first["length/end_rate"] > 0.5
@@ -78,40 +63,6 @@ def test_the_temperature_of_writing_is_not_one_of_the_loss():
     assert loss(0.5) == loss(1.0)
 
 
-def test_learning_more_and_going_on_in_another_process():
-    settings = {"held_out": 0.0, "lr_schedule": "constant", "lr_warmup": 0.0, **SMALL}
-    straight = SFT(model_folder(), SENTENCES, epochs=4, run_name="a", **settings).learn()
-    first = SFT(model_folder(), SENTENCES, epochs=1, run_name="b", **settings)
-    first.learn().learn(1)
-    again = SFT.load("runs/b", SENTENCES, verbose=0)
-    assert again.is_finished and again.learn(2).is_finished
-    assert all(torch.equal(value, weights(straight)[name]) for name, value in weights(again).items())  # type: ignore[arg-type]
-    refusal(lambda: first.learn(1), "runs/b", "SFT.load")
-    refusal(lambda: SFT.load("runs/b"), "SFT.load(folder, data)")
-    refusal(lambda: SFT.load("runs/b", SENTENCES[:2], verbose=0), "sft.data")
-    again._session.training.stop.signal_number = int(signal.SIGTERM)
-    assert str(loop._interrupted(again._session.training)).endswith("continue with: SFT.load('runs/b', data).learn()")
-
-
-@pytest.mark.parametrize(
-    ("sections", "flags", "named"),
-    [
-        ({"sft": {"data": None}}, (), "sft.data"),
-        ({"sft": {"data": "no.jsonl"}}, (), "no.jsonl"),
-        ({}, ("--sft.lr-schedule", "function"), "--sft.lr-schedule"),
-        ({}, ("--sft.columns", "{promt: q}"), "--sft.columns"),
-        ({}, ("--sft.columns", "{prompt: q}"), "pairs.jsonl, line 1"),
-        ({}, ("--policy.model", "./no"), "policy.model"),
-    ],
-)
-def test_bad_input_is_one_line_before_a_model_is_loaded(base, monkeypatch, sections, flags, named):
-    monkeypatch.setattr("surefoot.build.language.load_policy", None)
-    write_supervised(Path(), base, CONFIG, command="sft", **sections)
-    write_rows(Path("pairs.jsonl"), PAIRS)
-    run_cli("sft", "sft.yaml", *flags).refused(named)
-    assert not Path("runs").exists()
-
-
 def test_runs_and_settings_of_another_kind_are_refused(base):
     task, settings = TextTask(["a", "b"], reward), {"total_episodes": 4, "episodes_per_update": 4, "batch_size": 4}
     pairs = [{"chosen": "a" * n, "rejected": "b" * n} for n in range(1, 5)]
@@ -125,18 +76,3 @@ def test_runs_and_settings_of_another_kind_are_refused(base):
     for section, kind in (({"sft": {}}, "SFT"), ({"reward_model": {}}, "RewardModel")):
         config = make_config({"policy": {"model": str(base)}, **section}, where="test")
         refusal(lambda config=config: PPO(str(base), task, config=config), kind)
-
-
-@pytest.mark.parametrize(
-    ("call", "named"),
-    [
-        (lambda: SFT(model_folder()), "sft.data"),
-        (lambda: SFT(7, SENTENCES), "policy"),
-        (lambda: SFT(model_folder(), SENTENCES, model="another"), "model"),
-        (lambda: SFT(model_folder(), [*SENTENCES, PAIRS[0]]), "data, row 4"),
-        (lambda: SFT(model_folder(), SENTENCES, verbose=0).learn(0), "total_epochs"),
-        (lambda: SFT(model_folder(), SENTENCES, held_out=0.0, verbose=0).evaluate(), "held-out examples"),
-    ],
-)
-def test_bad_input_from_python_is_one_line(call, named):
-    refusal(call, named)

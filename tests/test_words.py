@@ -6,7 +6,8 @@ import ast
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from tests.test_architecture import ROOT, listed
+
 CODE = sorted([*ROOT.glob("src/**/*.py"), *ROOT.glob("src/**/*.yaml")])
 PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("docs/*.py"), *ROOT.glob("examples/**/*.py")]
@@ -69,10 +70,6 @@ def offenders(paths: list[Path], words: dict[str, str]) -> list[str]:
                     if match[0] not in ALLOWED.get(name, ()):
                         found.append(f"{name}:{number}: {match[0]!r} -> {instead}: {line.strip()[:90]}")
     return found
-
-
-def listed(found: list[str]) -> None:
-    assert not found, f"{len(found)} retired words:\n" + "\n".join(found)
 
 
 def test_retired_words_stay_out_of_the_code() -> None:

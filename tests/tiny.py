@@ -14,7 +14,8 @@ from surefoot.config import AdapterConfig, CriticConfig, PolicyConfig
 from surefoot.policies.lm.lstm import LstmConfig, LstmForCausalLM
 from surefoot.policies.lm.policy import CausalLMPolicy, wrap_policy
 from surefoot.rollout.batch import text_batch
-from surefoot.types import Batch, StopReason, Trajectory, Turn
+from surefoot.types import Batch
+from tests.fakes import trajectory
 
 # Weights are drawn wide, so that distributions are far from uniform and every token of the past matters.
 WIDE = 0.5
@@ -209,12 +210,7 @@ def random_tokens(length: int, *, seed: int) -> tuple[int, ...]:
 
 def written_batch(rows: Iterable[tuple[Sequence[int], Sequence[int]]]) -> Batch:
     """A batch of (prompt, answer) token pairs, with old log-probs and values 0."""
-    trajectories = []
-    for prompt, answer in rows:
-        zeros = [0.0] * len(answer)
-        written = Turn(list(answer), by_policy=True, logprobs=zeros, values=zeros, entropies=zeros)
-        trajectories.append(Trajectory("", [Turn(tuple(prompt)), written], StopReason.END_TOKEN))
-    return text_batch(trajectories, device=torch.device("cpu"))
+    return text_batch([trajectory(prompt_tokens=p, tokens=a) for p, a in rows], device=torch.device("cpu"))
 
 
 def plain_scores(

@@ -120,9 +120,7 @@ def test_inserting_masked_tokens_anywhere_leaves_every_bit_of_the_advantages(ins
     for place in range(5):
         filler = [NAN] * inserted
         mask = [1] * place + [0] * inserted + [1] * (4 - place)
-        longer = one_row(
-            rewards[:place] + filler + rewards[place:], values[:place] + filler + values[place:], mask=mask, gamma=0.99
-        )
+        longer = one_row(*(x[:place] + filler + x[place:] for x in (rewards, values)), mask=mask, gamma=0.99)
         assert torch.equal(longer[0][torch.tensor(mask).bool()], advantages)
         assert torch.equal(longer[1][torch.tensor(mask).bool()], returns)
 

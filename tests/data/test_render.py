@@ -192,10 +192,8 @@ def test_a_text_begins_as_the_tokenizer_has_it_once_and_ends_open(kind):
     rendered = tuple(tokenizer(RENDERED, add_special_tokens=False)["input_ids"])
     text = tuple(tokenizer(RENDERED + "was<eos>", add_special_tokens=False)["input_ids"])
     pair = encoded({"prompt": RENDERED, "completion": "was"}, tokenizer)
-    scored = [
-        encode_scored_text(tokenizer, *row, end_tokens=ends, end=turn_end(tokenizer), where="x")
-        for row in ((RENDERED, "was"), (None, RENDERED + "was"))
-    ]
+    rows = ((RENDERED, "was"), (None, RENDERED + "was"))
+    scored = [encode_scored_text(tokenizer, *row, end_tokens=ends, end=turn_end(tokenizer), where="x") for row in rows]
     assert encode_prompt(tokenizer, RENDERED) == rendered and rendered.count(tokenizer.bos_token_id) == 1
     assert {pair.tokens, encoded({"text": RENDERED + "was"}, tokenizer).tokens, *scored} == {text}
 
@@ -207,9 +205,8 @@ def test_a_chats_tokens_are_those_of_the_templates_own_rendering(kind, template)
     tokenizer.chat_template = template
     example, asked = encoded({"messages": CHAT}, tokenizer), encode_prompt(tokenizer, CHAT[:3])
     own = tokenizer.apply_chat_template(CHAT[:4], tokenize=True, return_dict=True)["input_ids"]
-    assert list(example.tokens) == own[: len(example.tokens)] and set(own[len(example.tokens) :]) <= {
-        *tokenizer("\n")["input_ids"]
-    }
+    size, line_break = len(example.tokens), tokenizer("\n")["input_ids"]
+    assert list(example.tokens) == own[:size] and set(own[size:]) <= {*line_break}
     written = example.tokens[len(asked) :]
     assert example.tokens[: len(asked)] == asked and all(example.loss_mask[len(asked) :])
     assert decode_more(tokenizer, written, asked).strip() == "an hour"
@@ -271,9 +268,8 @@ def test_a_thinking_block_is_trained_as_the_model_would_have_to_write_it_or_refu
             encoded({"messages": chat}, tokenizer)
         return
     example, asked = encoded({"messages": chat}, tokenizer), encode_prompt(tokenizer, chat[:1])
-    assert example.tokens[: len(asked)] == asked and example.loss_mask == tuple(
-        n >= len(asked) for n in range(len(example.tokens))
-    )
+    mask = tuple(n >= len(asked) for n in range(len(example.tokens)))
+    assert example.tokens[: len(asked)] == asked and example.loss_mask == mask
     assert tokenizer.decode(example.tokens[len(asked) :]) == expected + "<eos>"
 
 
@@ -289,11 +285,12 @@ def test_a_prompts_closed_block_stands_before_the_last_message_alone():
 
 def test_tools_reach_the_template_or_are_refused():
     tokenizer, tools = tiny_tokenizer(chat=True), [{"type": "function", "function": {"name": "add", "parameters": {}}}]
-    for of_prompt in (False, True):
+    for call in (
+        lambda: encode_prompt(tokenizer, CHAT[:1], tools=tools),
+        lambda: encoded({"messages": CHAT}, tokenizer, tools=tools),
+    ):
         with refused("tools"):
-            encode_prompt(tokenizer, CHAT[:1], tools=tools) if of_prompt else encoded(
-                {"messages": CHAT}, tokenizer, tools=tools
-            )
+            call()
     tokenizer.chat_template = "{{ tools[0]['function']['name'] if tools else 'no tools' }}" + CHAT_TEMPLATE
     own = tokenizer.apply_chat_template(CHAT[:4], tools=tools, tokenize=True, return_dict=True)["input_ids"]
     assert list(encoded({"messages": CHAT}, tokenizer, tools=tools).tokens) == own

@@ -19,26 +19,15 @@ MANY = [f"prompt number {number}" for number in range(400)]
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
 
 
-@pytest.fixture
-def jsonl(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def write(content: str | bytes) -> str:
-        Path("p.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
-        return "p.jsonl"
-
-    return write
-
-
 def checked(source: Any) -> list[Any]:
     return [checked_prompt(row, where) for where, row in read_rows(source, "prompts")]
 
 
-def test_a_file_is_read_line_by_line_without_blank_ones_or_a_byte_order_mark(jsonl):
+def test_a_file_is_read_line_by_line_without_blank_ones_or_a_byte_order_mark(written):
     lines = [json.dumps("eins"), "", json.dumps({"n": 2}), "   ", json.dumps(CHAT, ensure_ascii=False)]
-    path = jsonl(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    path = written(b"\xef\xbb\xbf" + "\r\n".join(lines).encode(), "p.jsonl")
     expected = [("p.jsonl, line 1", "eins"), ("p.jsonl, line 3", {"n": 2}), ("p.jsonl, line 5", CHAT)]
-    assert list(read_rows(path, "x")) == list(read_rows(Path(path), "x")) == expected
+    assert list(read_rows(str(path), "x")) == list(read_rows(path, "x")) == expected
 
 
 def test_a_list_is_counted_by_rows():
@@ -67,24 +56,24 @@ def test_a_list_is_counted_by_rows():
         ('[{"role": "user", "content": "\\ud83d"}]', ("line 1", "surrogate")),
     ],
 )
-def test_a_bad_line_is_named_with_its_number(jsonl, content, names):
-    path = jsonl(content)
+def test_a_bad_line_is_named_with_its_number(written, content, names):
+    path = written(content, "p.jsonl")
     assert len(refusal(lambda: checked(path), "p.jsonl", *names)) < 250
 
 
-def test_a_huge_line_is_refused_and_not_read_into_memory(jsonl, monkeypatch):
+def test_a_huge_line_is_refused_and_not_read_into_memory(written, monkeypatch):
     sizes = []
     real = module._parse_line
     monkeypatch.setattr(module, "_parse_line", lambda line, where: (sizes.append(len(line)), real(line, where))[1])
-    path = jsonl(b'"one"\n')
+    path = written(b'"one"\n', "p.jsonl")
     with Path(path).open("ab") as file:
         file.truncate(1_000_000_000)  # a sparse file: a gigabyte without a line break
     started = time.perf_counter()
     refusal(lambda: checked(path), "line 2", "longer than 16,000,000 bytes")
     assert max(sizes) <= 16_000_001 and time.perf_counter() - started < 5
     monkeypatch.setattr(module, "MAX_LINE_BYTES", 8)
-    assert checked(jsonl('"12345"\n"6789"')) == ["12345", "6789"]
-    refusal(lambda: checked(jsonl('"1234567"')), "line 1", "longer than 8 bytes")
+    assert checked(written('"12345"\n"6789"', "p.jsonl")) == ["12345", "6789"]
+    refusal(lambda: checked(written('"1234567"', "p.jsonl")), "line 1", "longer than 8 bytes")
 
 
 def test_what_may_have_no_end_is_refused(tmp_path, monkeypatch):

@@ -193,12 +193,6 @@ def test_bad_input_gets_one_line(make, named):
         make()
 
 
-@pytest.mark.parametrize(("komi", "reward"), [(0.5, 1.0), (25.5, -1.0)])
-def test_go_ends_by_two_passes_and_white_has_the_komi(komi, reward):
-    (first, over, _), (last, ended, infos) = play(one_game([25, 25], go(komi)), [12, 25])  # black's one stone owns 25 points
-    assert (first, over, last, ended, infos["outcome"][0]) == (0.0, False, reward, True, reward)
-
-
 def test_go_planes_are_the_last_movers_stones_first():
     """Unlike PettingZoo's documentation: plane 0 is the opponent's stones, plane 1 one's own, plane 16 is 1 for white."""
     planes = one_game([24], go(0.5)).step(np.array([0]))[0]["observation"][0]

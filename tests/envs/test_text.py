@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 
 import numpy
@@ -36,13 +35,6 @@ def test_prompts_come_in_many_kinds(kind):
     assert task.train[1].columns == ({"n": 2} if "dicts" in kind or kind == "data set" else {})
 
 
-def test_a_file_holds_strings_chats_and_rows_and_each_keeps_its_columns(tmp_path):
-    path = tmp_path / "p.jsonl"
-    path.write_text("\n".join([json.dumps("eins"), json.dumps({"prompt": "zwei", "n": 2}), json.dumps(CHAT)]))
-    examples = TextTask(path, reward, held_out=0).train
-    assert [(e.prompt, e.columns) for e in examples] == [("eins", {}), ("zwei", {"n": 2}), (CHAT, {})]
-
-
 def test_the_prompt_column_can_have_another_name():
     example = TextTask([{"question": "why", "prompt": "x", "n": 1}], reward, prompt_column="question", held_out=0).train[0]
     assert example.prompt == "why" and example.columns == {"prompt": "x", "n": 1}
@@ -51,12 +43,10 @@ def test_the_prompt_column_can_have_another_name():
 @pytest.mark.parametrize(
     ("prompts", "names"),
     [
-        (5, ("prompts", "got int")),
         ([], ("prompts", "no prompts there")),
         ("empty.jsonl", ("empty.jsonl", "no prompts there")),
         (Rows([{"text": "one"}]), ("prompts, row 1", "no column 'prompt'", "text")),
         ([{"prompt": "one"}, {}], ("prompts, row 2", "no column 'prompt'", "none")),
-        (["one", 2], ("prompts, row 2", "got int")),
         ([{"prompt": None}], ("prompts, row 1", "got NoneType")),
         ([{"prompt": "one", "prompts": 1}], ("prompts, row 1", "'prompts'")),
         ([{"prompt": "one", "completions": 3}], ("prompts, row 1", "'completions'")),
@@ -98,8 +88,3 @@ def test_one_generator_for_both_is_named():
     prompts = iter(["a", "b", "c"])
     task = TextTask(itertools.islice(prompts, 2), reward, held_out=prompts)
     assert [[one.prompt for one in part] for part in (task.train, task.held_out)] == [["a", "b"], ["c"]]
-
-
-def test_held_out_prompts_can_be_given():
-    task = TextTask(["one"], reward, held_out=["a", "b"])
-    assert [e.prompt for e in task.held_out] == ["a", "b"] and [e.prompt for e in task.train] == ["one"]

@@ -14,8 +14,6 @@ from surefoot import PPO, evaluate_policy
 
 # Chance of a payment of 1 by context and arm: the best are 0.8 and 0.9, so the best mean is 0.85.
 CHANCES = ((0.2, 0.8), (0.9, 0.1))
-
-
 pytestmark = pytest.mark.usefixtures("in_own_folder")
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from tests.learn.test_bandit import distributions, optimum, total_variation, train
 from tests.learn.words import repeat, word_policy, word_run
+from tests.train.small_run import rows
 
 
 @pytest.mark.parametrize(
@@ -36,22 +36,12 @@ def test_completions_of_several_words_are_learnt_without_a_critic(kind: str, tmp
         assert model.learn().evaluate()["eval/reward"] > untrained + 0.5, f"seed {seed}"
 
 
-def test_everything_at_once_learns_too(tmp_path: Path) -> None:
-    loss = {"advantage": "grpo", "loss_aggregation": "constant", "clip_range_high": 0.28, "dual_clip": 3.0, "tis_cap": 2.0}
-    kl, group = {"placement": "loss", "coef": 0.01, "target": 10.0}, {"size": 8, "skip_zero_variance": True}
-    model = word_run(repeat, tmp_path, total_episodes=1_920, kl=kl, group=group, **loss)
-    untrained = model.evaluate()["eval/reward"]
-    assert model.learn().evaluate()["eval/reward"] > untrained + 0.3
-
-
 def test_a_run_without_any_signal_goes_to_its_end_and_changes_nothing(tmp_path: Path) -> None:
     settings = {"total_episodes": 192, "advantage": "rloo", "group": {"size": 8, "skip_zero_variance": True}}
     model = word_run(lambda prompts, completions: [1.0] * len(prompts), tmp_path, **settings)
     before = distributions(model.policy)
     model.learn()
     assert (distributions(model.policy) == before).all()
-    (folder,) = tmp_path.iterdir()
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    updates = [line for line in lines if "episodes" in line]
+    updates = [line for line in rows(model.run_folder) if "episodes" in line]
     assert [line["episodes"] for line in updates] == [64, 128, 192]
     assert all(line["reward/zero_variance_groups"] == 8 and "ppo/policy_loss" not in line for line in updates)

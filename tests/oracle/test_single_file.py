@@ -10,7 +10,6 @@ import ast
 import contextlib
 import copy
 import functools
-import importlib.util
 import json
 import runpy
 import sys
@@ -31,6 +30,7 @@ from surefoot.envs.text import TextTask
 from surefoot.policies.control import fast_mlp
 from surefoot.policies.lm.policy import CausalLMPolicy, wrap_policy
 from surefoot.train import loop
+from tests.recipes import load
 from tests.tiny import tiny_lm, tiny_tokenizer
 
 PAGES = Path(__file__).parents[2] / "examples" / "single_file"
@@ -93,11 +93,7 @@ COUNTED = {"policy_clip": "ppo/clip_fraction", "value_clip": "critic/clip_fracti
 
 @functools.cache
 def page(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, PAGES / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(f"examples/single_file/{name}.py")
 
 
 def reward(prompts: list[str], completions: list[str]) -> list[float]:

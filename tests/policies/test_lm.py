@@ -14,19 +14,7 @@ from surefoot.types import Batch
 from tests import tiny
 from tests.fakes import padded
 from tests.golden import refused
-from tests.tiny import (
-    END,
-    FAMILIES,
-    LSTM,
-    USER,
-    move,
-    plain_scores,
-    random_tokens,
-    tiny_lm,
-    tiny_policy,
-    tiny_tokenizer,
-    written_batch,
-)
+from tests.tiny import FAMILIES, LSTM, move, plain_scores, random_tokens, tiny_lm, tiny_policy, tiny_tokenizer, written_batch
 
 # Prompts and completions of several lengths; longer than the sliding windows.
 PAIRS = [(random_tokens(p, seed=p), random_tokens(a, seed=40 + a)) for p, a in ((3, 5), (1, 1), (9, 4), (2, 12))]
@@ -164,10 +152,10 @@ def test_end_tokens_are_the_tokenizers_and_the_generation_configs_and_the_contex
         assert tiny_policy(lm=lm).model_end_tokens == expected
     tokenizer = tiny_tokenizer(chat=True)  # whose answers end with what no configuration names
     tokenizer.chat_template = tokenizer.chat_template.replace("<eos>", "<user>")
-    policy = tiny_policy(tokenizer=tokenizer)
-    assert policy.model_end_tokens == {END, USER} and policy.lm.generation_config.eos_token_id == [END, USER]
+    policy, ends = tiny_policy(tokenizer=tokenizer), [tiny.END, tiny.USER]
+    assert policy.model_end_tokens == {*ends} and policy.lm.generation_config.eos_token_id == ends
     policy.save_model(tmp_path)
-    assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == [END, USER]
+    assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == ends
     assert [tiny_policy(family).context_length for family in ("llama", "gpt2", "gpt_neox")] == [96] * 3
 
 

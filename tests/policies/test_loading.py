@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +20,9 @@ from surefoot.config import AdapterConfig, PolicyConfig
 from surefoot.policies.lm.policy import load_policy, resolve_dtype
 from surefoot.policies.lm.pretrained import check_model_folder
 from tests.inputs import model_folder, refusal
-from tests.test_inputs import WEIGHTS, Bomb, Damage, changed, config, written
+from tests.test_inputs import WEIGHTS, Damage, changed, config, written
 from tests.tiny import CONTEXT, END, random_tokens, tiny_lm, tiny_policy, tiny_tokenizer, written_batch
+from tests.train.test_checkpoint import poison
 
 PAIRS = [(random_tokens(4, seed=1), random_tokens(6, seed=2))]
 FLOAT32 = PolicyConfig(adapter=AdapterConfig(rank=4), dtype="float32")
@@ -116,9 +116,10 @@ def test_a_damaged_folder_is_refused_and_what_is_wrong_is_named(folder, case):
     refuse(folder, named)
 
 
-@pytest.mark.parametrize(
-    "change", [{"output_attentions": True}, {"return_dict": False}, {"quantization_config": {"quant_method": "fp8"}}]
-)
+QUANTIZED = {"quantization_config": {"quant_method": "fp8"}}
+
+
+@pytest.mark.parametrize("change", [{"output_attentions": True}, {"return_dict": False}, QUANTIZED])
 def test_settings_that_loading_can_undo_are_undone(folder, change, tmp_path):
     config(**change)(folder)
     load_policy(str(folder), FLOAT32).save_model(tmp_path / "saved")
@@ -184,25 +185,16 @@ def test_a_tokenizer_that_cannot_read_a_text_is_one_line(folder):
 
 _TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
 _TEXT |= {"head_dim": 8, "vocab_size": 61, "pad_token_id": 0, "eos_token_id": END, "max_position_embeddings": CONTEXT}
-_SEEN = {
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 8,
-    "patch_size": 4,
-}
+_SEEN = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+_SEEN |= {"image_size": 8, "patch_size": 4}
 _IMAGES = {"mm_tokens_per_image": 4, "image_token_index": 50, "boi_token_index": 51, "eoi_token_index": 52}
 _ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 24}
 _ROPE |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 UNUSUAL: dict[str, tuple[str, dict[str, Any], int]] = {
     "nested": ("Gemma3", {"text_config": _TEXT, "vision_config": _SEEN, "eos_token_id": END, **_IMAGES}, CONTEXT),
     "MPT": ("Mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": CONTEXT, "vocab_size": 61}, CONTEXT),
-    "longrope": (
-        "Phi3",
-        {**_TEXT, "rope_parameters": _ROPE, "original_max_position_embeddings": 24},
-        24,
-    ),  # to where its factors change
+    # To where its factors change.
+    "longrope": ("Phi3", {**_TEXT, "rope_parameters": _ROPE, "original_max_position_embeddings": 24}, 24),
 }
 
 
@@ -223,7 +215,7 @@ def test_the_context_is_the_models_own_however_its_config_has_it(case, tmp_path)
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth", "model.pkl", WEIGHTS])
 def test_pickled_weights_are_refused_without_being_opened(folder, name):
     (folder / WEIGHTS).unlink()
-    (folder / name).write_bytes(pickle.dumps(Bomb()))
+    (folder / name).write_bytes(poison(Path("canary").absolute()))
     refuse(folder, name, "safetensors")
     assert not Path("canary").exists()
 
@@ -234,7 +226,8 @@ def test_a_missing_or_truncated_shard_and_a_damaged_index_are_named(sharded):
     for damage in (lambda: None, shard.unlink):
         damage()
         refuse(sharded, shard.name)
-    for text in ("{", "[]", "{}", '{"weight_map": []}', "[" * 100_000):
+    outside = '{"metadata": {}, "weight_map": {"lm_head.weight": "../outside.safetensors"}}'
+    for text in ("{", "[]", "{}", '{"weight_map": []}', "[" * 100_000, outside):
         (sharded / "model.safetensors.index.json").write_text(text)
         refuse(sharded, "index.json")
 
@@ -252,8 +245,7 @@ def test_dtype_auto_takes_bfloat16_only_where_the_processor_has_it(monkeypatch):
     for has_it, expected in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has_it=has_it: has_it)
         # Emulated bfloat16, as on older GPUs, is slower than float32 and does not count.
-        monkeypatch.setattr(
-            torch.cuda, "is_bf16_supported", lambda including_emulation=True, now=has_it: now or including_emulation
-        )
+        emulated = lambda including_emulation=True, has_it=has_it: has_it or including_emulation  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", emulated)
         assert resolve_dtype("auto", "cpu") == resolve_dtype("auto", "cuda") == expected
     assert resolve_dtype("auto", "mps") == torch.float32

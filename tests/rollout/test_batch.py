@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import pytest
 import torch
 
 from surefoot.core.advantages import gae
-from surefoot.data.batches import micro_batches, minibatches
+from surefoot.data.batches import micro_batches
 from surefoot.rollout.batch import text_batch
 from surefoot.types import Batch, StopReason, Trajectory, Turn
 from tests.tiny import random_tokens, written_batch
@@ -32,10 +31,8 @@ def batch_of(*conversations: list[Turn]) -> Batch:
 
 
 def test_the_batch_of_the_worked_example():
-    batch = batch_of(
-        [prompt(11, 12), written([21, 2], [0.1, 0.4], 0.6, version=6)],
-        [prompt(13, 14), written([2], [0.2], 0.1, version=5)],
-    )
+    first, second = written([21, 2], [0.1, 0.4], 0.6, version=6), written([2], [0.2], 0.1, version=5)
+    batch = batch_of([prompt(11, 12), first], [prompt(13, 14), second])
     assert batch.observations["tokens"].tolist() == [[11, 12, 21, 2], [13, 14, 2, 0]]
     assert batch.observations["lengths"].tolist() == [4, 3]
     # The mask is by turns: tokens equal to the filler are completion tokens like others.
@@ -91,15 +88,6 @@ def test_rows_are_cut_to_the_longest_of_them():
     part = written_batch([((1, 2), (3, 4, 5)), ((1,), (2,)), ((1,), (2, 3))]).rows(torch.tensor([2, 1]))
     assert part.observations["tokens"].tolist() == [[1, 2, 3], [1, 2, 0]] and part.trajectories == []
     assert part.mask_BT.shape == part.logprobs_BT.shape == (2, 3)
-
-
-def test_minibatches_are_a_shuffled_pass_that_leaves_nobody_out():
-    batch = written_batch([((1,), (2,))] * 10)
-    generator = torch.Generator().manual_seed(0)
-    first, second = ([rows.tolist() for _, rows in minibatches(batch, 4, generator)] for _ in range(2))
-    assert [len(rows) for rows in first] == [4, 4, 2]
-    assert sorted(itertools.chain(*first)) == sorted(itertools.chain(*second)) == list(range(10))
-    assert first != second
 
 
 @pytest.mark.parametrize("budget", [1, 7, 20, 64, 10_000])

@@ -19,10 +19,10 @@ PAIRS = [{"prompt": f"film {n}", "chosen": f" is good {n}", "rejected": f" is ba
 SMALL: dict[str, Any] = {"dtype": "float32", "device": "cpu", "verbose": 0}
 
 
-def text() -> PPO:
+def text(**settings: Any) -> PPO:
     task = TextTask(["the film", "a band", "one"], lambda prompts, completions, **_: [float(len(c)) for c in completions])
     sizes = {"total_episodes": 16, "episodes_per_update": 4, "batch_size": 4, "n_epochs": 1, "max_new_tokens": 2}
-    return PPO(model_folder(), task, **sizes, **SMALL)
+    return PPO(model_folder(), task, **sizes, **SMALL, **settings)
 
 
 MODELS = {
@@ -118,9 +118,7 @@ def test_the_penalty_moves_even_where_a_callback_raises():
     def fail(*_: Any) -> None:
         raise ZeroDivisionError
 
-    model = text()
-    model = PPO(model.policy, model.env, kl={"target": 0.01, "horizon": 20.0}, total_episodes=16, episodes_per_update=4,
-                batch_size=4, n_epochs=1, max_new_tokens=2, learning_rate=0.1, **SMALL)  # fmt: skip
+    model = text(kl={"target": 0.01, "horizon": 20.0}, learning_rate=0.1)
     with pytest.raises(ZeroDivisionError):
         model.learn(callback=fail)
     model.learn()

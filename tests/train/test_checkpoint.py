@@ -313,9 +313,7 @@ FORGED = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "data"), [(name, data) for name in FORGED for data in FORGED[name]], ids=lambda v: repr(v)[:50]
-)
+@pytest.mark.parametrize(("name", "data"), [(n, data) for n in FORGED for data in FORGED[n]], ids=lambda v: repr(v)[:50])
 def test_a_forged_file_is_refused_by_name(tmp_path, name, data):
     path = two_checkpoints(tmp_path)
     if name == "manifest.json":

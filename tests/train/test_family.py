@@ -49,8 +49,6 @@ def scored(scores: list[float], lengths: list[int]) -> Batch:
 
 
 # --- advantages ---
-
-
 def test_every_token_of_a_completion_has_the_completions_advantage() -> None:
     """Rewards 1, 0, 2 each against the others' mean; KL 3 and 1 at β 0.1 in what is compared; a greedy reward of 0.75."""
     batch = advantages(scored([1.0, 0.0, 2.0], [1, 3, 2]), config_of(advantage="rloo"))
@@ -90,8 +88,6 @@ def test_what_is_masked_changes_no_advantage(kind: str, poison: float) -> None:
 
 
 # --- the update ---
-
-
 @pytest.mark.parametrize("kind", CRITIC_FREE)
 def test_without_a_critic_the_value_head_gets_no_gradient_and_the_policy_does(kind: str) -> None:
     policy, config = BigramPolicy(), config_of(advantage=kind, vf_coef=10.0)
@@ -196,8 +192,6 @@ def test_with_the_kl_in_the_loss_the_reward_is_not_penalized() -> None:
 
 
 # --- groups ---
-
-
 def test_zero_variance_groups_are_left_out() -> None:
     """The update is that of the batch without them: they would only have made the mean over tokens smaller."""
     weights = []
@@ -214,17 +208,6 @@ def test_zero_variance_groups_are_left_out() -> None:
     assert torch.equal(*weights)
 
 
-def test_an_update_whose_groups_have_no_variance_does_nothing() -> None:
-    policy, objective = BigramPolicy(), PPOObjective(config_of(advantage="rloo", group={"size": 4, "skip_zero_variance": True}))
-    before, batch = policy.weights(), grouped_batch(policy)
-    batch.rewards_BT = torch.where(batch.ends_BT, 1.0, 0.0)
-    result = train(policy, objective.prepare(batch), objective.config)
-    assert (result.steps, result.skipped, result.stats) == (0, 0, None)
-    assert all(torch.equal(a, b) for a, b in zip(policy.weights(), before, strict=True))
-    logged = objective.metrics(batch, result)
-    assert logged["reward/zero_variance_groups"] == 2.0 and "ppo/policy_loss" not in logged
-
-
 def test_groups_with_equal_rewards_are_counted() -> None:
     batch = scored([1.0, 1.0, 0.0, 1.0, 2.0, 2.0], [1, 2, 1, 1, 3, 1])
     batch.groups_B = torch.tensor([0, 0, 1, 1, 2, 2])
@@ -236,8 +219,6 @@ def test_groups_with_equal_rewards_are_counted() -> None:
 
 
 # --- the critic ---
-
-
 def test_while_the_critic_warms_up_the_policy_stays_and_its_optimizer_knows_nothing() -> None:
     policy, config = BigramPolicy(), config_of(group={"size": 1}, critic={"warmup_updates": 2}, ent_coef=0.1)
     optimizer = make_optimizer(policy)

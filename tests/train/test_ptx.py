@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor
 
 from surefoot import PPO, TextTask
 from surefoot.config import Config, PTXConfig
@@ -22,8 +21,7 @@ from surefoot.train.update import TokenBudget, update
 from surefoot.types import Batch
 from tests import fakes
 from tests.fakes import CPU, assert_close, named_gradient, padded
-from tests.inputs import model_folder, refusal, run_cli
-from tests.inputs import write_project as write_inputs
+from tests.inputs import model_folder, refusal
 from tests.tiny import random_tokens, tiny_policy, written_batch
 from tests.train.small_run import letters, rows, same_weights
 from tests.train.test_nll import transformers_gradient
@@ -46,10 +44,8 @@ class Demonstrations:
     inputs: ClassVar = {"ptx.data": "digest"}
 
     def __init__(self, batch: Batch | None = None):
-        lessons = [
-            (random_tokens(n, seed=20 + b), [t >= start for t in range(n)]) for b, (n, start) in enumerate(DEMONSTRATIONS)
-        ]
-        self.batch = demonstration_batch(lessons, device=CPU) if batch is None else batch
+        rows = [(random_tokens(n, seed=n), [t >= start for t in range(n)]) for n, start in DEMONSTRATIONS]
+        self.batch = demonstration_batch(rows, device=CPU) if batch is None else batch
         self.asked: list[int] = []
         self.per_update, self.notice = len(self.batch), ""
 
@@ -79,29 +75,23 @@ def completions(policy: CausalLMPolicy, config: Config) -> Batch:
     return PPOObjective(config).prepare(batch)
 
 
-def gradient(policy: CausalLMPolicy, batch: Batch, objective: Any, tokens: int = 10**6) -> tuple[dict[str, Tensor], Any]:
-    return named_gradient(objective, policy, batch, tokens)
-
-
 def numbers(stats: Any) -> list[float]:
     return [float(value) for name, value in vars(stats).items() if not name.startswith("nll")]
 
 
 # --- the gradient ---
-
-
 @pytest.mark.parametrize("adapter", [True, False], ids=["adapter", "full"])
 @pytest.mark.parametrize("kind", ["gae", "grpo", "reinforce_pp", "remax"])
 def test_the_gradient_is_the_sum_of_both(kind: str, adapter: bool) -> None:
     config = config_of(advantage=kind, ent_coef=0.01, loss_aggregation="sequence")
     policy, examples = tiny_policy(adapter=adapter, moved=True), Demonstrations().batch
     batch = completions(policy, config)
-    alone, stats_alone = gradient(policy, batch, PPOObjective(config))
+    alone, stats_alone = named_gradient(PPOObjective(config), policy, batch)
     likely, loss = transformers_gradient(policy, examples)
     assert float(sum(value.norm() ** 2 for value in likely.values())) > 0.1 and "value_head.weight" not in likely
     expected = {name: alone.get(name, 0.0) + COEF * likely.get(name, 0.0) for name in alone.keys() | likely.keys()}
 
-    found, stats = gradient(policy, batch, mixed(config))
+    found, stats = named_gradient(mixed(config), policy, batch)
     assert_close(found, expected)
     assert numbers(stats) == numbers(stats_alone)
     assert int(stats.nll_tokens) == int(examples.mask_BT.sum()) == sum(n - start for n, start in DEMONSTRATIONS)
@@ -112,8 +102,8 @@ def test_the_gradient_is_the_sum_of_both(kind: str, adapter: bool) -> None:
 def test_micro_batches_and_padding_do_not_change_the_gradient(tokens: int, columns: int) -> None:
     config, policy = config_of(), tiny_policy(moved=True)
     batch, wide = completions(policy, config), Demonstrations(padded(Demonstrations().batch, columns, poison=math.nan))
-    expected, whole = gradient(policy, batch, mixed(config))
-    found, split = gradient(policy, batch, mixed(config, wide), tokens)
+    expected, whole = named_gradient(mixed(config), policy, batch)
+    found, split = named_gradient(mixed(config, wide), policy, batch, tokens)
     assert len(micro_batches(Demonstrations().batch, torch.arange(len(DEMONSTRATIONS)), min(tokens, 18))) > 1
     assert_close(found, expected)
     assert (float(split.nll), split.nll_tokens) == (pytest.approx(float(whole.nll), rel=1e-5), whole.nll_tokens)
@@ -123,7 +113,7 @@ def test_running_out_of_memory_in_the_demonstrations_begins_the_minibatch_again(
     """What PPO and a first micro-batch of demonstrations have left in the gradient must not count twice."""
     config, policy = config_of(max_grad_norm=1e9), tiny_policy(moved=True)
     batch, demonstrations = completions(policy, config), Demonstrations()
-    expected, _ = gradient(policy, batch, mixed(config))
+    expected, _ = named_gradient(mixed(config), policy, batch)
     evaluate, calls = policy.evaluate, []
 
     def scarce(part: Batch, **options: Any) -> Any:
@@ -157,14 +147,12 @@ def test_while_the_critic_alone_learns_no_demonstrations_are_taken() -> None:
     policy = tiny_policy(moved=True, stop_gradient=True)
     batch = completions(policy, config)
     for version, is_mixed in ((1, False), (2, True)):
-        found, stats = gradient(policy, dataclasses.replace(batch, version=version), mixed(config))
+        found, stats = named_gradient(mixed(config), policy, dataclasses.replace(batch, version=version))
         assert (stats.nll_tokens > 0) == is_mixed
         assert any(not name.startswith("value_head") for name in found) == is_mixed
 
 
 # --- a run ---
-
-
 def ppo(**changes: Any) -> PPO:
     sizes = {"total_episodes": 32, "episodes_per_update": 8, "batch_size": 4, "n_epochs": 2, "max_new_tokens": 4}
     rest = {"learning_rate": 0.01, "evaluate_every": 2, "dtype": "float32", "device": "cpu", "verbose": 0, "seed": 3}
@@ -224,34 +212,6 @@ def test_rows_given_in_python_are_given_again_and_must_be_the_same() -> None:
     assert same_weights(whole, resumed)
     ppo(run_name="without").learn(8)
     refusal(lambda: PPO.load("runs/without", task, verbose=0, ptx_data=PAIRS), "ptx_data")
-
-
-# --- bad input ---
-
-
-@pytest.mark.usefixtures("in_own_folder")
-@pytest.mark.parametrize(
-    ("content", "flags", "named"),
-    [
-        (None, ["--ptx.coef", "0.5"], "ptx.data"),
-        (None, ["--ptx.data", "labelled.jsonl"], "labelled.jsonl"),
-        ("", [], "labelled.jsonl"),
-        ('{"prompt": "a"}\n', [], "labelled.jsonl, line 1"),
-        ('{"text": "a"}\n', ["--ptx.coef", "-1"], "--ptx.coef"),
-        ('{"text": "a"}\n', ["--ptx.coeff", "1"], "'--ptx.coef'"),
-    ],
-)
-def test_a_mixed_loss_without_demonstrations_is_refused_before_a_model_is_loaded(monkeypatch, tmp_path, content, flags, named):
-    def load(*arguments: Any, **options: Any) -> None:
-        raise AssertionError("a model is loaded")
-
-    write_inputs(tmp_path)
-    if content is not None:
-        Path("labelled.jsonl").write_text(content)
-        flags = ["--ptx.data", "labelled.jsonl", *flags]
-    monkeypatch.setattr("surefoot.build.language.load_policy", load)
-    run_cli("ppo", "config.yaml", *flags).refused(named)
-    assert not Path("runs").exists()
 
 
 @pytest.mark.usefixtures("in_own_folder")

@@ -19,16 +19,7 @@ import pytest
 
 from surefoot.errors import Interrupted
 from surefoot.train.signals import StopRequest
-from tests.train.small_run import (
-    assert_equal,
-    letters,
-    noisy_letters,
-    python_ppo,
-    python_task,
-    rows,
-    same_weights,
-    write_project,
-)
+from tests.train.small_run import assert_equal, noisy_letters, python_ppo, python_task, rows, same_weights, write_project
 from tests.train.warm import Strike, cold, wait_for
 
 TERM, INT, KILL, HUP = (int(getattr(signal, f"SIG{name}")) for name in ("TERM", "INT", "KILL", "HUP"))
@@ -133,7 +124,7 @@ def test_nothing_that_is_shown_ends_a_run(tmp_path, base, monkeypatch, error: Ex
     def chatty(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         print("called")
         print("called", file=sys.stderr, flush=True)
-        return letters(prompts, completions)
+        return noisy_letters(prompts, completions)
 
     model = python_ppo(base, tmp_path, chatty)
     model._session.verbose = 1
@@ -204,11 +195,10 @@ def interrupting(at_call) -> Any:
 def test_after_control_c_learn_or_load_goes_on_as_if_nothing_had_been(tmp_path, base):
     whole = python_ppo(base, tmp_path / "whole", noisy_letters).learn()
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    for again, at_call in (("learn", 6), ("load", 7)):  # the probe, then evaluations and rollouts in turn
+    for again, at_call in (("learn", 7), ("load", 7)):  # the probe, then evaluations and rollouts in turn
         model = python_ppo(base, tmp_path / again, interrupting(at_call))
-        with pytest.raises(
-            Interrupted, match=r"stopped after update 2, saved; continue .*: PPO\.load\('.*run', task\)"
-        ) as error:
+        said = r"stopped after update 2, saved; continue .*: PPO\.load\('.*run', task\)"
+        with pytest.raises(Interrupted, match=said) as error:
             model.learn()
         assert error.value.exit_code == 130 and isinstance(error.value, KeyboardInterrupt)
         assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers

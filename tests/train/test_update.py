@@ -13,13 +13,11 @@ from torch import Tensor
 
 from surefoot.config import Config
 from surefoot.core.losses import PPOStats
-from surefoot.errors import GateError
 from surefoot.rollout.batch import text_batch
 from surefoot.train.ppo_objective import PPOObjective, advantages
 from surefoot.train.update import TokenBudget, make_optimizer, update
 from surefoot.types import Batch
 from tests.fakes import CPU, VOCABULARY, BigramPolicy, config_of, gradient_of, padded, played_batch, train, trajectory
-from tests.golden import refused
 
 RAGGED = (9, 1, 4, 12, 2, 7, 3, 12)  # completion tokens a row
 LOSS = {"batch_size": 8, "n_epochs": 1, "vf_coef": 0.3, "ent_coef": 0.01, "clip_range_vf": 0.2}
@@ -47,8 +45,6 @@ def assert_equal(values: list[Tensor], expected: list[Tensor]) -> None:
 
 
 # --- the first minibatch ---
-
-
 def test_first_minibatch_has_ratio_one_and_later_ones_another() -> None:
     policy, config = BigramPolicy(), config_of(batch_size=4, n_epochs=3, learning_rate=0.1)
     result = train(policy, advantages(played_batch(policy, RAGGED), config), config, check_first=True)
@@ -60,17 +56,8 @@ def test_first_minibatch_has_ratio_one_and_later_ones_another() -> None:
     assert float(result.stats.approx_kl) > 0 and float(result.stats.ratio_max) > 1.01
 
 
-def test_a_batch_of_another_policy_is_refused_before_any_step_on_request() -> None:
-    policy = BigramPolicy()
-    batch, weights = off_policy_batch(policy), policy.weights()
-    with refused(error=GateError):
-        train(policy, batch, CONFIG, check_first=True)
-    assert_equal(policy.weights(), weights)
-    assert train(policy, batch, CONFIG).steps == 1
-
-
 def test_minibatches_cover_every_row_once_an_epoch_and_differ_between_epochs() -> None:
-    policy, config = BigramPolicy(), config_of(batch_size=2, n_epochs=2)
+    policy, config = BigramPolicy(), config_of(batch_size=3, n_epochs=2)  # 3, 3 and 2 of 8 rows
     batch, order = advantages(played_batch(policy, RAGGED), config), []
     policy.before_evaluate = lambda part: order.extend(part.mask_BT.sum(1).tolist())
     result = train(policy, batch, config, generator=torch.Generator().manual_seed(3))
@@ -80,8 +67,6 @@ def test_minibatches_cover_every_row_once_an_epoch_and_differ_between_epochs() -
 
 
 # --- the gradient belongs to the minibatch alone ---
-
-
 def test_gradient_equals_a_token_by_token_twin() -> None:
     """The formulas, one token after the other in plain Python, autograd only through the policy's tables."""
     policy = BigramPolicy()
@@ -141,8 +126,6 @@ def test_rows_without_actions_count_for_nothing() -> None:
 
 
 # --- rewards, KL penalty, advantages ---
-
-
 @pytest.mark.parametrize("columns", [0, 1, 5])
 def test_reward_and_kl_are_each_charged_once(columns: int) -> None:
     """With a zero critic and γ = λ = 1 the first token's return is the whole reward: reward - β Σ kl, in every row."""
@@ -166,20 +149,6 @@ def test_reward_and_kl_are_each_charged_once(columns: int) -> None:
     torch.testing.assert_close(batch.returns_BT.sum(1), rewards)
 
 
-def test_the_adapted_coefficient_is_the_one_that_is_used() -> None:
-    policy = BigramPolicy(reference=torch.zeros(VOCABULARY, VOCABULARY))
-    batch = played_batch(policy, RAGGED)
-    batch.reference_logprobs_BT = policy.reference_logprobs(batch)
-    adapting = PPOObjective(config_of(kl={"coef": 0.05, "target": 0.1, "horizon": 10}))
-    before = adapting.prepare(batch).returns_BT
-    adapting.finish(batch)
-    again, fixed = PPOObjective(adapting.config), PPOObjective(config_of(kl={"coef": adapting.kl_coef}))
-    again.restore(adapting.state())
-    returns = [objective.prepare(batch).returns_BT for objective in (adapting, fixed, again)]
-    assert torch.equal(returns[0], returns[1]) and torch.equal(returns[0], returns[2]) and adapting.kl_coef != 0.05
-    assert not torch.equal(before, returns[0])
-
-
 @pytest.mark.parametrize(
     ("config", "rewards", "offs", "expected"),
     [
@@ -197,20 +166,7 @@ def test_what_is_less_likely_under_the_reference_is_penalized(config, rewards, o
     assert advantages(batch, config).returns_BT.sum(1).tolist() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("normalized", [True, False])
-def test_scale_of_the_advantages_matters_only_if_they_are_not_normalized(normalized: bool) -> None:
-    objective = PPOObjective(config_of(CONFIG, normalize_advantage=normalized, ent_coef=0.0))
-    policy, gradients = BigramPolicy(), []
-    batch = objective.prepare(played_batch(policy, RAGGED, drift=0.3))
-    for scale in (1.0, 10.0):
-        batch.advantages_BT = batch.advantages_BT * scale
-        gradients.append(gradient_of(objective, policy, batch)[0][0])
-    torch.testing.assert_close(gradients[1], gradients[0] * (1.0 if normalized else 10.0), rtol=0, atol=1e-5)
-
-
 # --- when to stop, and when not to step ---
-
-
 def trained(bad_calls: set[int] | None = None, drift: float = 0.0, **ppo: Any) -> tuple[list[Tensor], Any, list[Tensor]]:
     """Weights before, result and weights of an update in which the policy's logits are NaN in these evaluations (1, 2, …)."""
     policy, config = BigramPolicy(), config_of(**{"batch_size": 8, "n_epochs": 1, "learning_rate": 0.1} | ppo)
@@ -284,8 +240,6 @@ def test_extreme_values_and_small_batches_are_survived(lengths: list[int], field
 
 
 # --- the optimizer ---
-
-
 @pytest.mark.parametrize("steps", [1, 2, 6])
 def test_adam_follows_its_formula(steps: int) -> None:
     config = config_of(CONFIG, n_epochs=steps, learning_rate=0.01, adam_epsilon=1e-3, max_grad_norm=1e6)
@@ -316,16 +270,6 @@ def test_gradient_is_clipped_by_its_global_norm() -> None:
     norm = float(torch.cat([gradient.flatten() for gradient in gradients]).norm())
     assert result.grad_norm == pytest.approx(norm, rel=1e-5) and norm > 0.01  # reported as it was before clipping
     assert_near(policy.weights(), [w - g * 0.01 / norm for w, g in zip(before, gradients, strict=True)])
-
-
-@pytest.mark.parametrize("rate", [3e-4, 1e-6])
-def test_the_learning_rate_is_the_settings_and_the_smallest_still_moves_float32_weights(rate: float) -> None:
-    policy = BigramPolicy()
-    batch, before, optimizer = off_policy_batch(policy), policy.weights(), make_optimizer(policy)
-    train(policy, batch, CONFIG, learning_rate=rate, optimizer=optimizer)
-    moved = [(after - old).abs() for after, old in zip(policy.weights(), before, strict=True)]
-    assert float(moved[0].max()) == pytest.approx(rate, rel=0.2)
-    assert all((change > 0).float().mean() > 0.5 for change in moved)
 
 
 def test_an_update_needs_no_more_than_a_policy_and_a_batch() -> None:
