@@ -17,7 +17,7 @@ import yaml
 from surefoot import PPO
 from surefoot.config import make_config
 from surefoot.rewards import mixed
-from surefoot.rewards.functions import compute_rewards
+from surefoot.rewards.functions import compute_several
 from surefoot.storage.files import whole_folder, writing
 from surefoot.storage.run_folder import RunFolder
 from surefoot.storage.safetensors import read_tensors
@@ -225,16 +225,16 @@ def test_what_killed_writers_left_beside_a_folder_goes_and_what_living_ones_writ
 def test_a_loaded_run_goes_on_bit_for_bit(tmp_path, base, monkeypatch, at: int):
     calls = 0
 
-    def deadly(*given: Any) -> list[float]:
+    def deadly(*given: Any) -> dict[str, list[float]]:
         nonlocal calls
         calls += 1
         if calls == at:
             raise Killed
-        return compute_rewards(*given)
+        return compute_several(*given)
 
     whole = python_ppo(base, tmp_path / "whole").learn()
     with monkeypatch.context() as patches:
-        patches.setattr(mixed, "compute_rewards", deadly)
+        patches.setattr(mixed, "compute_several", deadly)
         model = python_ppo(base, tmp_path)
         with pytest.raises(Killed):
             model.learn()
