@@ -105,7 +105,7 @@ class PPOObjective(Objective):
         """Without rows that teach nothing, as no reward applies to them, nor, if asked for, zero-variance
         groups; whitened here where all is one minibatch.
         """
-        assert len(batch.advantages_BT), "call advantages(batch) first"
+        assert len(batch.advantages_BT) == len(batch), "call advantages(batch) first"
         skips = self.config.group.skip_zero_variance
         teaches_B = has_reward_variance(batch) if skips else batch.mask_BT.any(1)
         if not bool(teaches_B.all()):
