@@ -1,7 +1,5 @@
 """A policy small enough to be worked out by hand, and trajectories and batches for it."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path

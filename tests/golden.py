@@ -3,8 +3,6 @@
 `SUREFOOT_MESSAGES=add pytest tests/…` adds what is new; `make messages` runs every test and leaves only what was seen.
 """
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import os

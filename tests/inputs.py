@@ -1,7 +1,5 @@
 """What tests of the outer surface share: a tiny model on disk, a task in a folder, the command line, a full disk."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import errno

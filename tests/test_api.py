@@ -1,7 +1,5 @@
 """What users of the package write: the public names, their signatures, and the three-line start with everything in it."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import shutil

@@ -1,7 +1,5 @@
 """The shape of the code, kept by tests that parse every file once and list all offenders: rooms, circles, sizes, safety."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The command line as a shell sees it: verbs, flags, exit codes, streams, and how soon it answers."""
 
-from __future__ import annotations
-
 import errno
 import io
 import os

@@ -1,7 +1,5 @@
 """Configurations that must be refused; kinds of runs and their defaults; paths, flags and the way back from a file."""
 
-from __future__ import annotations
-
 import functools
 import shlex
 import time

@@ -1,7 +1,5 @@
 """Pages that are written from the code are current, and every claim in the algorithm table points at something real."""
 
-from __future__ import annotations
-
 import ast
 import functools
 import re

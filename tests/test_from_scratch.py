@@ -1,7 +1,5 @@
 """A language model from nothing: tokenizer, folder, `surefoot new-model`, and the whole way through SFT to PPO."""
 
-from __future__ import annotations
-
 import random
 import shutil
 from pathlib import Path

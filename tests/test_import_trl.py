@@ -1,7 +1,5 @@
 """TRL's settings and checkpoints as ours: hand-worked mappings, nothing lost, nothing unsafe loaded."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

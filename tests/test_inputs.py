@@ -3,8 +3,6 @@
 Each is one line with what, where and how to fix it, before heavy work where it can be known, and loses nothing.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import shlex

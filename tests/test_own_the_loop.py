@@ -1,7 +1,5 @@
 """The loop's parts in a user's hands, for text and for Gymnasium, and the program that shows them."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """`surefoot pipeline`: stages that take what earlier ones left, resume, rejection sampling, and bad input in one line."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """`surefoot play`: the video, the plot and the numbers of a trained policy, and what it says where there is none."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a reward model's run leaves at its end: how far its predictions are what people said, as numbers and as a plot."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import math

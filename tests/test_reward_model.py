@@ -1,7 +1,5 @@
 """A reward model as a user meets it: `RewardModel`, what it learns and is saved as, its use in PPO."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Every kind of run: killed or interrupted anywhere and resumed it is the run that was not; other data is refused."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

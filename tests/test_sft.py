@@ -1,7 +1,5 @@
 """Supervised fine-tuning as a user meets it: `SFT`, its evaluation, the road to PPO."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The words that the field has no use for stay out: of code and its messages, configuration keys, pages and recipes."""
 
-from __future__ import annotations
-
 import ast
 import re
 from pathlib import Path

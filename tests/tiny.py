@@ -1,7 +1,5 @@
 """Tiny random models of many families and a small real tokenizer, made in memory: nothing is fetched."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 

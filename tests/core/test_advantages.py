@@ -1,7 +1,5 @@
 """Generalised advantage estimation: literals, identities, and a token-by-token twin in plain Python."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

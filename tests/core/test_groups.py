@@ -1,7 +1,5 @@
 """Advantages that compare the completions to one prompt: literals worked by hand, identities, a twin in plain Python."""
 
-from __future__ import annotations
-
 import statistics
 
 import pytest

@@ -1,7 +1,5 @@
 """KL estimators: their bias and spread in numbers, and which of them has the right gradient where."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

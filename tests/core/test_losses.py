@@ -1,7 +1,5 @@
 """The PPO loss: literals worked by hand, and what must not change it."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Means, variances and whitening over a mask."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Losses and agreements of a reward model against numbers worked by hand."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

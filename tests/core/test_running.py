@@ -1,7 +1,5 @@
 """Running mean and standard deviation."""
 
-from __future__ import annotations
-
 import random
 import statistics
 

@@ -1,7 +1,5 @@
 """Fetching by name with a pretended pip: whatever goes wrong in between, no half asset stays and the next fetch works."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """Reading demonstrations: the three kinds, and rows that must be refused with their line."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

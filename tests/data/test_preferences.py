@@ -1,7 +1,5 @@
 """Pairs and ratings as they are read: what is kept, what is held out, and what is refused in one line."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Text and messages to tokens and loss masks, held to transformers' own tokens."""
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 

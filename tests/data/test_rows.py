@@ -1,7 +1,5 @@
 """Rows as users have them, in files, lists and data sets; what is held out of them, and their order."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

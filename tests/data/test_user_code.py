@@ -1,7 +1,5 @@
 """The user's code behind its guard: what it leaves changed, what it raises, and what is known while it runs."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import signal

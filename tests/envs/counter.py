@@ -1,7 +1,5 @@
 """An environment whose every number is known beforehand."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import gymnasium

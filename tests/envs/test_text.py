@@ -1,7 +1,5 @@
 """Text tasks from prompts as users have them, and what is wrong with them."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Environments with a script: what is trained on, what a cut-off episode is worth, and what a broken one says."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -3,8 +3,6 @@
 With evenly spaced uniforms every count is known to within one, so frequencies are checked without chance.
 """
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -8,8 +8,6 @@ The objective E[r] - β KL(π‖π_ref) + α H(π) over distributions of one wor
 estimator, temperature or mask anywhere between the sampler and the optimizer leads to another distribution.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

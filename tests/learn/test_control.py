@@ -1,7 +1,5 @@
 """Environments whose best return is known, learned in seconds; one of them only with a recurrent state."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import gymnasium

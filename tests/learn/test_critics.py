@@ -1,7 +1,5 @@
 """Every kind of critic learns what it is asked, while the policy stands still and so the values have a right answer."""
 
-from __future__ import annotations
-
 import functools
 
 import pytest

@@ -1,7 +1,5 @@
 """PPO's relatives on the bandit whose optimum is known, and on completions of several words: no critic, the same program."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """A reward that pulls away from the demonstrations: the mixed run keeps them likely, and still learns what is rewarded."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

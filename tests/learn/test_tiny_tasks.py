@@ -1,7 +1,5 @@
 """Completions of several words: the whole program learns two small tasks within seconds, each on three seeds."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

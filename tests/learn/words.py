@@ -1,7 +1,5 @@
 """A random language model that writes words of one letter: small enough to be trained to the end within seconds."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

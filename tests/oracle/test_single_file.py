@@ -4,8 +4,6 @@
 defined; `ppo_gym.py` is held against both ways in which the package finds a gradient, autograd and the one written out.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import copy

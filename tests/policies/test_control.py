@@ -1,7 +1,5 @@
 """Networks and action heads for control against torch.distributions, one step at a time, and numbers by hand."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Separate critics: what their values are, what reaches their weights, what is kept of them."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import shutil

@@ -1,7 +1,5 @@
 """The gradient written out by hand is the one autograd finds."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

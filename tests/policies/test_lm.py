@@ -1,7 +1,5 @@
 """A causal LM as policy, critic and reference."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

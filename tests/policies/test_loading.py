@@ -1,7 +1,5 @@
 """Writing a model for others, and refusing folders that are no whole, safe model."""
 
-from __future__ import annotations
-
 import functools
 import json
 import os

@@ -1,7 +1,5 @@
 """What `save` writes computes what was trained, and adapters are where their targets say, or it is said where not."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 from typing import Any

@@ -1,7 +1,5 @@
 """Two ways to log-probs and entropies of completion tokens: the frozen head's hand-written gradient, and autograd."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """A policy in the hands of the update: the start is exact, and every mode of arithmetic learns."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """Reward functions: called as TRL calls them, found by name, and never trusted."""
 
-from __future__ import annotations
-
 import asyncio
 import builtins
 import math

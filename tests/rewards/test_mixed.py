@@ -1,7 +1,5 @@
 """Rewards that are added up: the sum by hand, every part in the logs, and what is refused before a model is loaded."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """From what a function gave to what is paid: missing-end penalty, scaling, clipping, in that order."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Trajectories as one padded batch, and its way into minibatches and micro-batches."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import pytest

@@ -1,7 +1,5 @@
 """Batches of demonstrations and their likelihood, held to transformers' own cross-entropy."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Several completions of one prompt: which belong together, and the greedy one they may be compared with."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The opponent pool: who meets whom in self-play, their Elo, and that a resumed run meets the same opponents."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

@@ -1,7 +1,5 @@
 """From prompts to a batch with rewards: what the policy wrote, and nothing else, is what is trained."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 from typing import Any
 from unittest.mock import Mock

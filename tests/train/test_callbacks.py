@@ -1,7 +1,5 @@
 """Callbacks and observers of every kind of run: what they see, how they end one, and that they stay their owner's."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy

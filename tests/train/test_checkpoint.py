@@ -1,7 +1,5 @@
 """Checkpoints: bit for bit, whole after any kill, and never more trusted than their manifest."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Whole runs on environments: exact to the bit however they were interrupted, and what Stable-Baselines3's users write."""
 
-from __future__ import annotations
-
 import functools
 import os
 import random

@@ -1,7 +1,5 @@
 """PPO's relatives on the same batch and the same update: docs/family.md, held to numbers."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any

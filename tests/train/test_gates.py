@@ -1,7 +1,5 @@
 """Gates: what a healthy policy's own samples cannot show stops the run."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

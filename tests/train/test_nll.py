@@ -1,7 +1,5 @@
 """The step of supervised fine-tuning: its gradient is transformers' own, and what it may depend on."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

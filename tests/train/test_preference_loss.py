@@ -1,7 +1,5 @@
 """The step of a reward model: where the score is read, and what loss and gradient may depend on."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Sequence

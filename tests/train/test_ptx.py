@@ -1,7 +1,5 @@
 """PPO mixed with the likelihood of demonstrations: the gradient of the sum, who is imitated when, resume, and bad input."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from pathlib import Path

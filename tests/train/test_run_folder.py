@@ -1,7 +1,5 @@
 """Run folders: names, logs, full disks; what is resumed, loaded and saved, and what is refused."""
 
-from __future__ import annotations
-
 import functools
 import json
 import math

@@ -1,7 +1,5 @@
 """SIGTERM and Ctrl-C, once and twice, at every place of a run of text: what is saved, said and gone on with."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import io

@@ -1,7 +1,5 @@
 """From a batch to better weights: what the gradient may depend on, and when a step must not be taken."""
 
-from __future__ import annotations
-
 import copy
 import math
 import statistics
