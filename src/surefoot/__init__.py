@@ -1,7 +1,5 @@
 """Surefoot: PPO for language models, and for anything with a reward. Public names, loaded at first use."""
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

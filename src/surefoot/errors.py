@@ -7,8 +7,6 @@ SurefootError            one line for the user, never a traceback
 └── Interrupted     128 + signal   SIGHUP (129), Ctrl-C (130) or SIGTERM (143); a checkpoint was saved
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """Stable-Baselines3's `evaluate_policy`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """A language model's continuation of prompts: `generate` of `PPO` and of `SFT`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Protocol, overload
 

@@ -1,7 +1,5 @@
 """`new_model`: a randomly initialized language model for `SFT`, written as an ordinary model folder."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The parts of the loop for whoever writes it; `advantages`, `update`, `make_optimizer` are in train/."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from surefoot.build.control import build_control_policy, build_vector

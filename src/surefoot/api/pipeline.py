@@ -4,8 +4,6 @@ Every stage is an ordinary run in its own folder. A pipeline that was stopped go
 that is finished does nothing: what a stage left is never made twice.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

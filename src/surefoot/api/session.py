@@ -12,8 +12,6 @@ load       Of a run's folder, the run where it stands, bit for bit, with its opt
            Of a folder that `save` wrote, the model; training it further is another run.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Stable-Baselines3's keywords, as settings of ours."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Config -> an environment to act in, and a policy that acts in it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn

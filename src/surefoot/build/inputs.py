@@ -1,7 +1,5 @@
 """What a run depends on in addition to its configuration: a digest by key, to compare at a resume."""
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import importlib.util

@@ -1,7 +1,5 @@
 """Config -> what a language model learns with: the policy, the task and its rewards, the data."""
 
-from __future__ import annotations
-
 import functools
 import os
 from collections.abc import Callable, Collection, Sequence

@@ -1,7 +1,5 @@
 """What is known of a run before anything is loaded: its device, its models, and whether it can begin."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Config -> a training: what collects its batches, its optimizer, its run folder, its checkpoint."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from surefoot.build.control import build_vector, has_two_players

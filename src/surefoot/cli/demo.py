@@ -1,7 +1,5 @@
 """The demo: a real model, a real reward, a table of what changed."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """Look at a trained policy: run episodes, record one, and plot what it reached."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import os

@@ -4,8 +4,6 @@ A run is one `Config`: read from YAML, overridden by flags, checked here before 
 written into the run folder with the sections of its kind. Fields' descriptions make up `docs/config.md`.
 """
 
-from __future__ import annotations
-
 from surefoot.config.env import EnvConfig, SelfPlayConfig
 from surefoot.config.fields import Section
 from surefoot.config.files import (

@@ -1,7 +1,5 @@
 """What sections are made of: a strict model, kinds of values, texts that may be paths, shared fields."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Configurations from files, flags and nested data, and back; paths relative to the file that names them."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path

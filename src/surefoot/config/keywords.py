@@ -1,7 +1,5 @@
 """Settings as flat keyword arguments of `PPO`, `SFT` and `RewardModel`."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Kinds of runs: the sections that each has, and its defaults where they differ from the sections' own."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 

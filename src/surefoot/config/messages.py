@@ -1,7 +1,5 @@
 """What is said of a problem with a configuration: one line with what, where, and how to fix it."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The file of `surefoot pipeline`: stages, each a configuration, that name what earlier ones left."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """The algorithm: the section `ppo`, of all runs with rewards, and `kl`, `group`, `shaping`, of text."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from surefoot.config import fields as f

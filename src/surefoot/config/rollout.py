@@ -1,7 +1,5 @@
 """Episodes of a text task: the sections `generation`, `rollout`, `rejection_sampling`."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from pydantic import Field

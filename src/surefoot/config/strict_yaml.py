@@ -1,7 +1,5 @@
 """YAML as configurations need it: safe, bounded, and without the surprises of YAML 1.1."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Hashable
 from pathlib import Path

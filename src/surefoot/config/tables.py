@@ -1,7 +1,5 @@
 """Tables of the fields, for docs/config.md, `--help` and `help(PPO)`: types, and defaults by kind of run."""
 
-from __future__ import annotations
-
 import functools
 import textwrap
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The section of a text task: its prompts, and its reward or the parts that it is added up from."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

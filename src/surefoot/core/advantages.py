@@ -1,7 +1,5 @@
 """Advantages over the steps the policy took: with a critic (GAE), or within a group of completions."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """KL estimators, the KL penalty in the reward, and the adaptive coefficient."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

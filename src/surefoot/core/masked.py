@@ -1,7 +1,5 @@
 """Sums, means and whitening over a mask. What is masked is inert, in value and gradient; NaN too."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Losses of a reward model on pairs and ratings, and how well its scores agree with them."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid

@@ -1,7 +1,5 @@
 """Schedules: a multiplier in [0, 1] for each update of a run."""
 
-from __future__ import annotations
-
 import math
 
 KINDS = ("constant", "linear", "cosine")

@@ -1,7 +1,5 @@
 """Seeds for independent consumers of randomness."""
 
-from __future__ import annotations
-
 import hashlib
 
 

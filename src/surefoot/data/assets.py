@@ -5,8 +5,6 @@ built in a temporary folder and renamed when complete: an interrupted download l
 finished. The cache is `$SUREFOOT_CACHE`, else `$XDG_CACHE_HOME/surefoot`, else `~/.cache/surefoot`.
 """
 
-from __future__ import annotations
-
 import fcntl
 import functools
 import hashlib

@@ -1,7 +1,5 @@
 """Rows of tokens -> one padded batch; and a batch -> minibatches and micro-batches."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 

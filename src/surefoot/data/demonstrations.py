@@ -1,7 +1,5 @@
 """Demonstrations: what a supervised run learns to write."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Preferences: what a reward model learns from, pairs of texts or texts with ratings."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Text and messages -> tokens: the one home of chat templates, end tokens and loss masks."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Sequence, Set

@@ -1,7 +1,5 @@
 """Rows of JSONL files, lists and Datasets: read, checked, split and put in order by one rule each."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """transformers' own progress bars and warnings, switched off while we call it."""
 
-from __future__ import annotations
-
 import contextlib
 import warnings
 from collections.abc import Iterator

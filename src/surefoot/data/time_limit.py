@@ -1,7 +1,5 @@
 """A limit of time on programs that come with a model, such as its chat template."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import threading

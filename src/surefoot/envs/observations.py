@@ -1,7 +1,5 @@
 """Observations by name: the leaves of their space, one of them or many, and what is checked in each step."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The one-turn text task: prompts, and a reward for what the policy writes after each."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Rows that finish leave the batch at once and waiting prompts take their place. A
 prompt, its seed and the weights alone (in float32, up to rounding at the boundary between two tokens).
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import deque
 from collections.abc import Sequence

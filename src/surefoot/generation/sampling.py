@@ -1,7 +1,5 @@
 """From logits to a token and its log-prob, one independent stream of randomness per request."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

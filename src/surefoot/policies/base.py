@@ -1,7 +1,5 @@
 """What the training loop asks of a policy, and what acting in environments asks in addition."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Reward functions: finding them by name, calling them, and not trusting what they return."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import importlib

@@ -1,7 +1,5 @@
 """Rewards that are added up: each part is checked, weighted and kept by its name."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

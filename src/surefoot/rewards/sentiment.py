@@ -1,7 +1,5 @@
 """The demo's reward: VADER's compound sentiment (Hutto & Gilbert, ICWSM 2014) of the continuation alone."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

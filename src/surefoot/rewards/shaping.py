@@ -1,7 +1,5 @@
 """From what a reward function gave to what the policy is paid: missing-end penalty, scaling, clipping."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from surefoot.config import ShapingConfig

@@ -1,7 +1,5 @@
 """What the training loop, the façade and callbacks ask of whatever collects batches."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time

@@ -1,7 +1,5 @@
 """From trajectories to one padded batch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Demonstrations -> batches for supervised fine-tuning, and the likelihood of those held out."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

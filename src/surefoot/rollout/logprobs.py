@@ -1,7 +1,5 @@
 """Log-probs and values of a batch under policy and reference, before any update, without gradient."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

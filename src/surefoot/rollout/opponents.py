@@ -1,7 +1,5 @@
 """Self-play: opponents in two-player games are snapshots of the policy, and a player that moves at random."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Preferences -> batches for a reward model, its evaluation on held-out preferences, and its calibration."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from dataclasses import replace

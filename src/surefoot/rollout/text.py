@@ -1,7 +1,5 @@
 """Policy × text task -> batch: prompts become tokens once; what an engine writes is never re-tokenized."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import time

@@ -1,7 +1,5 @@
 """Writes that are whole or absent, whatever happens."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import glob

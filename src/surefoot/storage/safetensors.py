@@ -1,7 +1,5 @@
 """safetensors files: whether one is whole, and what is in it. The only form weights are read in."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """stdout and stderr that outlive whoever reads them: what cannot be shown is lost, and nothing else."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

@@ -4,8 +4,6 @@ What counts as a step depends on the run. With an environment it is one step of 
 other run it is one update, once its metrics are known.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any

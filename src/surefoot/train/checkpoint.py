@@ -9,8 +9,6 @@ and SHA-256) comes last, then the folder is renamed and the pointer moved. Old o
 Nothing in it is a pickle: tensors are safetensors, the rest is JSON.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import os

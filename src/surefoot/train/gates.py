@@ -1,7 +1,5 @@
 """Checks a run makes on itself. Failing, it stops with the likely causes."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """The metrics of an update: their names and meanings, and those of a batch before it."""
 
-from __future__ import annotations
-
 import torch
 
 from surefoot.core.kl import k3

@@ -1,7 +1,5 @@
 """What an update lowers: the one protocol that `update` and the loop know."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field

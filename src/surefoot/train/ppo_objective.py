@@ -1,7 +1,5 @@
 """PPO and its relatives (docs/family.md) as an objective: advantages, loss, metrics, gates."""
 
-from __future__ import annotations
-
 import functools
 import operator
 from dataclasses import replace

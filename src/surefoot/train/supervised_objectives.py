@@ -1,7 +1,5 @@
 """Objectives on data: likelihood of demonstrations, preferences and ratings; and their sum with PPO."""
 
-from __future__ import annotations
-
 import functools
 import operator
 from collections.abc import Callable

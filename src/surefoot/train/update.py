@@ -1,7 +1,5 @@
 """From a batch to better weights: epochs × minibatches × micro-batches of an objective, and the steps."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """TRL's settings and ours (docs/from-trl.md): TRL 0.11.4 in `OLD`, 0.19.1 in `OLD_RLOO`, 1.12.0 elsewhere."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """TRL's settings, in a file or in the words of a command, as ours. Imports no torch."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """A checkpoint of TRL's AutoModelForCausalLMWithValueHead as a model folder of ours, critic included."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

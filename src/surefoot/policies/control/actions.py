@@ -7,8 +7,6 @@ greedy one; a mask [N, A] (bool) names the legal actions. `evaluate_actions` giv
 float32, in nats; over several action dimensions they add up.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, TypeAlias
 

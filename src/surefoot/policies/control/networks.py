@@ -1,7 +1,5 @@
 """Networks for control: observations to features, an LSTM, and the layers before action and value."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection
 from typing import Any, TypeAlias

@@ -1,7 +1,5 @@
 """A policy for Gymnasium environments: features, an LSTM on request, layers, action head and value head."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """LoRA adapters over one frozen base: the policy's, a critic's, and none for the reference."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import re

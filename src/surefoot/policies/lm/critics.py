@@ -3,8 +3,6 @@
 Their values cost one more forward pass: they come after the rollout, over whole rows (`rollout/logprobs.py`).
 """
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A randomly initialized language model, and a tokenizer made from a user's text."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A causal language model as a policy with a critic."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path

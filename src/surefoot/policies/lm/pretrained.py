@@ -1,7 +1,5 @@
 """Models in folders: loaded if they are whole and safe, refused in one line otherwise."""
 
-from __future__ import annotations
-
 import importlib
 import json
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """A causal language model that scores whole texts: its value head, read at the last token."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ result: `_FrozenHead` when only the hidden states need a gradient (adapters), pl
 recomputation otherwise.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

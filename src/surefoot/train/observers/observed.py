@@ -1,7 +1,5 @@
 """The observers that every run has: TensorBoard, and the display where it is wanted."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 
