@@ -24,8 +24,8 @@ HEADS: dict[str, tuple[Any, dict[str, Any]]] = {
     "discrete": (spaces.Discrete(5), {}),
     "multi-discrete": (spaces.MultiDiscrete([2, 4, 3]), {}),
     "multi-binary": (spaces.MultiBinary(4), {}),
-    "gaussian": (spaces.Box(-1, 1, (3,)), {"log_std": -0.7}),
-    "gsde": (spaces.Box(-1, 1, (3,)), {"log_std": -0.7, "use_sde": True}),
+    "gaussian": (spaces.Box(-1, 1, (3,)), {"log_std_init": -0.7}),
+    "gsde": (spaces.Box(-1, 1, (3,)), {"log_std_init": -0.7, "use_sde": True}),
 }
 SIZES = {"discrete": [5], "multi-discrete": [2, 4, 3]}
 
@@ -38,7 +38,7 @@ def head_of(kind: str) -> Any:
     space, settings = HEADS[kind]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        head = action_head(space, FEATURES, **settings)
+        head = action_head(space, FEATURES, NetworkConfig(**settings))
         for parameter in head.parameters():
             nn.init.normal_(parameter, -0.3 if parameter is getattr(head, "log_std", None) else 0.0, 0.6)
     return head
@@ -146,7 +146,8 @@ def test_no_noise_makes_an_illegal_action_and_illegal_ones_have_finite_log_probs
 
 @pytest.mark.parametrize(("every", "changes"), [(-1, []), (1, [1, 2, 3, 4, 5]), (2, [2, 4]), (4, [4])])
 def test_state_dependent_noise_is_held_for_n_steps(every: int, changes: list[int]) -> None:
-    noise = action_head(spaces.Box(-1, 1, (2,)), FEATURES, use_sde=True, sde_sample_freq=every).noise(6, 1, generator())
+    head = action_head(spaces.Box(-1, 1, (2,)), FEATURES, NetworkConfig(use_sde=True, sde_sample_freq=every))
+    noise = head.noise(6, 1, generator())
     assert [t for t in range(1, 6) if not torch.equal(noise[t], noise[t - 1])] == changes
 
 

@@ -177,10 +177,37 @@ class Verb(NamedTuple):
 
 FILE: dict[str, Any] = {"file": {"metavar": "FILE", "help": "YAML file; of new-model, its sft run's"}}
 RUN: dict[str, Any] = {"run": {"metavar": "RUN", "help": "run folder"}}
-FIELDS = "[--section.field value ...]"
+RESUMED: dict[str, Any] = RUN | {
+    "--accept-changes": {"action": "store_true", "help": "of prompts, reward, data or model"}
+}
+GENERATION: dict[str, Any] = {
+    "model": {"metavar": "RUN|MODEL", "help": "run folder, model folder, asset name or hub id"},
+    "text": {"metavar": "TEXT", "help": "what to continue"},
+    "--chat": {"action": "store_true", "help": "send TEXT as a user message in the chat template"},
+    "--seed": {"type": int, "default": 0, "metavar": "N", "help": "another one gives another text"},
+    "--max-new-tokens": {"type": int, "metavar": "N", "help": "longest completion"},
+    "--temperature": {"type": float, "metavar": "T", "help": "0 is greedy"},
+    "--top-k": {"type": int, "metavar": "K", "help": "sample from the K most probable tokens"},
+    "--top-p": {"type": float, "metavar": "P", "help": "from the smallest set of this probability"},
+}
+EPISODES: dict[str, Any] = RUN | {
+    "--episodes": {"type": int, "default": 10, "metavar": "N", "help": "how many; default 10"},
+    "--output": {"metavar": "FOLDER", "help": "where video and plot go; default RUN/play"},
+    "--format": {"choices": ("gif", "mp4"), "default": "gif", "help": "mp4 needs imageio-ffmpeg"},
+}
+NAME: dict[str, Any] = {"name": {"metavar": "NAME", "help": "a wrong one lists them"}}
 SOURCE = ".json or .yaml file, a checkpoint's folder, or after -- the whole command that starts TRL"
+TRL: dict[str, Any] = {
+    "source": {"metavar": "SOURCE", "nargs": "+", "help": SOURCE},
+    "--output": {"metavar": "FILE", "help": "for the YAML, else stdout; a checkpoint's new folder"},
+}
+FIELDS = "[--section.field value ...]"
 NEW_MODEL = "Make a random language model and its tokenizer from examples."
 STAGES = "Run the stages of a YAML file, or go on where they were stopped."
+RESUME = "Continue a run from its newest whole checkpoint; a field may change how long or how fast it trains."
+GENERATE = "Continue a text with a run's best policy, or with a model."
+PLAY = "Play a run's best policy in its environment: returns, a video of one episode, a plot."
+FETCH = "Get a pinned model or data set into the cache and print its path."
 IMPORT = "Turn a TRL set-up into a YAML file for ppo, or its value-head checkpoint into a model folder."
 DEMO = "Fine-tune a real model towards a real reward, about five minutes on two cores."
 VERBS = {
@@ -190,53 +217,11 @@ VERBS = {
     "reward-model": Verb(_start, "Train a reward model on pairs or ratings.", f"FILE {FIELDS}", FILE),
     "rejection-sampling": Verb(_start, "Sample, and keep the best as examples.", f"FILE {FIELDS}", FILE),
     "pipeline": Verb(_pipeline, STAGES, "FILE [--stages.name.section.field value ...]", FILE),
-    "resume": Verb(
-        _resume,
-        "Continue a run from its newest whole checkpoint; a field may change how long or how fast it trains.",
-        "RUN [--accept-changes] [--section.field value]",
-        {**RUN, "--accept-changes": {"action": "store_true", "help": "of prompts, reward, data or model"}},
-    ),
-    "generate": Verb(
-        _generate,
-        "Continue a text with a run's best policy, or with a model.",
-        "RUN|MODEL TEXT [options]",
-        {
-            "model": {"metavar": "RUN|MODEL", "help": "run folder, model folder, asset name or hub id"},
-            "text": {"metavar": "TEXT", "help": "what to continue"},
-            "--chat": {"action": "store_true", "help": "send TEXT as a user message in the chat template"},
-            "--seed": {"type": int, "default": 0, "metavar": "N", "help": "another one gives another text"},
-            "--max-new-tokens": {"type": int, "metavar": "N", "help": "longest completion"},
-            "--temperature": {"type": float, "metavar": "T", "help": "0 is greedy"},
-            "--top-k": {"type": int, "metavar": "K", "help": "sample from the K most probable tokens"},
-            "--top-p": {"type": float, "metavar": "P", "help": "from the smallest set of this probability"},
-        },
-    ),
-    "play": Verb(
-        _play,
-        "Play a run's best policy in its environment: returns, a video of one episode, a plot.",
-        "RUN [options]",
-        {
-            **RUN,
-            "--episodes": {"type": int, "default": 10, "metavar": "N", "help": "how many; default 10"},
-            "--output": {"metavar": "FOLDER", "help": "where video and plot go; default RUN/play"},
-            "--format": {"choices": ("gif", "mp4"), "default": "gif", "help": "mp4 needs imageio-ffmpeg"},
-        },
-    ),
-    "fetch": Verb(
-        _fetch,
-        "Get a pinned model or data set into the cache and print its path.",
-        "NAME",
-        {"name": {"metavar": "NAME", "help": "a wrong one lists them"}},
-    ),
-    "import-trl": Verb(
-        _import_trl,
-        IMPORT,
-        "SOURCE [--output FILE]",
-        {
-            "source": {"metavar": "SOURCE", "nargs": "+", "help": SOURCE},
-            "--output": {"metavar": "FILE", "help": "for the YAML, else stdout; a checkpoint's new folder"},
-        },
-    ),
+    "resume": Verb(_resume, RESUME, "RUN [--accept-changes] [--section.field value]", RESUMED),
+    "generate": Verb(_generate, GENERATE, "RUN|MODEL TEXT [options]", GENERATION),
+    "play": Verb(_play, PLAY, "RUN [options]", EPISODES),
+    "fetch": Verb(_fetch, FETCH, "NAME", NAME),
+    "import-trl": Verb(_import_trl, IMPORT, "SOURCE [--output FILE]", TRL),
     "demo": Verb(_demo, DEMO, FIELDS, {}),
 }
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from surefoot.config import NetworkConfig
 from surefoot.errors import InputError
 
 LOG_2PI = math.log(2.0 * math.pi)
@@ -77,10 +78,10 @@ class BernoulliHead(nn.Module):
 class GaussianHead(nn.Module):
     """Continuous actions [N, n] float32 with a standard deviation that does not depend on the state."""
 
-    def __init__(self, features: int, n: int, *, log_std: float = 0.0):
+    def __init__(self, features: int, n: int, config: NetworkConfig):
         super().__init__()
         self.linear = nn.Linear(features, n)
-        self.log_std = nn.Parameter(torch.full((n,), log_std))
+        self.log_std = nn.Parameter(torch.full((n,), config.log_std_init))
 
     def noise(self, steps: int, envs: int, generator: torch.Generator) -> Tensor:
         """Standard normal noise [steps, envs, n]."""
@@ -102,11 +103,11 @@ class StateDependentHead(nn.Module):
     of an action is N(mean, features² · σ²). The features are detached there: the noise does not shape them.
     """
 
-    def __init__(self, features: int, n: int, *, log_std: float = 0.0, sample_freq: int = -1):
+    def __init__(self, features: int, n: int, config: NetworkConfig):
         super().__init__()
         self.linear = nn.Linear(features, n)
-        self.log_std = nn.Parameter(torch.full((features, n), log_std))
-        self.sample_freq = sample_freq
+        self.log_std = nn.Parameter(torch.full((features, n), config.log_std_init))
+        self.sample_freq = config.sde_sample_freq
 
     def noise(self, steps: int, envs: int, generator: torch.Generator) -> list[Tensor]:
         """Standard normal θ/σ [envs, features, n] for each step, a new one every `sample_freq` steps."""
@@ -126,9 +127,7 @@ class StateDependentHead(nn.Module):
         return _gaussian(self.linear(latent_NF).float(), 0.5 * torch.log(variance + 1e-6), actions)
 
 
-def action_head(
-    space: Any, features: int, *, log_std: float = 0.0, use_sde: bool = False, sde_sample_freq: int = -1
-) -> Any:
+def action_head(space: Any, features: int, config: NetworkConfig) -> Any:
     """The head for a Gymnasium action space. Raises InputError for one that has none.
 
     Only the space's class name and sizes are read: policies know nothing else of Gymnasium.
@@ -141,10 +140,8 @@ def action_head(
         return CategoricalHead(features, [int(n) for n in space.nvec], is_one=False)
     if kind == "MultiBinary" and is_flat:
         return BernoulliHead(features, space.shape[0])
-    if kind == "Box" and is_flat and use_sde:
-        return StateDependentHead(features, space.shape[0], log_std=log_std, sample_freq=sde_sample_freq)
     if kind == "Box" and is_flat:
-        return GaussianHead(features, space.shape[0], log_std=log_std)
+        return (StateDependentHead if config.use_sde else GaussianHead)(features, space.shape[0], config)
     ours = "Discrete, MultiDiscrete, MultiBinary and Box of one dimension are"
     how = "gymnasium.wrappers.FlattenAction or your own wrapper can make it one"
     raise InputError(f"env: the action space {space} is not supported; {ours} ({how})")

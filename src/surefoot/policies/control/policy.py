@@ -4,7 +4,7 @@ import contextlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy
 import torch
@@ -21,6 +21,7 @@ from surefoot.policies.control.networks import EpisodicLSTM, Extractor, Layers, 
 from surefoot.storage.safetensors import read_tensors
 from surefoot.types import ACTION_MASK, EPISODE_STARTS, OBSERVATION, Batch, Evaluation
 
+Recurred: TypeAlias = tuple[tuple[Tensor, Tensor], Tensors]  # features of actor and critic; the new state
 WEIGHTS, MOMENTS = "policy.safetensors", "normalization.json"
 CLIP_OBSERVATION = 10.0
 # The recurrent state of actor and critic, [N, H]; in a batch [B, 1, H], before each row's first step.
@@ -77,8 +78,7 @@ class ControlPolicy(nn.Module):
             self.critic_lstm = self.lstm if config.share else EpisodicLSTM(width, config.lstm_hidden_size)
             width = config.lstm_hidden_size
         self.layers = Layers(width, config, default=[] if "Cnn" in kind else [64, 64])
-        sde: dict[str, Any] = {"use_sde": config.use_sde, "sde_sample_freq": config.sde_sample_freq}
-        self.head = action_head(action_space, self.layers.latent_dim_pi, log_std=config.log_std_init, **sde)
+        self.head = action_head(action_space, self.layers.latent_dim_pi, config)
         self.value_head = nn.Linear(self.layers.latent_dim_vf, 1)
         if config.ortho_init:
             if isinstance(self.extractor, Extractor):  # the user's network may have been trained
@@ -238,9 +238,7 @@ class ControlPolicy(nn.Module):
         features: Tensor = self.extractor(observations[OBSERVATION] if is_plain else observations)
         return features
 
-    def _recur(
-        self, features: Tensor, state: Tensors, starts: Tensor, *, critic: bool
-    ) -> tuple[tuple[Tensor, Tensor], Tensors]:
+    def _recur(self, features: Tensor, state: Tensors, starts: Tensor, *, critic: bool) -> Recurred:
         """Features of actor and critic after the LSTM; `features` [N, F] are rows of `starts` [B, T]."""
         if self.lstm is None or self.critic_lstm is None:
             return (features, features), state

@@ -8,6 +8,8 @@ that it ends at `end`.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -29,9 +31,7 @@ class _Layer(CacheLayerMixin):
         self.values = value_states.new_zeros((slots, value_states.shape[1], columns, value_states.shape[3]))
         self.is_initialized = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         rows, begin, end = key_states.shape[0], self.window.begin, self.window.end

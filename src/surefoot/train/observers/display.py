@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from surefoot.train import loop
+from surefoot.train import loop
 
 # Metric -> its label and form in the table, and how it stands where each update is one line.
 SHOWN = {

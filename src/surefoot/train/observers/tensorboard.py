@@ -1,16 +1,12 @@
 """The metrics of a run as TensorBoard's event files."""
 
-from __future__ import annotations
-
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from surefoot.storage.files import writing
-
-if TYPE_CHECKING:
-    from surefoot.train import loop
+from surefoot.train import loop
 
 NOTE = "; the last checkpoint stands"
 
