@@ -71,8 +71,7 @@ class SFT(HasSession, Generates):
         """Go on from a run folder, or train what `save` wrote further.
 
         `data` are the examples where they were given in Python, and always after `save`. Raises InputError
-        for a folder of another kind, or data or a model that is not what the run was begun with, but for
-        `accept_changes`.
+        for a folder of another kind, or, unless `accept_changes`, data or a model that the run didn't have.
         """
         config, run = open_folder(folder, "SFT", is_given=data is not None)
         if run is None:

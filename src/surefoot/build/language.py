@@ -141,8 +141,7 @@ def _reward_folder(folder: str | Path, key: str) -> Path:
 def check_sources(config: Config, *, made: Collection[str]) -> TextTask | None:
     """Read what a run learns from, but for paths that will be `made`; the task, if its prompts are there.
 
-    Raises InputError for what cannot be learned from, and for rewards that fail; stand-ins take the place of
-    reward models.
+    Raises InputError for what cannot be learned from, and rewards that fail; reward models have stand-ins.
     """
     for section in (config.sft, config.ptx):
         if section is not None and section.data not in made:

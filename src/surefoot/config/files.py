@@ -21,8 +21,7 @@ def load_config(
     """Read a YAML file, apply `overrides` (dotted key -> YAML scalar, as from flags), check everything.
 
     Of `sections` that the file lacks the defaults are taken. Relative paths in the file are relative to the
-    file; those in overrides to the working directory. Raises InputError with one line: what, where, how to
-    fix it.
+    file; those in overrides to the working directory. Raises InputError: what, where, how to fix it.
     """
     data = {section: {} for section in sections} | read_sections(path)
     make_paths_relative_to(Path(path).parent, data)

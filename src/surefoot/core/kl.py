@@ -37,9 +37,8 @@ def kl_penalized_rewards(
 def adapted_kl_coef(coef: float, kl: float, *, target: float, horizon: float, episodes: int) -> float:
     """Ziegler's proportional controller (arXiv:1909.08593, §2.2).
 
-    `kl` is the mean over `episodes` of the KL summed over tokens, nats. The error is clipped to ±0.2, so β
-    moves by at most 20 % in `horizon` episodes. Example: β 0.15, kl 12, target 6, horizon 10,000, 256
-    episodes -> 0.150768.
+    `kl` is the mean over `episodes` of the KL summed over tokens, nats. The error is clipped to ±0.2: β moves
+    by ≤ 20 % in `horizon` episodes. Example: β 0.15, kl 12, target 6, horizon 1e4, 256 episodes -> 0.150768.
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return coef * (1.0 + error * episodes / horizon)

@@ -24,8 +24,7 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     """Scale to unit variance and, with `shift_mean`, move the mean to 0; 0 off the mask.
 
     `(x - mean) * rsqrt(var + 1e-8)` with population variance, as OpenAI's lm-human-preferences does
-    (`lm_human_preferences/utils/core.py: whiten`). One value or equal values give 0 (plus the mean without
-    the shift).
+    (`lm_human_preferences/utils/core.py: whiten`). Equal values, or one, give 0 (unshifted: the mean).
     """
     mean = masked_mean(values, mask)
     centered = torch.where(mask, values - mean, 0.0)
@@ -39,7 +38,6 @@ def explained_variance(predictions: Tensor, targets: Tensor, mask: Tensor) -> Te
     """1 - Var(target - prediction) / Var(target): 1 perfect, 0 no better than a constant."""
     variance = masked_var(targets, mask)
     residual = masked_var(targets - predictions, mask)
-    # Equal float32 targets have a variance of rounding errors; below a spread of 1e-6 of their size they
-    # count as equal.
+    # Equal float32 targets have a variance of rounding errors: a spread below 1e-6 of their size is none.
     differ = variance > 1e-12 * masked_mean(targets**2, mask)
     return torch.where(differ, 1 - residual / variance.clamp(min=1e-30), torch.zeros_like(variance))

@@ -49,8 +49,7 @@ class RunningMoments:
     """Count, mean and population variance of tensors, element by element, in float64.
 
     Starts from a count of 1e-4 with mean 0 and variance 1, as OpenAI baselines' `RunningMeanStd` does: the
-    first batch outweighs it. Example: after `update([[1.0], [3.0]])` the mean is 1.9999 and the variance
-    1.0001.
+    first batch outweighs it. Example: `update([[1.0], [3.0]])` gives the mean 1.9999 and variance 1.0001.
     """
 
     count: float

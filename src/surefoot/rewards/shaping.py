@@ -13,8 +13,7 @@ def shape_rewards(
     """Fill up `reward_parts` of every trajectory; `reward_parts["shaped"]` is what its last turn is paid.
 
     In this order: the penalty for a completion cut off by the length limit; division by the running std of
-    all rewards so far; clipping. One without a reward is paid nothing. Returns the stats with this batch in
-    them.
+    all rewards so far; clipping. One without a reward is paid nothing. Returns the stats with this batch.
     """
     trajectories = [t for t in trajectories if t.is_rewarded]
     for t in trajectories:

@@ -90,8 +90,7 @@ class Objective(Protocol):
     def gates(self, stats: Any, *, is_first: bool, exact: bool) -> bool:
         """Whether the step of a minibatch with these `stats` may be taken; False ends the update.
 
-        `is_first`: the policy is still the one that wrote the batch, to rounding where `exact`. Raises
-        GateError otherwise.
+        `is_first`: the policy is still the one that wrote the batch (`exact`: to rounding), or GateError.
         """
         return True
 

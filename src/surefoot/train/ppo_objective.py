@@ -33,8 +33,7 @@ MEANS = {
 def advantages(batch: Batch, config: Config | None = None) -> Batch:
     """Fill `advantages_BT` and `returns_BT`: KL into the rewards, whitening on request, then GAE.
 
-    Without a critic (docs/family.md) there are no returns, and what a completion is compared with stands in
-    the batch.
+    Without a critic (docs/family.md) there are no returns; the batch has what completions are compared with.
     """
     return PPOObjective(config).prepare(batch)
 
@@ -153,8 +152,7 @@ class PPOObjective(Objective):
         """Advantages [B, T] as the loss of the minibatch `rows` counts them."""
         advantages_BT, mask_BT = batch.advantages_BT, batch.mask_BT
         if normalize and int(mask_BT[rows].sum()) > 1:  # one advantage alone has no spread to divide by
-            # Over the minibatch, before it is split: a micro-batch's own mean and variance would change the
-            # gradient.
+            # Over the minibatch, before it is split: a micro-batch's own mean would change the gradient.
             if len(rows) == len(batch):  # in the batch's order, whatever that of `rows`
                 advantages_BT = whiten(advantages_BT, mask_BT)
             else:

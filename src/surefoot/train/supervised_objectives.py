@@ -77,8 +77,7 @@ class SumObjective:
     """PPO + coef · negative log-likelihood of demonstrations: PPO-ptx (Ouyang et al. 2022, arXiv:2203.02155).
 
     To each minibatch's loss come the next demonstrations, one step for both. Which those are follows from the
-    seed and from how many were taken before, the one counter to save. While the critic alone learns none are
-    taken.
+    seed and how many were taken before, the one counter to save. While the critic alone learns none are.
     """
 
     name = "ppo"

@@ -59,8 +59,7 @@ def supports(policy: Any) -> bool:
 class FastMLP:
     """A policy's weights on one vector, and a minibatch's gradient: an `Accelerator` (`train/objective.py`).
 
-    `lent` moves weights and Adam's moments in, and out again at the end: outside of it the policy knows
-    nothing of this.
+    `lent` moves weights and Adam's moments in, and out again at the end: else the policy knows none of this.
     """
 
     def __init__(self, policy: Any):

@@ -2,8 +2,7 @@
 
 Rows are right-aligned: whatever its length, a row's newest token stands in column `end - 1`, so a decoding
 step writes one column for all rows and ragged prompts cost no gather. Columns before a row's first token are
-hidden by the attention mask. The last row moves into a finished one's place; a new prompt is copied in so
-that it ends at `end`.
+hidden by the attention mask. The last row moves into a finished one's place; a new prompt ends at `end`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""An LSTM language model: embedding, LSTM (Hochreiter & Schmidhuber 1997), softmax, in the shape of a
-transformers model.
+"""An LSTM language model (Hochreiter & Schmidhuber 1997) in the shape of one of transformers.
 
 On import the Auto classes learn its kind, so that folders of it open like any other. Its recurrent state is
 one (h, c) a layer and row, however long the row.

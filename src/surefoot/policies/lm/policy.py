@@ -113,8 +113,7 @@ class CausalLMPolicy:
     def evaluate(self, batch: Batch, *, entropy_gradient: bool = False) -> Evaluation:
         """Log-probs, values and entropies of the completion tokens, from one forward pass over whole rows.
 
-        Values take another pass where the critic is separate, and are 0 of a batch without old ones, such as
-        demonstrations.
+        Values take another pass where the critic is separate, and are 0 of a batch without old ones.
         """
         with self._autocast():
             hidden_ND, logprobs_N, entropies_N = self._logprobs(self.lm, batch, entropy_gradient)
