@@ -177,9 +177,7 @@ class Verb(NamedTuple):
 
 FILE: dict[str, Any] = {"file": {"metavar": "FILE", "help": "YAML file; of new-model, its sft run's"}}
 RUN: dict[str, Any] = {"run": {"metavar": "RUN", "help": "run folder"}}
-RESUMED: dict[str, Any] = RUN | {
-    "--accept-changes": {"action": "store_true", "help": "of prompts, reward, data or model"}
-}
+RESUMED = RUN | {"--accept-changes": {"action": "store_true", "help": "of prompts, reward, data or model"}}
 GENERATION: dict[str, Any] = {
     "model": {"metavar": "RUN|MODEL", "help": "run folder, model folder, asset name or hub id"},
     "text": {"metavar": "TEXT", "help": "what to continue"},

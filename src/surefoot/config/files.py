@@ -15,9 +15,7 @@ from surefoot.config.tables import all_keys
 from surefoot.errors import InputError
 
 
-def load_config(
-    path: Path | str, overrides: Mapping[str, str] | None = None, *, sections: Names = ()
-) -> Config:
+def load_config(path: Path | str, overrides: Mapping[str, str] | None = None, sections: Names = ()) -> Config:
     """Read a YAML file, apply `overrides` (dotted key -> YAML scalar, as from flags), check everything.
 
     Of `sections` that the file lacks the defaults are taken. Relative paths in the file are relative to the

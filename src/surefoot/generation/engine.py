@@ -224,12 +224,10 @@ class TokenEngine:
         if self._rows:
             self._cache.window.begin = self._cache.window.end - max(row.length for row in self._rows)
 
-    def _step(
-        self, rows: list[_Row], tokens: Tensor, positions: Tensor, attention: Tensor, cache: Any
-    ) -> None:
+    def _step(self, rows: list[_Row], tokens: Tensor, positions: Tensor, mask: Tensor, cache: Any) -> None:
         """Feed tokens, sample the next of each row and record it with its log-prob, entropy and value."""
-        tokens, positions, attention = (x.to(self.model.device) for x in (tokens, positions, attention))
-        logits_BV, values_B = self.model.step(tokens, positions, attention, cache)
+        tokens, positions, mask = (x.to(self.model.device) for x in (tokens, positions, mask))
+        logits_BV, values_B = self.model.step(tokens, positions, mask, cache)
         uniforms = [row.uniforms[len(row.completion.tokens)] for row in rows]
         drawn = sample(logits_BV, torch.tensor(uniforms, dtype=torch.float64), self._params)
         columns = [values.tolist() for values in (*drawn, values_B)]

@@ -32,6 +32,7 @@ class Observer(Protocol):
 
     def phase(self, name: str) -> None:
         """The run starts on `rollout`, `update`, `evaluate` or `save`."""
+        return None
 
     def log(self, metrics: dict[str, float], progress: Progress) -> None:
         """An update or an evaluation is done."""

@@ -94,10 +94,9 @@ class RewardModelPolicy:
             raise InputError(f"score: {counts}; one prompt each is needed")
         if not completions:
             return []
-        rows = [
-            [self.encode(prompt, _text(completion), where=f"reward model: text {number}")]
-            for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), start=1)
-        ]
+        texts = [c if isinstance(c, str) else "".join(str(m["content"]) for m in c) for c in completions]
+        pairs = enumerate(zip(prompts, texts, strict=True), start=1)
+        rows = [[self.encode(*pair, where=f"reward model: text {number}")] for number, pair in pairs]
         return ((self.scores(rows)[:, 0].double() - self.shift) / self.scale).tolist()
 
     def reference_logprobs(self, batch: Batch) -> None:
@@ -121,8 +120,3 @@ class RewardModelPolicy:
             self.trunk.value_head.load_state_dict(tensors)
         except (KeyError, RuntimeError) as error:  # torch's, for other names or shapes
             raise InputError(f"{folder / REWARD} does not fit this model: {one_line(error)}") from None
-
-
-def _text(completion: Any) -> str:
-    is_text = isinstance(completion, str)
-    return completion if is_text else "".join(str(message["content"]) for message in completion)

@@ -11,7 +11,7 @@ from surefoot.train import loop
 NOTE = "; the last checkpoint stands"
 
 
-class TensorBoard:
+class TensorBoard(loop.Observer):
     """An observer that writes the same metrics for TensorBoard.
 
     Written here and now, not by torch's SummaryWriter: its thread would find out later that the disk is full,
@@ -32,9 +32,6 @@ class TensorBoard:
         self._write(file_version="brain.Event:2")
         # Resuming hides what an abandoned continuation had written.
         self._write(step=purge_from, session_log=SessionLog(status=SessionLog.START))
-
-    def phase(self, name: str) -> None:
-        """Phases are not written."""
 
     def log(self, metrics: dict[str, float], progress: loop.Progress) -> None:
         """Write one point per metric."""
