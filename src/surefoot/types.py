@@ -4,8 +4,6 @@ Shape letters used in names all over the package: B rows (episodes, or parallel 
 (for a language model: tokens of prompt and completion), V vocabulary, N completion tokens, D hidden size.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -253,7 +251,7 @@ class Batch:
     def __len__(self) -> int:
         return self.mask_BT.shape[0]
 
-    def rows(self, indices: Tensor | slice) -> Batch:
+    def rows(self, indices: Tensor | slice) -> "Batch":
         """The rows at `indices` (int64, [b], or a slice), cut to their longest, without the trajectories."""
         longest = self.mask_BT.shape[1]
         if longest > 1:
@@ -266,7 +264,7 @@ class Batch:
 
         return self._changed(take)
 
-    def flatten(self) -> Batch:
+    def flatten(self) -> "Batch":
         """Each masked step as a row, [N, 1], which counts 1 in `batch_size`; no copy if all are masked."""
         mask_BT, (rows, length), is_full = self.mask_BT, self.mask_BT.shape, bool(self.mask_BT.all())
 
@@ -277,11 +275,11 @@ class Batch:
 
         return replace(self._changed(take), row_size=1)
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> "Batch":
         """The batch with all its tensors on `device`."""
         return replace(self._changed(lambda value: value.to(device)), trajectories=self.trajectories)
 
-    def _changed(self, take: Callable[[Tensor], Tensor]) -> Batch:
+    def _changed(self, take: Callable[[Tensor], Tensor]) -> "Batch":
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         changes: dict[str, Any] = {name: take(v) for name, v in tensors.items() if v.shape != (0,)}
         observations = {name: take(value) for name, value in self.observations.items()}

@@ -1,7 +1,5 @@
 """`PPO`: reinforcement learning for language models and for Gymnasium environments."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +120,7 @@ class PPO(HasSession, Generates):
         *,
         total_episodes: int | None = None,
         total_timesteps: int | None = None,
-    ) -> PPO:
+    ) -> "PPO":
         """Train for `total_episodes` or `total_timesteps` more, or to the end that was asked for last.
 
         `callback` is a function `(locals, globals) -> bool | None`, a `BaseCallback` or a list of them
@@ -183,7 +181,7 @@ class PPO(HasSession, Generates):
         self._session.save(folder, config)
 
     @classmethod
-    def load(cls, folder: str | Path, env: Any = None, *, verbose: int = 1, **given: Any) -> PPO:
+    def load(cls, folder: str | Path, env: Any = None, *, verbose: int = 1, **given: Any) -> "PPO":
         """Go on from a run folder, bit for bit, or from a folder that `save` wrote.
 
         After `save` a language model's adapter is merged in, so the saved weights are the new reference.
@@ -205,7 +203,7 @@ class PPO(HasSession, Generates):
         return resume(run, cls, policy, source, config=config, verbose=verbose, **given)
 
     @classmethod
-    def open(cls, source: str | Path, env: Any = None) -> PPO:
+    def open(cls, source: str | Path, env: Any = None) -> "PPO":
         """A policy to use: the best checkpoint of a run (by its held-out metric), or any model `PPO` takes.
 
         `env` is for a run whose environment was made in Python.

@@ -5,8 +5,6 @@ environment.json; every completion with its reward in samples.jsonl; a line for 
 how far it is in progress.json; and at its end completions.jsonl, which `sft.data` takes.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 import time
@@ -101,7 +99,7 @@ class RejectionSampling:
         print(f"{settings.episodes} completions, {len(usable)} usable; {best_of}, {lowest}: {path}")
 
     @classmethod
-    def load(cls, folder: str | Path, *, accept_changes: bool = False) -> RejectionSampling:
+    def load(cls, folder: str | Path, *, accept_changes: bool = False) -> "RejectionSampling":
         """Go on from a run folder, bit for bit. Raises InputError for a folder of another kind."""
         run = RunFolder.open(folder)
         config = run.config()

@@ -1,7 +1,5 @@
 """`RewardModel`: a score for texts, learned from people's preferences."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import sys
@@ -59,7 +57,7 @@ class RewardModel(HasSession):
             self.policy = RewardModelPolicy(trunk, seed=derived_seed(self.config.seed, "reward head", 0))
         self._session = Session(self.config, self.policy, self.data, run=run, verbose=verbose)
 
-    def learn(self, total_epochs: int | None = None, callback: Any = None) -> RewardModel:
+    def learn(self, total_epochs: int | None = None, callback: Any = None) -> "RewardModel":
         """Train for `total_epochs` more passes over the preferences, or to the end that was asked for last.
 
         At the end `calibration.json` and, where matplotlib is installed, its plot `calibration.png` are in
@@ -94,7 +92,7 @@ class RewardModel(HasSession):
     @classmethod
     def load(
         cls, folder: str | Path, data: Any = None, *, verbose: int = 1, accept_changes: bool = False
-    ) -> RewardModel:
+    ) -> "RewardModel":
         """Go on from a run folder, or take what `save` wrote, to score with.
 
         `data` are the preferences where they were given in Python. Raises InputError for a folder of another

@@ -4,8 +4,6 @@ Whatever starts runs comes through here: the command line, pipelines, the demo, 
 Nothing heavy is imported before a run's configuration is known to be one.
 """
 
-from __future__ import annotations
-
 import importlib
 import shlex
 from collections.abc import Mapping
@@ -43,7 +41,7 @@ def check(config: Config, *, where: str = "config", verb: str | None = None) -> 
         raise InputError(f"{where}: no task (task.prompts, task.reward) and no environment (env.id)")
 
 
-def start(config: Config) -> Run:
+def start(config: Config) -> "Run":
     """The new run that `config` describes, not yet begun. Raises InputError for anything unusable."""
     from surefoot.build.language import build_task
     from surefoot.build.preflight import preflight
@@ -62,7 +60,7 @@ def total_key(config: Config) -> str:
 
 def resume(
     folder: str | Path, *, accept_changes: bool = False, changes: Mapping[str, str] | None = None
-) -> Run:
+) -> "Run":
     """The run in `folder` at its newest whole checkpoint.
 
     `changes` (dotted key -> YAML scalar) of `CHANGEABLE` fields are written to its config.yaml, with what was
@@ -115,7 +113,7 @@ def is_made(config: Config, folder: Path) -> bool:
     return (made / SETTINGS).is_file()  # the last to be written
 
 
-def finish(run: Run) -> Path:
+def finish(run: "Run") -> Path:
     """Bring a run to its end and leave its product in its folder; the product.
 
     Raises what stopped it; where the user can fix that, saying how to go on.

@@ -1,7 +1,5 @@
 """`SFT`: supervised fine-tuning on examples."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +44,7 @@ class SFT(HasSession, Generates):
         self.policy = policy if isinstance(policy, CausalLMPolicy) else build_policy(self.config)
         self._session = Session(self.config, self.policy, self.data, run=run, verbose=verbose)
 
-    def learn(self, total_epochs: int | None = None, callback: Any = None) -> SFT:
+    def learn(self, total_epochs: int | None = None, callback: Any = None) -> "SFT":
         """Train for `total_epochs` more passes over the examples, or to the end that was asked for last.
 
         `callback` is a function, a `BaseCallback` or a list of them. Raises Interrupted after a signal.
@@ -67,7 +65,7 @@ class SFT(HasSession, Generates):
     @classmethod
     def load(
         cls, folder: str | Path, data: Any = None, *, verbose: int = 1, accept_changes: bool = False
-    ) -> SFT:
+    ) -> "SFT":
         """Go on from a run folder, or train what `save` wrote further.
 
         `data` are the examples where they were given in Python, and always after `save`. Raises InputError

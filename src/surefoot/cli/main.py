@@ -1,7 +1,5 @@
 """The command line: a table of verbs. Imports nothing heavy before a verb needs it."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import errno
@@ -152,7 +150,7 @@ def _demo(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     run_demo(overrides)
 
 
-def _finish(run: Run) -> None:
+def _finish(run: "Run") -> None:
     """Bring a run to its end, and say what it left and what to do next."""
     from surefoot.api import runs
 

@@ -1,7 +1,5 @@
 """The section `env`: a Gymnasium environment in place of a text task, and opponents for two-player games."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from pydantic import model_validator
@@ -19,7 +17,7 @@ class SelfPlayConfig(Section):
     random_move_prob: Fraction = setting(0.0, "Probability that a snapshot moves at random.")
 
     @model_validator(mode="after")
-    def _shares(self) -> SelfPlayConfig:
+    def _shares(self) -> "SelfPlayConfig":
         if self.latest + self.random > 1:
             raise ValueError(f"latest ({self.latest}) and random ({self.random}) add up to more than 1")
         return self

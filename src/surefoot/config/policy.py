@@ -1,7 +1,5 @@
 """The section `policy`: the model that is trained, its adapter, critic or network."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import field_validator, model_validator
@@ -44,7 +42,7 @@ class CriticConfig(Section):
     warmup_updates: int = setting(0, "First updates, in which the critic alone is trained.", ge=0)
 
     @model_validator(mode="after")
-    def _of_one_kind(self) -> CriticConfig:
+    def _of_one_kind(self) -> "CriticConfig":
         for name, kind in (("stop_gradient", "shared"), ("model", "separate")):
             if getattr(self, name) and self.kind != kind:
                 raise ValueError(f"{name} is for kind: {kind}, and this is {self.kind}; leave it out")
@@ -86,7 +84,7 @@ class PolicyConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _adapters_together(self) -> PolicyConfig:
+    def _adapters_together(self) -> "PolicyConfig":
         if self.critic.kind == "adapter" and self.adapter is None:
             raise ValueError("critic.kind: adapter needs policy.adapter, which is null; use separate")
         return self

@@ -1,7 +1,5 @@
 """The whole configuration of a run: `run`, `evaluate`, all sections together, and which settings clash."""
 
-from __future__ import annotations
-
 import math
 import secrets
 from collections.abc import Iterator
@@ -82,7 +80,7 @@ class Config(Section):
         return with_defaults(data) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
-    def _consistent(self) -> Config:
+    def _consistent(self) -> "Config":
         if problem := next(_contradictions(self), None):
             raise ValueError(problem)
         return self

@@ -1,7 +1,5 @@
 """Learning from examples and preferences: the sections `sft`, `ptx`, `reward_model` and `new_model`."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -57,7 +55,7 @@ class NewModelConfig(Section):
     layers: int = setting(2, "Number of layers.", ge=1, le=128)
 
     @model_validator(mode="after")
-    def _can_be_made(self) -> NewModelConfig:
+    def _can_be_made(self) -> "NewModelConfig":
         if self.vocab < 257:
             raise ValueError(f"vocab is {self.vocab}; bytes and an end token need 257, give that or more")
         if self.kind == "transformer" and self.width % 32:

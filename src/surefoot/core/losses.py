@@ -5,8 +5,6 @@ processes changes neither loss nor gradient. What is masked is replaced before a
 there reaches nothing.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +58,7 @@ class PPOStats:
         """Whether the losses are numbers."""
         return math.isfinite(float(self.policy_loss + self.value_loss + self.nll))
 
-    def __add__(self, other: PPOStats) -> PPOStats:
+    def __add__(self, other: "PPOStats") -> "PPOStats":
         added = {name: value + getattr(other, name) for name, value in vars(self).items()}
         return PPOStats(**added | {"ratio_max": max(self.ratio_max, other.ratio_max)})
 
@@ -180,7 +178,7 @@ class LossStats:
         """Whether the loss is a number."""
         return math.isfinite(float(self.loss))
 
-    def __add__(self, other: LossStats) -> LossStats:
+    def __add__(self, other: "LossStats") -> "LossStats":
         return LossStats(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 

@@ -1,7 +1,5 @@
 """Running mean and variance, of numbers and of tensors, that can be saved and merged."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +27,7 @@ class RunningStats:
         # Equal values have a spread too, of rounding errors: dividing by that would blow them up.
         return std if std > 1e-9 * abs(self.mean) else 1.0
 
-    def updated(self, values: Sequence[float]) -> RunningStats:
+    def updated(self, values: Sequence[float]) -> "RunningStats":
         """These stats and `values` together."""
         if not values:
             return self
@@ -57,7 +55,7 @@ class RunningMoments:
     variance: Tensor
 
     @classmethod
-    def of(cls, shape: Sequence[int]) -> RunningMoments:
+    def of(cls, shape: Sequence[int]) -> "RunningMoments":
         """Moments of values of one shape."""
         return cls(1e-4, torch.zeros(*shape, dtype=torch.float64), torch.ones(*shape, dtype=torch.float64))
 
@@ -79,7 +77,7 @@ class RunningMoments:
         return {"count": self.count, "mean": self.mean, "variance": self.variance}
 
     @classmethod
-    def restored(cls, state: dict[str, Any]) -> RunningMoments:
+    def restored(cls, state: dict[str, Any]) -> "RunningMoments":
         """From `state`."""
         mean, variance = (torch.as_tensor(state[name], dtype=torch.float64) for name in ("mean", "variance"))
         return cls(float(state["count"]), mean, variance)

@@ -1,7 +1,5 @@
 """The user's code, run so that all it can do to a run is to return, or to end it with one line."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
@@ -28,7 +26,7 @@ from torch import (  # an environment's every step is guarded
 
 from surefoot.errors import InputError, SurefootError, one_line
 
-_running: list[Guard] = []  # the innermost last
+_running: "list[Guard]" = []  # the innermost last
 _checks: list[Callable[[], None]] = []  # before each piece; the innermost last
 _modes: list[torch.inference_mode] = []  # must be kept: they end with the object
 
@@ -44,7 +42,7 @@ class Guard:
     def __init__(self, what: str, verb: str = "raised", *, called_with: str | None = None):
         self.what, self.verb, self.called_with = what, verb, called_with
 
-    def __enter__(self) -> Guard:
+    def __enter__(self) -> "Guard":
         self._before = _state()
         _running.append(self)
         if _checks and threading.current_thread() is threading.main_thread():  # which alone hears signals

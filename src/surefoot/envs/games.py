@@ -1,7 +1,5 @@
 """Two-player board games as one learning player sees them: the opponent is part of the environment."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -35,7 +33,7 @@ def game_factory(name: str, **kwargs: Any) -> GameMaker:
     InputError for an unknown game, a missing library, or a wrong argument.
     """
 
-    def make() -> AECEnv:
+    def make() -> "AECEnv":
         try:
             from pettingzoo import make as make_env  # type: ignore
             from pettingzoo.env_registry.exceptions import PettingZooRegistryError  # type: ignore
@@ -62,7 +60,7 @@ def random_opponent(rngs: Sequence[np.random.Generator]) -> Opponents:
     return choose
 
 
-def make_games(make: GameMaker | str, *, n_envs: int, kwargs: Mapping[str, Any], seed: int) -> Vector:
+def make_games(make: "GameMaker | str", *, n_envs: int, kwargs: Mapping[str, Any], seed: int) -> Vector:
     """`n_envs` games of PettingZoo's id, or of what a function makes; `max_moves` is `GameVectorEnv`'s."""
     rest = {name: value for name, value in kwargs.items() if name != "max_moves"}
     maker = game_factory(make, **rest) if isinstance(make, str) else functools.partial(make, **rest)
@@ -227,7 +225,7 @@ class GameVectorEnv(VectorEnv[Observations, Array, Array]):
         return str(self._games[index].possible_agents[self.seats[index]])
 
 
-def _spaces(game: AECEnv) -> tuple[spaces.Dict, spaces.Discrete]:
+def _spaces(game: "AECEnv") -> tuple[spaces.Dict, spaces.Discrete]:
     """The learner's observation and action space; both players must have the same."""
     kinds = [(game.observation_space(a), game.action_space(a)) for a in game.possible_agents]
     view, actions = kinds[0]

@@ -5,8 +5,6 @@ which of the transitions are valid. Environments that we make are reset by us, e
 seed and actions repeat an episode exactly, and that is how a resumed run finds its environments as they were.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Callable, Mapping
@@ -84,7 +82,7 @@ class Vector:
         self.position: Any = None  # where a rollout stands here (rollout/gym.py); None: at no episode
         self.reward_stats = RunningStats()  # of discounted returns, by which a rollout may normalize rewards
 
-    def check_same_spaces(self, other: Vector) -> None:
+    def check_same_spaces(self, other: "Vector") -> None:
         """Raise InputError if a policy for `other` does not fit here."""
         mine, others = ({**v.observation_spaces, "action": v.action_space} for v in (self, other))
         for name in sorted(mine.keys() | others.keys()):

@@ -1,7 +1,5 @@
 """Environments from an id, from a function, or as the user made them; and one whose frames are shown."""
 
-from __future__ import annotations
-
 import difflib
 import multiprocessing
 import os
@@ -74,7 +72,7 @@ def wrap_vector(env: Any, *, seed: int) -> Vector:
     return Vector(vector, seed=seed, name=env_name(env))
 
 
-def _conforming_env(make: Callable[[], Any]) -> Conforming:
+def _conforming_env(make: Callable[[], Any]) -> "Conforming":
     """What `make` makes. A worker ignores Ctrl-C and SIGHUP: the run alone handles them, and ends it."""
     if multiprocessing.parent_process() is not None:
         for number in (signal.SIGINT, signal.SIGHUP):

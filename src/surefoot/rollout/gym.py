@@ -1,7 +1,5 @@
 """Policy × Gymnasium environment -> batch: `n_steps` of every sub-environment, episodes or parts of them."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import sys
@@ -186,7 +184,7 @@ class GymRollout(Rollout):
         at.episode_starts = torch.from_numpy(at.lengths == 0).to(self.policy.device)
         at.state = {n: torch.as_tensor(v, device=self.policy.device) for n, v in state["state"].items()}
 
-    def _step(self, at: Position, buffer: RolloutBuffer, prepared: Tensors, noise: Any) -> Tensors:
+    def _step(self, at: Position, buffer: "RolloutBuffer", prepared: Tensors, noise: Any) -> Tensors:
         """One step everywhere, added to `buffer`; what to act on next."""
         starts = at.episode_starts
         actions, step, finished = at.advance(self.policy, self.env, prepared, noise)

@@ -13,8 +13,6 @@ history.jsonl      of a run that went on with other settings: when, from what, t
 calibration.json   of a reward model: its predictions beside what people said, with a plot where matplotlib is
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import functools
@@ -37,7 +35,7 @@ from surefoot.errors import InputError
 from surefoot.storage.files import sync, write_durably, writing
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
-HELD: weakref.WeakSet[RunFolder] = weakref.WeakSet()  # those that this process has held
+HELD: "weakref.WeakSet[RunFolder]" = weakref.WeakSet()  # those that this process has held
 PACKAGES = ("surefoot", "torch", "transformers", "peft", "safetensors", "numpy")
 
 
@@ -74,7 +72,7 @@ class RunFolder:
             raise InputError(f"run.folder {config.run.folder}: {wrong}")
 
     @classmethod
-    def create(cls, config: Config) -> RunFolder:
+    def create(cls, config: Config) -> "RunFolder":
         """Make a new folder and write config and environment. Raises InputError if the name is taken."""
         cls.check_free(config)
         with writing(f"the run folder {Path(config.run.folder, config.run.name or '')}"):
@@ -85,7 +83,7 @@ class RunFolder:
         return run
 
     @classmethod
-    def open(cls, path: Path | str) -> RunFolder:
+    def open(cls, path: Path | str) -> "RunFolder":
         """An existing run. Raises InputError if it is none."""
         path = Path(path)
         if not (path / "config.yaml").is_file():

@@ -1,7 +1,5 @@
 """THE loop, for every kind of run: collect -> advantages -> update -> log -> evaluate -> save."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import shlex
@@ -34,7 +32,7 @@ class Observer(Protocol):
         """The run starts on `rollout`, `update`, `evaluate` or `save`."""
         return None
 
-    def log(self, metrics: dict[str, float], progress: Progress) -> None:
+    def log(self, metrics: dict[str, float], progress: "Progress") -> None:
         """An update or an evaluation is done."""
 
 

@@ -1,7 +1,5 @@
 """SIGTERM, SIGHUP and Ctrl-C ask a run to save and stop; a second one stops it at once."""
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os
@@ -48,7 +46,7 @@ class StopRequest:
             self._save = before
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[StopRequest]:
+    def listening(self) -> "Iterator[StopRequest]":
         """Catch the signals inside the block, in the main thread: elsewhere Python allows no handlers."""
         self.signal_number = None  # a stop asked for earlier has been obeyed
         if threading.current_thread() is not threading.main_thread():

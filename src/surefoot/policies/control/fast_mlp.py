@@ -7,8 +7,6 @@ parameters before the towers, tanh, one choice or Gaussians. Everything else goe
 also its slow twin in the tests. The loss is a twin of `core/losses.py:ppo_loss`, with its derivative.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import operator
@@ -32,7 +30,7 @@ Array = NDArray[numpy.float32]
 MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch's Adam calls them
 
 
-def accelerator(policy: Any) -> FastMLP | None:
+def accelerator(policy: Any) -> "FastMLP | None":
     """The gradient written out, for a policy that it is written out for."""
     return FastMLP(policy) if supports(policy) else None
 

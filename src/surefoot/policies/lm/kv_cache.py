@@ -5,8 +5,6 @@ step writes one column for all rows and ragged prompts cost no gather. Columns b
 hidden by the attention mask. The last row moves into a finished one's place; a new prompt ends at `end`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +17,7 @@ class _Layer(CacheLayerMixin):
     is_compileable = False
     is_sliding = False  # the whole row is kept; a sliding layer's mask hides what is too old
 
-    def __init__(self, shape: Window):
+    def __init__(self, shape: "Window"):
         super().__init__()
         self.window = shape
 
@@ -71,7 +69,7 @@ class SlotCache(Cache):
             layer.keys[targets, :, span] = layer.keys[sources, :, span]
             layer.values[targets, :, span] = layer.values[sources, :, span]
 
-    def copy_from(self, other: SlotCache, first_row: int, rows: int) -> None:
+    def copy_from(self, other: "SlotCache", first_row: int, rows: int) -> None:
         """Append `rows` rows of `other`, right-aligned at `end`; the window widens to the left if it must."""
         width = other.window.end - other.window.begin
         self.window.begin = min(self.window.begin, self.window.end - width)

@@ -4,8 +4,6 @@ On import the Auto classes learn its kind, so that folders of it open like any o
 one (h, c) a layer and row, however long the row.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -43,7 +41,7 @@ class StateCache:
         """Copy whole rows over others."""
         self.states[:, :, targets] = self.states[:, :, sources]
 
-    def copy_from(self, other: StateCache, first_row: int, rows: int) -> None:
+    def copy_from(self, other: "StateCache", first_row: int, rows: int) -> None:
         """Take over the states of `other`'s first rows; they end wherever the window does."""
         self.states[:, :, first_row : first_row + rows] = other.states[:, :, :rows]
 
@@ -60,7 +58,7 @@ class _Body(nn.Module):
         width = config.hidden_size
         self.lstm = nn.LSTM(width, width, config.num_hidden_layers, batch_first=True)
 
-    def train(self, mode: bool = True) -> _Body:
+    def train(self, mode: bool = True) -> "_Body":
         super().train(mode)
         # cuDNN goes backward through an LSTM in training mode alone; without dropout it changes nothing else.
         self.lstm.train()

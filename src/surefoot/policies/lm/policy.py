@@ -34,8 +34,7 @@ class CausalLMPolicy:
     """
 
     reads_whole_rows = True
-    notice = ""
-    """What a user should know of how it is trained, in a line."""
+    notice = ""  # what a user should know of how it is trained, in a line
 
     def __init__(
         self,

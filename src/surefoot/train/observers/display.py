@@ -1,7 +1,5 @@
 """What a run shows while it lasts: in a terminal a live table with a bar, elsewhere one line an update."""
 
-from __future__ import annotations
-
 import time
 
 from rich.console import Console, Group
@@ -62,7 +60,7 @@ class Display:
         self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4)
         self._started: tuple[int, float] | None = None  # updates and time when this session began
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> "Display":
         if self.console.is_terminal:
             self._live.start()
         return self
