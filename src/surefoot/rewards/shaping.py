@@ -17,9 +17,11 @@ def shape_rewards(played: Sequence[Trajectory], config: ShapingConfig, stats: Ru
     penalty, clip = config.missing_eos_penalty, math.inf if config.clip is None else config.clip
     rewarded = [t for t in played if t.is_rewarded]
     for t in rewarded:
-        t.reward_parts["shaped"] = t.reward
+        shaped = t.reward
         if penalty is not None and not t.stop_reason.ended_by_itself:
-            t.reward_parts |= {"missing_eos_penalty": -penalty, "shaped": t.reward - penalty}
+            t.reward_parts["missing_eos_penalty"] = -penalty
+            shaped -= penalty
+        t.reward_parts["shaped"] = shaped
     if config.scale == "running_std":
         stats = stats.updated([t.reward_parts["shaped"] for t in rewarded])
     for t in rewarded:
