@@ -30,8 +30,7 @@ class Generates(Protocol):
         settings, policy = with_sampling(self.config.generation, sampling), self.policy
         params = SamplingParams(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
         if not isinstance(prompts, (str, Sequence)):
-            kind = type(prompts).__name__
-            raise InputError(f"prompts: expected a string or a list of prompts, got {kind}")
+            raise InputError(f"prompts: expected a string or a list of prompts, got {type(prompts).__name__}")
         limits = {"context": policy.context_length, "new_tokens": params.max_new_tokens}
         is_one = isinstance(prompts, str)
         engine, requests = text_engine(policy, settings), []

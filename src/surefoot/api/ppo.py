@@ -213,8 +213,7 @@ class PPO(HasSession, Generates):
             config = run.config()
             if config.opener in ("RewardModel", "RejectionSampling"):
                 raise InputError(f"{source} is a run of {config.opener}, which trains no policy to use")
-            begun = run if config.env else None
-            model = cls(config.policy.model, env, config=config, verbose=0, run=begun)
+            model = cls(config.policy.model, env, config=config, verbose=0, run=run if config.env else None)
             restore_best(model.policy, run, model.env)
             return model
         if not (Path(source) / SETTINGS).is_file():

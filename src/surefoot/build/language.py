@@ -31,8 +31,7 @@ def build_policy(config: Config) -> CausalLMPolicy:
     source = assets.resolve(config.policy.model)
     check_model_folder(source)
     if not os.path.exists(source):
-        known = ", ".join(assets.ASSETS)
-        what = f"{source} is no folder here and no asset ({known})"
+        what = f"{source} is no folder here and no asset ({', '.join(assets.ASSETS)})"
         assets.log_to_stderr(f"{what}: asking the Hugging Face hub for it")
     critic = config.policy.critic if config.ppo.has_critic else CriticConfig()  # the default learns no values
     if critic.model is not None:

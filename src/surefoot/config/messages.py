@@ -35,8 +35,7 @@ def validated(model: type[Model], data: Any, *, where: str, keys: Names = (), fl
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        found = _first_problem(error.errors(), where, keys or model.model_fields, flags)
-        raise InputError(found) from None
+        raise InputError(_first_problem(error.errors(), where, keys or model.model_fields, flags)) from None
 
 
 def _first_problem(problems: Sequence[Mapping[str, Any]], where: str, keys: Names, flags: Names) -> str:

@@ -194,9 +194,8 @@ def check_inputs(path: Path, then: Mapping[str, str], now: Mapping[str, str], *,
     """Raise InputError naming the inputs whose digests have changed, unless that is to be accepted."""
     changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
     if changed and not accept:
-        what = f"{', '.join(changed)}: not what the run began with"
         how = "put it back, or go on with the change by --accept-changes (in Python accept_changes=True)"
-        raise InputError(f"{path}: {what}; {how}")
+        raise InputError(f"{path}: {', '.join(changed)}: not what the run began with; {how}")
 
 
 def policy_tensors(policy: Policy) -> dict[str, Tensor]:

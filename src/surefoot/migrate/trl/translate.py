@@ -191,8 +191,7 @@ def _put_sizes(done: Imported) -> None:
         if (steps := number("max_steps")) > 0 and (again := number("num_iterations")):
             done.put(EPISODES, steps * step // again, f"max_steps {steps} × {step} / num_iterations {again}")
     names = [name for name in done.kind.computed if re.search("batch|accumul|processes|per_generation", name)]
-    source = ", ".join(f"{name} {number(name)}" for name in names if number(name))
-    done.put(PER_UPDATE, per_update, source)
+    done.put(PER_UPDATE, per_update, ", ".join(f"{name} {number(name)}" for name in names if number(name)))
     done.put(STEP, step, "of the same: the episodes of one optimizer step")
     if "num_processes" not in done.given:
         done.by_hand.append(f"{PER_UPDATE}, {STEP}: for one process; on W of them both were W times as large")

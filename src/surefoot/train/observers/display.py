@@ -110,8 +110,7 @@ class Display:
         if self._metrics:
             table.add_row("  time", _time_shares(self._metrics))
             table.add_row("  skipped steps", f"{_skipped(self._metrics):.0f}")
-        lines = [self._evaluation] if self._evaluation else []
-        return Group(*lines, table, self._bar)
+        return Group(*filter(None, [self._evaluation]), table, self._bar)
 
 
 def _skipped(metrics: dict[str, float]) -> float:
