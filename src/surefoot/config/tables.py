@@ -14,9 +14,9 @@ from surefoot.config.root import Config
 
 Class = TypeVar("Class", bound=type)
 _COMMON = """
-    `config` gives all settings at once, `verbose=0` shows nothing, `run` is a run folder to go on in. Raises
-    InputError for anything unusable, if it can before a model is loaded. `learn`, `evaluate`, `save` and
-    `load`: see `api/session.py`.
+    Settings are keywords (`learning_rate=1e-4`); `config` gives them all at once, `verbose=0` shows nothing,
+    `run` is a run folder to go on in. Raises InputError for anything unusable, if it can before a model is
+    loaded. `learn`, `evaluate`, `save` and `load`: see `api/session.py`.
 
     Settings, and their defaults:
 """
