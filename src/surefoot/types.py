@@ -16,6 +16,7 @@ from torch import Tensor
 # Names in the observations of environments.
 OBSERVATION = "obs"  # of one that has none
 ACTION_MASK = "action_mask"  # which actions are legal
+LARGEST_BOUND = 2**16  # a bound of a space above it says nothing of how large the values are
 EPISODE_STARTS = "state/episode_starts"  # [B, T] bool, of a recurrent policy: an episode begins here
 
 

@@ -2,6 +2,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from tests.recipes import tictactoe as oracle
 pytest.importorskip("gymnasium")
 pytest.importorskip("pettingzoo")
 
+import gymnasium
 from gymnasium.vector import AutoresetMode
 
 from surefoot.envs.games import GameVectorEnv, game_factory, random_opponent
@@ -181,6 +183,8 @@ WRONG: list[tuple[Callable[[], object], str]] = [
     (lambda: GameVectorEnv(TICTACTOE, 0), "num_envs >= 1"),
     (lambda: GameVectorEnv(TICTACTOE, 2).reset(seed=[1]), "1 seeds for 2 games"),
     (lambda: GameVectorEnv(TICTACTOE, 2).reset(options={"reset_mask": np.array([1, 0])}), "expected bool"),
+    (lambda: GameVectorEnv(lambda: gymnasium.make("CartPole-v1"), 1), "leave env.self_play out"),
+    (lambda: GameVectorEnv(lambda: SimpleNamespace(possible_agents=["a", "b"]), 1), "parallel_to_aec"),
     (lambda: GameVectorEnv(game_factory("classic/rps-v2"), 1), "observation (a Box) and action_mask"),
 ]
 

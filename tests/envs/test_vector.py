@@ -240,6 +240,9 @@ SPACES: list[tuple[Any, str]] = [
     (odd_spaces(action=spaces.Tuple((ONE_BOX,))), "action space Tuple("),
     (odd_spaces(WITH_MASK, ONE_BOX), "Box"),
     (odd_spaces(WITH_MASK), "shape [3]; Discrete(2) has 2"),
+    (odd_spaces(action=spaces.Discrete(10**9)), "action space Discrete has 1,000,000,000"),
+    (odd_spaces(action=spaces.MultiDiscrete([10**9, 3])), "action space MultiDiscrete has 1,000,000,003"),
+    (odd_spaces(spaces.Dict(a=spaces.MultiBinary(10**9))), "observation space Dict has 1,000,000,000"),
     ("CartPol-v1", "'CartPole-v1'"),
     (5, "int"),
     (None, "env"),
@@ -405,6 +408,19 @@ def test_workers_and_this_process_take_the_same_observations(vectorization: str)
         env.close()
 
 
+@pytest.mark.slow
+def test_workers_that_end_at_once_are_told_from_a_script_that_each_imports() -> None:
+    """As by spawn and forkserver, in a script that is not guarded; one that is may name a file's function."""
+    Path("made.py").write_text("import gymnasium\ndef make():\n    return gymnasium.make('CartPole-v1')\n")
+    begin = "import multiprocessing\nfrom surefoot import PPO\nmultiprocessing.set_start_method('forkserver')\n"
+    learn = "PPO('MlpPolicy', 'made.py:make', n_envs=2, vectorization='async', n_steps=8, batch_size=8).learn(32)"
+    for guard, said in (("", "if __name__ =="), ("\nif __name__ == '__main__':\n", "update 2/2")):
+        lines = [line if not guard else f"    {line}" for line in (begin + learn).splitlines()]
+        Path("script.py").write_text(guard + "\n".join(lines))
+        ended = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, check=False)
+        assert said in (ended.stdout + ended.stderr).strip().splitlines()[-1], ended
+
+
 def test_an_image_of_unknown_scale_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     space = spaces.Box(-numpy.inf, numpy.inf, (4, 4, 3), numpy.float32)
     checks = Checks({"obs": space}, Counter.action_space, "Camera")
@@ -440,10 +456,10 @@ def test_layers_of_ones_own_that_change_in_training_are_named() -> None:
     assert "BatchNorm1d and Dropout" in model._session.parts[0].notice
 
 
-@pytest.mark.parametrize("as_dict", [False, True])
-def test_a_final_observation_that_is_not_finite_is_an_error(as_dict: bool) -> None:
+@pytest.mark.parametrize(("as_dict", "last"), [(False, numpy.nan), (True, numpy.nan), (True, 1e300)])
+def test_a_final_observation_that_is_not_finite_in_float32_is_an_error(as_dict: bool, last: float) -> None:
     def shown(value: float) -> Any:
-        values = numpy.full((1, 1), value, dtype="f4")
+        values = numpy.full((1, 1), value, dtype="f8")
         return {"a": {"b": values}} if as_dict else values
 
     class Ends(gymnasium.vector.VectorEnv):
@@ -456,7 +472,7 @@ def test_a_final_observation_that_is_not_finite_is_an_error(as_dict: bool) -> No
 
         def step(self, actions: Any) -> Any:
             no = numpy.zeros(1, dtype=bool)
-            return shown(0.0), numpy.zeros(1), no, ~no, {"final_obs": shown(numpy.nan) if as_dict else [shown(numpy.nan)[0]]}
+            return shown(0.0), numpy.zeros(1), no, ~no, {"final_obs": shown(last) if as_dict else [shown(last)[0]]}
 
     refusal(lambda: stepped(Ends(), 3), "sub-environment 0", "not finite")
 

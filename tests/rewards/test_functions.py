@@ -122,11 +122,13 @@ def test_two_files_of_one_name_keep_their_own_functions(tmp_path: Path) -> None:
     functions = []
     for value in (1, 2):
         (tmp_path / str(value)).mkdir()
-        file = tmp_path / str(value) / "reward.py"
+        file = tmp_path / str(value) / "twice_named.py"
         file.write_text(f"SCORE = {value}\ndef reward(prompts, completions): return [SCORE] * len(prompts)\n")
         functions.append(load_function(f"{file}:reward", key="task.reward"))
     assert [compute_rewards(function, ANSWERS[:1]) for function in functions] == [[1.0], [2.0]]
     assert load_function("builtins:len", key="task.reward") is builtins.len
+    # Workers that are spawned import the first by this name, from its folder.
+    assert functions[0].__module__ == "twice_named" != functions[1].__module__
 
 
 UNFORMED = ["reward.py", "reward", ":reward", "reward.py:", "reward.py:a b", "reward.py:a.b", ""]

@@ -227,6 +227,10 @@ class GameVectorEnv(VectorEnv[Observations, Array, Array]):
 
 def _spaces(game: "AECEnv") -> tuple[spaces.Dict, spaces.Discrete]:
     """The learner's observation and action space; both players must have the same."""
+    if not hasattr(game, "last") or not getattr(game, "possible_agents", None):
+        need = "an AECEnv of PettingZoo that names its possible_agents, of which two take turns"
+        how = "leave env.self_play out for a gymnasium.Env; a ParallelEnv becomes one by parallel_to_aec"
+        raise InputError(f"game: expected {need}, got {type(game).__name__}; {how}")
     kinds = [(game.observation_space(a), game.action_space(a)) for a in game.possible_agents]
     view, actions = kinds[0]
     board = view.spaces.get("observation") if isinstance(view, spaces.Dict) else None

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from surefoot.core.running import RunningStats
 from surefoot.core.seeds import derived_seed
 from surefoot.data.user_code import Guard
-from surefoot.envs.observations import Arrays, Checks, choices, flat, leaves, mask_width
+from surefoot.envs.observations import Arrays, Checks, check_sizes, choices, flat, leaves, mask_width
 from surefoot.errors import InputError
 from surefoot.rewards.functions import LARGEST_REWARD
 from surefoot.types import ACTION_MASK
@@ -64,6 +64,7 @@ class Vector:
         self.mode = env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
         # Whether episodes are begun by us from a seed, so that they can be repeated.
         self.repeats_itself = self.mode == AutoresetMode.DISABLED
+        check_sizes(env.single_observation_space, env.single_action_space)
         self.observation_spaces = leaves(env.single_observation_space)
         self.action_space = env.single_action_space
         # Whether the sub-environments name their legal actions as sb3-contrib has it.

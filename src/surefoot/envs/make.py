@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from surefoot.data.user_code import Guard
 from surefoot.envs.gym import Vector, env_name
+from surefoot.envs.observations import check_sizes
 from surefoot.errors import InputError
 from surefoot.types import OBSERVATION
 
@@ -50,7 +51,8 @@ def make_vector(
     maker = partial(maker, **kwargs)
     first = _made(name, maker)  # here, not in a worker: its error is then the user's to read
     if not isinstance(first, gymnasium.Env):
-        raise InputError(f"env {name}: expected a gymnasium.Env to be made, got {type(first).__name__}")
+        hint = "; for a game of PettingZoo set env.self_play" if hasattr(first, "possible_agents") else ""
+        raise InputError(f"env {name}: expected a gymnasium.Env to be made, got {type(first).__name__}{hint}")
     _made(name, first.close)
     kind: Any = gymnasium.vector.SyncVectorEnv
     if vectorization == "async":
@@ -68,7 +70,8 @@ def wrap_vector(env: Any, *, seed: int) -> Vector:
         return Vector(env, seed=seed)
     if not isinstance(env, gymnasium.Env):
         raise InputError(f"env: expected a Gymnasium id or (vector) environment, got {type(env).__name__}")
-    vector = gymnasium.vector.SyncVectorEnv([lambda: Conforming(env)], autoreset_mode=AutoresetMode.DISABLED)
+    kind: Any = partial(gymnasium.vector.SyncVectorEnv, autoreset_mode=AutoresetMode.DISABLED)
+    vector = _made(env_name(env), lambda: kind([lambda: Conforming(env)]))
     return Vector(vector, seed=seed, name=env_name(env))
 
 
@@ -116,6 +119,10 @@ def _parts(vector: Vector) -> list[Any]:
 
 class Conforming(gymnasium.Wrapper[Any, Any, Any, Any]):
     """Raises ValueError for what is not as the spaces say; workers would broadcast and wrap it in silence."""
+
+    def __init__(self, env: Any):
+        super().__init__(env)
+        check_sizes(env.observation_space, env.action_space)  # before arrays are made for them
 
     def reset(self, **settings: Any) -> Any:
         """Begin an episode."""
@@ -218,6 +225,12 @@ def _made(name: str, make: Callable[[], Any]) -> Any:
         extras = [extra for module, extra in PROVIDERS.values() if name.startswith(f"{module}:")]
         if extras and isinstance(cause, ImportError):
             raise InputError(f"{error} (pip install 'surefoot[{extras[0]}]')") from cause
+        if isinstance(cause, (EOFError, ConnectionError)):
+            why = (
+                f"its workers ended at once ({multiprocessing.get_start_method()}: each imports your script)"
+            )
+            how = "put what the script runs under if __name__ == '__main__', or set env.vectorization: sync"
+            raise InputError(f"env {name}: {why}; {how}") from cause
         raise
 
 

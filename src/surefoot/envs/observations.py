@@ -10,9 +10,9 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from surefoot.errors import InputError
-from surefoot.types import ACTION_MASK, OBSERVATION
+from surefoot.types import ACTION_MASK, LARGEST_BOUND, OBSERVATION
 
-LARGEST = 2**16  # a bound above says nothing of how large the values are
+WIDEST = 2**22  # numbers; a first or last layer of 64 for as many has a gigabyte
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -26,6 +26,19 @@ def leaves(space: spaces.Space[Any]) -> dict[str, Any]:
             )
             raise InputError(f"env: the observation space {type(leaf).__name__} is not supported; {ours}")
     return by_name
+
+
+def check_sizes(observation_space: Any, action_space: Any) -> None:
+    """Raise InputError for spaces of more numbers, choices counted one by one, than a network is made for."""
+    for kind, space in (("observation", observation_space), ("action", action_space)):
+        if (size := sum(map(_width, flat(space).values()))) > WIDEST:
+            found = f"the {kind} space {type(space).__name__} has {size:,} numbers or choices"
+            raise InputError(f"env: {found}, over {WIDEST:,}; make it smaller, or a Box of few numbers")
+
+
+def _width(space: Any) -> int:
+    choices = getattr(space, "nvec", getattr(space, "n", None))
+    return math.prod(getattr(space, "shape", None) or ()) if choices is None else int(numpy.sum(choices))
 
 
 def flat(observations: Any, prefix: str = "") -> dict[str, Any]:
@@ -83,7 +96,7 @@ class Checks:
         self._limits = {n: both for n, both in limits.items() if both is not None}
         boxes = {n: space for n, space in spaces_by_name.items() if len(space.shape or ()) == 3}
         largest = {n: numpy.abs(numpy.float64(getattr(space, "high", 0))).max() for n, space in boxes.items()}
-        self._unscaled = {n for n, most in largest.items() if not most <= LARGEST}
+        self._unscaled = {n for n, most in largest.items() if not most <= LARGEST_BOUND}
 
     def __call__(self, arrays: Arrays, is_over: NDArray[numpy.bool_] | None = None) -> None:
         """Check all; where `is_over` [N], no action need be legal."""
@@ -115,9 +128,16 @@ class Checks:
         """Check that alone."""
         for name, values in arrays.items():
             # The sum first: one number to look at, and where it is finite so are all the others.
-            if values.dtype.kind == "f" and not math.isfinite(values.sum()):
-                finite = numpy.isfinite(values.reshape(len(values), -1)).all(1)
-                self._refuse(~finite, "is not finite; fix the environment", f"the observation {name} of ")
+            if values.dtype.kind != "f":
+                continue
+            with numpy.errstate(over="ignore"):
+                numbers = values.astype(numpy.float32, copy=False)  # what networks compute with
+                is_finite = math.isfinite(numbers.sum())
+            if not is_finite:
+                finite = numpy.isfinite(numbers.reshape(len(numbers), -1)).all(1)
+                self._refuse(
+                    ~finite, "is not finite in float32; fix the environment", f"the observation {name} of "
+                )
 
     def _refuse(self, is_wrong: Any, why: str, what: str = "") -> None:
         """Raise InputError with the first row that is wrong, if any is."""

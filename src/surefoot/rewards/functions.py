@@ -1,6 +1,7 @@
 """Reward functions: finding them by name, calling them, and not trusting what they return."""
 
 import asyncio
+import contextlib
 import copy
 import importlib
 import importlib.util
@@ -109,10 +110,21 @@ def load_function(reference: str, *, key: str) -> RewardFunction:
 
 
 def _executed(file: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"surefoot_reward_{file.stem}", file)
+    """A file's module, by the name that other processes import it by, if that is not another's."""
+    found = None
+    if file.stem.isidentifier():
+        with contextlib.suppress(ValueError):  # `__main__` has no spec
+            found = importlib.util.find_spec(file.stem)
+    is_free = found is not None and found.origin == str(file.resolve())
+    name = file.stem if is_free else f"surefoot_reward_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file.resolve())
     assert spec is not None and spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]  # else it would be found half-made
+        raise
     return module
 
 

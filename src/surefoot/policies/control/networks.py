@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from surefoot.config import NetworkConfig
 from surefoot.errors import InputError
+from surefoot.types import LARGEST_BOUND
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU}
 ACTIVATIONS |= {"gelu": nn.GELU, "silu": nn.SiLU, "leaky_relu": nn.LeakyReLU}
@@ -220,7 +221,7 @@ def scale_of(space: Any) -> float | None:
     if type(space).__name__ != "Box" or not (len(space.shape) == 3 or space.dtype.kind == "u"):
         return None
     most = float(max(numpy.abs(space.low.astype(float)).max(), numpy.abs(space.high.astype(float)).max()))
-    return 1.0 / most if (10 if space.dtype.kind == "f" else 1) < most <= 2**16 else None
+    return 1.0 / most if (10 if space.dtype.kind == "f" else 1) < most <= LARGEST_BOUND else None
 
 
 def is_board(space: Any) -> bool:
