@@ -21,7 +21,7 @@ A run is one YAML file, and every field is also a flag (`--kl.coef 0.02`). Relat
 relative to the file. A key that does not exist is an error that names the nearest one that does.
 
 The kind of run follows from one section: `task` (text; also what `PPO` trains a language model on), `env`
-(Gymnasium), `sft` or `reward_model`. Each kind has its own sections, and another's are refused by name:
+(Gymnasium), `sft`, `reward_model` or `dpo`. Each kind has its own sections, and another's are refused by name:
 
 SECTIONS
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import surefoot
-from surefoot import PPO, SFT, RewardModel, TextTask, advantages, collect, load_policy, update
+from surefoot import DPO, PPO, SFT, RewardModel, TextTask, advantages, collect, load_policy, update
 from surefoot.config import AdapterConfig, Config, make_config
 from surefoot.train import loop
 from tests.inputs import PROMPTS, model_folder, refusal, run_cli
@@ -39,8 +39,8 @@ def small(policy: object = None, env: TextTask | None = None, **settings: object
 
 
 def test_the_public_names_are_complete_documented_and_the_same_to_type_checkers():
-    promised = "BaseCallback PPO PPOObjective RewardModel SFT TextTask advantages collect evaluate_policy load_policy make_env"
-    promised += " make_optimizer make_policy new_model update"
+    promised = "BaseCallback DPO PPO PPOObjective RewardModel SFT TextTask advantages collect evaluate_policy load_policy"
+    promised += " make_env make_optimizer make_policy new_model update"
     errors = {name for name, value in vars(surefoot.errors).items() if isinstance(value, type) and issubclass(value, Exception)}
     assert set(surefoot.__all__) == {*promised.split()} | errors
     for name in surefoot.__all__:
@@ -82,7 +82,7 @@ SIGNATURES = {
     ),
     load_policy: "(source, config=None, *, device='cpu', seed=0)",
 }
-for supervised in (SFT, RewardModel):
+for supervised in (SFT, RewardModel, DPO):
     SIGNATURES[supervised.__init__] = "(self, policy, data=None, *, config=None, verbose=1, run=None, **settings)"
     SIGNATURES[supervised.learn] = "(self, total_epochs=None, callback=None)"
     SIGNATURES |= {supervised.evaluate: "(self, examples=None)", supervised.save: "(self, folder)"}

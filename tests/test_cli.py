@@ -81,7 +81,7 @@ def test_every_verb_explains_itself_and_lists_the_fields_it_takes(verb):
     outcome = run_cli(verb, "--help")
     assert outcome.code == 0 and outcome.out.startswith(f"usage: surefoot {verb} ")
     flags = {word for word in outcome.out.split() if word.startswith("--")}
-    takes_fields = verb in ("ppo", "sft", "new-model", "reward-model", "rejection-sampling", "demo")
+    takes_fields = verb in ("ppo", "sft", "new-model", "reward-model", "dpo", "rejection-sampling", "demo")
     assert flags >= FIELDS if takes_fields else not flags & FIELDS - {"--seed"}
 
 
@@ -103,6 +103,7 @@ PPO, GENERATE = ["ppo", "config.yaml"], ["generate", "model", "x"]
         (["ppo", "empty.yaml"], ["empty.yaml", "task.prompts", "env.id"]),
         (["sft", "config.yaml"], ["config.yaml", "sft.data"]),
         (["reward-model", "config.yaml"], ["config.yaml", "reward_model.data"]),
+        (["dpo", "config.yaml"], ["config.yaml", "dpo.data"]),
         (["ppo", "sft.yaml"], ["sft.yaml", "sft section", "surefoot sft sft.yaml"]),
         (["ppo", "."], [".: cannot be read"]),
         (["resume", "no", "--seed", "3"], ["no is not a run folder"]),

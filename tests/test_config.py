@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from surefoot import PPO, SFT, RewardModel, TextTask
+from surefoot import DPO, PPO, SFT, RewardModel, TextTask
 from surefoot.config import (
     AdapterConfig,
     Config,
+    DPOConfig,
     GenerationConfig,
     RewardModelConfig,
     SFTConfig,
@@ -26,7 +27,7 @@ from surefoot.config import (
     setting_keys,
     with_sampling,
 )
-from surefoot.config.kinds import foreign_sections
+from surefoot.config.kinds import KINDS, SUPERVISED, foreign_sections
 from surefoot.config.tables import LEAST, default_text, defaults_of
 from surefoot.errors import InputError
 from tests.golden import check
@@ -109,6 +110,10 @@ def test_a_value_that_a_field_cannot_have_is_refused_by_name(written, wrong):
         ("policy: {adapter: null, critic: {kind: adapter}}", ["critic.kind: adapter", "policy.adapter"]),
         ("env: {id: x}\nppo: {advantage: reinforce_pp}", ["ppo.advantage", "text"]),
         ("env: {id: x}\nppo: {loss_aggregation: sequence}", ["ppo.loss_aggregation", "text"]),
+        ("env: {id: x}\nppo: {policy_loss: cispo}", ["ppo.policy_loss", "text"]),
+        ("env: {id: x}\nppo: {importance_sampling_level: sequence}", ["ppo.importance_sampling_level", "text"]),
+        ("env: {id: x}\nppo: {mask_truncated: true}", ["ppo.mask_truncated", "text"]),
+        ("ppo: {policy_loss: cispo, dual_clip: 3.0}", ["ppo.dual_clip", "ppo.policy_loss"]),
         ("env: {id: x}\npolicy: {critic: {kind: separate}}", ["policy.critic", "policy.network.share"]),
         ("env: {id: x}\nevaluate: {every: 5}", ["evaluate.every", "evaluate.episodes"]),
         ("env: {id: x}\npolicy: {model: gpt2}", ["policy.model", "MlpPolicy"]),
@@ -116,17 +121,17 @@ def test_a_value_that_a_field_cannot_have_is_refused_by_name(written, wrong):
         ("sft: {data: x.jsonl}\npolicy: {critic: {kind: separate}}", ["policy.critic", "sft"]),
         ("reward_model: {data: x.jsonl}\npolicy: {critic: {kind: adapter}}", ["policy.critic", "reward_model"]),
         ("new_model: {vocab: 100}\nsft: {data: x.jsonl}", ["new_model: vocab is 100"]),
-        ("env: {id: x}\nsft: {data: d.jsonl}", ["task, env, sft, reward_model", "env and sft"]),
+        ("env: {id: x}\nsft: {data: d.jsonl}", ["task, env, sft, reward_model, dpo", "env and sft"]),
     ],
 )
 def test_sections_that_make_no_run_and_settings_that_contradict_each_other_are_refused(written, text, names):
     refuse(written(text), *names)
 
 
-@pytest.mark.parametrize("kind", ["task", "env", "sft", "reward_model"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_section_that_a_kind_of_run_does_not_have_is_refused_by_name(written, kind):
     least = LEAST["text" if kind == "task" else kind]
-    foreign = foreign_sections(kind) - {"task", "env", "sft", "reward_model"}
+    foreign = foreign_sections(kind) - {*KINDS}
     assert foreign and load_config(written(yaml.safe_dump(least))).kind == kind
     for name in foreign:
         refuse(written(yaml.safe_dump(least | {name: {}})), f"c.yaml: {name}: ", "leave it out")
@@ -342,7 +347,7 @@ def test_what_is_written_reads_back_the_same(written):
 def test_flat_setting_names_are_unique_across_sections():
     keys = setting_keys()
     assert Counter(keys.values()).most_common(1)[0][1] == 1
-    foreign, whole = {"task", "sft", "new_model", "reward_model", "rejection_sampling"}, {"kl", "group", "shaping", "ptx"}
+    foreign, whole = {"task", "new_model", "rejection_sampling", *SUPERVISED}, {"kl", "group", "shaping", "ptx"}
     parts = [key.split(".") for key, *_ in field_table()]
     inner = [part for part in parts if len(part) == 2 and part[0] not in foreign | whole and part[1] != "chat"]
     is_prefixed = {("env", "id"), ("env", "kwargs"), *(tuple(part) for part in inner if part[0] in ("run", "evaluate"))}
@@ -352,7 +357,7 @@ def test_flat_setting_names_are_unique_across_sections():
     assert {key.split(".")[0] for key in keys.values()} == {name for name in Config.model_fields if name not in foreign}
 
 
-@pytest.mark.parametrize(("name", "model"), [("sft", SFTConfig), ("reward_model", RewardModelConfig)])
+@pytest.mark.parametrize(("name", "model"), [("sft", SFTConfig), ("reward_model", RewardModelConfig), ("dpo", DPOConfig)])
 def test_flat_settings_of_a_supervised_run_are_its_own_sections(name, model):
     keys = setting_keys(name)
     assert (keys["learning_rate"], keys["run_name"], keys["adapter"]) == (f"{name}.learning_rate", "run.name", "policy.adapter")
@@ -370,7 +375,7 @@ def test_flat_settings_of_a_supervised_run_are_its_own_sections(name, model):
         ("task", "kl_coef", "it is kl={'coef': ...}"),
         ("task", "missing_eos_penalty", "it is shaping={'missing_eos_penalty': ...}"),
         ("task", "samples_per_prompt", "it is group={'size': ...}"),
-        *((kind, "kl_coef", "kl is for PPO with language models") for kind in ("env", "sft", "reward_model")),
+        *((kind, "kl_coef", "kl is for PPO with language models") for kind in ("env", *SUPERVISED)),
         ("env", "max_new_token", "docs/config.md lists them"),  # and not `max_new_tokens`, which would be refused
     ],
 )
@@ -428,6 +433,7 @@ STARTS = {
     "recurrent": lambda: PPO("MlpLstmPolicy", "CartPole-v1"),
     "sft": lambda: SFT(model_folder(), [f"the end {number}" for number in range(40)]),
     "reward_model": lambda: RewardModel(model_folder(), ROWS),
+    "dpo": lambda: DPO(model_folder(), ROWS),
 }
 
 
@@ -452,7 +458,7 @@ def test_a_run_with_nothing_set_has_the_defaults_that_the_table_shows(kind, tmp_
 
 
 def test_help_names_the_settings_with_their_defaults():
-    for cls, algorithm in ((PPO, "ppo"), (SFT, "sft"), (RewardModel, "reward_model")):
+    for cls, algorithm in ((PPO, "ppo"), (SFT, "sft"), (RewardModel, "reward_model"), (DPO, "dpo")):
         lines = [line.strip() for line in (cls.__doc__ or "").splitlines()]
         settings = lines[lines.index("Settings, and their defaults:") + 2 :]
         assert [line.partition(": ")[0] for line in settings if line] == list(setting_keys(algorithm))

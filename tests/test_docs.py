@@ -31,7 +31,7 @@ def test_every_metric_that_is_logged_is_defined_and_every_defined_one_is_logged(
     from surefoot.train.metrics import METRICS
 
     source = "\n".join(path.read_text() for path in (ROOT / "src" / "surefoot").rglob("*.py"))
-    prefixes = "reward|kl|ppo|critic|policy|length|sampler|time|throughput|eval|sft|reward_model|ptx"
+    prefixes = "reward|kl|ppo|critic|policy|length|sampler|time|throughput|eval|sft|reward_model|ptx|dpo|rewards|logps"
     named = set(re.findall(rf'"((?:{prefixes})/[a-z_0-9]+)"', source))
     assert named <= METRICS.keys()
     for name in METRICS:

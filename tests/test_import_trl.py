@@ -115,6 +115,19 @@ def test_grpo_and_its_relatives(given, expected):
     assert picked(seldom, *names[:2]) == [32, 32]
 
 
+def test_the_ratios_of_gspo_and_cispo_are_bounded_where_trl_bounds_them():
+    """TRL's cispo caps the ratio at epsilon_high, here it is 1 + clip_range_high; the losses: tests/train/test_trl.py."""
+    names = ("policy_loss", "importance_sampling_level", "clip_range_high", "loss_aggregation", "mask_truncated")
+    given = {"loss_type": "cispo", "epsilon_high": 5.0, "delta": 2.0, "mask_truncated_completions": True}
+    found = of(table.GRPO, **given).settings
+    assert [found.get(f"ppo.{name}") for name in names] == ["cispo", "token", 4.0, "token", True]
+    assert "ppo.dual_clip" not in found
+    gspo = {"importance_sampling_level": "sequence", "loss_type": "grpo", "epsilon": 3e-4, "epsilon_high": 4e-4}
+    found = of(table.GRPO, **gspo).settings
+    assert [found.get(f"ppo.{name}") for name in names] == [None, "sequence", 4e-4, "sequence", False]
+    assert found["ppo.clip_range"] == 3e-4
+
+
 @pytest.mark.parametrize("delta", [1.05, 1.2, 1.28, 1.5, 4.0])
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_delta_gives_trls_loss_and_gradient_at_any_ratio(delta, advantage):
@@ -131,8 +144,10 @@ def test_delta_gives_trls_loss_and_gradient_at_any_ratio(delta, advantage):
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        ({"loss_type": "cispo", "epsilon_high": 5.0}, "loss_type 'cispo'"),
-        ({"importance_sampling_level": "sequence", "epsilon": 3e-4}, "importance_sampling_level 'sequence'"),
+        ({"loss_type": "sapo"}, "loss_type 'sapo'"),
+        ({"importance_sampling_level": "turn"}, "importance_sampling_level 'turn'"),
+        ({"loss_type": "cispo"}, "epsilon_high 0.2"),
+        ({"loss_type": "cispo", "epsilon_high": 1.0}, "epsilon_high 1.0"),
         ({"delta": 1.0}, "here: ppo.clip_range_high"),
         ({"delta": "big"}, "delta has 'big'"),
     ],

@@ -127,7 +127,7 @@ def test_paths_in_the_file_are_its_own_and_those_in_flags_the_working_directorys
     here, there = tmp_path / "a", tmp_path / "a" / "b"
     there.mkdir(parents=True)
     write(there, {"taught": STAGES["taught"]})
-    strike = Strike("surefoot.api.sft:SFT.save", signals=[int(signal.SIGKILL)])
+    strike = Strike("surefoot.api.supervised:SFT.save", signals=[int(signal.SIGKILL)])
     assert warm.run(here, "pipeline", "b/pipeline.yaml", strikes=[strike]).code == -signal.SIGKILL
     checkpoint = next((there / "runs" / "taught" / "checkpoints").glob("*/*.safetensors"))
     before = checkpoint.stat().st_mtime_ns

@@ -96,6 +96,7 @@ KINDS = {
     "sft": Kind("sft", supervised("sft", batch_size=5, micro_batch_tokens=40), strikes=STEP, data=PAIRS),
     "reward model of pairs": Kind("reward-model", OF_PAIRS, SCORER, STEP, PREFERENCES),
     "reward model of ratings": Kind("reward-model", OF_RATINGS, SCORER, STEP, RATINGS),
+    "dpo": Kind("dpo", supervised("dpo", batch_size=10, beta=0.3, micro_batch_tokens=80), strikes=STEP, data=PREFERENCES),
     "rejection sampling": Kind("rejection-sampling", text(**REJECTION), data=[{"prompt": row["prompt"]} for row in PAIRS]),
     "cartpole": Kind("ppo", env("CartPole-v1", "MlpPolicy", normalize_rewards=True), CONTROL, ENVIRONMENTS),
     "lstm": Kind("ppo", env("CartPole-v1", "MlpLstmPolicy", normalize_observations=True), CONTROL, ENVIRONMENTS),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from surefoot import PPO, SFT, RewardModel, TextTask
+from surefoot import DPO, PPO, SFT, RewardModel, TextTask
 from surefoot.config import make_config
 from tests.inputs import model_folder, refusal
 from tests.train.small_run import rows
@@ -67,10 +67,11 @@ def test_runs_and_settings_of_another_kind_are_refused(base):
     PPO(str(base), task, run_name="PPO", **settings, **SMALL).learn()
     SFT(str(base), SENTENCES, run_name="SFT", held_out=0.0, epochs=1, **SMALL).learn()
     RewardModel(str(base), pairs, run_name="RewardModel", held_out=0.0, epochs=1, **SMALL).learn()
-    for opener in (PPO, SFT, RewardModel):
-        for other in {"PPO", "SFT", "RewardModel"} - {opener.__name__}:
+    DPO(str(base), pairs, run_name="DPO", held_out=0.0, epochs=1, **SMALL).learn()
+    for opener in (PPO, SFT, RewardModel, DPO):
+        for other in {"PPO", "SFT", "RewardModel", "DPO"} - {opener.__name__}:
             refusal(lambda opener=opener, other=other: opener.load(f"runs/{other}"), f"{other}.load")
         refusal(lambda opener=opener: opener.load(base), str(base))
-    for section, kind in (({"sft": {}}, "SFT"), ({"reward_model": {}}, "RewardModel")):
+    for section, kind in (({"sft": {}}, "SFT"), ({"reward_model": {}}, "RewardModel"), ({"dpo": {}}, "DPO")):
         config = make_config({"policy": {"model": str(base)}, **section}, where="test")
         refusal(lambda config=config: PPO(str(base), task, config=config), kind)

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from surefoot.api.parts import make_policy as make_policy
     from surefoot.api.ppo import PPO as PPO
     from surefoot.api.reward_model import RewardModel as RewardModel
-    from surefoot.api.sft import SFT as SFT
+    from surefoot.api.supervised import DPO as DPO
+    from surefoot.api.supervised import SFT as SFT
     from surefoot.envs.text import TextTask as TextTask
     from surefoot.errors import GateError as GateError
     from surefoot.errors import InputError as InputError
@@ -31,7 +32,7 @@ _PUBLIC = {
     "api.parts": ("collect", "make_env", "make_policy"),
     "api.ppo": ("PPO",),
     "api.reward_model": ("RewardModel",),
-    "api.sft": ("SFT",),
+    "api.supervised": ("DPO", "SFT"),
     "envs.text": ("TextTask",),
     "errors": ("GateError", "InputError", "Interrupted", "NonFiniteError", "SurefootError"),
     "policies.lm.policy": ("load_policy",),

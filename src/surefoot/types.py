@@ -177,7 +177,8 @@ class Preference:
     prompt: Any  # str, chat messages, or None
     texts: tuple[str, ...]  # chosen and rejected, or the one rated
     label: float  # a pair's margin, a text's rating
-    scores: tuple[float, ...] | None = None  # of the texts, before calibration, where it was evaluated
+    # Of the texts, where it was evaluated: before calibration; with DPO implicit rewards.
+    scores: tuple[float, ...] | None = None
 
     def record(self) -> dict[str, Any]:
         """Its line in samples.jsonl."""
@@ -234,8 +235,10 @@ class Batch:
     # float32, read where ends_BT: V(final observation) where truncated, 0 where terminated
     bootstrap_BT: Tensor = field(default_factory=nothing)
     labels_B: Tensor = field(default_factory=nothing)  # float32: margins of pairs, or ratings
+    reference_B2: Tensor = field(default_factory=nothing)  # float32, nats: log-probs of pairs' completions
     groups_B: Tensor | None = None  # int64: rows with the same number continue the same prompt
     baselines_B: Tensor | None = None  # float32: the reward of the greedy completion of the row's prompt
+    truncated_B: Tensor = field(default_factory=nothing)  # bool: the token limit cut the trajectory off
     reference_logprobs_BT: Tensor | None = None  # float32, nats: the frozen reference
     behavior_logprobs_BT: Tensor | None = None  # the sampler's own, kept where logprobs_BT was computed again
     advantages_BT: Tensor = field(default_factory=nothing)

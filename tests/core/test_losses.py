@@ -80,6 +80,28 @@ def test_clipped_surrogate_has_gradient_only_where_it_is_not_clipped(settings, r
 
 
 @pytest.mark.parametrize(
+    ("settings", "advantages", "loss", "gradient"),
+    [
+        # Ratios 2 and ½: the sequence's is 1 for both, so each token moves both by half.
+        (LossSettings(sequence_ratio=True), (1.0, 1.0), -2.0, (-1.0, -1.0)),
+        (LossSettings(sequence_ratio=True), (1.0, -3.0), 2.0, (1.0, 1.0)),
+        # CISPO: weights 1.28 and ½ on the log-probs -1 and -2, and the gradient is the weight's alone.
+        (LossSettings(cispo=True, clip_range_high=0.28), (1.0, 1.0), 1.28 + 1.0, (-1.28, -0.5)),
+        (LossSettings(cispo=True, clip_range_high=0.28), (-1.0, 1.0), -1.28 + 1.0, (1.28, -0.5)),
+        (LossSettings(cispo=True, sequence_ratio=True), (1.0, -3.0), 1.0 - 6.0, (-1.0, 3.0)),
+    ],
+)
+def test_sequence_ratio_and_cispo_give_the_numbers_worked_by_hand(settings, advantages, loss, gradient):
+    numbers = {"logprobs": (-1.0, -2.0), "advantages": advantages, "old_logprobs": (-1 - math.log(2), -2 + math.log(2))}
+    numbers |= dict.fromkeys(("values", "entropies", "old_values", "returns"), (0.0, 0.0))
+    inputs = {name: torch.tensor([[*pair, 9.0]]) for name, pair in numbers.items()}
+    inputs["mask"] = torch.tensor([[True, True, False]])
+    _, stats, (slope, *_) = loss_of(inputs, denominator=1, settings=settings)
+    assert float(stats.policy_loss) == pytest.approx(loss, abs=1e-6)
+    assert slope[0].tolist() == pytest.approx([*gradient, 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize(
     ("clip_range", "value", "target", "loss", "gradient"),
     [
         (0.2, 1.0, 2.0, 1.62, 0.0),  # far from the old value: ½ (0.2 - 2)²
@@ -198,4 +220,4 @@ def test_what_is_masked_is_inert_for_the_log_likelihood() -> None:
         loss, stats = nll_loss(values, torch.where(mask, 0.5, math.nan), mask)
         assert float(loss.detach()) == pytest.approx(5.5)
         assert torch.equal(torch.autograd.grad(loss, values)[0], torch.where(mask, -1.0, 0.0))
-        assert [float(value) for value in vars(stats).values()] == [5.5, 3.0, 1.5]
+        assert [float(value) for value in vars(stats).values()] == [5.5, 3.0, 1.5, 0, 0, 0]

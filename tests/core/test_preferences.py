@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from surefoot.core.preference import pearson, preference_loss, rating_loss, reliability, share_in_order, spearman
+from surefoot.core.preference import dpo_loss, pearson, preference_loss, rating_loss, reliability, share_in_order, spearman
 
 
 def tensor(*values: float) -> torch.Tensor:
@@ -36,6 +36,16 @@ def test_preference_loss_of_far_scores_is_finite():
     loss = preference_loss(scores, torch.zeros(2))
     loss.sum().backward()
     assert loss.tolist() == [2e4, 0.0] and scores.grad is not None and scores.grad.tolist() == [[-1.0, 1.0], [0.0, 0.0]]
+
+
+def test_dpo_loss_is_the_preference_loss_of_its_implicit_rewards():
+    logprobs = torch.tensor([[-1.0, -4.0], [-3.0, -1.0]], requires_grad=True)
+    found, rewards = dpo_loss(logprobs, torch.tensor([[-2.0, -3.0], [-3.0, -1.0]]), beta=0.5, label_smoothing=0.1)
+    # Rewards ±½: log(1 + e^-1), and with a tenth of doubt log(1 + e) for it; at the reference log 2 and ∓β/2 · 0.8.
+    assert rewards.tolist() == [[0.5, -0.5], [0.0, 0.0]]
+    assert found.tolist() == pytest.approx([0.9 * 0.3132617 + 0.1 * 1.3132617, math.log(2)], abs=1e-6)
+    found.sum().backward()
+    assert logprobs.grad is not None and logprobs.grad[1].tolist() == pytest.approx([-0.2, 0.2])
 
 
 def test_rating_loss_is_half_the_squared_error():

@@ -1,6 +1,7 @@
 """PPO's relatives on the bandit whose optimum is known, and on completions of several words: no critic, the same program."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,13 +26,30 @@ def test_an_unbiased_baseline_leads_to_the_same_optimum(kind: str, kl_in: str) -
     assert total_variation(reference_CV, best_CV) > 0.2
 
 
-@pytest.mark.parametrize("kind", ["grpo", "rloo"])
-def test_completions_of_several_words_are_learnt_without_a_critic(kind: str, tmp_path: Path) -> None:
+GSPO = {"importance_sampling_level": "sequence", "loss_aggregation": "sequence", "clip_range": 0.01, "clip_range_high": 0.02}
+CISPO = {"policy_loss": "cispo", "clip_range_high": 4.0}
+
+
+@pytest.mark.parametrize(("kind", "loss"), [("grpo", {}), ("rloo", {}), ("grpo", GSPO), ("grpo", CISPO)])
+def test_completions_of_several_words_are_learnt_without_a_critic(kind: str, loss: Any, tmp_path: Path) -> None:
     for seed in (0, 1):
         settings = {"total_episodes": 3_200, "lr_schedule": "linear", "kl": {"coef": 0.01}, "group": {"size": 8}}
-        model = word_run(repeat, tmp_path, seed=seed, advantage=kind, **settings)
+        model = word_run(repeat, tmp_path, seed=seed, advantage=kind, **settings | loss)
         untrained = model.evaluate()["eval/reward"]
         assert model.learn().evaluate()["eval/reward"] > untrained + 0.5, f"seed {seed}"
+
+
+def test_completions_that_end_are_learnt_from_alone(tmp_path: Path) -> None:
+    """Of the prompt's word alone, learnt from the few that end: most is cut off, earns as much and teaches nothing."""
+
+    def only(prompts: list[str], completions: list[str]) -> list[float]:
+        words = [text.split() for text in completions]
+        return [its.count(prompt) / max(len(its), 1) for prompt, its in zip(prompts, words, strict=True)]
+
+    settings = {"advantage": "rloo", "mask_truncated": True, "group": {"size": 8}, "kl": {"coef": 0.01}}
+    model = word_run(only, tmp_path, total_episodes=3_200, **settings)
+    before, after = model.evaluate(), model.learn().evaluate()
+    assert after["eval/reward"] > before["eval/reward"] + 0.5 and max(before["eval/end_rate"], after["eval/end_rate"]) < 0.6
 
 
 def test_a_run_without_any_signal_goes_to_its_end_and_changes_nothing(tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ from torch import Tensor
 from surefoot.config import Config
 from surefoot.rollout.batch import has_reward_variance, text_batch
 from surefoot.train.metrics import batch_metrics
+from surefoot.train.objective import UpdateResult
 from surefoot.train.ppo_objective import PPOObjective, advantages
-from surefoot.train.update import make_optimizer
+from surefoot.train.update import make_optimizer, update
 from surefoot.types import Batch
 from tests import fakes
 from tests.fakes import CPU, VOCABULARY, BigramPolicy, gradient_of, padded, played_batch, train, trajectory
+from tests.tiny import random_tokens, tiny_policy, written_batch
 
 RAGGED = (3, 1, 4, 2, 2, 5, 3, 1)
 CRITIC_FREE = ("grpo", "dr_grpo", "rloo", "reinforce_pp", "remax")
@@ -170,10 +172,15 @@ def test_gradient_equals_a_token_by_token_twin(aggregation: str) -> None:
     torch.testing.assert_close(gradient, policy.logits_VV.grad, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@pytest.mark.parametrize("kind", ["gae", "grpo"])
-def test_micro_batches_padding_and_order_do_not_change_the_gradient(kind: str, aggregation: str) -> None:
-    config = config_of(advantage=kind, loss_aggregation=aggregation, ent_coef=0.01, **EVERYTHING)
+GSPO, CISPO = {"importance_sampling_level": "sequence"}, {"policy_loss": "cispo", "dual_clip": None}
+OTHERS = [(kind, "sequence", loss) for kind in ("gae", "grpo") for loss in (GSPO, CISPO)] + [("gae", "token", GSPO | CISPO)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "aggregation", "loss"), [*((kind, of, {}) for kind in ("gae", "grpo") for of in AGGREGATIONS), *OTHERS]
+)
+def test_micro_batches_padding_and_order_do_not_change_the_gradient(kind: str, aggregation: str, loss: Any) -> None:
+    config = config_of(advantage=kind, loss_aggregation=aggregation, ent_coef=0.01, **EVERYTHING | loss)
     whole = gradients_with(config)
     assert len(whole) == (2 if kind == "gae" else 1)
     for tokens, columns, poison in ((1, 0, 0.0), (14, 0, 0.0), (14, 3, math.nan), (20, 20, 1e9)):
@@ -189,7 +196,38 @@ def test_with_the_kl_in_the_loss_the_reward_is_not_penalized() -> None:
     assert not torch.equal(in_loss, advantages(batch, config_of(kl={"coef": 0.5})).advantages_BT)
 
 
-# --- groups ---
+# --- groups, and completions that were cut off ---
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_truncated_completions_are_left_out_of_the_loss_alone(aggregation: str) -> None:
+    """With advantages of the whole group, and of a mean over completions the denominator too; NaN in them reaches nothing."""
+    policy, config = BigramPolicy(), config_of(advantage="grpo", loss_aggregation=aggregation, group={"size": 4})
+    batch = advantages(grouped_batch(policy, drift=0.3), config)
+    batch.truncated_B, batch.step_limit = torch.arange(8) % 3 == 0, 6  # rows 0, 3, 6
+    rest = batch.rows(torch.tensor([1, 2, 4, 5, 7]))
+    (expected,), kept = gradient_of(PPOObjective(config), policy, rest)
+    objective = PPOObjective(fakes.config_of(config, mask_truncated=True))
+    batch.logprobs_BT = torch.where(batch.truncated_B[:, None], math.nan, batch.logprobs_BT)
+    (found,), stats = gradient_of(objective, policy, objective.select(batch, 8))
+    torch.testing.assert_close(found, expected * (1.0 if aggregation == "token" else 5 / 8), rtol=0, atol=1e-7)
+    assert float(stats.num_tokens) == float(kept.num_tokens) == float(rest.mask_BT.sum())
+    assert objective.metrics(batch, UpdateResult(stats))["ppo/masked_completions"] == 3
+    batch.truncated_B = torch.ones(8, dtype=torch.bool)
+    before, result = policy.weights(), train(policy, batch, objective.config)
+    assert (result.steps, result.stats) == (0, None) and torch.equal(policy.weights()[0], before[0])
+
+
+def test_a_minibatch_of_truncated_completions_alone_is_survived() -> None:
+    policy, config = tiny_policy(), config_of(advantage="rloo", mask_truncated=True, batch_size=2, micro_batch_tokens=8)
+    batch = written_batch([(random_tokens(3, seed=row), random_tokens(4, seed=10 + row)) for row in range(4)])
+    with torch.no_grad():
+        batch.logprobs_BT = policy.evaluate(batch).logprobs_BT
+    batch.advantages_BT, batch.truncated_B = torch.ones(batch.mask_BT.shape), torch.tensor([True, True, True, False])
+    result = update(policy, batch, PPOObjective(config), check_first=True)
+    assert result.steps == 4 and float(result.stats.num_tokens) == 2 * 4 and result.skipped == 0
+
+
 def test_zero_variance_groups_are_left_out() -> None:
     """The update is that of the batch without them: they would only have made the mean over tokens smaller."""
     weights = []

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surefoot.config import Config, load_config
+from surefoot.config import SUPERVISED, Config, load_config
 from surefoot.config.messages import as_flag
 from surefoot.errors import InputError
 from surefoot.storage.run_folder import RunFolder
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
     from surefoot.api.ppo import PPO
     from surefoot.api.rejection import RejectionSampling
     from surefoot.api.reward_model import RewardModel
-    from surefoot.api.sft import SFT
+    from surefoot.api.supervised import DPO, SFT
 
-    Run = PPO | SFT | RewardModel | RejectionSampling
+    Run = PPO | SFT | RewardModel | DPO | RejectionSampling
 
 # How long a run is, and what else may be another from some update on.
-TOTALS = {"rollout.total_episodes", "env.total_timesteps", "sft.epochs", "reward_model.epochs"}
-RATES = {f"{section}.learning_rate" for section in ("ppo", "sft", "reward_model", "policy.critic")}
+TOTALS = {"rollout.total_episodes", "env.total_timesteps", *(f"{name}.epochs" for name in SUPERVISED)}
+RATES = {f"{section}.learning_rate" for section in ("ppo", "policy.critic", *SUPERVISED)}
 CHANGEABLE = TOTALS | RATES | {"ppo.clip_range", "ppo.ent_coef", "ppo.n_epochs", "ppo.target_kl"}
 CHANGEABLE |= {"evaluate.every", "run.checkpoint_every", "run.keep_checkpoints"}
 
 
 def check(config: Config, *, where: str = "config", verb: str | None = None) -> None:
     """Raise InputError for a configuration without what runs of `verb`, by default its own, learn from."""
-    of_files = {"sft": ("examples", "sft.data"), "reward-model": ("preferences", "reward_model.data")}
-    what, key = of_files.get(verb or config.verb, ("", ""))
-    section = config.sft if key == "sft.data" else config.reward_model
-    if key and not (section and section.data):
-        raise InputError(f"{where}: no {what} to learn from; name a JSONL file as {key}")
-    if not (key or config.env or config.task):
+    section = (verb or config.verb).replace("-", "_")
+    rows = config.examples if config.supervised == section else None
+    if section in SUPERVISED and not (rows and rows.data):
+        what = "examples" if section == "sft" else "preferences"
+        raise InputError(f"{where}: no {what} to learn from; name a JSONL file as {section}.data")
+    if not (section in SUPERVISED or config.env or config.task):
         raise InputError(f"{where}: no task (task.prompts, task.reward) and no environment (env.id)")
 
 
@@ -84,8 +84,9 @@ def resume(
 
 def _opener(config: Config) -> Any:
     """The class that runs of this kind are opened with."""
-    modules = {"PPO": "ppo", "SFT": "sft", "RewardModel": "reward_model", "RejectionSampling": "rejection"}
-    return getattr(importlib.import_module(f"surefoot.api.{modules[config.opener]}"), config.opener)
+    modules = {"PPO": "ppo", "RewardModel": "reward_model", "RejectionSampling": "rejection"}
+    module = modules.get(config.opener, "supervised")
+    return getattr(importlib.import_module(f"surefoot.api.{module}"), config.opener)
 
 
 def product(config: Config, folder: Path) -> Path:

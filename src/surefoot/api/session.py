@@ -1,4 +1,4 @@
-"""One run and its life: what `PPO`, `SFT` and `RewardModel` share, and what their methods mean in each.
+"""One run and its life: what `PPO`, `SFT`, `RewardModel` and `DPO` share, and what their methods mean.
 
 learn      Train for a number of units more or, without one, to the end that was asked for last. The run's
            folder is made at the first `learn` and held until it returns; a new run starts Python's, NumPy's
@@ -47,6 +47,7 @@ SOURCES = {
     "PPO": ("task", "task", "prompts"),
     "SFT": ("data", "examples", "examples"),
     "RewardModel": ("data", "preferences", "preferences"),
+    "DPO": ("data", "preferences", "preferences"),
 }
 
 
@@ -198,8 +199,7 @@ def open_folder(folder: str | Path, kind: str, *, is_given: bool = False) -> tup
     if config.opener != kind:
         how = f"go on with {config.opener}.load({str(folder)!r})"
         raise InputError(f"{folder} is a run of {config.opener}; {how}")
-    supervised = config.sft or config.reward_model
-    is_known = config.env or config.task if supervised is None else supervised.data
+    is_known = config.env or config.task if config.examples is None else config.examples.data
     if not (is_given or is_known):
         argument, what, _ = SOURCES[kind]
         how = f"go on there with its {what}: {kind}.load(folder, {argument})"
@@ -273,7 +273,7 @@ def supervised_config(section: str, policy: Any, data: Any, config: Config | Non
     merge(values, nested(settings, section))
     merge(values, {section: {"data": named_file(data)}} if data is not None else {})
     merge(values, {"policy": {"model": str(policy)}} if isinstance(policy, (str, Path)) else {})
-    return make_config(values, where="SFT(...)" if section == "sft" else "RewardModel(...)")
+    return make_config(values, where=f"{SUPERVISED[section]}(...)")
 
 
 def named_file(data: Any) -> str | None:

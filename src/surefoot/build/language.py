@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from surefoot.build.preflight import SETTINGS, build_device, model_of_run
-from surefoot.config import Config, CriticConfig, PolicyConfig, PTXConfig, SFTConfig, TaskConfig, load_config
+from surefoot.config import (
+    Config,
+    CriticConfig,
+    DPOConfig,
+    PolicyConfig,
+    PTXConfig,
+    SFTConfig,
+    TaskConfig,
+    load_config,
+)
 from surefoot.core.seeds import derived_seed
 from surefoot.data import assets
 from surefoot.data.demonstrations import Demonstrations
@@ -56,19 +65,30 @@ def check_critic(policy: Any, config: Config) -> None:
 
 
 def build_preferences(config: Config, data: Any = None) -> PreferenceDataset:
-    """`data`, or what `reward_model.data` names. Raises InputError for what says nothing."""
-    settings = config.reward_model
+    """`data`, or what the run's section names. Raises InputError for what says nothing."""
+    settings = config.dpo or config.reward_model
     assert settings is not None
     data = settings.data if data is None else data
     if data is None:
-        how = "name a JSONL file of pairs or ratings, or give them in Python"
-        raise InputError(f"reward_model.data is missing: {how}")
-    preferences = PreferenceDataset(data, held_out=settings.held_out, rating_range=settings.rating_range)
+        what = "pairs" if config.dpo else "pairs or ratings"
+        how = f"name a JSONL file of {what}, or give them in Python"
+        raise InputError(f"{config.supervised}.data is missing: {how}")
+    limits = getattr(settings, "rating_range", None)
+    preferences = PreferenceDataset(data, held_out=settings.held_out, rating_range=limits)
+    if isinstance(settings, DPOConfig):
+        if not preferences.of_pairs:
+            raise InputError("dpo.data: DPO learns from pairs, and these are ratings; train a reward model")
+        return preferences
     if preferences.of_pairs and settings.rating_range is not None:
         raise InputError("reward_model.rating_range is for ratings, and these are pairs; leave it out")
     if settings.center and not preferences.of_pairs:
         raise InputError("reward_model.center is for pairs, and these are ratings; leave it out")
     return preferences
+
+
+def build_examples(config: Config, data: Any = None) -> Demonstrations | PreferenceDataset:
+    """What a supervised run learns from: `data`, or what its section names. Raises InputError."""
+    return build_preferences(config, data) if config.sft is None else build_demonstrations(config.sft, data)
 
 
 def build_demonstrations(settings: SFTConfig | PTXConfig, data: Any = None) -> Demonstrations:
@@ -145,8 +165,9 @@ def check_sources(config: Config, *, made: Collection[str]) -> TextTask | None:
     for section in (config.sft, config.ptx):
         if section is not None and section.data not in made:
             build_demonstrations(section)
-    if config.reward_model is not None and config.reward_model.data not in made:
-        build_preferences(config)
+    for of_preferences in (config.reward_model, config.dpo):
+        if of_preferences is not None and of_preferences.data not in made:
+            build_preferences(config)
     if config.task is None:
         return None
 

@@ -20,13 +20,19 @@ from surefoot.rollout.base import Rollout
 from surefoot.rollout.demonstrations import DemonstrationRollout
 from surefoot.rollout.gym import GymRollout
 from surefoot.rollout.opponents import OpponentPool
+from surefoot.rollout.pairs import PairRollout
 from surefoot.rollout.preferences import PreferenceRollout
 from surefoot.rollout.text import TextRollout
 from surefoot.storage.run_folder import RunFolder
 from surefoot.train import checkpoint, loop
 from surefoot.train.objective import Objective
 from surefoot.train.ppo_objective import PPOObjective
-from surefoot.train.supervised_objectives import NLLObjective, PreferenceObjective, SumObjective
+from surefoot.train.supervised_objectives import (
+    DPOObjective,
+    NLLObjective,
+    PreferenceObjective,
+    SumObjective,
+)
 from surefoot.train.update import make_optimizer
 
 # What a run learns from, or in.
@@ -43,6 +49,8 @@ def build_rollout(config: Config, policy: Any, env: Environment) -> Rollout:
         return DemonstrationRollout(policy, env, sft=config.sft, seed=config.seed)
     if config.reward_model is not None and isinstance(env, PreferenceDataset):
         return PreferenceRollout(policy, env, config.reward_model, config.seed)
+    if config.dpo is not None and isinstance(env, PreferenceDataset):
+        return PairRollout(policy, env, config.dpo, config.seed)
     if isinstance(env, TextTask):
         return TextRollout(policy, env, config=config, seed=config.seed)
     gym, ppo, seed = config.env, config.ppo, config.seed
@@ -62,6 +70,8 @@ def build_objective(config: Config, policy: Any, rollout: Rollout, ptx_data: Any
         return NLLObjective(config.sft)
     if isinstance(rollout, PreferenceRollout):
         return PreferenceObjective(rollout.loss, config.reward_model)
+    if isinstance(rollout, PairRollout):
+        return DPOObjective(config.dpo)
     if ptx_data is None or (ptx := config.ptx) is None:
         return PPOObjective(config, accelerator=fast_mlp.accelerator(policy))
     micro, temperature = config.ppo.micro_batch_tokens, config.generation.temperature
@@ -74,7 +84,7 @@ def build_objective(config: Config, policy: Any, rollout: Rollout, ptx_data: Any
 
 def total_of(config: Config, env: Any) -> int:
     """How many episodes, timesteps or examples the configuration asks for."""
-    if isinstance(env, Examples) and (settings := config.sft or config.reward_model) is not None:
+    if isinstance(env, Examples) and (settings := config.examples) is not None:
         return settings.epochs * len(env.train)
     return config.rollout.total_episodes if config.env is None else config.env.total_timesteps
 

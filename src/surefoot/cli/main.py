@@ -211,6 +211,7 @@ VERBS = {
     "sft": Verb(_start, "Fine-tune on examples (supervised).", f"FILE {FIELDS}", FILE),
     "new-model": Verb(_new_model, NEW_MODEL, f"FILE {FIELDS}", FILE),
     "reward-model": Verb(_start, "Train a reward model on pairs or ratings.", f"FILE {FIELDS}", FILE),
+    "dpo": Verb(_start, "Train on pairs of preferences (DPO).", f"FILE {FIELDS}", FILE),
     "rejection-sampling": Verb(_start, "Sample, and keep the best as examples.", f"FILE {FIELDS}", FILE),
     "pipeline": Verb(_pipeline, STAGES, "FILE [--stages.name.section.field value ...]", FILE),
     "resume": Verb(_resume, RESUME, "RUN [--accept-changes] [--section.field value]", RESUMED),

@@ -23,6 +23,6 @@ from surefoot.config.policy import NETWORKS, AdapterConfig, CriticConfig, Networ
 from surefoot.config.ppo import GroupConfig, KLConfig, PPOConfig, ShapingConfig
 from surefoot.config.rollout import GenerationConfig, RejectionSamplingConfig, RolloutConfig
 from surefoot.config.root import Config, EvaluateConfig, RunConfig
-from surefoot.config.supervised import NewModelConfig, PTXConfig, RewardModelConfig, SFTConfig
+from surefoot.config.supervised import DPOConfig, NewModelConfig, PTXConfig, RewardModelConfig, SFTConfig
 from surefoot.config.tables import default_text, field_table, with_settings
 from surefoot.config.task import RewardPart, TaskConfig, check_weights

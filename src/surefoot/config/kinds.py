@@ -1,19 +1,21 @@
 """Kinds of runs: the sections that each has, and its defaults where they differ from the sections' own."""
 
 from collections.abc import Collection, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from surefoot.config.env import EnvConfig
 
+# Sections of runs that learn from rows of data, and the classes that open such runs.
+SUPERVISED = {"sft": "SFT", "reward_model": "RewardModel", "dpo": "DPO"}
 # The sections by which a run is of a kind. One without any of them is a text task that is given in Python.
-KINDS = ("task", "env", "sft", "reward_model")
-SUPERVISED: tuple[Literal["sft", "reward_model"], ...] = ("sft", "reward_model")
+KINDS = ("task", "env", *SUPERVISED)
 # What each kind has in addition to seed, device, run, policy and evaluate.
 SECTIONS = {
     "task": ("task", "generation", "rollout", "ppo", "kl", "group", "shaping", "ptx", "rejection_sampling"),
     "env": ("env", "ppo"),
     "sft": ("sft", "new_model", "generation"),
     "reward_model": ("reward_model", "generation"),
+    "dpo": ("dpo", "generation"),
 }
 # Supervised updates are short: evaluations and checkpoints take a fraction of their time.
 _SHORT = {"run": {"checkpoint_every": 25}, "evaluate": {"every": 25, "episodes": 128}}
@@ -32,6 +34,7 @@ DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "lstm": {"env": {"n_steps": 128}, "ppo": {"batch_size": 128}},
     "sft": _SHORT,
     "reward_model": _SHORT,
+    "dpo": _SHORT,
 }
 CHECKPOINT_TIMESTEPS = 25_600  # between two checkpoints of an environment's run
 

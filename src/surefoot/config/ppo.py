@@ -23,9 +23,18 @@ class PPOConfig(OptimizerFields):
     clip_range: float = setting(0.2, "ε of the clipped surrogate.", gt=0)
     clip_schedule: f.Schedules = setting("constant", "Schedule of ε over the run, likewise.")
     clip_range_high: float | None = setting(None, "ε of the ratio's upper bound; `null`: clip_range.", gt=0)
+    policy_loss: Literal["clipped", "cispo"] = setting(
+        "clipped", "The clipped surrogate, or CISPO: -sg(min(ρ, 1 + ε_high)) A log π, for text."
+    )
+    importance_sampling_level: Literal["token", "sequence"] = setting(
+        "token", "Ratio ρ of each token, or of a whole completion, by its mean log-ratio (GSPO), for text."
+    )
     dual_clip: float | None = setting(None, "c: the loss is ≤ c |A| where A < 0; `null`: no bound.", gt=1)
     loss_aggregation: Literal["token", "sequence", "constant"] = setting(
         "token", "Mean over tokens, over sequences' means, or sum over completions × max_new_tokens."
+    )
+    mask_truncated: bool = setting(
+        False, "Leave completions cut by max_new_tokens out of the loss; for text."
     )
     clip_range_vf: float | None = setting(None, "Clip range of the value's change; `null`: unclipped.", gt=0)
     gamma: f.Fraction = setting(1.0, "Discount per step (of text: per completion token).")

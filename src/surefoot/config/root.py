@@ -9,16 +9,18 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_validator, mode
 
 from surefoot.config.env import EnvConfig
 from surefoot.config.fields import FolderPath, Positive, Section, setting
-from surefoot.config.kinds import KINDS, foreign_sections, kind_of, with_defaults
+from surefoot.config.kinds import KINDS, SUPERVISED, foreign_sections, kind_of, with_defaults
 from surefoot.config.messages import short
 from surefoot.config.policy import NETWORKS, CriticConfig, PolicyConfig
 from surefoot.config.ppo import GroupConfig, KLConfig, PPOConfig, ShapingConfig
 from surefoot.config.rollout import GenerationConfig, RejectionSamplingConfig, RolloutConfig
-from surefoot.config.supervised import NewModelConfig, PTXConfig, RewardModelConfig, SFTConfig
+from surefoot.config.supervised import DPOConfig, NewModelConfig, PTXConfig, RewardModelConfig, SFTConfig
 from surefoot.config.task import TaskConfig
 
 # Advantages that compare the completions of one prompt with each other.
 GROUPED = ("grpo", "dr_grpo", "rloo")
+# Settings of `ppo` that environments do without.
+OF_TEXT = ("advantage", "loss_aggregation", "policy_loss", "importance_sampling_level", "mask_truncated")
 
 
 class RunConfig(Section):
@@ -59,6 +61,7 @@ class Config(Section):
     sft: SFTConfig | None = None
     new_model: NewModelConfig | None = None
     reward_model: RewardModelConfig | None = None
+    dpo: DPOConfig | None = None
     rejection_sampling: RejectionSamplingConfig | None = None
     generation: GenerationConfig = GenerationConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -96,14 +99,19 @@ class Config(Section):
         return kind_of([name for name in KINDS if getattr(self, name) is not None])
 
     @property
-    def supervised(self) -> Literal["sft", "reward_model"] | None:
+    def supervised(self) -> str | None:
+        """Name of the section that makes this a supervised run."""
+        return self.kind if self.kind in SUPERVISED else None
+
+    @property
+    def examples(self) -> SFTConfig | RewardModelConfig | DPOConfig | None:
         """The section that makes this a supervised run."""
-        return "sft" if self.sft is not None else "reward_model" if self.reward_model is not None else None
+        return self.sft or self.reward_model or self.dpo
 
     @property
     def opener(self) -> str:
         """Name of the class that a run of this kind is opened with."""
-        return {"ppo": "PPO", "sft": "SFT", "reward-model": "RewardModel"}.get(self.verb, "RejectionSampling")
+        return "RejectionSampling" if self.rejection_sampling else SUPERVISED.get(self.kind, "PPO")
 
     @property
     def verb(self) -> str:
@@ -145,6 +153,8 @@ def _in_advantage(config: Config) -> Iterator[str]:
     """What the advantage needs and is not there, or has no use for."""
     ppo, group, critic = config.ppo, config.group, config.policy.critic
     kind = ppo.advantage
+    if ppo.policy_loss == "cispo" and ppo.dual_clip is not None:
+        yield "ppo.dual_clip bounds the clipped loss; leave it out with ppo.policy_loss: cispo"
     if kind in GROUPED and group.size == 1:
         yield f"ppo.advantage: {kind} compares completions of a prompt; give group.size 2 or more"
     if group.skip_zero_variance and kind not in GROUPED:
@@ -189,7 +199,7 @@ def _in_environment(config: Config, env: EnvConfig) -> Iterator[str]:
     ppo, model = config.ppo, config.policy.model
     if config.evaluate.every is not None and not config.evaluate.episodes:
         yield "evaluate.every: no episodes to evaluate on; give evaluate.episodes too"
-    for name in ("advantage", "loss_aggregation"):
+    for name in OF_TEXT:
         if getattr(ppo, name) != PPOConfig.model_fields[name].default:
             yield f"ppo.{name} is for text tasks; leave it out"
     if config.policy.critic.model_copy(update={"gae_lambda": None}) != CriticConfig():

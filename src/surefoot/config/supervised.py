@@ -1,4 +1,4 @@
-"""Learning from examples and preferences: the sections `sft`, `ptx`, `reward_model` and `new_model`."""
+"""Learning from examples and preferences: sections `sft`, `ptx`, `reward_model`, `dpo`, `new_model`."""
 
 from typing import Annotated, Literal
 
@@ -44,6 +44,20 @@ class RewardModelConfig(OptimizerFields):
         if ends is not None and not ends[0] < ends[1]:
             raise ValueError(f"{ends} is not a range; write the lowest rating first, then the highest")
         return ends
+
+
+class DPOConfig(OptimizerFields):
+    """Direct preference optimization, in place of a task (Rafailov et al. 2023, arXiv:2305.18290)."""
+
+    data: f.FilePath | None = setting(
+        None, "JSONL file of `{prompt, chosen, rejected}` rows; prompt is optional; `null`: given in Python."
+    )
+    held_out: f.HeldOut = 0.1
+    beta: float = setting(0.1, "β: what a nat away from the reference counts in the implicit reward.", gt=0)
+    label_smoothing: float = setting(0.0, "Share of pairs taken to be labeled the wrong way.", ge=0, lt=0.5)
+    epochs: f.Positive = setting(1, "Passes over the pairs; rounded up to whole updates.")
+    batch_size: f.Positive = setting(16, "Pairs in one optimizer step.")
+    learning_rate: float = setting(5e-5, "Adam's peak learning rate; ~1e-6 where all weights train.", gt=0)
 
 
 class NewModelConfig(Section):

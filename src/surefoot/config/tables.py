@@ -27,6 +27,7 @@ LEAST: dict[str, dict[str, Any]] = {
     "recurrent": {"env": {"id": "CartPole-v1"}, "policy": {"model": "MlpLstmPolicy"}},
     "sft": {"sft": {"data": "examples.jsonl"}},
     "reward_model": {"reward_model": {"data": "pairs.jsonl"}},
+    "dpo": {"dpo": {"data": "pairs.jsonl"}},
 }
 
 

@@ -18,7 +18,10 @@ from surefoot.core.masked import masked_sum
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What shapes the PPO loss. `clip_range_high` None: `clip_range`; `kl_coef` is the KL term's weight."""
+    """What shapes the PPO loss. `clip_range_high` None: `clip_range`; `kl_coef` is the KL term's weight.
+
+    `cispo`: CISPO's loss in place of the clipped surrogate; `sequence_ratio`: GSPO's ratio.
+    """
 
     clip_range: float = 0.2
     clip_range_vf: float | None = None
@@ -27,12 +30,14 @@ class LossSettings:
     clip_range_high: float | None = None
     dual_clip: float | None = None
     kl_coef: float = 0.0
+    cispo: bool = False
+    sequence_ratio: bool = False
 
     @property
     def bounds(self) -> tuple[float, float]:
         """Between which the ratio is not clipped."""
         high = self.clip_range if self.clip_range_high is None else self.clip_range_high
-        return 1.0 - self.clip_range, 1.0 + high
+        return 0.0 if self.cispo else 1.0 - self.clip_range, 1.0 + high
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,25 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, settings: LossSettings)
     return loss
 
 
+def cispo_loss(ratio: Tensor, advantages: Tensor, logprobs: Tensor, settings: LossSettings) -> Tensor:
+    """-min(r, 1 + ε_high) A log π, the ratio without gradient, same shape.
+
+    No token's gradient is cut off, only its weight is (MiniMax 2025, arXiv:2506.13585, eq. 4; without a lower
+    bound, as there and in TRL).
+    """
+    return -ratio.detach().clamp(*settings.bounds) * advantages * logprobs
+
+
+def sequence_log_ratio(log_ratio_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Each row's mean over the mask, at all of its tokens, [B, T]; 0 off the mask, where it must be 0.
+
+    Its exp is the ratio of whole sequences to the power of 1 / length (Zheng et al. 2025, GSPO,
+    arXiv:2507.18071, eq. 7).
+    """
+    mean_B = log_ratio_BT.sum(1) / mask_BT.sum(1).clamp(min=1)
+    return torch.where(mask_BT, mean_B[:, None], 0.0)
+
+
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float | None) -> Tensor:
     """½ (V - R)² per token; with `clip_range` c, ½ max((V - R)², (clip(V, V_old ± c) - R)²). Same shape.
 
@@ -109,19 +133,25 @@ def ppo_loss(
         tokens alike.
 
     The log-ratio is clamped to ±20 before `exp`, so that no ratio overflows. With `kl_coef` β comes β ρ ½
-    (log π_new - log π_ref)², the ratio ρ without gradient: k2, whose gradient is that of KL(π_new‖π_ref) at
-    the states of the batch, after the first step too. (k1 in a loss pulls nowhere, and k3 towards the forward
-    KL: `core/kl.py`.)
+    (log π_new - log π_ref)², the token's ratio ρ without gradient: k2, whose gradient is that of
+    KL(π_new‖π_ref) at the states of the batch, after the first step too. (k1 in a loss pulls nowhere, and k3
+    towards the forward KL: `core/kl.py`.)
     """
     inputs = (*new, advantages_BT, returns_BT, *old)
     logprobs, values, entropies, advantages, returns, old_logprobs, old_values, *reference = (
         torch.where(mask_BT, value, 0.0) for value in inputs
     )
-    ratio = torch.exp((logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
-    policy = surrogate = clipped_surrogate(ratio, advantages, settings)
-    value = value_loss(values, old_values, returns, settings.clip_range_vf)
+    log_ratio = (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio = token_ratio = torch.exp(log_ratio)
+    if settings.sequence_ratio:
+        ratio = torch.exp(sequence_log_ratio(log_ratio, mask_BT))
+    if settings.cispo:
+        surrogate = cispo_loss(ratio, advantages, logprobs, settings)
+    else:
+        surrogate = clipped_surrogate(ratio, advantages, settings)
+    policy, value = surrogate, value_loss(values, old_values, returns, settings.clip_range_vf)
     if settings.kl_coef:
-        policy = surrogate + settings.kl_coef * (ratio.detach() * k2(logprobs, reference[0]))
+        policy = surrogate + settings.kl_coef * (token_ratio.detach() * k2(logprobs, reference[0]))
     loss = scaled_sum(policy, logprobs, scale) + (value * (settings.vf_coef * scale)).sum()
     if settings.ent_coef:
         loss = loss - (entropies * (settings.ent_coef * scale)).sum()
@@ -167,6 +197,10 @@ class LossStats:
     loss: Any
     num_tokens: Any
     entropy: Any = 0.0
+    # Of DPO's pairs: implicit rewards and log-probs, [2] with the chosen side first, and pairs in order.
+    rewards: Any = 0.0
+    logprobs: Any = 0.0
+    in_order: Any = 0.0
 
     @property
     def mean(self) -> float:

@@ -1,4 +1,4 @@
-"""Losses of a reward model on pairs and ratings, and how well its scores agree with them."""
+"""Losses on pairs and ratings, of a reward model and of DPO, and how well scores agree with them."""
 
 import torch
 from torch import Tensor
@@ -15,6 +15,21 @@ def preference_loss(scores_B2: Tensor, margins_B: Tensor, *, center: float = 0.0
     """
     chosen, rejected = scores_B2.unbind(1)
     return -logsigmoid(chosen - rejected - margins_B) + center * (chosen + rejected) ** 2
+
+
+def dpo_loss(
+    logprobs_B2: Tensor, reference_B2: Tensor, *, beta: float, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """(ε - 1) log σ(m) - ε log σ(-m) for each pair, [B], nats; and the implicit rewards r, [B, 2].
+
+    r = β (log π - log π_ref) of whole completions, the chosen one first, m = r_chosen - r_rejected: the loss
+    of the reward model that the policy itself is (Rafailov et al. 2023, arXiv:2305.18290, eq. 7; with label
+    smoothing ε Mitchell 2023, "A note on DPO with noisy preferences & relationship to IPO").
+    """
+    ratios_B2 = logprobs_B2 - reference_B2
+    margins_B = beta * (ratios_B2[:, 0] - ratios_B2[:, 1])
+    losses_B = -(1 - label_smoothing) * logsigmoid(margins_B) - label_smoothing * logsigmoid(-margins_B)
+    return losses_B, beta * ratios_B2
 
 
 def rating_loss(scores_B1: Tensor, ratings_B: Tensor) -> Tensor:
@@ -38,6 +53,11 @@ def reliability(predicted_N: Tensor, observed_N: Tensor, bins: int = 10) -> tupl
         rows.append({**means, "standard_error": error, "count": count})
     error = sum(row["count"] * abs(row["predicted"] - row["observed"]) for row in rows) / len(order)
     return rows, error
+
+
+def share_of_pairs_in_order(scores_B2: Tensor) -> float:
+    """Share of pairs whose chosen side has the higher score; equal scores count half."""
+    return float((0.5 + 0.5 * (scores_B2[:, 0] - scores_B2[:, 1]).sign()).mean())
 
 
 def pearson(one_N: Tensor, other_N: Tensor) -> float:

@@ -35,6 +35,18 @@ def preference_batch(rows: Sequence[Texts], labels: Sequence[float] = (), *, dev
     return Batch(observations, mask_BT, labels_B=torch.tensor(labels, dtype=torch.float32)).to(device)
 
 
+def texts_of(batch: Batch) -> Batch:
+    """The texts of a batch of pairs, the sides of a row in turn, [2B, T]; the mask has their completions.
+
+    A completion reaches from the observation `starts` [B, 2] to the text's end.
+    """
+    tokens_NT = batch.observations["tokens"].transpose(1, 2).flatten(0, 1)
+    starts_N, lengths_N = batch.observations["starts"].flatten(), batch.observations["lengths"].flatten()
+    steps_T = torch.arange(tokens_NT.shape[1], device=tokens_NT.device)
+    mask_NT = (steps_T >= starts_N[:, None]) & (steps_T < lengths_N[:, None])
+    return Batch({"tokens": tokens_NT, "lengths": lengths_N}, mask_NT, tokens_NT)
+
+
 def minibatches(batch: Batch, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Batch, Tensor]]:
     """One shuffled pass: a batch and the indices [batch_size] of a minibatch's rows; the last may be smaller.
 

@@ -1,4 +1,4 @@
-"""Preferences: what a reward model learns from, pairs of texts or texts with ratings."""
+"""Preferences: what reward models and DPO learn from, pairs of texts or texts with ratings."""
 
 import functools
 import math
@@ -46,7 +46,7 @@ def _preference(limits: Sequence[float] | None, row: Any, where: str, first: Pre
     prompt = row.get("prompt")
     prompt = None if prompt is None or prompt == "" else checked_prompt(prompt, where)
     if row.get("tools") and isinstance(prompt, list):
-        raise InputError(f"{where}: a reward model's prompts take no tools; drop that column")
+        raise InputError(f"{where}: prompts of preferences take no tools; drop that column")
     if names == SIDES:
         if texts[0] == texts[1]:
             raise InputError(f"{where}: chosen and rejected are the same text; drop the row")

@@ -29,6 +29,7 @@ def text_batch(trajectories: Sequence[Trajectory], *, device: torch.device) -> B
         rewards_BT=rewards_BT,
         ends_BT=torch.arange(tokens_BT.shape[1]) == lengths_B[:, None] - 1,
         bootstrap_BT=torch.zeros_like(rewards_BT),  # an episode that was cut off is terminal, with value 0
+        truncated_B=torch.tensor([not t.stop_reason.ended_by_itself for t in trajectories]),
         trajectories=list(trajectories),
         version=min(turn.version for t in trajectories for turn in t.turns if turn.by_policy),
     )

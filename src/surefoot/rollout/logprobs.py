@@ -1,14 +1,17 @@
 """Log-probs and values of a batch under policy and reference, before any update, without gradient."""
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from surefoot.core.kl import k1
-from surefoot.data.batches import micro_batches
+from surefoot.data.batches import micro_batches, texts_of
 from surefoot.policies.base import Policy
 from surefoot.types import Batch
+
+Logprobs: TypeAlias = Callable[[Batch], Tensor | None]  # of a batch's actions, [B, T] nats
 
 
 @torch.no_grad()
@@ -44,6 +47,17 @@ def fill_logprobs(
         elif values is not None:
             batch.values_BT[rows, :length] = values(part)
     batch.needs_logprobs = False
+
+
+def pair_logprobs(logprobs: Logprobs, batch: Batch) -> Tensor:
+    """Log-probs of a batch of pairs' completions, [B, 2] nats; `logprobs` gives those of their tokens.
+
+    Summed without the first token, which is never a completion's: to the bit what TRL sums.
+    """
+    texts = texts_of(batch)
+    found_NT = logprobs(texts)
+    assert found_NT is not None
+    return torch.where(texts.mask_BT, found_NT, 0.0)[:, 1:].sum(1).view(len(batch), 2)
 
 
 def sequence_kl(batch: Batch) -> Tensor:

@@ -60,7 +60,7 @@ class PreferenceRollout(ExampleRollout):
         loss = float(self.loss(scores_BK, labels_B).mean())
         metrics = {"eval/loss": loss, "eval/metric": -loss}
         if self.of_pairs:
-            metrics["eval/accuracy"] = float((0.5 + 0.5 * (scores_BK[:, 0] - scores_BK[:, 1]).sign()).mean())
+            metrics["eval/accuracy"] = core.share_of_pairs_in_order(scores_BK)
         else:
             agreement = {"accuracy": core.share_in_order, "pearson": core.pearson, "spearman": core.spearman}
             metrics |= {f"eval/{name}": of(scores_BK[:, 0], labels_B) for name, of in agreement.items()}

@@ -32,12 +32,12 @@ def check_kl_sign(negative_in_a_row: int) -> None:
         )
 
 
-def check_first_minibatch(stats: PPOStats, *, exact: bool) -> None:
+def check_first_minibatch(stats: PPOStats, *, exact: bool, clip_range: float = 0.2) -> None:
     """Before the first step of a run old and new policy are one: ratio 1, KL(old‖new) 0, nothing clipped.
 
     `exact` is float32, where old log-probs come from the sampler: a key/value cache and a full pass sum in
     different orders. In bfloat16 fused attention kernels round by row length: a standard deviation of 0.05 a
-    token, of which four are allowed. Raises GateError otherwise.
+    token, of which four are allowed; more than a narrow `clip_range` (GSPO's) is. Raises GateError otherwise.
     """
     if not stats.is_finite:
         return  # the update skips such a step and counts it
@@ -48,7 +48,8 @@ def check_first_minibatch(stats: PPOStats, *, exact: bool) -> None:
         passed = abs(ratio - 1) < 1e-5 and abs(ratio_max - 1) < 1e-4 and approx_kl < 1e-10 and clipped == 0
     else:
         bound = 1e-3 + 0.2 / tokens**0.5  # the second is what independent rounding averages to
-        passed = abs(ratio - 1) < bound and abs(ratio_max - 1) < 0.5 and approx_kl < 5e-3 and clipped < 0.01
+        passed = abs(ratio - 1) < bound and abs(ratio_max - 1) < 0.5 and approx_kl < 5e-3
+        passed &= clipped < 0.01 or clip_range < 0.05
     if not passed:
         hint = "; a low-precision kernel that depends on the batch (try policy.dtype: float32)"
         raise GateError(

@@ -349,7 +349,7 @@ def _interrupted(t: Training) -> Interrupted:
     assert t.stop.signal_number is not None
     path = str(t.folder.path)
     # What was made in Python is not in the configuration.
-    env, supervised = t.config.env, t.config.sft or t.config.reward_model
+    env, supervised = t.config.env, t.config.examples
     named = env.id if env is not None else supervised.data if supervised is not None else t.config.task
     ptx_rows = ", ptx_data=rows" if (ptx := t.config.ptx) is not None and ptx.data is None else ""
     is_in_config = named is not None and not ptx_rows

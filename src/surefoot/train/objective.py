@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from surefoot.config import PPOConfig, RewardModelConfig, SFTConfig
+from surefoot.config import DPOConfig, PPOConfig, RewardModelConfig, SFTConfig
 from surefoot.core.losses import LossSettings, LossStats, PPOStats
 from surefoot.core.schedules import schedule
 from surefoot.errors import InputError
@@ -16,7 +16,7 @@ from surefoot.policies.base import Policy
 from surefoot.types import Batch, Poll
 
 # How an update steps, the same for every objective.
-OptimizerSettings = PPOConfig | SFTConfig | RewardModelConfig
+OptimizerSettings = PPOConfig | SFTConfig | RewardModelConfig | DPOConfig
 # Sums over a minibatch, by name; they add up over micro-batches and minibatches.
 Stats = PPOStats | LossStats
 

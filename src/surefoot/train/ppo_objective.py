@@ -100,13 +100,17 @@ class PPOObjective(Objective):
 
     def select(self, batch: Batch, rows_per_minibatch: int) -> Batch:
         """Without rows that teach nothing, as no reward applies to them, nor, if asked for, zero-variance
-        groups; whitened here where all is one minibatch.
+        groups; whitened here where all is one minibatch. Of truncated completions the tokens are masked, if
+        asked for: they go on counting as rows, and in their groups.
         """
         assert len(batch.advantages_BT) == len(batch), "call advantages(batch) first"
         skips = self.config.group.skip_zero_variance
         teaches_B = has_reward_variance(batch) if skips else batch.mask_BT.any(1)
         if not bool(teaches_B.all()):
             batch = batch.rows(teaches_B.nonzero().flatten())
+        if self.config.ppo.mask_truncated and len(batch):
+            batch = replace(batch, mask_BT=batch.mask_BT & ~batch.truncated_B[:, None])
+            batch = batch if bool(batch.mask_BT.any()) else batch.rows(slice(0))
         self._is_whitened = self._normalizes and rows_per_minibatch >= len(batch) > 1
         if self._is_whitened:
             batch = replace(batch, advantages_BT=whiten(batch.advantages_BT, batch.mask_BT))
@@ -171,7 +175,10 @@ class PPOObjective(Objective):
         tokens_B = batch.mask_BT.sum(1)[rows]
         if self.config.ppo.loss_aggregation == "token":
             return max(int(tokens_B.sum()), 1)
-        completions = max(int((tokens_B > 0).sum()), 1)
+        counts_B = tokens_B > 0
+        if self.config.ppo.mask_truncated:
+            counts_B = counts_B | batch.truncated_B[rows]
+        completions = max(int(counts_B.sum()), 1)
         if self.config.ppo.loss_aggregation == "sequence":
             return completions
         assert batch.step_limit is not None, "loss_aggregation: constant needs the batch's step_limit"
@@ -181,13 +188,24 @@ class PPOObjective(Objective):
         ppo, kl = self.config.ppo, self.config.kl
         beta = self.kl_coef if kl.placement == "loss" and batch.reference_logprobs_BT is not None else 0.0
         vf_coef = ppo.vf_coef * (2.0 if ppo.value_loss == "squared" else 1.0)  # of ½ (V - R)²
-        clips = {"clip_range_high": ppo.clip_range_high, "dual_clip": ppo.dual_clip}
-        return LossSettings(self.clip_range, ppo.clip_range_vf, vf_coef, self.ent_coef, kl_coef=beta, **clips)
+        return LossSettings(
+            self.clip_range,
+            ppo.clip_range_vf,
+            vf_coef,
+            self.ent_coef,
+            clip_range_high=ppo.clip_range_high,
+            dual_clip=ppo.dual_clip,
+            kl_coef=beta,
+            cispo=ppo.policy_loss == "cispo",
+            sequence_ratio=ppo.importance_sampling_level == "sequence",
+        )
 
     def metrics(self, batch: Batch, result: UpdateResult) -> dict[str, float]:
         """Of the batch before the update, and means over all minibatches seen."""
         metrics = batch_metrics(batch)
         metrics |= {"kl/coef": self.kl_coef, "ppo/stopped_early": float(result.stopped_early)}
+        if self.config.ppo.mask_truncated:
+            metrics["ppo/masked_completions"] = float(batch.truncated_B.sum())
         if result.stats is None:
             return metrics
         metrics["ppo/ratio_max"] = float(result.stats.ratio_max)
@@ -199,8 +217,10 @@ class PPOObjective(Objective):
 
     def gates(self, stats: PPOStats, *, is_first: bool, exact: bool) -> bool:
         """The first ratio must be 1; `target_kl` ends an update before a step that is past it."""
+        if not float(stats.num_tokens):  # all of it is masked: nothing to judge
+            return True
         if is_first:
-            check_first_minibatch(stats, exact=exact)
+            check_first_minibatch(stats, exact=exact, clip_range=self.clip_range)
         target_kl = self.config.ppo.target_kl
         return target_kl is None or not float(stats.approx_kl / stats.num_tokens) > target_kl
 

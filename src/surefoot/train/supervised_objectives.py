@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surefoot.config import Config, RewardModelConfig, SFTConfig
+from surefoot.config import Config, DPOConfig, RewardModelConfig, SFTConfig
 from surefoot.core.losses import LossStats, PPOStats, nll_loss
-from surefoot.core.preference import preference_loss
+from surefoot.core.preference import dpo_loss, preference_loss, share_of_pairs_in_order
 from surefoot.data.batches import micro_batches
 from surefoot.policies.base import Policy
 from surefoot.rollout.demonstrations import DemonstrationRollout
+from surefoot.rollout.logprobs import pair_logprobs
 from surefoot.train.objective import Moment, Objective, OptimizerSettings, UpdateResult
 from surefoot.train.ppo_objective import PPOObjective
 from surefoot.types import Batch, Poll
@@ -71,6 +72,44 @@ class PreferenceObjective(Objective):
     def metrics(self, batch: Batch, result: UpdateResult) -> dict[str, float]:
         """Mean over the rows."""
         return {} if result.stats is None else {"reward_model/loss": result.stats.mean}
+
+
+class DPOObjective(Objective):
+    """Direct preference optimization: the loss of pairs under the policy's implicit reward, their mean."""
+
+    name = "dpo"
+
+    def __init__(self, settings: DPOConfig | None = None):
+        self.settings = settings or DPOConfig()
+
+    def gradient(self, policy: Policy, batch: Batch, rows: Tensor, *, token_budget: int) -> LossStats:
+        """The two texts of a pair stay together."""
+        stats, scale = [], {"beta": self.settings.beta, "label_smoothing": self.settings.label_smoothing}
+        for micro in micro_batches(batch, rows, token_budget // 2):
+            part = batch.rows(micro)
+            logprobs_B2 = pair_logprobs(lambda texts: policy.evaluate(texts).logprobs_BT, part)
+            losses_B, rewards_B2 = dpo_loss(logprobs_B2, part.reference_B2, **scale)
+            (losses_B.sum() / len(rows)).backward()
+            sums = (rewards_B2.detach().sum(0), logprobs_B2.detach().sum(0))
+            in_order = len(micro) * share_of_pairs_in_order(rewards_B2.detach())
+            stats.append(LossStats(losses_B.detach().sum(), len(losses_B), 0.0, *sums, in_order))
+        return functools.reduce(operator.add, stats)
+
+    def metrics(self, batch: Batch, result: UpdateResult) -> dict[str, float]:
+        """Means over the pairs."""
+        if (stats := result.stats) is None:
+            return {}
+        both = (stats.rewards / stats.num_tokens, stats.logprobs / stats.num_tokens)
+        (chosen, rejected), (chosen_logprob, rejected_logprob) = (means.tolist() for means in both)
+        return {
+            "dpo/loss": stats.mean,
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": stats.in_order / stats.num_tokens,
+            "logps/chosen": chosen_logprob,
+            "logps/rejected": rejected_logprob,
+        }
 
 
 class SumObjective:

@@ -40,12 +40,11 @@ _ON_POLICY_WITHOUT = {"max_steps": -1, "stop_token": "eos", "stop_token_id": Non
                       "max_grad_norm": 1.0} | _WITHOUT
 _GROUPS = {"model_name_or_path": ("policy.model", None), "num_iterations": ("ppo.n_epochs", 1),
            "epsilon": ("ppo.clip_range", 0.2), "max_completion_length": (TOKENS, 512),
-           "temperature": ("generation.temperature", 1.0),
-           "learning_rate": ("ppo.learning_rate", 1e-6)} | _ARGUMENTS
+           "temperature": ("generation.temperature", 1.0), "learning_rate": ("ppo.learning_rate", 1e-6),
+           "mask_truncated_completions": ("ppo.mask_truncated", False)} | _ARGUMENTS
 _GROUP_SIZES = {"max_steps": -1, "generation_batch_size": None, "steps_per_generation": None} | _SIZES
-_GROUPS_WITHOUT = {"max_prompt_length": None, "mask_truncated_completions": False, "top_p": 1.0, "top_k": 0,
-                   "min_p": None, "repetition_penalty": 1.0, "sync_ref_model": False,
-                   "shuffle_dataset": True} | _WITHOUT
+_GROUPS_WITHOUT = {"max_prompt_length": None, "top_p": 1.0, "top_k": 0, "min_p": None,
+                   "repetition_penalty": 1.0, "sync_ref_model": False, "shuffle_dataset": True} | _WITHOUT
 _CRITIC = {"gamma": ("ppo.gamma", 1.0), "lam": ("ppo.gae_lambda", 0.95),
            "cliprange_value": ("ppo.clip_range_vf", 0.2), "vf_coef": ("ppo.vf_coef", 0.1),
            "whiten_rewards": ("shaping.whiten", False)}
@@ -68,9 +67,9 @@ PPO = Kind("PPOConfig of TRL 0.12 and later", "ppo",
 GRPO = Kind("GRPOConfig", "grpo",
     {"num_generations": ("group.size", 8), "beta": ("kl.coef", 0.0),
      "scale_rewards": ("ppo.advantage", "group"), "loss_type": ("ppo.loss_aggregation", "dapo"),
+     "importance_sampling_level": ("ppo.importance_sampling_level", "token"),
      "max_grad_norm": ("ppo.max_grad_norm", 1.0)} | _GROUPS | _EPSILON,
-    {"epsilon_high": None, "delta": None, "entropy_coef": 0.0,
-     "importance_sampling_level": "token"} | _GROUP_SIZES,
+    {"epsilon_high": None, "delta": None, "entropy_coef": 0.0} | _GROUP_SIZES,
     {"use_bias_correction_kl": True, "use_adaptive_entropy": False,
      "multi_objective_aggregation": "sum_then_normalize", "top_entropy_quantile": 1.0,
      "off_policy_mask_threshold": None} | _GROUPS_WITHOUT,
@@ -97,7 +96,9 @@ VALUES: dict[str, dict[Any, str]] = {
     "lr_scheduler_type": {"linear": "linear", "cosine": "cosine", "constant": "constant",
                           "constant_with_warmup": "constant"},
     "scale_rewards": {"group": "grpo", True: "grpo", "none": "dr_grpo", False: "dr_grpo"},
-    "loss_type": {"dapo": "token", "bnpo": "token", "grpo": "sequence", "dr_grpo": "constant"},
+    "loss_type": {"dapo": "token", "bnpo": "token", "grpo": "sequence", "dr_grpo": "constant",
+                  "cispo": "token"},
+    "importance_sampling_level": {"token": "token", "sequence": "sequence"},
 }
 # Setting and default -> what other versions of TRL have in its place.
 ELSEWHERE: dict[tuple[str, Any], str] = {

@@ -138,12 +138,13 @@ def _of_kind(where: str, given: dict[str, Any], hint: str) -> Imported:
 
 
 def translate(done: Imported) -> None:
-    """Fill in our settings and the notes. Raises InputError for another loss than the token's clipped one."""
+    """Fill in our settings and the notes. Raises InputError for a loss that is not here."""
     given = done.given
-    loss, level = given.get("loss_type", "dapo"), given.get("importance_sampling_level", "token")
-    if done.kind is table.GRPO and (loss not in list(table.VALUES["loss_type"]) or level != "token"):
-        which = f"loss_type {short(loss)}, importance_sampling_level {short(level)}"
-        raise InputError(f"{done.where}: {which}: not there, and its epsilon bounds another ratio")
+    for name in ("loss_type", "importance_sampling_level") if done.kind is table.GRPO else ():
+        if (value := given.get(name, done.kind.maps[name][1])) not in list(table.VALUES[name]):
+            raise InputError(
+                f"{done.where}: {name} {short(value)}: not there, and its epsilon bounds another ratio"
+            )
     for name, (ours, default) in done.kind.maps.items():
         if (value := given.get(name, default)) is not None:
             _put_one(done, name, ours, value)
@@ -228,6 +229,18 @@ def _put_old(done: Imported) -> None:
 def _put_grpo(done: Imported) -> None:
     """TRL's bounds min(min(r, δ) A, clip(r, 1 - ε, 1 + ε_high) A), and its entropy's mean over tokens."""
     high, delta, entropy = (done.number(name) for name in ("epsilon_high", "delta", "entropy_coef"))
+    if done.given.get("loss_type") == "cispo":
+        cap = done.number("epsilon") if high is None else high
+        if cap <= 1:
+            how = "give TRL's cap itself, such as 5.0"
+            raise InputError(
+                f"{done.where}: epsilon_high {cap}: with cispo the ratio's cap, not 1 + it; {how}"
+            )
+        done.put("ppo.policy_loss", "cispo", "loss_type cispo")
+        done.put(
+            "ppo.clip_range_high", round(cap - 1, 12), f"epsilon_high {cap}, TRL's cap of the ratio, - 1"
+        )
+        high = delta = None  # said, and without use
     top = 1 + (done.number("epsilon") if high is None else high)
     if high is not None:
         done.put("ppo.clip_range_high", high, f"epsilon_high {high}")
