@@ -10,6 +10,7 @@ import transformers
 
 from surefoot import DPO, PPO, TextTask
 from surefoot.config import DPOConfig
+from surefoot.core.preference import dpo_loss
 from surefoot.data.batches import texts_of
 from surefoot.data.preferences import PreferenceDataset
 from surefoot.rollout.pairs import PairRollout
@@ -76,7 +77,7 @@ def test_log_probs_are_of_whole_completions_and_the_reference_is_the_start(famil
 def test_micro_batches_and_the_reference_of_other_rows_change_no_gradient(tokens: int) -> None:
     policy = tiny_policy(moved=True)
     batch = rollout(policy).collect(first=0, count=7)
-    objective = DPOObjective(DPOConfig(beta=0.5, label_smoothing=0.1))
+    objective = DPOObjective(functools.partial(dpo_loss, beta=0.5, label_smoothing=0.1))
     expected, whole = named_gradient(objective, policy, batch)
     found, split = named_gradient(
         objective, policy, rollout(policy, micro_batch_tokens=tokens).collect(first=0, count=7), tokens

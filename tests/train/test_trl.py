@@ -1,13 +1,13 @@
 """Losses and gradients as huggingface/trl 1.12.0 computes them: what GRPOTrainer._compute_loss and DPOTrainer._compute_loss
 gave for the same tensors (torch 2.13.0, CPU, float32; dropout, KL and entropy off), written down."""
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from surefoot.config import DPOConfig
 from surefoot.core.preference import dpo_loss
 from surefoot.train import ppo_objective
 from surefoot.train.objective import UpdateResult
@@ -142,7 +142,7 @@ def test_loss_gradient_and_metrics_of_pairs_are_trls(beta: float, loss: float, r
     batch = Batch(observations, torch.ones(2, 4, dtype=torch.bool))
     batch.reference_B2 = torch.tensor([-2.0, -2.5, -1.75, -3.25])[sides].view(2, 2)
     objective, policy = (
-        DPOObjective(DPOConfig(beta=beta)),
+        DPOObjective(functools.partial(dpo_loss, beta=beta)),
         Given((((torch.arange(48) * 37 % 11) - 5) / 4.0).view(4, 4, 3)[sides]),
     )
     found, stats = named_gradient(objective, policy, batch.to(CPU))

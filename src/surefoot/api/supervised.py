@@ -39,10 +39,8 @@ class Supervised(HasSession, Generates, Protocol):
             preflight(self.config)
         self.data = build_examples(self.config, data)
         first = self.data.train[0]
-        if (
-            "messages" in first.contents
-            if isinstance(first, Demonstration)
-            else isinstance(first.prompt, list)
+        if isinstance(
+            first.contents.get("messages") if isinstance(first, Demonstration) else first.prompt, list
         ):
             chat = self.config.generation.model_copy(update={"chat": True})  # as it has learnt
             self.config = self.config.model_copy(update={"generation": chat})

@@ -7,16 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from surefoot.build.preflight import SETTINGS, build_device, model_of_run
-from surefoot.config import (
-    Config,
-    CriticConfig,
-    DPOConfig,
-    PolicyConfig,
-    PTXConfig,
-    SFTConfig,
-    TaskConfig,
-    load_config,
-)
+from surefoot.config import Config, CriticConfig, PolicyConfig, PTXConfig, SFTConfig, TaskConfig, load_config
 from surefoot.core.seeds import derived_seed
 from surefoot.data import assets
 from surefoot.data.demonstrations import Demonstrations
@@ -66,18 +57,16 @@ def check_critic(policy: Any, config: Config) -> None:
 
 def build_preferences(config: Config, data: Any = None) -> PreferenceDataset:
     """`data`, or what the run's section names. Raises InputError for what says nothing."""
-    settings = config.dpo or config.reward_model
-    assert settings is not None
-    data = settings.data if data is None else data
-    if data is None:
-        what = "pairs" if config.dpo else "pairs or ratings"
-        how = f"name a JSONL file of {what}, or give them in Python"
+    section = config.dpo or config.reward_model
+    assert section is not None
+    if (data := section.data if data is None else data) is None:
+        how = "name a JSONL file of preferences, or give them in Python"
         raise InputError(f"{config.supervised}.data is missing: {how}")
-    limits = getattr(settings, "rating_range", None)
-    preferences = PreferenceDataset(data, held_out=settings.held_out, rating_range=limits)
-    if isinstance(settings, DPOConfig):
-        if not preferences.of_pairs:
-            raise InputError("dpo.data: DPO learns from pairs, and these are ratings; train a reward model")
+    limits = getattr(section, "rating_range", None)
+    preferences = PreferenceDataset(data, held_out=section.held_out, rating_range=limits)
+    if config.dpo and not preferences.of_pairs:
+        raise InputError("dpo.data: DPO learns from pairs, and these are ratings; train a reward model")
+    if (settings := config.reward_model) is None:
         return preferences
     if preferences.of_pairs and settings.rating_range is not None:
         raise InputError("reward_model.rating_range is for ratings, and these are pairs; leave it out")

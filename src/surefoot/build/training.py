@@ -24,15 +24,9 @@ from surefoot.rollout.pairs import PairRollout
 from surefoot.rollout.preferences import PreferenceRollout
 from surefoot.rollout.text import TextRollout
 from surefoot.storage.run_folder import RunFolder
-from surefoot.train import checkpoint, loop
+from surefoot.train import checkpoint, loop, supervised_objectives
 from surefoot.train.objective import Objective
 from surefoot.train.ppo_objective import PPOObjective
-from surefoot.train.supervised_objectives import (
-    DPOObjective,
-    NLLObjective,
-    PreferenceObjective,
-    SumObjective,
-)
 from surefoot.train.update import make_optimizer
 
 # What a run learns from, or in.
@@ -67,11 +61,11 @@ def build_rollout(config: Config, policy: Any, env: Environment) -> Rollout:
 def build_objective(config: Config, policy: Any, rollout: Rollout, ptx_data: Any = None) -> Objective:
     """What a run lowers; `ptx_data` are the `Demonstrations` of `ptx`."""
     if isinstance(rollout, DemonstrationRollout):
-        return NLLObjective(config.sft)
+        return supervised_objectives.NLLObjective(config.sft)
     if isinstance(rollout, PreferenceRollout):
-        return PreferenceObjective(rollout.loss, config.reward_model)
+        return supervised_objectives.PreferenceObjective(rollout.loss, config.reward_model)
     if isinstance(rollout, PairRollout):
-        return DPOObjective(config.dpo)
+        return supervised_objectives.DPOObjective(rollout.loss, config.dpo)
     if ptx_data is None or (ptx := config.ptx) is None:
         return PPOObjective(config, accelerator=fast_mlp.accelerator(policy))
     micro, temperature = config.ppo.micro_batch_tokens, config.generation.temperature
@@ -79,7 +73,7 @@ def build_objective(config: Config, policy: Any, rollout: Rollout, ptx_data: Any
     sft = SFTConfig(micro_batch_tokens=micro, **shared)
     seed = derived_seed(config.seed, "ptx", 0)  # or a list as long as the prompts would be in their order
     rows = DemonstrationRollout(policy, ptx_data, sft=sft, seed=seed, key="ptx", temperature=temperature)
-    return SumObjective(config, rows)
+    return supervised_objectives.SumObjective(config, rows)
 
 
 def total_of(config: Config, env: Any) -> int:

@@ -33,9 +33,7 @@ class PPOConfig(OptimizerFields):
     loss_aggregation: Literal["token", "sequence", "constant"] = setting(
         "token", "Mean over tokens, over sequences' means, or sum over completions × max_new_tokens."
     )
-    mask_truncated: bool = setting(
-        False, "Leave completions cut by max_new_tokens out of the loss; for text."
-    )
+    mask_truncated: bool = setting(False, "Completions that max_new_tokens cut have no loss; for text.")
     clip_range_vf: float | None = setting(None, "Clip range of the value's change; `null`: unclipped.", gt=0)
     gamma: f.Fraction = setting(1.0, "Discount per step (of text: per completion token).")
     gae_lambda: f.Fraction = setting(0.95, "λ of generalized advantage estimation.")

@@ -1,7 +1,9 @@
 """Pairs of completions -> batches for DPO, and its loss on those held out."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +31,9 @@ class PairRollout(ExampleRollout):
     """
 
     def __init__(self, policy: LanguagePolicy, data: PreferenceDataset, settings: DPOConfig, seed: int):
-        self.policy, self.settings = policy, settings
+        self.policy, self._budget = policy, settings.micro_batch_tokens // 2
+        smoothing = settings.label_smoothing
+        self.loss = functools.partial(dpo_loss, beta=settings.beta, label_smoothing=smoothing)
         self._train, self._held_out = (
             [self._tokenized(row) for row in part] for part in (data.train, data.held_out)
         )
@@ -45,13 +49,9 @@ class PairRollout(ExampleRollout):
 
     def evaluate(self, episodes: int, *, version: int = 0, poll: Poll = None) -> Evaluated:
         """Loss on the first `episodes` held-out pairs, and what their implicit rewards say of them."""
-        rows, settings = self._held_out[:episodes], self.settings
-        reference_B2 = self._reference("held_out", rows, poll)
+        rows = self._held_out[:episodes]
         logprobs_B2 = self._logprobs(lambda texts: self.policy.evaluate(texts).logprobs_BT, rows, poll)
-        smoothing = settings.label_smoothing
-        losses_B, rewards_B2 = dpo_loss(
-            logprobs_B2, reference_B2, beta=settings.beta, label_smoothing=smoothing
-        )
+        losses_B, rewards_B2 = self.loss(logprobs_B2, self._reference("held_out", rows, poll))
         loss, accuracy = float(losses_B.mean()), share_of_pairs_in_order(rewards_B2)
         margin = float((rewards_B2[:, 0] - rewards_B2[:, 1]).mean())
         metrics = {"eval/loss": loss, "eval/metric": -loss, "eval/accuracy": accuracy, "eval/margin": margin}
@@ -71,11 +71,11 @@ class PairRollout(ExampleRollout):
     @torch.no_grad()
     def _logprobs(self, logprobs: Logprobs, rows: Sequence[Pair], poll: Poll) -> Tensor:
         """Of the completions of `rows`, [N, 2] float32 on the CPU."""
-        found, budget = [], self.settings.micro_batch_tokens // 2
+        found = []
         for start in range(0, len(rows), AT_ONCE):
             batch = self._batch(rows[start : start + AT_ONCE])
             found_B2 = torch.zeros(len(batch), 2)
-            for part in micro_batches(batch, torch.arange(len(batch)), budget):
+            for part in micro_batches(batch, torch.arange(len(batch)), self._budget):
                 if poll is not None:
                     poll()
                 found_B2[part] = pair_logprobs(logprobs, batch.rows(part)).cpu()
@@ -90,23 +90,15 @@ class PairRollout(ExampleRollout):
 
     def _tokenized(self, preference: Preference) -> Pair:
         """Chosen and rejected, each after the prompt. Raises InputError for more tokens than the context."""
-        policy, where, context = self.policy, preference.where, self.policy.context_length
-        pair = []
+        policy, where, prompt = self.policy, preference.where, preference.prompt
+        options: dict[str, Any] = {"end_tokens": policy.model_end_tokens, "mask_history": True}
+        pair, context = [], policy.context_length
         for text in preference.texts:
-            example = Demonstration(where, _contents(preference.prompt, text))
-            ends, alone = policy.model_end_tokens, {"mask_history": True}
-            pair.append(encode_demonstration(policy.tokenizer, example, end_tokens=ends, **alone))
+            contents = {"text": text} if prompt is None else {"prompt": prompt, "completion": text}
+            if isinstance(prompt, list):
+                contents = {"messages": [*prompt, {"role": "assistant", "content": text}]}
+            pair.append(encode_demonstration(policy.tokenizer, Demonstration(where, contents), **options))
             if (count := len(pair[-1].tokens)) > context:
                 found = f"{where}: has {count} tokens, more than the model's context of {context}"
                 raise InputError(f"{found}; shorten it")
         return pair
-
-
-def _contents(prompt: object, text: str) -> dict[str, object]:
-    """A preference's side as a demonstration has it."""
-    if prompt is None:
-        return {"text": text}
-    if isinstance(prompt, str):
-        return {"prompt": prompt, "completion": text}
-    assert isinstance(prompt, list)
-    return {"messages": [*prompt, {"role": "assistant", "content": text}]}

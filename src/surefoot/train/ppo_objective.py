@@ -188,17 +188,9 @@ class PPOObjective(Objective):
         ppo, kl = self.config.ppo, self.config.kl
         beta = self.kl_coef if kl.placement == "loss" and batch.reference_logprobs_BT is not None else 0.0
         vf_coef = ppo.vf_coef * (2.0 if ppo.value_loss == "squared" else 1.0)  # of ½ (V - R)²
-        return LossSettings(
-            self.clip_range,
-            ppo.clip_range_vf,
-            vf_coef,
-            self.ent_coef,
-            clip_range_high=ppo.clip_range_high,
-            dual_clip=ppo.dual_clip,
-            kl_coef=beta,
-            cispo=ppo.policy_loss == "cispo",
-            sequence_ratio=ppo.importance_sampling_level == "sequence",
-        )
+        clips = (ppo.clip_range_high, ppo.dual_clip, beta)
+        kinds = (ppo.policy_loss == "cispo", ppo.importance_sampling_level == "sequence")
+        return LossSettings(self.clip_range, ppo.clip_range_vf, vf_coef, self.ent_coef, *clips, *kinds)
 
     def metrics(self, batch: Batch, result: UpdateResult) -> dict[str, float]:
         """Of the batch before the update, and means over all minibatches seen."""

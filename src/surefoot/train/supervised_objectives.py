@@ -11,7 +11,7 @@ from torch import Tensor
 
 from surefoot.config import Config, DPOConfig, RewardModelConfig, SFTConfig
 from surefoot.core.losses import LossStats, PPOStats, nll_loss
-from surefoot.core.preference import dpo_loss, preference_loss, share_of_pairs_in_order
+from surefoot.core.preference import preference_loss, share_of_pairs_in_order
 from surefoot.data.batches import micro_batches
 from surefoot.policies.base import Policy
 from surefoot.rollout.demonstrations import DemonstrationRollout
@@ -21,6 +21,7 @@ from surefoot.train.ppo_objective import PPOObjective
 from surefoot.types import Batch, Poll
 
 PairLoss = Callable[[Tensor, Tensor], Tensor]
+PolicyLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class NLLObjective(Objective):
@@ -75,20 +76,20 @@ class PreferenceObjective(Objective):
 
 
 class DPOObjective(Objective):
-    """Direct preference optimization: the loss of pairs under the policy's implicit reward, their mean."""
+    """DPO's `loss` (log-probs and the reference's, [B, 2]) -> [B] and rewards [B, 2], mean over pairs."""
 
     name = "dpo"
 
-    def __init__(self, settings: DPOConfig | None = None):
-        self.settings = settings or DPOConfig()
+    def __init__(self, loss: PolicyLoss, settings: DPOConfig | None = None):
+        self.loss, self.settings = loss, settings or DPOConfig()
 
     def gradient(self, policy: Policy, batch: Batch, rows: Tensor, *, token_budget: int) -> LossStats:
         """The two texts of a pair stay together."""
-        stats, scale = [], {"beta": self.settings.beta, "label_smoothing": self.settings.label_smoothing}
+        stats = []
         for micro in micro_batches(batch, rows, token_budget // 2):
             part = batch.rows(micro)
             logprobs_B2 = pair_logprobs(lambda texts: policy.evaluate(texts).logprobs_BT, part)
-            losses_B, rewards_B2 = dpo_loss(logprobs_B2, part.reference_B2, **scale)
+            losses_B, rewards_B2 = self.loss(logprobs_B2, part.reference_B2)
             (losses_B.sum() / len(rows)).backward()
             sums = (rewards_B2.detach().sum(0), logprobs_B2.detach().sum(0))
             in_order = len(micro) * share_of_pairs_in_order(rewards_B2.detach())
