@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from surefoot.build.inputs import code_inputs
-from surefoot.config import make_config
+from surefoot.config import SUPERVISED, make_config
 from tests import golden
 from tests.test_reward_model import PAIRS as PREFERENCES
 from tests.test_reward_model import RATINGS
@@ -202,7 +202,12 @@ def test_a_signal_saves_stops_and_says_how_to_go_on(
     assert again.code == 0 and again.stdout.startswith("runs/run is finished; its ")
 
 
-LONGER = {"ppo": ("rollout.total_episodes", 48), "sft": ("sft.epochs", 3), "cartpole": ("env.total_timesteps", 512)}
+LONGER = {
+    "ppo": ("rollout.total_episodes", 48),
+    "sft": ("sft.epochs", 3),
+    "dpo": ("dpo.epochs", 3),
+    "cartpole": ("env.total_timesteps", 512),
+}
 
 
 @pytest.mark.parametrize("kind", LONGER)
@@ -210,7 +215,7 @@ def test_a_finished_run_goes_on_longer_and_at_another_rate_and_a_kill_there_chan
     tmp_path: Path, base: Path, warm: Warm, kind: str, expected: dict[str, Any]
 ) -> None:
     key, total = LONGER[kind]
-    rate = f"{'sft' if kind == 'sft' else 'ppo'}.learning_rate"
+    rate = f"{kind if kind in SUPERVISED else 'ppo'}.learning_rate"
     run = KINDS[kind].project(tmp_path, base)
     assert warm.run(tmp_path, KINDS[kind].verb, "ppo.yaml").code == 0
     assert f"--{key.replace('_', '-')} N, for a longer run" in warm.run(tmp_path, "resume", "runs/run").stdout
