@@ -1,9 +1,14 @@
 """Every kind of run: killed or interrupted anywhere and resumed it is the run that was not; other data is refused."""
 
+import contextlib
 import dataclasses
 import json
+import os
+import random
 import shutil
 import signal
+import subprocess
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from surefoot.build.inputs import code_inputs
 from surefoot.config import SUPERVISED, make_config
-from tests import golden
+from tests import golden, test_pipeline
 from tests.test_reward_model import PAIRS as PREFERENCES
 from tests.test_reward_model import RATINGS
 from tests.test_sft import PAIRS
 from tests.train.small_run import assert_equal, outcome, write_project, write_rows, write_supervised
-from tests.train.warm import Strike, Warm, cold
+from tests.train.warm import Strike, Warm, cold, wait_for
 
 TERM, KILL = int(signal.SIGTERM), int(signal.SIGKILL)
 LOOP, CHECKPOINT = "surefoot.train.loop", "surefoot.train.checkpoint"
@@ -51,6 +56,7 @@ class Kind:
     product: str = "surefoot.policies.lm.policy:CausalLMPolicy.save"
     strikes: dict[str, Strike] = dataclasses.field(default_factory=dict)
     data: Sequence[Any] = ()  # of data.jsonl, which must not change under the run
+    again: tuple[str, str] = ("resume", "runs/run")
 
     def project(self, folder: Path, base: Path) -> Path:
         """Write all that a run needs; its folder to be."""
@@ -58,6 +64,11 @@ class Kind:
         if self.data:
             write_rows(folder / "data.jsonl", self.data)
         return run
+
+    @property
+    def start(self) -> tuple[str, str]:
+        """The command line of a new run."""
+        return self.verb, "pipeline.yaml" if self.verb == "pipeline" else "ppo.yaml"
 
 
 def text(**sections: Any) -> Callable[[Path, Path], Path]:
@@ -102,6 +113,19 @@ KINDS = {
     "lstm": Kind("ppo", env("CartPole-v1", "MlpLstmPolicy", normalize_observations=True), CONTROL, ENVIRONMENTS),
     "self-play": Kind("ppo", env("classic/tictactoe-v3", "MlpPolicy", self_play={}), CONTROL),
 }
+SEQUENCES = {"policy": {"critic": {"kind": "separate", "learning_rate": 0.003}}, "ppo": {"loss_aggregation": "sequence"}}
+GRPO = {"ppo": {"advantage": "grpo", "batch_size": 2}, "group": {"size": 2}, "kl": {"target": None}}
+STAGES = lambda folder, base: test_pipeline.write(folder, test_pipeline.STAGES).parent / "runs" / "again"  # noqa: E731
+# Only killed at random: what else there is to them is that of a kind above.
+KILLED = KINDS | {
+    "separate critic, sequences": Kind("ppo", text(**SEQUENCES)),
+    "adapter critic": Kind("ppo", text(policy={"critic": {"kind": "adapter"}})),
+    "grpo": Kind("ppo", text(**GRPO)),
+    "images": Kind("ppo", env("tests.envs.counter:Pictures", "CnnPolicy")),
+    "workers": Kind("ppo", env("Pendulum-v1", "MlpPolicy", vectorization="async", normalize_observations=True)),
+    "pipeline": Kind("pipeline", STAGES, again=("pipeline", "pipeline.yaml")),
+}
+KILLS = int(os.environ.get("SUREFOOT_KILLS", "3"))  # of each kind
 
 
 def strikes(name: str) -> dict[str, Strike]:
@@ -142,20 +166,28 @@ CASES = [
     for name in KINDS
     for place in strikes(name)
 ]
-ENDED: dict[str, dict[str, Any]] = {}
+ENDED: dict[str, tuple[dict[str, dict[str, Any]], float]] = {}
 
 
 @pytest.fixture
-def expected(kind: str, base: Path, warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a run of the kind leaves that nobody disturbed."""
+def whole(kind: str, base: Path, warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], float]:
+    """What a run of the kind leaves that nobody disturbed, by run folder, and the seconds it took."""
     if kind not in ENDED:
         folder = tmp_path_factory.mktemp("uninterrupted")
-        run = KINDS[kind].project(folder, base)
-        ended = warm.run(folder, KINDS[kind].verb, "ppo.yaml")
+        KILLED[kind].project(folder, base)
+        warm.start(folder, *KILLED[kind].start)
+        started, ended = time.monotonic(), warm.wait()
         assert ended.code == 0, ended.stderr
-        assert "\nrun:   " in ended.stdout and "\nnext:  surefoot " in ended.stdout
-        ENDED[kind] = outcome(run)
+        assert kind == "pipeline" or ("\nrun:   " in ended.stdout and "\nnext:  surefoot " in ended.stdout)
+        seconds = time.monotonic() - started
+        ENDED[kind] = {run.name: outcome(run) for run in (folder / "runs").iterdir()}, seconds
     return ENDED[kind]
+
+
+@pytest.fixture
+def expected(whole: tuple[dict[str, Any], float]) -> dict[str, Any]:
+    """What the run of the kind leaves."""
+    return whole[0]["run"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -252,6 +284,70 @@ def edit(file: Path) -> None:
 def retrain(file: Path) -> None:
     tensors = load_file(file)
     save_file(tensors | {name: tensor + 1e-3 for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nth", range(KILLS))
+@pytest.mark.parametrize("kind", KILLED)
+def test_a_kill_at_a_random_moment_changes_nothing(
+    tmp_path: Path, base: Path, warm: Warm, *, kind: str, nth: int, whole: tuple[dict[str, Any], float]
+) -> None:
+    """SIGKILL and SIGTERM in turn; SUREFOOT_KILLS is how many of each kind."""
+    (expected, seconds), chance, number = whole, random.Random(f"{kind} {nth}"), (KILL, TERM)[nth % 2]
+    ended = None
+    while ended is None or ended.code == 0:  # it was faster
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+        run = KILLED[kind].project(tmp_path, base)
+        process = warm.start(tmp_path, *KILLED[kind].start)
+        wait_for(tmp_path / "stderr.txt")
+        time.sleep(chance.uniform(0, seconds))
+        seconds *= 0.8  # or it may for ever be faster
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
+        asked, ended = time.monotonic(), warm.wait()
+    assert ended.code in (-number, 128 + number) and time.monotonic() - asked < 5, ended
+    is_begun = (run / "config.yaml").exists()
+    again = KILLED[kind].again if is_begun else KILLED[kind].start
+    assert ended.code < 0 or not is_begun or ended.stderr.endswith(f"saved; continue with: surefoot {' '.join(again)}\n")
+    ended = (warm.run if nth else cold)(tmp_path, *again)
+    assert ended.code == 0, ended.stderr
+    for name, left in expected.items():
+        assert_equal(tmp_path / "runs" / name, left, but=("checkpoints",) if number == TERM else ())
+    assert not [path for end in ("tmp", "old", "unfinished") for path in (tmp_path / "runs").rglob(f"*.{end}")]
+
+
+LEVELS = int(os.environ.get("SUREFOOT_LEVELS", "8"))  # to which a disk is filled, for each kind
+MOUNT = 'mount -t tmpfs -o size=16m none "$0" && exec "$@"'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ppo", "sft", "reward model of pairs", "cartpole"])
+def test_a_disk_that_fills_is_one_line_and_with_room_again_the_run_goes_on(
+    tmp_path: Path, base: Path, *, kind: str, expected: dict[str, Any]
+) -> None:
+    disk, seen = tmp_path / "runs", set()
+    disk.mkdir()
+    inside = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", MOUNT, str(disk))
+    if subprocess.run([*inside, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no disk can be mounted here")
+    KILLED[kind].project(tmp_path, base)
+    with Warm(*inside) as warm:
+        assert warm.run(tmp_path, *KILLED[kind].start).code == 0
+        there = warm.seen(disk)
+        size = sum(-(-path.stat().st_size // 4096) * 4096 for path in there.rglob("*"))
+        for nth in range(LEVELS):
+            shutil.rmtree(there / "run")
+            free = os.statvfs(there).f_bavail * 4096
+            (there / "other").write_bytes(b"x" * (free - size * nth // LEVELS))
+            ended = warm.run(tmp_path, *KILLED[kind].start)
+            print(nth, ended)
+            (there / "other").unlink()
+            is_begun = (there / "run" / "config.yaml").exists()
+            assert ended.code == 2 and ended.stderr.count("\n") == 1 and "No space left on device" in ended.stderr
+            seen.add(ended.stderr)
+            ended = warm.run(tmp_path, *(KILLED[kind].again if is_begun else KILLED[kind].start))
+            assert ended.code == 0, ended
+            assert_equal(there / "run", expected)
 
 
 # Kind of run, file, what is done to it, and the keys that are named.

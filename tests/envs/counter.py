@@ -31,3 +31,12 @@ class Counter(gymnasium.Env):
 
     def _observation(self) -> Any:
         return numpy.array([self.count], dtype=numpy.float32)
+
+
+class Pictures(Counter):
+    """The same on a picture of one brightness, which is the count's."""
+
+    observation_space = spaces.Box(0, 255, (36, 36, 1), dtype=numpy.uint8)
+
+    def _observation(self) -> Any:
+        return numpy.full((36, 36, 1), 20 * self.count, dtype=numpy.uint8)

@@ -69,12 +69,20 @@ def _ended(code: int, folder: Path) -> Ended:
 
 
 class Warm:
-    """The tests' side of the warm interpreter."""
+    """The tests' side of the warm interpreter, which is started `by` another command if there is one."""
+
+    def __init__(self, *by: str):
+        self._by = by
 
     def __enter__(self) -> Warm:
-        command, pipes = [sys.executable, "-m", "tests.train.warm"], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        command = [*self._by, sys.executable, "-m", "tests.train.warm"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self._process: Any = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, text=True, **pipes)
         return self
+
+    def seen(self, path: Path) -> Path:
+        """A path as the interpreter sees it, which may have a disk of its own there."""
+        return Path(f"/proc/{self._process.pid}/root{path}")
 
     def __exit__(self, *_: object) -> None:
         self._process.communicate(timeout=60)

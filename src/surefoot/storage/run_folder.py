@@ -14,6 +14,7 @@ calibration.json   of a reward model: its predictions beside what people said, w
 """
 
 import contextlib
+import errno
 import fcntl
 import functools
 import json
@@ -32,7 +33,7 @@ from typing import Any
 
 from surefoot.config import Config, absolute_paths, dump_config, load_config
 from surefoot.errors import InputError
-from surefoot.storage.files import sync, write_durably, writing
+from surefoot.storage.files import sync, whole_folder, write_durably, writing
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 HELD: "weakref.WeakSet[RunFolder]" = weakref.WeakSet()  # those that this process has held
@@ -73,13 +74,27 @@ class RunFolder:
 
     @classmethod
     def create(cls, config: Config) -> "RunFolder":
-        """Make a new folder and write config and environment. Raises InputError if the name is taken."""
+        """A new folder, which appears with config and environment. Raises InputError if the name is taken."""
         cls.check_free(config)
+        contents = {
+            "config.yaml": dump_config(absolute_paths(config)),
+            "environment.json": json.dumps(_environment(), indent=1),
+        }
         with writing(f"the run folder {Path(config.run.folder, config.run.name or '')}"):
-            run = cls(_make_folder(config))
-            run.hold()
-            write_durably(run.path / "config.yaml", dump_config(absolute_paths(config)).encode())
-            write_durably(run.path / "environment.json", json.dumps(_environment(), indent=1).encode())
+            for tries_left in reversed(range(1 if config.run.name else 100)):
+                path = Path(config.run.folder) / (config.run.name or cls.free_name(config, config.verb))
+                try:
+                    with whole_folder(path) as aside:
+                        run = cls(aside)
+                        run.hold()
+                        for name, text in contents.items():
+                            write_durably(aside / name, text.encode())
+                    break
+                except OSError as error:  # of several runs that want the next free number, each gets one
+                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not tries_left:
+                        raise
+            sync(path.parent)
+        run.path = path  # the lock goes with the folder
         return run
 
     @classmethod
@@ -211,19 +226,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _make_folder(config: Config) -> Path:
-    """The run's own new folder. Of several runs that want the next free number at once, each gets one."""
-    for tries_left in reversed(range(1 if config.run.name else 100)):
-        path = Path(config.run.folder) / (config.run.name or RunFolder.free_name(config, config.verb))
-        try:
-            path.mkdir(parents=True)
-            break
-        except FileExistsError:
-            if not tries_left:
-                raise
-    return path
 
 
 def _environment() -> dict[str, Any]:

@@ -239,9 +239,12 @@ def restore_optimizer(policy: Policy, optimizer: torch.optim.Adam, tensors: Mapp
             _check_fit(f"{name}/{entry}", state[entry], parameters[name])
     optimizer.state.clear()
     for name, state in states.items():
-        device = parameters[name].device
-        # Adam keeps its step counter on the CPU.
-        optimizer.state[parameters[name]] = {e: v if e == "step" else v.to(device) for e, v in state.items()}
+        # Moments lie in memory as the parameter does, channels last or not: the fused step goes by that order
+        # alone. Adam keeps its step counter on the CPU.
+        optimizer.state[parameters[name]] = {
+            entry: value if entry == "step" else torch.empty_like(parameters[name]).copy_(value)
+            for entry, value in state.items()
+        }
 
 
 def _check_fit(name: str, *tensors: Tensor) -> None:
