@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -115,7 +116,13 @@ KINDS = {
 }
 SEQUENCES = {"policy": {"critic": {"kind": "separate", "learning_rate": 0.003}}, "ppo": {"loss_aggregation": "sequence"}}
 GRPO = {"ppo": {"advantage": "grpo", "batch_size": 2}, "group": {"size": 2}, "kl": {"target": None}}
-STAGES = lambda folder, base: test_pipeline.write(folder, test_pipeline.STAGES).parent / "runs" / "again"  # noqa: E731
+
+
+def pipeline(folder: Path, base: Path) -> Path:
+    """A pipeline's stages; the run folder of the last."""
+    return test_pipeline.write(folder, test_pipeline.STAGES).parent / "runs" / "again"
+
+
 # Only killed at random: what else there is to them is that of a kind above.
 KILLED = KINDS | {
     "separate critic, sequences": Kind("ppo", text(**SEQUENCES)),
@@ -123,7 +130,7 @@ KILLED = KINDS | {
     "grpo": Kind("ppo", text(**GRPO)),
     "images": Kind("ppo", env("tests.envs.counter:Pictures", "CnnPolicy")),
     "workers": Kind("ppo", env("Pendulum-v1", "MlpPolicy", vectorization="async", normalize_observations=True)),
-    "pipeline": Kind("pipeline", STAGES, again=("pipeline", "pipeline.yaml")),
+    "pipeline": Kind("pipeline", pipeline, again=("pipeline", "pipeline.yaml")),
 }
 KILLS = int(os.environ.get("SUREFOOT_KILLS", "3"))  # of each kind
 
@@ -317,7 +324,8 @@ def test_a_kill_at_a_random_moment_changes_nothing(
 
 
 LEVELS = int(os.environ.get("SUREFOOT_LEVELS", "8"))  # to which a disk is filled, for each kind
-MOUNT = 'mount -t tmpfs -o size=16m none "$0" && exec "$@"'
+DISK = 1 << 24  # bytes
+MOUNT = f'mount -t tmpfs -o size={DISK} none "$0" && exec "$@"'
 
 
 @pytest.mark.slow
@@ -325,29 +333,33 @@ MOUNT = 'mount -t tmpfs -o size=16m none "$0" && exec "$@"'
 def test_a_disk_that_fills_is_one_line_and_with_room_again_the_run_goes_on(
     tmp_path: Path, base: Path, *, kind: str, expected: dict[str, Any]
 ) -> None:
-    disk, seen = tmp_path / "runs", set()
+    disk = tmp_path / "runs"
     disk.mkdir()
     inside = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", MOUNT, str(disk))
     if subprocess.run([*inside, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no disk can be mounted here")
-    KILLED[kind].project(tmp_path, base)
+    it = KILLED[kind]
+    it.project(tmp_path, base)
     with Warm(*inside) as warm:
-        assert warm.run(tmp_path, *KILLED[kind].start).code == 0
-        there = warm.seen(disk)
-        size = sum(-(-path.stat().st_size // 4096) * 4096 for path in there.rglob("*"))
-        for nth in range(LEVELS):
-            shutil.rmtree(there / "run")
-            free = os.statvfs(there).f_bavail * 4096
-            (there / "other").write_bytes(b"x" * (free - size * nth // LEVELS))
-            ended = warm.run(tmp_path, *KILLED[kind].start)
-            print(nth, ended)
+        there = warm.seen(disk)  # the whole disk
+        assert warm.run(tmp_path, *it.start).code == 0
+        step = sum(path.stat().st_blocks for path in there.rglob("*")) * 512 // LEVELS  # bytes
+        for nth in itertools.count():
+            shutil.rmtree(there / "run", ignore_errors=True)
+            with contextlib.suppress(OSError):  # it is full
+                (there / "other").write_bytes(bytes(DISK))
+            os.truncate(there / "other", max(0, (there / "other").stat().st_size - nth * step))
+            ended = warm.run(tmp_path, *it.start)
             (there / "other").unlink()
+            if ended.code == 0:
+                break
+            assert ended.code == 2 and ended.stderr.count("\n") == 1 and "No space left on device" in ended.stderr, ended
             is_begun = (there / "run" / "config.yaml").exists()
-            assert ended.code == 2 and ended.stderr.count("\n") == 1 and "No space left on device" in ended.stderr
-            seen.add(ended.stderr)
-            ended = warm.run(tmp_path, *(KILLED[kind].again if is_begun else KILLED[kind].start))
-            assert ended.code == 0, ended
+            again = warm.run(tmp_path, *(it.again if is_begun else it.start))
+            assert again.code == 0, (nth, ended, again)
             assert_equal(there / "run", expected)
+            assert sorted(path.name for path in there.iterdir()) == ["run"], (nth, ended)
+        assert nth >= LEVELS
 
 
 # Kind of run, file, what is done to it, and the keys that are named.

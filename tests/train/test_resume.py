@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import random
-import shutil
 import signal
-import time
 from typing import Any
 
 import pytest
 
 from tests.tiny import LSTM
 from tests.train.small_run import EPISODES, UPDATES, assert_equal, outcome, write_base, write_project
-from tests.train.warm import Strike, cold, wait_for
+from tests.train.warm import Strike
 
 KILL = [int(signal.SIGKILL)]
 REWARD = "random:gauss"  # drawn by the reward function once an answer
@@ -93,25 +88,3 @@ def test_whatever_is_trained_is_resumed(tmp_path, warm, family: str, policy: dic
     assert warm.run(folders[1], "ppo", "ppo.yaml", strikes=[Strike(STEP, 15, KILL)]).code == -signal.SIGKILL
     assert warm.run(folders[1], "resume", "runs/run").code == 0
     assert_equal(runs[1], outcome(runs[0]))
-
-
-@pytest.mark.slow
-def test_twenty_kills_at_random_moments_change_nothing(tmp_path, base, warm, uninterrupted):
-    chance, kills, lines = random.Random(3), 0, set()
-    while kills < 20:
-        folder = tmp_path / str(kills)
-        shutil.rmtree(folder, ignore_errors=True)
-        run = write_project(folder, base)
-        process = warm.start(folder, "ppo", "ppo.yaml")
-        wait_for(run / "config.yaml")
-        time.sleep(chance.uniform(0, 1.0))
-        with contextlib.suppress(ProcessLookupError):  # it was faster
-            os.kill(process, signal.SIGKILL)
-        if warm.wait().code == 0:
-            continue
-        kills += 1
-        lines.add((run / "metrics.jsonl").read_bytes().count(b"\n") if (run / "metrics.jsonl").exists() else 0)
-        ended = cold(folder, "resume", "runs/run")
-        assert ended.code == 0, ended.stderr
-        assert_equal(run, uninterrupted)
-    assert len(lines) > 5, f"the kills all fell in the same places: after {lines} lines of metrics"

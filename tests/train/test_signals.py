@@ -4,8 +4,6 @@ import contextlib
 import errno
 import io
 import os
-import random
-import shutil
 import signal
 import sys
 import threading
@@ -18,7 +16,7 @@ import pytest
 from surefoot.errors import Interrupted
 from surefoot.train.signals import StopRequest
 from tests.train.small_run import assert_equal, noisy_letters, python_ppo, python_task, rows, same_weights, write_project
-from tests.train.warm import Strike, cold, wait_for
+from tests.train.warm import Strike
 
 TERM, INT, KILL, HUP = (int(getattr(signal, f"SIG{name}")) for name in ("TERM", "INT", "KILL", "HUP"))
 DECODE = "surefoot.generation.engine:TokenEngine._decode"
@@ -148,32 +146,6 @@ def test_control_c_while_loading_is_one_line(tmp_path, base, warm):
     ended = warm.run(tmp_path, "ppo", "ppo.yaml", strikes=[Strike("surefoot.build.language:load_policy", 1, [INT])])
     assert (ended.code, ended.stderr) == (130, "surefoot: stopped\n")
     assert not run.exists()
-
-
-@pytest.mark.slow
-def test_twenty_signals_at_random_moments_change_nothing(tmp_path, base, warm, uninterrupted):
-    chance, stops = random.Random(4), []
-    while len(stops) < 20:
-        folder = tmp_path / str(len(stops))
-        shutil.rmtree(folder, ignore_errors=True)
-        run = write_project(folder, base)
-        process = warm.start(folder, "ppo", "ppo.yaml")
-        wait_for(run / "metrics.jsonl")  # before that the run has not begun, and the signal simply ends it
-        time.sleep(chance.uniform(0, 0.7))
-        with contextlib.suppress(ProcessLookupError):  # it was faster
-            os.kill(process, TERM)
-        asked, ended = time.monotonic(), warm.wait()
-        newest = (run / "checkpoints" / "latest").read_text()
-        if newest == "00000006" and ended.code in (0, -TERM):  # at its end it has no more use for the signal
-            continue
-        assert ended.code == 128 + TERM, ended
-        assert ended.stderr.endswith("saved; continue with: surefoot resume runs/run\n") and ended.stderr.count("\n") == 1
-        assert time.monotonic() - asked < 5
-        stops.append(newest)
-        ended = cold(folder, "resume", "runs/run")
-        assert ended.code == 0, ended.stderr
-        assert_equal(run, uninterrupted, but=OTHERS)
-    assert len(set(stops)) > 3, stops
 
 
 def interrupting(at_call) -> Any:

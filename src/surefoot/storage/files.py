@@ -5,8 +5,8 @@ import fcntl
 import glob
 import hashlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,14 +74,14 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError), _locked(path):  # its writer was killed
             shutil.rmtree(path, ignore_errors=True)
     # Under another name: what lies beside `folder` belongs to others.
-    beside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=ASIDE, dir=folder.parent))
+    aside = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{ASIDE}")
+    aside.mkdir()
     try:
-        with _locked(beside):
-            (aside := beside / "folder").mkdir()  # with a folder's usual permissions, which `beside` has not
+        with _locked(aside):
             yield aside
-            os.replace(aside, folder)
+            os.replace(aside, folder)  # and a kill from here on leaves nothing
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextlib.contextmanager
