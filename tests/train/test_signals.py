@@ -1,6 +1,5 @@
 """SIGTERM and Ctrl-C, once and twice, at every place of a run of text: what is saved, said and gone on with."""
 
-import contextlib
 import errno
 import io
 import os
