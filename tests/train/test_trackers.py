@@ -15,7 +15,7 @@ from surefoot.config import make_config
 from tests.golden import refused
 from tests.train.small_run import assert_equal, outcome, python_ppo, rows
 
-CLOCK = ("time/", "throughput/", "eval/samples")
+CLOCK = ("time/", "throughput/", "samples")
 
 
 class Fake(ModuleType):
@@ -74,7 +74,7 @@ def test_a_tracker_gets_what_the_logs_get_and_a_resumed_run_is_the_same_one_ther
     else:
         first, second = ({key: call[-1].get(key) for key in ("name", "id")} for kind, call in fake.seen if kind == "init")
         assert first == second and any(first.values())
-        tables = [call[0]["eval/samples"] for kind, call in fake.seen if kind == "log" and "eval/samples" in call[0]]
+        tables = [call[0]["samples"] for kind, call in fake.seen if kind == "log" and "samples" in call[0]]
     texts = [row["completion"] for row in rows(run, "samples.jsonl") if row["split"] == "held_out"]
     assert [row["completion"] for table in tables for row in table] == texts
 

@@ -87,7 +87,7 @@ class _WandB:
         table = self._library.Table(
             columns=columns, data=[[row.get(name) for name in columns] for row in rows]
         )
-        self._library.log({"eval/samples": table}, step=update)
+        self._library.log({"samples": table}, step=update)
 
     def close(self) -> None:
         self._library.finish()
