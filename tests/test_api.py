@@ -39,8 +39,8 @@ def small(policy: object = None, env: TextTask | None = None, **settings: object
 
 
 def test_the_public_names_are_complete_documented_and_the_same_to_type_checkers():
-    promised = "BaseCallback DPO PPO PPOObjective RewardModel SFT TextTask advantages collect evaluate_policy load_policy"
-    promised += " make_env make_optimizer make_policy new_model update"
+    promised = "A2C BaseCallback DPO MaskablePPO PPO PPOObjective RecurrentPPO RewardModel SFT TextTask advantages collect"
+    promised += " evaluate_policy load_policy make_env make_optimizer make_policy new_model update"
     errors = {name for name, value in vars(surefoot.errors).items() if isinstance(value, type) and issubclass(value, Exception)}
     assert set(surefoot.__all__) == {*promised.split()} | errors
     for name in surefoot.__all__:
@@ -63,7 +63,8 @@ def plain_signature(function: Callable[..., object]) -> str:
 
 SIGNATURES = {
     PPO.__init__: "(self, policy, env=None, *, config=None, verbose=1, run=None, ptx_data=None, **settings)",
-    PPO.learn: "(self, total=None, /, callback=None, progress_bar=False, *, total_episodes=None, total_timesteps=None)",
+    PPO.learn: "(self, total=None, /, callback=None, progress_bar=False, *, total_episodes=None, total_timesteps=None,"
+    " reset_num_timesteps=True, log_interval=None, tb_log_name=None)",
     PPO.evaluate: "(self, episodes=None)",
     PPO.generate: "(self, prompts, *, seed=0, **sampling)",
     PPO.predict: "(self, observation, state=None, episode_start=None, deterministic=False, *, action_masks=None)",

@@ -30,7 +30,7 @@ ROOMS: dict[str, set[str]] = {
     "rewards": {"config", "core", "data", "storage"},
     "rollout": {"config", "core", "data", "envs", "rewards", "generation", "policies.base"},
     "train": {"config", "core", "storage", "data", "rollout", "policies.base"},
-    "train.observers": {"config", "storage", "data", "train"},
+    "train.observers": {"config", "storage", "train"},
     "build": {"config", "train", "train.observers", *STEPS, *POLICIES},
     "api": {"config", "train", "train.observers", "build", *STEPS, *POLICIES},
     "cli": {"config", "api", "build", "storage", "data", "envs", "rollout", "migrate"},
@@ -203,11 +203,11 @@ def test_functions_stay_short() -> None:
 
 
 def test_classes_inherit_from_libraries_only() -> None:
-    """But for the roots of the errors and of the configuration, and for protocols."""
+    """But for the roots of the errors and of the configuration, for protocols and for PPO's other names."""
     classes = list(nodes(ast.ClassDef))
     protocols = {node.name for _, node in classes if any("Protocol" in ast.unparse(base) for base in node.bases)}
     errors = {node.name for file, node in classes if file == "errors.py"}
-    own = {node.name for _, node in classes} - protocols - errors - {"Section", "OptimizerFields", "ExampleFields"}
+    own = {node.name for _, node in classes} - protocols - errors - {"Section", "OptimizerFields", "ExampleFields", "PPO"}
     listed([f"{f}:{n.lineno}: {n.name}" for f, n in classes if own & {ast.unparse(base).split(".")[-1] for base in n.bases}])
 
 

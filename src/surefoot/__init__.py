@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from surefoot.api.evaluate import evaluate_policy as evaluate_policy
     from surefoot.api.new_model import new_model as new_model
+    from surefoot.api.on_policy import A2C as A2C
+    from surefoot.api.on_policy import MaskablePPO as MaskablePPO
+    from surefoot.api.on_policy import RecurrentPPO as RecurrentPPO
     from surefoot.api.parts import collect as collect
     from surefoot.api.parts import make_env as make_env
     from surefoot.api.parts import make_policy as make_policy
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "api.evaluate": ("evaluate_policy",),
     "api.new_model": ("new_model",),
+    "api.on_policy": ("A2C", "MaskablePPO", "RecurrentPPO"),
     "api.parts": ("collect", "make_env", "make_policy"),
     "api.ppo": ("PPO",),
     "api.reward_model": ("RewardModel",),
@@ -50,6 +54,11 @@ def __getattr__(name: str) -> Any:
     # torch takes seconds to import; `import surefoot` and `surefoot --help` must not wait for it.
     if name in _HOMES:
         return getattr(importlib.import_module(f"surefoot.{_HOMES[name]}"), name)
+    if name.endswith("Callback") or name.startswith(
+        ("StopTraining", "Vec", "DummyVec", "SubprocVec", "make_vec")
+    ):
+        how = "the one of stable_baselines3 works here: import it from there (docs/from-sb3.md)"
+        raise ImportError(f"surefoot has no {name}; {how}")  # an AttributeError's words would be lost
     if name == "assets":
         return importlib.import_module("surefoot.data.assets")
     raise AttributeError(f"module 'surefoot' has no attribute {name!r}")

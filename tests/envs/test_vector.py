@@ -256,7 +256,6 @@ SETTINGS: list[tuple[Any, Any, dict[str, Any], str]] = [
     ("CartPole-v1", "MlpPolcy", {}, "MlpPolicy"),
     ("CartPole-v1", "CnnPolicy", {}, "policy.model"),
     ("CartPole-v1", "MlpPolicy", {"n_envs": 2, "env_kwargs": {"wheels": 3}}, "wheels"),
-    ("CartPole-v1", "MlpLstmPolicy", {"batch_size": 12}, "ppo.batch_size (12)"),
     (Counter(), "MlpPolicy", {"n_envs": 4}, "n_envs"),
     (Counter(), network(features_dim=7), {}, "[2, 1] for 2 observations; not [2, 7]"),
     (Counter(), network(act=None), {}, "lacks acting, "),

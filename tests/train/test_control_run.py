@@ -216,7 +216,9 @@ def test_a_model_of_an_environment_that_gymnasium_made_is_loaded_without_it() ->
     assert evaluate_policy(model, n_eval_episodes=2, warn=False)[0] <= 9
     assert PPO.open("saved").predict(numpy.zeros(4))[0] in (0, 1)
     small(env=gymnasium.wrappers.FlattenObservation(gymnasium.make("CartPole-v1"))).save("wrapped")
-    refusal(lambda: load("wrapped"), "give it again")
+    wrapped = load("wrapped")  # to predict alone
+    assert wrapped.predict(numpy.zeros(4))[0] in (0, 1)
+    refusal(lambda: wrapped.learn(8), "set_env")
     short = gymnasium.make("CartPole-v1", max_episode_steps=7)  # one that is given takes precedence
     model = load("saved", short)
     assert model.env.env.envs[0].env is short and model.config.env is not None and model.config.env.id is None
@@ -362,7 +364,7 @@ def test_the_global_generators_are_started_for_those_who_give_a_seed() -> None:
     assert len({PPO("MlpPolicy", "CartPole-v1", seed=None, verbose=0).config.seed for _ in range(2)}) == 2
 
 
-IN_KWARGS = {"optimizer_class": torch.optim.SGD, "activation_fn": nn.Softmax, "shared_lstm": True, "enable_critic_lstm": False}
+IN_KWARGS = {"optimizer_class": torch.optim.SGD, "activation_fn": nn.Softmax, "use_beta": True}
 KEYWORDS = [({"policy_kwargs": {name: value}}, f"policy_kwargs.{name}") for name, value in IN_KWARGS.items()]
 KEYWORDS += [({"policy_kwargs": {"net_arch": value}}, "policy.network.net_arch") for value in ({"q": [3]}, [0])]
 KEYWORDS += [({"clip_range_vf": lambda left: left}, "clip_range_vf"), ({"stats_window_size": 7}, "stats_window_size")]

@@ -3,12 +3,20 @@
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 
 from surefoot.api.generate import Generates
 from surefoot.api.session import HasSession, Session, check_policy, merge, named_file, open_folder, resume
-from surefoot.api.stable_baselines import SCHEDULED, Schedules, translated
+from surefoot.api.stable_baselines import (
+    SCHEDULED,
+    Schedules,
+    StableBaselines,
+    Translated,
+    policy_name,
+    translated,
+)
 from surefoot.build.control import build_control_policy, build_vector
 from surefoot.build.language import build_demonstrations, build_policy, build_task, probe_functions
 from surefoot.build.preflight import SETTINGS, preflight
@@ -19,6 +27,7 @@ from surefoot.core.seeds import derived_seed
 from surefoot.envs.gym import Vector
 from surefoot.envs.make import made_from
 from surefoot.envs.observations import Checks, batched
+from surefoot.envs.spaces import load_spaces
 from surefoot.envs.text import TextTask
 from surefoot.errors import InputError
 from surefoot.policies.lm.policy import CausalLMPolicy
@@ -27,7 +36,7 @@ from surefoot.storage.run_folder import RunFolder
 
 
 @with_settings(setting_keys("ppo"))
-class PPO(HasSession, Generates):
+class PPO(HasSession, Generates, StableBaselines):
     """Train a policy in an environment with PPO.
 
     For language: `policy` is an asset's name, a local model folder, a Hugging Face hub id or a loaded
@@ -50,6 +59,7 @@ class PPO(HasSession, Generates):
         ptx_data: Any = None,
         **settings: Any,
     ):
+        policy = policy_name(policy)
         is_module = isinstance(policy, nn.Module) and not isinstance(env, TextTask)
         is_control = is_module or str(policy) in NETWORKS or (config is not None and config.env is not None)
         if is_control and env is None and config is None:
@@ -60,9 +70,8 @@ class PPO(HasSession, Generates):
             raise InputError(f"env: expected a TextTask(prompts, reward), got {given:.60}; {how}")
         # A module makes features alone: `model` is the network after it.
         check_policy(policy, {} if is_module else settings, nn.Module if is_control else CausalLMPolicy)
-        schedules: Schedules = {}
-        if is_control:
-            settings, schedules = translated(settings)
+        none: Translated = Translated(settings, {}, None)
+        settings, schedules, extractor = translated(settings, policy) if is_control else none
         of_text = "task" if config is None else config.supervised or "task"
         data = sections_for(config, "env" if is_control else of_text)
         merge(data, ours := nested(settings, "env" if is_control else "task"))
@@ -89,7 +98,7 @@ class PPO(HasSession, Generates):
             spaces = (self.env.observation_spaces, self.env.action_space)
             self._checks = Checks(*spaces, name=self.env.name, where="predict")
             module = policy if isinstance(policy, nn.Module) else None
-            self.policy = build_control_policy(self.config, self.env, module)
+            self.policy = build_control_policy(self.config, self.env, module, make=extractor)
         else:
             self.env = env
             if env is not None:
@@ -108,8 +117,7 @@ class PPO(HasSession, Generates):
     @property
     def num_timesteps(self) -> int:
         """Timesteps (of a task: episodes) so far; callbacks see it grow with every step."""
-        adapter = self._session.adapter  # knows of the rollout under way too
-        return self._session.progress.collected if adapter is None else adapter.num_timesteps
+        return self._session.num_timesteps
 
     def learn(
         self,
@@ -120,12 +128,17 @@ class PPO(HasSession, Generates):
         *,
         total_episodes: int | None = None,
         total_timesteps: int | None = None,
+        reset_num_timesteps: bool = True,
+        log_interval: Any = None,
+        tb_log_name: Any = None,
     ) -> "PPO":
         """Train for `total_episodes` or `total_timesteps` more, or to the end that was asked for last.
 
         `callback` is a function `(locals, globals) -> bool | None`, a `BaseCallback` or a list of them
-        (train/callbacks.py); `progress_bar` shows the display even where `verbose` is 0. Raises Interrupted
-        after SIGTERM, SIGHUP or Ctrl-C, once it has saved.
+        (train/callbacks.py); `progress_bar` shows the display even where `verbose` is 0. An environment that
+        was given begins new episodes, unless `reset_num_timesteps=False`. `log_interval` and `tb_log_name`
+        change nothing: every update is logged, in the run's folder. Raises Interrupted after SIGTERM, SIGHUP
+        or Ctrl-C, once it has saved.
         """
         is_control = self.config.env is not None
         named, other = (total_timesteps, total_episodes) if is_control else (total_episodes, total_timesteps)
@@ -133,7 +146,9 @@ class PPO(HasSession, Generates):
         if other is not None:
             raise InputError(f"learn: this run counts {name.removeprefix('total_')}; say learn({name}=...)")
         more = total if named is None else named
-        if self._has_learned and self.config.env is not None and self.config.env.id is None:
+        more = int(more) if isinstance(more, (float, numpy.number)) and more == more // 1 else more
+        is_given = is_control and self.config.env.id is None  # type: ignore[union-attr]
+        if is_given and self._has_learned and reset_num_timesteps:
             self._session.start_over()  # the environment is the user's, who may have used it in between
         self._has_learned = True
         self._session.learn(more, name, callback=callback, model=self, show=progress_bar)
@@ -190,9 +205,18 @@ class PPO(HasSession, Generates):
         own (`policy=...`), demonstrations that were rows (`ptx_data=...`), and `accept_changes=True`
         where prompts, a reward's file, demonstrations or the model changed, which is refused otherwise.
         """
+        named = Path(folder)
+        if named.is_file():
+            raise InputError(
+                f"{named} is a file; ours are folders, and a zip's pickles are not read: train again"
+            )
+        if named.suffix == ".zip" and not named.exists():  # as Stable-Baselines3 has it
+            folder = named.with_suffix("")
         config, run = open_folder(folder, "PPO", is_given=env is not None)
         if run is None:
             name = str(folder) if config.env is None else config.policy.model
+            if config.env is not None and config.env.id is None and env is None:
+                env = load_spaces(Path(folder))
             model = cls(given.pop("policy", name), env, config=config, verbose=verbose, **given)
             model.policy.load_extras(Path(folder))
             if isinstance(model.env, Vector):
@@ -234,6 +258,8 @@ def _put_environment(data: dict[str, Any], env: Any, settings: dict[str, Any], s
         data["env"]["id"] = env
     elif env is not None:
         data["env"] |= {"id": None, "n_envs": settings.get("n_envs", 1)}
+        if not (settings.get("seed") is not None or "seed" in data):
+            data["env"].setdefault("reseed", False)
     for value, schedule in SCHEDULED.items():
         if value in settings and value not in schedules and data.get("ppo", {}).get(schedule) == "function":
             data["ppo"][schedule] = "constant"

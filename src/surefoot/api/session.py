@@ -14,7 +14,6 @@ load       Of a run's folder, the run where it stands, bit for bit, with its opt
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -40,6 +39,7 @@ from surefoot.storage.run_folder import RunFolder
 from surefoot.storage.streams import outlived
 from surefoot.train import checkpoint, loop
 from surefoot.train.callbacks import CallbackAdapter, calling
+from surefoot.train.logger import Logger, recording
 from surefoot.train.objective import Objective
 from surefoot.train.observers.observed import observed
 
@@ -65,8 +65,14 @@ class Session:
         self.demonstrations: Demonstrations | None = None
         self.folder = run  # once the run has begun
         self.accept_changes = False  # of its inputs, when it goes on
+        self.logger = Logger()
         self._training: loop.Training | None = None
-        self.adapter: CallbackAdapter | None = None  # while learning with a callback
+        self.adapter: CallbackAdapter | None = None  # of a `learn` with a callback
+
+    @property
+    def num_timesteps(self) -> int:
+        """Units of the budget so far, those of the rollout under way, or of one that was ended, included."""
+        return self.progress.collected if self.adapter is None else self.adapter.num_timesteps
 
     @property
     def progress(self) -> loop.Progress:
@@ -96,7 +102,7 @@ class Session:
         if self._training is None:
             given: Any = {"folder": self.folder, "accept": self.accept_changes}
             training = build_training(self.config, self.policy, self.source, self.parts, **given)
-            training.schedules = dict(self.schedules)
+            training.schedules, training.recorded = dict(self.schedules), self.logger.recorded
             self._training, self.folder = training, training.folder
         return self._training
 
@@ -119,18 +125,14 @@ class Session:
         if more is not None:
             units = len(self.source.train) if isinstance(self.source, Examples) else 1
             training.total = training.progress.collected + more * units
-        is_shown = bool(self.verbose or show)
-        if more is None and training.is_finished:  # the command line, which has its own words, shows none
-            what = f"{training.folder.path} has been trained to its end; learn({name}=N) trains it further"
-            warnings.warn(what, stacklevel=3)
+        is_shown, self.adapter = bool(self.verbose or show), None
+        if more is None and training.is_finished and is_shown:
+            print(f"{training.folder.path} has been trained to its end; learn({name}=N) trains it further")
         with outlived(), self._held(training), observed(training, show=is_shown):
-            with calling(callback, training, model) as adapter:
+            with calling(callback, training, model) as adapter, recording(self.logger, training):
                 self.adapter = adapter if callback else None
-                try:
-                    if not training.is_finished:
-                        loop.run(training)
-                finally:
-                    self.adapter = None
+                if not training.is_finished:
+                    loop.run(training)
             finish()
 
     def follow_total(self) -> None:
@@ -158,6 +160,8 @@ class Session:
 
     def save(self, folder: str | Path, config: Config | None = None) -> None:
         """Write the policy and its settings, or those of `config`. Raises InputError if the disk refuses."""
+        if not isinstance(folder, (str, Path)):
+            raise InputError(f"save: a folder's path is needed, not a {type(folder).__name__}")
         folder, config = Path(folder), absolute_paths(config or self.config)
         # A new folder appears when it is whole; one that exists is written into.
         aside = contextlib.nullcontext(folder) if folder.exists() else whole_folder(folder)
@@ -218,6 +222,11 @@ class HasSession(Protocol):
     def run_folder(self) -> Path | None:
         """Where the run lies, once it has begun."""
         return self._session.folder.path if self._session.folder else None
+
+    @property
+    def logger(self) -> Any:
+        """Takes numbers by `record(name, value)`, which stand in the run's metrics."""
+        return self._session.logger
 
     @property
     def is_finished(self) -> bool:

@@ -67,7 +67,8 @@ def build_objective(config: Config, policy: Any, rollout: Rollout, ptx_data: Any
     if isinstance(rollout, PairRollout):
         return supervised_objectives.DPOObjective(rollout.loss, config.dpo)
     if ptx_data is None or (ptx := config.ptx) is None:
-        return PPOObjective(config, accelerator=fast_mlp.accelerator(policy))
+        is_adam = config.ppo.optimizer == "adam"
+        return PPOObjective(config, accelerator=fast_mlp.accelerator(policy) if is_adam else None)
     micro, temperature = config.ppo.micro_batch_tokens, config.generation.temperature
     shared = {name: getattr(ptx, name) for name in ("batch_size", "max_tokens", "mask_history")}
     sft = SFTConfig(micro_batch_tokens=micro, **shared)

@@ -35,6 +35,9 @@ class EnvConfig(Section):
     vectorization: Literal["sync", "async", "native"] = setting(
         "sync", "`sync`: one process; `async`: a worker process each; `native`: its own (Atari, CartPole)."
     )
+    reseed: bool = setting(
+        True, "Seed every episode, so that a resume repeats it; `false`: the first alone, as plain Gymnasium."
+    )
     kwargs: dict[str, Any] = setting({}, "Keyword arguments; of games also `max_moves`, for truncation.")
     eval_kwargs: dict[str, Any] = setting({}, "Changes to `kwargs` for evaluation.")
     normalize_observations: bool = setting(False, "Box spaces, by running mean and std; clipped to ±10.")

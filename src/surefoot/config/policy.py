@@ -51,15 +51,19 @@ class CriticConfig(Section):
         return self
 
 
+# fmt: off
+Activation = Literal["tanh", "relu", "elu", "gelu", "silu", "leaky_relu", "sigmoid", "mish", "selu", "celu",
+                     "softplus", "relu6", "softsign", "hardtanh", "hardswish", "identity"]
+# fmt: on
+
+
 class NetworkConfig(Section):
     """The network of `MlpPolicy` and its kin; names as in Stable-Baselines3's `policy_kwargs`."""
 
     net_arch: list[Positive] | dict[Literal["pi", "vf"], list[Positive]] | None = setting(
         None, "Widths of hidden layers, or `{pi: [64], vf: [64]}`; `null`: `[64, 64]`, none after a CNN."
     )
-    activation: Literal["tanh", "relu", "elu", "gelu", "silu", "leaky_relu"] = setting(
-        "tanh", "Between layers."
-    )
+    activation: Activation = setting("tanh", "Between layers.")
     share: bool = setting(False, "One trunk for policy and value instead of two (layers, and LSTM).")
     ortho_init: bool = setting(True, "Orthogonal initialization: gain √2; actions 0.01, the value 1.")
     log_std_init: float = setting(0.0, "Initial log standard deviation of continuous actions.")

@@ -3,6 +3,8 @@
 `step` always gives the observations to act on next, the true final observation of an episode that ended, and
 which of the transitions are valid. Environments that we make are reset by us, each episode from its own seed:
 seed and actions repeat an episode exactly, and that is how a resumed run finds its environments as they were.
+With `reseed=False` an environment is reset as in plain Gymnasium, first from a seed and then without: what it
+draws and remembers goes on, and a resumed run begins new episodes.
 """
 
 import contextlib
@@ -23,9 +25,10 @@ from surefoot.core.running import RunningStats
 from surefoot.core.seeds import derived_seed
 from surefoot.data.user_code import Guard
 from surefoot.envs.observations import Arrays, Checks, check_sizes, choices, flat, leaves, mask_width
+from surefoot.envs.spaces import save_spaces
 from surefoot.errors import InputError
 from surefoot.rewards.functions import LARGEST_REWARD
-from surefoot.types import ACTION_MASK
+from surefoot.types import ACTION_MASK, OBSERVATION
 
 Flags: TypeAlias = NDArray[numpy.bool_]
 
@@ -47,6 +50,17 @@ class VectorStep:
     episode_starts: Flags  # an episode begins with `observations`
     final_observations: Arrays | None  # where an episode ended, its last observation; None if none did
     infos: dict[str, Any]
+    actions: NDArray[Any]
+
+    def infos_by_env(self) -> list[dict[str, Any]]:
+        """The dictionary of arrays as the list of dictionaries that Stable-Baselines3 has."""
+        found = _by_env(self.infos, len(self.rewards))
+        for i in self.ended.nonzero()[0].tolist():
+            found[i]["TimeLimit.truncated"] = bool(self.truncated[i] and not self.terminated[i])
+            if self.final_observations is not None:
+                last = {name: values[i] for name, values in self.final_observations.items()}
+                found[i]["terminal_observation"] = last.get(OBSERVATION, last)
+        return found
 
 
 class Vector:
@@ -57,20 +71,26 @@ class Vector:
     environment that fails and for what `Checks` refuses.
     """
 
-    def __init__(self, env: Any, *, seed: int, name: str | None = None):
-        self.env, self.seed, self.num_envs = env, seed, env.num_envs
+    def __init__(self, env: Any, *, seed: int | None, name: str | None = None, reseed: bool = True):
+        self.env, self.seed, self.num_envs = env, seed or 0, env.num_envs
+        self.reseed, self._seeds_next = reseed, seed is not None
         self.name = name or env_name(env)
         self._guard = Guard(f"env {self.name}", "failed:")
         self.mode = env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
+        self._resets_here = self.mode == AutoresetMode.DISABLED
         # Whether episodes are begun by us from a seed, so that they can be repeated.
-        self.repeats_itself = self.mode == AutoresetMode.DISABLED
+        self.repeats_itself = self._resets_here and self.reseed
         check_sizes(env.single_observation_space, env.single_action_space)
         self.observation_spaces = leaves(env.single_observation_space)
         self.action_space = env.single_action_space
         # Whether the sub-environments name their legal actions as sb3-contrib has it.
+        is_theirs = hasattr(env, "venv")  # vec_env.py
         self._masks_by_call = (
             ACTION_MASK not in self.observation_spaces
-            and isinstance(env, (gymnasium.vector.SyncVectorEnv, gymnasium.vector.AsyncVectorEnv))
+            and (
+                isinstance(env, (gymnasium.vector.SyncVectorEnv, gymnasium.vector.AsyncVectorEnv))
+                or is_theirs
+            )
             and all(self._guarded(env.call, "has_wrapper_attr", "action_masks"))
         )
         if self._masks_by_call:
@@ -96,12 +116,13 @@ class Vector:
 
     def reset(self) -> Arrays:
         """Begin an episode in every sub-environment."""
-        if self.repeats_itself:
+        if self._resets_here:
             return self._reset_where(numpy.ones(self.num_envs, dtype=numpy.bool_))
         self.episodes += 1
         self._just_ended[:] = False
         # An environment's native vectorized form takes one number, from which it counts up.
-        return self._arrays(self._guarded(self.env.reset, seed=self._seed_of(0))[0])
+        seed, self._seeds_next = self._seed_of(0) if self._seeds_next else None, self.reseed
+        return self._arrays(self._guarded(self.env.reset, seed=seed)[0])
 
     def step(self, actions: NDArray[Any]) -> VectorStep:
         """Act in every sub-environment. `actions` [N, ...] must lie in the action space."""
@@ -111,6 +132,10 @@ class Vector:
                     history.append(action)
         # Copied: an environment may change what it is given, and these are in the batch and in the history.
         observations, rewards, terminated, truncated, infos = self._guarded(self.env.step, actions.copy())
+        if not isinstance(infos, dict):
+            raise InputError(
+                f"env {self.name}: its infos are a {type(infos).__name__}; leave DictInfoToList out"
+            )
         valid = ~self._just_ended
         ended = (terminated | truncated) & valid
         starts, final = ended, None
@@ -119,7 +144,7 @@ class Vector:
             self._just_ended, starts = ended, ~valid
             final = arrays if ended.any() else None
         elif ended.any():
-            if self.repeats_itself:
+            if self._resets_here:
                 final, arrays = arrays, self._reset_where(ended)
             else:
                 final = self._final_observations(arrays, infos, ended)
@@ -129,7 +154,7 @@ class Vector:
             found = f"env {self.name}: the reward of sub-environment {index} is {rewards[index]}"
             raise InputError(f"{found}; a number of at most ±{LARGEST_REWARD:g} is needed")
         ends = (terminated & valid, truncated & valid, ended)
-        return VectorStep(arrays, rewards, *ends, valid, starts, final, infos)
+        return VectorStep(arrays, rewards, *ends, valid, starts, final, infos, actions)
 
     def state(self) -> dict[str, Any]:
         """Seeds and actions of the episodes under way, if they can be repeated: JSON, but for arrays."""
@@ -166,6 +191,8 @@ class Vector:
     def save(self, folder: Path) -> None:
         """Write the statistics that normalize rewards, if there are any, beside a policy."""
         (folder / REWARD_STATS).unlink(missing_ok=True)  # another model's
+        spaces_ = {"observation": self.env.single_observation_space, "action": self.action_space}
+        save_spaces(folder, **spaces_, has_masks=self._masks_by_call)
         if self.reward_stats.count:
             (folder / REWARD_STATS).write_text(json.dumps(asdict(self.reward_stats)), encoding="utf-8")
 
@@ -201,7 +228,9 @@ class Vector:
         return self._arrays(self._reset_raw(ended))
 
     def _reset_raw(self, where: Flags) -> Any:
-        seeds = [self._seed_of(i) if is_reset else None for i, is_reset in enumerate(where)]
+        seeded = where & self._seeds_next
+        seeds = [self._seed_of(i) if is_seeded else None for i, is_seeded in enumerate(seeded)]
+        self._seeds_next = self.reseed  # the first call is for all of them
         return self._guarded(self.env.reset, seed=seeds, options={"reset_mask": where.copy()})[0]
 
     def _final_observations(self, arrays: Arrays, infos: Mapping[str, Any], ended: Flags) -> Arrays:
@@ -232,6 +261,7 @@ class Vector:
             with self._guard:
                 return call(*args, **settings)
         except InputError as error:
+            self.position = None  # nobody knows where it stands
             if (cause := error.__cause__) is None:  # our own line, not the guard's
                 raise
             # Gymnasium's `close` would wait for the reply that a dead worker owes.
@@ -246,6 +276,18 @@ class Vector:
             if is_apart and isinstance(cause, (EOFError, ConnectionError)):
                 raise InputError(f"env {self.name} failed: one of its worker processes died") from cause
             raise
+
+
+def _by_env(infos: Mapping[str, Any], num_envs: int) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = [{} for _ in range(num_envs)]
+    for name, values in infos.items():
+        if name.startswith("_"):
+            continue
+        inner = _by_env(values, num_envs) if isinstance(values, Mapping) else values
+        has_it = infos.get(f"_{name}", numpy.ones(num_envs, dtype=bool))
+        for i in numpy.flatnonzero(has_it):
+            found[i][name] = inner[i]
+    return found
 
 
 def env_name(env: Any) -> str:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from surefoot.data.user_code import Guard
 from surefoot.envs.gym import Vector, env_name
 from surefoot.envs.observations import check_sizes
+from surefoot.envs.vec_env import FromVecEnv, VecEnv, is_vec_env
 from surefoot.errors import InputError
 from surefoot.types import OBSERVATION
 
@@ -38,7 +39,8 @@ def make_vector(
     n_envs: int,
     vectorization: str = "sync",
     kwargs: Mapping[str, Any],
-    seed: int,
+    seed: int | None,
+    reseed: bool = True,
 ) -> Vector:
     """`n_envs` of an id or of what a function makes. Raises InputError for an id that does not exist."""
     name = make if isinstance(make, str) else getattr(make, "__name__", "env")
@@ -46,7 +48,7 @@ def make_vector(
         if not isinstance(make, str):
             raise InputError("env.vectorization: native is for Gymnasium ids; use sync or async")
         native = partial(gymnasium.make_vec, make, n_envs, "vector_entry_point", **kwargs)
-        return Vector(_made(name, native), seed=seed)
+        return Vector(_made(name, native), seed=seed, reseed=reseed)
     maker: Any = partial(gymnasium.make, make) if isinstance(make, str) else make
     maker = partial(maker, **kwargs)
     first = _made(name, maker)  # here, not in a worker: its error is then the user's to read
@@ -59,20 +61,24 @@ def make_vector(
         kind = gymnasium.vector.AsyncVectorEnv
     made = partial(_conforming_env, maker)
     env = _made(name, partial(kind, [made] * n_envs, autoreset_mode=AutoresetMode.DISABLED))
-    return Vector(env, seed=seed, name=name)
+    return Vector(env, seed=seed, name=name, reseed=reseed)
 
 
-def wrap_vector(env: Any, *, seed: int) -> Vector:
+def wrap_vector(env: Any, *, seed: int | None, reseed: bool = True) -> Vector:
     """An environment or vector environment that the user has made. Raises InputError for anything else."""
+    if isinstance(env, VecEnv):
+        return env.vector
+    if is_vec_env(env):
+        return Vector(FromVecEnv(env), seed=seed if reseed else None, name=type(env).__name__, reseed=False)
     if isinstance(env, Vector):
         return env
     if isinstance(env, gymnasium.vector.VectorEnv):
-        return Vector(env, seed=seed)
+        return Vector(env, seed=seed, reseed=reseed)
     if not isinstance(env, gymnasium.Env):
         raise InputError(f"env: expected a Gymnasium id or (vector) environment, got {type(env).__name__}")
     kind: Any = partial(gymnasium.vector.SyncVectorEnv, autoreset_mode=AutoresetMode.DISABLED)
     vector = _made(env_name(env), lambda: kind([lambda: Conforming(env)]))
-    return Vector(vector, seed=seed, name=env_name(env))
+    return Vector(vector, seed=seed, name=env_name(env), reseed=reseed)
 
 
 def _conforming_env(make: Callable[[], Any]) -> "Conforming":

@@ -21,10 +21,11 @@ def leaves(space: spaces.Space[Any]) -> dict[str, Any]:
     by_name = flat(space)
     for leaf in by_name.values():
         if not isinstance(leaf, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
-            ours = (
-                "Box, Discrete, MultiDiscrete, MultiBinary and Dict are (FlattenObservation makes most a Box)"
+            ours = "Box, Discrete, MultiDiscrete, MultiBinary and Dict are"
+            how = "FlattenObservation makes a Tuple a Box, FilterObservation leaves parts of a Dict out"
+            raise InputError(
+                f"env: the observation space {type(leaf).__name__} is not supported; {ours} ({how})"
             )
-            raise InputError(f"env: the observation space {type(leaf).__name__} is not supported; {ours}")
     return by_name
 
 
@@ -51,6 +52,10 @@ def flat(observations: Any, prefix: str = "") -> dict[str, Any]:
 
 def batched(spaces_by_name: Mapping[str, Any], observation: Any, masks: Any = None) -> tuple[Arrays, bool]:
     """Observations (one or N) as arrays [N, ...]; whether it was one. Raises InputError for other shapes."""
+    if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], Mapping):
+        raise InputError(
+            "predict: that is what reset() gives, (observation, info); give the observation alone"
+        )
     arrays = {name: numpy.asarray(values) for name, values in flat(observation).items()}
     if masks is not None:
         arrays[ACTION_MASK] = numpy.asarray(masks)
@@ -88,9 +93,6 @@ class Checks:
         self.spaces, self.action_space, self.name, self.where = spaces_by_name, action_space, name, where
         self.row = "sub-environment" if where == "env" else "row"
         if ACTION_MASK in spaces_by_name:
-            if not isinstance(action_space, (spaces.Discrete, spaces.MultiDiscrete)):
-                kind = type(action_space).__name__
-                raise InputError(f"env: action masks are for Discrete and MultiDiscrete actions, not {kind}")
             self._check_mask_shape(spaces_by_name[ACTION_MASK].shape)
         limits = {n: _limits(space) for n, space in spaces_by_name.items() if n != ACTION_MASK}
         self._limits = {n: both for n, both in limits.items() if both is not None}
@@ -152,7 +154,10 @@ class Checks:
 
 
 def mask_width(action_space: Any) -> int:
-    """How many actions a mask names: those of all choices together."""
+    """How many actions a mask names: those of all choices together. Raises InputError for other spaces."""
+    if not isinstance(action_space, (spaces.Discrete, spaces.MultiDiscrete)):
+        kind = type(action_space).__name__
+        raise InputError(f"env: action masks are for Discrete and MultiDiscrete actions, not {kind}")
     return int(action_space.n if isinstance(action_space, spaces.Discrete) else numpy.sum(action_space.nvec))
 
 

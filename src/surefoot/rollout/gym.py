@@ -158,7 +158,11 @@ class GymRollout(Rollout):
         return state | ({} if pool is None else {"opponents": pool.state(), "tensors": pool.tensors()})
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint. An environment that cannot repeat its episodes begins new ones."""
+        """Go on from a checkpoint. An environment that cannot repeat its episodes begins new ones.
+
+        In the process that has played them it is left where it stands.
+        """
+        standing = None if self.env.repeats_itself or self.opponents else self.env.position
         self.policy.restore(state["policy"])
         self.env.reward_stats = RunningStats(**state["reward_stats"])
         self.finished = deque((Episode(*episode) for episode in state["finished"]), maxlen=WINDOW)
@@ -171,9 +175,14 @@ class GymRollout(Rollout):
             self.opponents.go_on()
         if env is None:
             return
+        if standing is not None:
+            self.env.position = standing
+            return
         if observations is None or _digest(observations) != state["observations"]:
             why = "does not repeat itself from its seed and actions"
-            if observations is None:
+            if not self.env.reseed:
+                why = "was given without a seed, so that what was under way is not repeated"
+            elif observations is None:
                 why = f"cannot be put back: not begun from a seed, or over {LONGEST_REPLAY} steps ago"
             print(f"surefoot: env {self.env.name} {why}; new episodes begin", file=sys.stderr)
             return

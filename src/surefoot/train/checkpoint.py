@@ -33,7 +33,7 @@ from surefoot.storage.files import sha256, sync, write_durably, writing
 from surefoot.storage.safetensors import read_tensors
 
 FORMAT = 1
-ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}
+OPTIMIZER_STATES = ({"step", "exp_avg", "exp_avg_sq"}, {"step", "square_avg"})  # of Adam, of RMSprop
 TensorsByName = Mapping[str, Tensor]
 
 
@@ -216,7 +216,7 @@ def restore_policy(policy: Policy, tensors: Mapping[str, Tensor]) -> None:
 
 
 def optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Adam's state as `<parameter>/<entry>`; empty before the first step."""
+    """The optimizer's state as `<parameter>/<entry>`; empty before the first step."""
     return {
         f"{name}/{entry}": value
         for name, parameter in policy.named_parameters_to_train()
@@ -224,23 +224,26 @@ def optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[
     }
 
 
-def restore_optimizer(policy: Policy, optimizer: torch.optim.Adam, tensors: Mapping[str, Tensor]) -> None:
-    """Put Adam's state back, moments on the parameter's device. Raises InputError if it does not fit."""
+def restore_optimizer(
+    policy: Policy, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
+    """Put its state back, moments on the parameter's device. Raises InputError if it does not fit."""
     parameters = dict(policy.named_parameters_to_train())
     states: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, value in tensors.items():
         name, _, entry = key.rpartition("/")
         states[name][entry] = value
+    wanted = OPTIMIZER_STATES[isinstance(optimizer, torch.optim.RMSprop)]
     for name, state in states.items():
-        if name not in parameters or state.keys() != ADAM_STATE:
+        if name not in parameters or state.keys() != wanted:
             found = f"{name!r} has {sorted(state)}"
             raise InputError(f"the checkpoint's optimizer does not fit this policy: {found}")
-        for entry in ADAM_STATE - {"step"}:
+        for entry in wanted - {"step"}:
             _check_fit(f"{name}/{entry}", state[entry], parameters[name])
     optimizer.state.clear()
     for name, state in states.items():
         # Moments lie in memory as the parameter does, channels last or not: the fused step goes by that order
-        # alone. Adam keeps its step counter on the CPU.
+        # alone. An optimizer keeps its step counter on the CPU.
         optimizer.state[parameters[name]] = {
             entry: value if entry == "step" else torch.empty_like(parameters[name]).copy_(value)
             for entry, value in state.items()

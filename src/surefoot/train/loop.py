@@ -32,8 +32,8 @@ class Observer(Protocol):
         """The run starts on `rollout`, `update`, `evaluate` or `save`."""
         return None
 
-    def log(self, metrics: dict[str, float], progress: "Progress", samples: Sequence[Any]) -> None:
-        """An update or an evaluation is done; each of `samples` has a `record()`."""
+    def log(self, metrics: dict[str, float], progress: "Progress") -> None:
+        """An update or an evaluation is done."""
 
 
 @dataclass
@@ -58,11 +58,12 @@ class Training:
     policy: Policy
     rollout: Rollout
     objective: Objective
-    optimizer: torch.optim.Adam
+    optimizer: torch.optim.Optimizer
     folder: RunFolder
     total: int  # units of the budget
     progress: Progress = field(default_factory=Progress)
     schedules: dict[str, Callable[[float], float]] = field(default_factory=dict)  # given in Python
+    recorded: dict[str, float] = field(default_factory=dict)  # by the user, for the next update's metrics
     inputs: dict[str, str] = field(default_factory=dict)  # digests of what it learns from, by key
     threads: int | None = None  # that torch and NumPy use; None: as many as they take by themselves
     observers: list[Observer] = field(default_factory=list)
@@ -207,10 +208,13 @@ def evaluate(t: Training, before: dict[str, Any]) -> None:
 def log(t: Training, split: str, metrics: dict[str, float], played: Sequence[Any]) -> None:
     """Write the metrics and samples of an update (`split` is `train`) or an evaluation (`held_out`)."""
     about = {"update": t.progress.updates}
+    if split == "train":
+        metrics |= {name: value for name, value in t.recorded.items() if name not in metrics}
+        t.recorded.clear()
     t.folder.append("metrics.jsonl", [about | metrics])
     t.folder.append("samples.jsonl", [about | {"split": split} | one.record() for one in played])
     for observer in t.observers:
-        observer.log(metrics, t.progress, played)
+        observer.log(metrics, t.progress)
 
 
 def set_total(t: Training, total: int) -> None:

@@ -61,7 +61,7 @@ class Moment:
 class Accelerator(Protocol):
     """A policy's PPO gradient without autograd, on parameters that lie end to end while an update lasts."""
 
-    def lent(self, optimizer: torch.optim.Adam) -> AbstractContextManager[torch.optim.Adam]:
+    def lent(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[torch.optim.Optimizer]:
         """For one update: an optimizer in `optimizer`'s place, which hands its state back at the end."""
 
     def gradient(self, batch: Batch, settings: LossSettings, normalize: bool, token_budget: int) -> PPOStats:

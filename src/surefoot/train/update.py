@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch.optim import Optimizer
 
 from surefoot.config import PPOConfig
 from surefoot.data.batches import minibatches
@@ -20,13 +21,17 @@ CRITIC_NAMES = ("critic.", "value_head.")
 
 def make_optimizer(
     policy: Policy, objective: Objective | None = None, *, critic_learning_rate: float | None = None
-) -> torch.optim.Adam:
-    """Adam over all that the policy trains; a separate critic may have its own step size."""
+) -> Optimizer:
+    """Adam (or RMSprop) over all that the policy trains; a separate critic may have its own step size."""
     settings = PPOConfig() if objective is None else objective.settings
     apart_names, rate = () if critic_learning_rate is None else CRITIC_NAMES, settings.learning_rate
     parameters = list(policy.named_parameters_to_train())
     shared = [parameter for name, parameter in parameters if not name.startswith(apart_names)]
-    optimizer = torch.optim.Adam(shared, lr=rate, eps=settings.adam_epsilon, fused=True)
+    optimizer: Optimizer
+    if getattr(settings, "optimizer", "adam") == "rmsprop":
+        optimizer = torch.optim.RMSprop(shared, lr=rate, eps=settings.adam_epsilon)
+    else:
+        optimizer = torch.optim.Adam(shared, lr=rate, eps=settings.adam_epsilon, fused=True)
     if critic_learning_rate is not None:
         apart = [parameter for name, parameter in parameters if name.startswith(apart_names)]
         optimizer.add_param_group({"params": apart, "scale": critic_learning_rate / rate})
@@ -52,7 +57,7 @@ def update(
     batch: Batch,
     objective: Objective | None = None,
     *,
-    optimizer: torch.optim.Adam | None = None,
+    optimizer: Optimizer | None = None,
     learning_rate: float | None = None,
     generator: torch.Generator | None = None,
     budget: TokenBudget | None = None,
@@ -63,7 +68,7 @@ def update(
     Arguments:
         batch: prepared by the objective; for PPO `advantages(batch)`.
         objective: what is lowered, and by which steps; by default PPO's.
-        optimizer: of `make_optimizer`. Give the same one to every update, since Adam remembers.
+        optimizer: of `make_optimizer`. Give the same one to every update, since it remembers.
         learning_rate: of this update; by default the settings'.
         generator: shuffles the minibatches.
         budget: tokens in a micro-batch; one for all updates remembers how much memory there was.
@@ -108,7 +113,7 @@ def update(
     return result
 
 
-def take_step(optimizer: torch.optim.Adam, stats: Stats, max_norm: float, result: UpdateResult) -> None:
+def take_step(optimizer: Optimizer, stats: Stats, max_norm: float, result: UpdateResult) -> None:
     """Clip the gradient and step, or skip the step if anything is not finite."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     # A single gradient (`Accelerator`) has its norm in one operation.

@@ -143,7 +143,7 @@ def action_head(space: Any, features: int, config: NetworkConfig) -> Any:
     if kind == "Box" and is_flat:
         return (StateDependentHead if config.use_sde else GaussianHead)(features, space.shape[0], config)
     ours = "Discrete, MultiDiscrete, MultiBinary and Box of one dimension are"
-    how = "gymnasium.wrappers.FlattenAction or your own wrapper can make it one"
+    how = "a gymnasium.ActionWrapper of yours can make it one, by reshape"
     raise InputError(f"env: the action space {space} is not supported; {ours} ({how})")
 
 

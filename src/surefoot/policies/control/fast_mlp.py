@@ -81,7 +81,7 @@ class FastMLP:
         self.head: Any = _StateDependent if isinstance(head, StateDependentHead) else _Gaussian
 
     @contextlib.contextmanager
-    def lent(self, optimizer: torch.optim.Adam) -> Iterator[torch.optim.Adam]:
+    def lent(self, optimizer: torch.optim.Optimizer) -> Iterator[torch.optim.Optimizer]:
         """For one update: an Adam on the vector that goes on where `optimizer` is, and hands back."""
         self._copy_in(optimizer)
         try:

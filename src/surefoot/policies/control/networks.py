@@ -11,10 +11,12 @@ from torch.nn import functional
 
 from surefoot.config import NetworkConfig
 from surefoot.errors import InputError
-from surefoot.types import LARGEST_BOUND
+from surefoot.types import LARGEST_BOUND, OBSERVATION
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU}
-ACTIVATIONS |= {"gelu": nn.GELU, "silu": nn.SiLU, "leaky_relu": nn.LeakyReLU}
+# By torch's names in lower case, `leaky_relu` with an underscore.
+_NAMES = "Tanh ReLU ELU GELU SiLU Sigmoid Mish SELU CELU Softplus ReLU6 Softsign Hardtanh Hardswish Identity"
+ACTIVATIONS: dict[str, type[nn.Module]] = {name.lower(): getattr(nn, name) for name in _NAMES.split()}
+ACTIVATIONS["leaky_relu"] = nn.LeakyReLU
 State: TypeAlias = tuple[Tensor, Tensor]  # h and c of an LSTM, [N, width]
 
 
@@ -72,6 +74,36 @@ class Extractor(nn.Module):
         columns = values.long().reshape(len(values), len(part)).unbind(-1)
         hot = [functional.one_hot(column, size) for column, size in zip(columns, part, strict=True)]
         return torch.cat(hot, -1).float()
+
+
+class Preprocessed(nn.Module):
+    """A features extractor of Stable-Baselines3's with what it expects.
+
+    Images have their channels first and are divided by 255, counts are one-hot, all is float32.
+    """
+
+    def __init__(self, inner: Any, spaces: dict[str, Any]):
+        super().__init__()
+        self.inner, self.features_dim = inner, int(inner.features_dim)
+        self.channels_last = {n for n, s in spaces.items() if len(s.shape) == 3 and s.shape[2] < s.shape[0]}
+        counts = {n: s for n, s in spaces.items() if type(s).__name__ in ("Discrete", "MultiDiscrete")}
+        self.counts = {n: Extractor({n: s}, images=False) for n, s in counts.items()}
+
+    def forward(self, observations: Any) -> Tensor:
+        """Features [N, features_dim]."""
+        if isinstance(observations, Tensor):
+            given: Any = self._part(OBSERVATION, observations)
+        else:
+            given = {name: self._part(name, values) for name, values in observations.items()}
+        return self.inner(given)  # type: ignore[no-any-return]
+
+    def _part(self, name: str, values: Tensor) -> Tensor:
+        if name in self.counts:
+            return self.counts[name]({name: values})  # type: ignore[no-any-return]
+        if name in self.channels_last:
+            values = values.permute(0, 3, 1, 2)
+        is_image = values.dim() == 4 and values.dtype == torch.uint8
+        return values.float() / 255 if is_image else values.float()
 
 
 class NatureCNN(nn.Module):
@@ -177,7 +209,9 @@ class Tower(nn.Sequential):
     def forward(self, values: Tensor) -> Tensor:
         """The last layer's activations."""
         is_plain = values.device.type == "cpu" and values.dtype == torch.float32
-        if torch.is_grad_enabled() or not (self.is_tanh and is_plain) or torch.is_autocast_enabled("cpu"):
+        is_traced = torch.jit.is_tracing() or torch.compiler.is_compiling()  # type: ignore[attr-defined]
+        is_recorded = torch.is_grad_enabled() or is_traced
+        if is_recorded or not (self.is_tanh and is_plain) or torch.is_autocast_enabled("cpu"):
             return super().forward(values)  # type: ignore[no-any-return]
         linears: Any = list(self)[::2]
         for linear in linears:

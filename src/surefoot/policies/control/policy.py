@@ -49,6 +49,7 @@ class ControlPolicy(nn.Module):
     ):
         super().__init__()
         config = config or NetworkConfig()
+        self.observation_spaces, self.action_space = spaces, action_space
         self.spaces = {name: space for name, space in spaces.items() if name != ACTION_MASK}
         self.dtype, self.exact_logprobs = dtype, dtype == torch.float32
         self.reads_whole_rows = "Lstm" in kind
@@ -164,6 +165,17 @@ class ControlPolicy(nn.Module):
         values = self.value_head(value_latent.float()).squeeze(-1)
         entropies = entropies if entropy_gradient else entropies.detach()
         return Evaluation(*(part.reshape(rows, steps) for part in (logprobs, values, entropies)))
+
+    def forward(self, observations: Any, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Actions, values [N, 1] and log-probs of a tensor or tensors by name: what is exported elsewhere."""
+        given = dict(observations) if isinstance(observations, dict) else {OBSERVATION: observations}
+        for name, moments in self.moments.items():
+            given[name] = moments.normalized(given[name], clip=CLIP_OBSERVATION)
+        features, mask = self._features(given), given.get(ACTION_MASK)
+        latent, value_latent = self.layers(features, features)
+        noise = None if deterministic else self.noise(1, len(features), torch.default_generator)[0]
+        actions = self.head.sample(latent, noise, mask)
+        return actions, self.value_head(value_latent), self.head.evaluate_actions(latent, actions, mask)[0]
 
     def reference_logprobs(self, batch: Batch) -> Tensor | None:
         """There is no reference: the policy is randomly initialized."""

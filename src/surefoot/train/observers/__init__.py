@@ -1,1 +1,1 @@
-"""Who sees a run go by: the display, TensorBoard, trackers."""
+"""Who sees a run go by: the display, TensorBoard."""
