@@ -30,7 +30,7 @@ ROOMS: dict[str, set[str]] = {
     "rewards": {"config", "core", "data", "storage"},
     "rollout": {"config", "core", "data", "envs", "rewards", "generation", "policies.base"},
     "train": {"config", "core", "storage", "data", "rollout", "policies.base"},
-    "train.observers": {"config", "storage", "train"},
+    "train.observers": {"config", "storage", "data", "train"},
     "build": {"config", "train", "train.observers", *STEPS, *POLICIES},
     "api": {"config", "train", "train.observers", "build", *STEPS, *POLICIES},
     "cli": {"config", "api", "build", "storage", "data", "envs", "rollout", "migrate"},

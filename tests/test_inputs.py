@@ -6,7 +6,6 @@ Each is one line with what, where and how to fix it, before heavy work where it 
 import functools
 import json
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
@@ -243,9 +242,8 @@ def test_a_disk_full_while_a_checkpoint_or_the_model_is_written_leaves_a_run_tha
     assert run_cli("resume", "runs/mine").code == 0 and (project / "runs/mine/model/config.json").exists()
 
 
-def test_a_task_without_held_out_prompts_trains_without_evaluation_and_leaves_no_module_imported(project):
+def test_a_task_without_held_out_prompts_trains_without_evaluation(project):
     write_project(project, task={"held_out": 0})
     outcome = run_cli(*RUN)
     assert outcome.code == 0 and "held-out" not in outcome.out
     assert not [row for row in RunFolder.open("runs/mine").read("metrics.jsonl") if "eval/reward" in row]
-    assert "reward" not in sys.modules  # two projects may both have a reward.py

@@ -82,7 +82,7 @@ class Observer:
         self.logged: list[int] = []
         self.phase = lambda name: None
 
-    def log(self, metrics: dict[str, float], progress: loop.Progress):
+    def log(self, metrics: dict[str, float], progress: loop.Progress, samples: Any):
         self.logged.append(progress.updates)
 
 

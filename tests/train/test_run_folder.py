@@ -116,7 +116,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, base, warm) -> Path:
 def test_resuming_a_finished_run_or_one_in_use_changes_nothing(finished, warm):
     before = contents(finished)
     ended = warm.run(finished.parent.parent, "resume", "runs/run")
-    assert ended == Ended(0, "runs/run is finished; its model is runs/run/model\n", "")
+    how = "next:  surefoot resume runs/run --rollout.total-episodes N, for a longer run\n"
+    assert ended == Ended(0, f"runs/run is finished; its model is runs/run/model\n{how}", "")
     holder = RunFolder(finished)
     holder.hold()
     ended = warm.run(finished.parent.parent, "resume", "runs/run")
@@ -249,8 +250,9 @@ def test_of_two_models_of_one_run_only_one_goes_on(tmp_path, base):
     first = python_ppo(base, tmp_path, **SHORT).learn()
     assert first.is_finished and first.run_folder is not None
     before = contents(first.run_folder)
-    first.learn()
-    PPO.load(first.run_folder, python_task(), verbose=0).learn()
+    for model in (first, PPO.load(first.run_folder, python_task(), verbose=0)):
+        with pytest.warns(UserWarning, match=r"to its end; learn\(total_episodes=N\) trains it further"):
+            model.learn()
     assert contents(first.run_folder) == before  # a finished run is left as it is
     second, third = (PPO.load(first.run_folder, python_task(), verbose=0) for _ in range(2))  # a cell that is run twice
 

@@ -14,6 +14,7 @@ load       Of a run's folder, the run where it stands, bit for bit, with its opt
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -126,8 +127,9 @@ class Session:
             units = len(self.source.train) if isinstance(self.source, Examples) else 1
             training.total = training.progress.collected + more * units
         is_shown, self.adapter = bool(self.verbose or show), None
-        if more is None and training.is_finished and is_shown:
-            print(f"{training.folder.path} has been trained to its end; learn({name}=N) trains it further")
+        if more is None and training.is_finished:  # the command line, which has its own words, shows none
+            what = f"{training.folder.path} has been trained to its end; learn({name}=N) trains it further"
+            warnings.warn(what, stacklevel=3)
         with outlived(), self._held(training), observed(training, show=is_shown):
             with calling(callback, training, model) as adapter, recording(self.logger, training):
                 self.adapter = adapter if callback else None

@@ -1,5 +1,6 @@
 """What is known of a run before anything is loaded: its device, its models, and whether it can begin."""
 
+import importlib.util
 from collections.abc import Collection
 from pathlib import Path
 
@@ -28,6 +29,10 @@ def build_device(name: str) -> str:
 def preflight(config: Config) -> None:
     """Raise InputError for a new run's name or models, before anything is fetched or loaded."""
     RunFolder.check_free(config)
+    for tracker in config.run.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            how = f"pip install 'surefoot[{tracker}]', or leave it out"
+            raise InputError(f"run.trackers: {tracker} is not installed; {how}")
     check_models(config)
 
 

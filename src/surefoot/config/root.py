@@ -29,6 +29,7 @@ class RunConfig(Section):
     name: str | None = setting(None, "Name of the run's folder; `null`: `ppo-1`, or the next that is free.")
     folder: FolderPath = setting("runs", "Folder that holds run folders.")
     checkpoint_every: Positive = setting(10, "Updates between checkpoints; with `env` 25,600 steps, ≤ 100.")
+    trackers: list[Literal["wandb", "trackio", "mlflow"]] = setting([], "Where else metrics are logged.")
     keep_checkpoints: int = setting(2, "Latest checkpoints kept, in addition to the best one.", ge=2)
 
     @field_validator("name")

@@ -1,7 +1,7 @@
 """The run folder: everything a run leaves on disk.
 
 config.yaml        the whole resolved configuration
-environment.json   versions and hardware the run was started with
+environment.json   versions and hardware the run was started with, and the id that trackers know it by
 metrics.jsonl      one object an update, names as in docs/metrics.md
 samples.jsonl      prompts, completions, reward parts and KL
 tensorboard/       the same metrics for TensorBoard
@@ -25,6 +25,7 @@ import re
 import stat
 import sys
 import time
+import uuid
 import weakref
 from collections.abc import Iterable, Mapping
 from importlib import metadata
@@ -234,4 +235,4 @@ def _environment() -> dict[str, Any]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     machine = {"system": platform.platform(), "processors": os.cpu_count()}
-    return {"python": platform.python_version(), **machine, "packages": versions}
+    return {"id": uuid.uuid4().hex, "python": platform.python_version(), **machine, "packages": versions}

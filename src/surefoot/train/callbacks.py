@@ -5,7 +5,7 @@ other run it is one update, once its metrics are known.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from surefoot.errors import InputError
@@ -100,7 +100,7 @@ class CallbackAdapter:
         elif name == "update":
             self.call("on_rollout_end")
 
-    def log(self, metrics: dict[str, float], progress: Progress) -> None:
+    def log(self, metrics: dict[str, float], progress: Progress, samples: Sequence[Any]) -> None:
         """An update is done: a step, where no environment has made one."""
         if self.training.config.env is None and "eval/metric" not in metrics:
             self.num_timesteps = progress.collected

@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from surefoot.train.loop import Progress, Training
@@ -46,7 +46,7 @@ class Logger:
     def phase(self, name: str) -> None:
         """Phases are not recorded."""
 
-    def log(self, metrics: dict[str, float], progress: Progress) -> None:
+    def log(self, metrics: dict[str, float], progress: Progress, samples: Sequence[Any]) -> None:
         """An update is done."""
         self.name_to_value |= metrics
         if self.target is not None:

@@ -32,8 +32,8 @@ class Observer(Protocol):
         """The run starts on `rollout`, `update`, `evaluate` or `save`."""
         return None
 
-    def log(self, metrics: dict[str, float], progress: "Progress") -> None:
-        """An update or an evaluation is done."""
+    def log(self, metrics: dict[str, float], progress: "Progress", samples: Sequence[Any]) -> None:
+        """An update or an evaluation is done; each of `samples` has a `record()`."""
 
 
 @dataclass
@@ -214,7 +214,7 @@ def log(t: Training, split: str, metrics: dict[str, float], played: Sequence[Any
     t.folder.append("metrics.jsonl", [about | metrics])
     t.folder.append("samples.jsonl", [about | {"split": split} | one.record() for one in played])
     for observer in t.observers:
-        observer.log(metrics, t.progress)
+        observer.log(metrics, t.progress, played)
 
 
 def set_total(t: Training, total: int) -> None:

@@ -1,1 +1,1 @@
-"""Who sees a run go by: the display, TensorBoard."""
+"""Who sees a run go by: the display, TensorBoard, trackers."""

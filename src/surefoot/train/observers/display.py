@@ -1,6 +1,8 @@
 """What a run shows while it lasts: in a terminal a live table with a bar, elsewhere one line an update."""
 
 import time
+from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -76,7 +78,7 @@ class Display:
         """Show what the run is at."""
         self._bar.update(self._task, description=name)
 
-    def log(self, metrics: dict[str, float], progress: loop.Progress) -> None:
+    def log(self, metrics: dict[str, float], progress: loop.Progress, samples: Sequence[Any]) -> None:
         """Show an update's or an evaluation's metrics."""
         if "eval/metric" in metrics:
             self._evaluation = f"held-out after {progress.updates} updates: {_shown(metrics, EVALUATED)}"

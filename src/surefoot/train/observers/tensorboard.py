@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class TensorBoard(loop.Observer):
         # Resuming hides what an abandoned continuation had written.
         self._write(step=purge_from, session_log=SessionLog(status=SessionLog.START))
 
-    def log(self, metrics: dict[str, float], progress: loop.Progress) -> None:
+    def log(self, metrics: dict[str, float], progress: loop.Progress, samples: Sequence[Any]) -> None:
         """Write one point per metric."""
         values = [self._summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         self._write(step=progress.updates, summary=self._summary(value=values))
