@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,8 +66,10 @@ def test_settings_are_read_without_importing_torch(arguments, code):
     assert result.returncode == code and "surefoot.config" in result.stderr and "| torch" not in result.stderr
 
 
-def test_help_lists_every_verb_with_what_it_does():
+def test_help_lists_every_verb_with_what_it_does_and_flags_that_there_are():
     outcome = run_cli("--help")
+    named = re.findall(r"--([a-z_-]+\.[a-z_.-]+)", outcome.out)
+    assert named and {name.replace("-", "_") for name in named} <= {row.key for row in field_table()}
     said = " ".join(outcome.out.split())
     assert outcome.code == 0 and outcome.err == ""
     for name, verb in cli.VERBS.items():

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from surefoot.api.runs import Run
 
 EPILOG = """\
-every field of the configuration is a flag: --seed 3 --ppo.kl-coef 0.02 --run.name mine
+every field of the configuration is a flag: --seed 3 --kl.coef 0.02 --run.name mine
 (surefoot ppo --help lists them). Exit codes: 0 done, 2 bad input, 3 stopped on non-finite steps,
 129 SIGHUP, 130 Ctrl-C and 143 SIGTERM, all with a checkpoint saved.
 """
@@ -200,7 +200,8 @@ TRL: dict[str, Any] = {
 FIELDS = "[--section.field value ...]"
 NEW_MODEL = "Make a random language model and its tokenizer from examples."
 STAGES = "Run the stages of a YAML file, or go on where they were stopped."
-RESUME = "Continue a run from its newest whole checkpoint; a field may change how long or how fast it trains."
+RESUME = "Continue a run from its newest whole checkpoint, or a finished one for longer, as with "
+RESUME += "--rollout.total-episodes N; docs/index.md says which other fields may change."
 GENERATE = "Continue a text with a run's best policy, or with a model."
 PLAY = "Play a run's best policy in its environment: returns, a video of one episode, a plot."
 FETCH = "Get a pinned model or data set into the cache and print its path."

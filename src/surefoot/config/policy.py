@@ -51,10 +51,9 @@ class CriticConfig(Section):
         return self
 
 
-# fmt: off
-Activation = Literal["tanh", "relu", "elu", "gelu", "silu", "leaky_relu", "sigmoid", "mish", "selu", "celu",
-                     "softplus", "relu6", "softsign", "hardtanh", "hardswish", "identity"]
-# fmt: on
+_Usual = Literal["tanh", "relu", "elu", "gelu", "silu", "leaky_relu", "sigmoid", "mish"]
+_Rare = Literal["selu", "celu", "softplus", "relu6", "softsign", "hardtanh", "hardswish", "identity"]
+Activation = Literal[_Usual, _Rare]
 
 
 class NetworkConfig(Section):
