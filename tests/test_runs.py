@@ -258,8 +258,10 @@ def test_a_finished_run_goes_on_longer_and_at_another_rate_and_a_kill_there_chan
     run = KINDS[kind].project(tmp_path, base)
     assert warm.run(tmp_path, KINDS[kind].verb, "ppo.yaml").code == 0
     assert f"--{key.replace('_', '-')} N, for a longer run" in warm.run(tmp_path, "resume", "runs/run").stdout
+    before = (run / "config.yaml").read_bytes()
     short = warm.run(tmp_path, "resume", "runs/run", f"--{key}", "1")
     golden.check(short.stderr.strip().rpartition("runs/run: ")[2], "ask for more")
+    assert (run / "config.yaml").read_bytes() == before and not (run / "history.jsonl").exists()
     shutil.copytree(run, tmp_path / "runs" / "killed")
     flags = (f"--{key}={total}", f"--{rate}", "0.004")
     ended = warm.run(tmp_path, "resume", "runs/run", *flags)

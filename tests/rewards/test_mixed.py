@@ -101,7 +101,10 @@ def test_a_batch_without_any_reward_is_no_update_and_an_evaluation_without_any_i
     policy, config = tiny_policy(moved=True), config_of(micro_batch_tokens=60)
     batch = played(policy, task(reward=lambda prompts, **_: [None] * len(prompts)), ppo=config)
     assert "reward/mean" not in batch.metrics and batch.metrics["reward/left_out"] == 1.0
-    assert update(policy, advantages(batch, config), PPOObjective(config)).steps == 0
+    objective = PPOObjective(config_of(config, kl={"target": 0.01, "coef": 0.1}))
+    assert update(policy, advantages(batch, config), objective).steps == 0
+    objective.finish(batch)
+    assert objective.kl_coef == 0.1  # no completion, no KL to go by
     nothing = task(reward=lambda prompts, **_: [None] * len(prompts), held_out=0.5)
     with refused("returned None for all"):
         text_rollout(policy, nothing).evaluate(4)

@@ -68,17 +68,25 @@ def resume(
     inputs that have changed, unless that is to be accepted.
     """
     run = RunFolder.open(folder)
-    opener, is_longer = _opener(run.config()), False
+    config = run.config()
+    opener, changes = _opener(config), changes or {}
     if changes:
-        check(run.config(), where=str(folder))
-        for key in changes.keys() - CHANGEABLE:
-            how = f"a run that has begun goes on with other {', '.join(sorted(CHANGEABLE))}"
-            raise InputError(f"{as_flag(key)}: cannot change here; {how}; start a new run for the rest")
-        run.change(load_config(run.path / "config.yaml", changes), changes)
-        is_longer = bool(TOTALS & changes.keys())
+        check(config, where=str(folder))
+    total = total_key(config)
+    for key in changes.keys() - (
+        CHANGEABLE - TOTALS | {total} if config.rejection_sampling is None else set()
+    ):
+        how = f"a run that has begun goes on with other {', '.join(sorted(CHANGEABLE))}"
+        raise InputError(f"{as_flag(key)}: cannot change here; {how}; start a new run for the rest")
+    changed = load_config(run.path / "config.yaml", changes)
     model = opener.load(folder, accept_changes=accept_changes)
-    if is_longer:
-        model._session.follow_total()
+    # Written is what the run can go on with, and first the total, which a checkpoint holds.
+    if total in changes:
+        model._session.set_total(changed)
+    if changed != config:
+        del model
+        run.change(changed, changes)
+        model = opener.load(folder, accept_changes=accept_changes)
     return model  # type: ignore[no-any-return]
 
 

@@ -137,9 +137,9 @@ class Session:
                     loop.run(training)
             finish()
 
-    def follow_total(self) -> None:
-        """Train to the end that the configuration names, whatever was asked for last."""
-        loop.set_total(self.training, total_of(self.config, self.source))
+    def set_total(self, config: Config) -> None:
+        """Train to the end that `config` names, whatever was asked for last."""
+        loop.set_total(self.training, total_of(config, self.source))
 
     def start_over(self) -> None:
         """Let an environment's training begin new episodes. Raises InputError in the middle of a rollout."""

@@ -96,7 +96,7 @@ def batch_metrics(batch: Batch) -> dict[str, float]:
     """What rollout and advantages say, before the update."""
     mask_BT = batch.mask_BT
     metrics = {}
-    if batch.reference_logprobs_BT is not None:
+    if batch.reference_logprobs_BT is not None and bool(mask_BT.any()):
         rows = mask_BT.any(1).sum().clamp(min=1)
         per_token = k3(batch.logprobs_BT, batch.reference_logprobs_BT)
         metrics["kl/reference"] = mean_kl(batch)

@@ -218,13 +218,15 @@ class PPOObjective(Objective):
 
     def finish(self, batch: Batch) -> None:
         """Move β towards `kl.target`. Raises GateError once the KL was surely negative in three updates."""
-        kl, kls_B = self.config.kl, sequence_kl(batch)
+        acted_B = batch.mask_BT.any(1)  # no reward applies to the others: they say nothing
+        kl, kls_B = self.config.kl, sequence_kl(batch)[acted_B]
         is_negative = is_surely_negative(kls_B.tolist())
         self.negative_kl_in_a_row = self.negative_kl_in_a_row + 1 if is_negative else 0
         # While the critic warms up the policy stands still.
-        if kl.target is not None and batch.version >= self.config.policy.critic.warmup_updates:
+        is_due = len(kls_B) and batch.version >= self.config.policy.critic.warmup_updates
+        if kl.target is not None and is_due:
             bounds = {"target": kl.target, "horizon": kl.horizon}
-            self.kl_coef = adapted_kl_coef(self.kl_coef, mean_kl(batch), **bounds, episodes=len(batch))
+            self.kl_coef = adapted_kl_coef(self.kl_coef, mean_kl(batch), **bounds, episodes=len(kls_B))
         check_kl_sign(self.negative_kl_in_a_row)
 
     def state(self) -> dict[str, Any]:
