@@ -54,9 +54,8 @@ def __getattr__(name: str) -> Any:
     # torch takes seconds to import; `import surefoot` and `surefoot --help` must not wait for it.
     if name in _HOMES:
         return getattr(importlib.import_module(f"surefoot.{_HOMES[name]}"), name)
-    if name.endswith("Callback") or name.startswith(
-        ("StopTraining", "Vec", "DummyVec", "SubprocVec", "make_vec")
-    ):
+    theirs = ("StopTraining", "Vec", "DummyVec", "SubprocVec", "make_vec")
+    if name.endswith("Callback") or name.startswith(theirs):
         how = "the one of stable_baselines3 works here: import it from there (docs/from-sb3.md)"
         raise ImportError(f"surefoot has no {name}; {how}")  # an AttributeError's words would be lost
     if name == "assets":

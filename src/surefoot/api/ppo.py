@@ -207,9 +207,7 @@ class PPO(HasSession, Generates, StableBaselines):
         """
         named = Path(folder)
         if named.is_file():
-            raise InputError(
-                f"{named} is a file; ours are folders, and a zip's pickles are not read: train again"
-            )
+            raise InputError(f"{named} is a file; ours are folders, and pickles are not read: train again")
         if named.suffix == ".zip" and not named.exists():  # as Stable-Baselines3 has it
             folder = named.with_suffix("")
         config, run = open_folder(folder, "PPO", is_given=env is not None)

@@ -73,9 +73,8 @@ def resume(
     if changes:
         check(config, where=str(folder))
     total = total_key(config)
-    for key in changes.keys() - (
-        CHANGEABLE - TOTALS | {total} if config.rejection_sampling is None else set()
-    ):
+    allowed = CHANGEABLE - TOTALS | {total} if config.rejection_sampling is None else set()
+    for key in changes.keys() - allowed:
         how = f"a run that has begun goes on with other {', '.join(sorted(CHANGEABLE))}"
         raise InputError(f"{as_flag(key)}: cannot change here; {how}; start a new run for the rest")
     changed = load_config(run.path / "config.yaml", changes)

@@ -103,9 +103,7 @@ def policy_name(policy: Any) -> Any:
     if kind in POLICIES and policy.__module__.partition(".")[0] in ("stable_baselines3", "sb3_contrib"):
         return f"{POLICIES[kind]}{'Lstm' if policy.__name__.startswith('Recurrent') else ''}Policy"
     how = "give its layers as policy_kwargs (net_arch, activation_fn, features_extractor_class)"
-    raise InputError(
-        f"policy: {policy.__name__} is a class of your own; {how}, or an nn.Module (docs/from-sb3.md)"
-    )
+    raise InputError(f"policy: {policy.__name__} is your own; {how}, or an nn.Module (docs/from-sb3.md)")
 
 
 def _optimizer(policy_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -169,10 +167,8 @@ class StableBaselines(Protocol):
         vector = build_vector(self.config.model_copy(update={"env": named}), env)
         vector.check_same_spaces(self.env)
         if "parts" in vars(self._session):
-            if vector.num_envs != self.env.num_envs:
-                raise InputError(
-                    f"set_env: the run has {self.env.num_envs} sub-environments, not {vector.num_envs}"
-                )
+            if (count := vector.num_envs) != self.env.num_envs:
+                raise InputError(f"set_env: the run has {self.env.num_envs} sub-environments, not {count}")
             self._session.parts[0].env = vector  # type: ignore[attr-defined]
         vector.reward_stats = self.env.reward_stats
         self.env = self._session.source = vector

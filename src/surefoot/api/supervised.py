@@ -39,9 +39,8 @@ class Supervised(HasSession, Generates, Protocol):
             preflight(self.config)
         self.data = build_examples(self.config, data)
         first = self.data.train[0]
-        if isinstance(
-            first.contents.get("messages") if isinstance(first, Demonstration) else first.prompt, list
-        ):
+        asked = first.contents.get("messages") if isinstance(first, Demonstration) else first.prompt
+        if isinstance(asked, list):
             chat = self.config.generation.model_copy(update={"chat": True})  # as it has learnt
             self.config = self.config.model_copy(update={"generation": chat})
         self.policy = policy if isinstance(policy, CausalLMPolicy) else build_policy(self.config)

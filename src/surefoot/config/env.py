@@ -36,7 +36,7 @@ class EnvConfig(Section):
         "sync", "`sync`: one process; `async`: a worker process each; `native`: its own (Atari, CartPole)."
     )
     reseed: bool = setting(
-        True, "Seed every episode, so that a resume repeats it; `false`: the first alone, as plain Gymnasium."
+        True, "Seed each episode: a resume repeats it; `false`: the first, as in Gymnasium."
     )
     kwargs: dict[str, Any] = setting({}, "Keyword arguments; of games also `max_moves`, for truncation.")
     eval_kwargs: dict[str, Any] = setting({}, "Changes to `kwargs` for evaluation.")

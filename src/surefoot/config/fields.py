@@ -90,7 +90,7 @@ class ExampleFields(Section):
     )
     held_out: HeldOut = 0.1
     max_tokens: Positive | None = setting(
-        None, "Longer examples are truncated; `null`: refused where longer than the model's context."
+        None, "Longer examples are cut; `null`: refused beyond the model's context."
     )
     mask_history: bool = setting(False, "Of a chat, train on the assistant's last message alone.")
 

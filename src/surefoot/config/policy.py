@@ -35,7 +35,7 @@ class CriticConfig(Section):
     )
     stop_gradient: bool = setting(False, "`shared`: value (or reward) losses train the head alone.")
     model: ModelPath | None = setting(
-        None, "`separate`: a model, or reward model, with the same tokenizer; `null`: the policy's base."
+        None, "`separate`: model or reward model of the same tokenizer; `null`: the base."
     )
     learning_rate: float | None = setting(None, "Peak, if not `shared`; `null`: ppo.learning_rate.", gt=0)
     gae_lambda: Fraction | None = setting(None, "λ of the critic's targets; `null`: that of the advantages.")

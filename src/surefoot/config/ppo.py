@@ -20,9 +20,7 @@ class PPOConfig(OptimizerFields):
     )
     lr_warmup: f.Fraction = setting(0.0, "Fraction of the run in which the learning rate rises from 0.")
     adam_epsilon: float = setting(1e-5, "Adam's epsilon.", gt=0)
-    optimizer: Literal["adam", "rmsprop"] = setting(
-        "adam", "`rmsprop`: A2C's, with `adam_epsilon` and a decay of 0.99."
-    )
+    optimizer: Literal["adam", "rmsprop"] = setting("adam", "`rmsprop`: A2C's; decay 0.99, `adam_epsilon`.")
     clip_range: float = setting(0.2, "ε of the clipped surrogate.", gt=0)
     clip_schedule: f.Schedules = setting("constant", "Schedule of ε over the run, likewise.")
     clip_range_high: float | None = setting(None, "ε of the ratio's upper bound; `null`: clip_range.", gt=0)

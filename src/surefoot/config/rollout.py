@@ -14,7 +14,7 @@ class GenerationConfig(Section):
     temperature: float = setting(1.0, "Divides the logits, also in the loss; 0 is greedy.", ge=0, le=10)
     top_k: Positive | None = setting(None, "Sample from the k most probable tokens; refused in training.")
     top_p: Annotated[Fraction, Field(gt=0)] | None = setting(
-        None, "Sample from the smallest set with this probability; refused in training."
+        None, "From the smallest set of this probability; likewise."
     )
     stop: list[Annotated[str, Field(min_length=1)]] = setting([], "Strings that end a completion.")
     stop_token_ids: list[Annotated[int, Field(ge=0)]] = setting([], "End tokens in addition to the model's.")

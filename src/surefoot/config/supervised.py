@@ -49,9 +49,7 @@ class RewardModelConfig(OptimizerFields):
 class DPOConfig(OptimizerFields):
     """Direct preference optimization, in place of a task (Rafailov et al. 2023, arXiv:2305.18290)."""
 
-    data: f.FilePath | None = setting(
-        None, "JSONL file of `{prompt, chosen, rejected}` rows; prompt is optional; `null`: given in Python."
-    )
+    data: f.FilePath | None = setting(None, "JSONL: `{prompt?, chosen, rejected}`; `null`: given in Python.")
     held_out: f.HeldOut = 0.1
     beta: float = setting(0.1, "β: what a nat away from the reference counts in the implicit reward.", gt=0)
     label_smoothing: float = setting(0.0, "Share of pairs taken to be labeled the wrong way.", ge=0, lt=0.5)

@@ -118,9 +118,8 @@ def _encode(tokenizer: Any, text: str, *, is_whole: bool = False) -> Tokens:
         tokens = tuple(tokenizer(text, add_special_tokens=is_whole)["input_ids"])
     rows = getattr(tokenizer, "embedding_rows", None)  # the model's; here is the last place before a device
     if rows is not None and tokens and (most := max(tokens)) >= rows:
-        found = (
-            f"{tokenizer.convert_ids_to_tokens(most)!r} as token {most}, and the model embeddings for {rows}"
-        )
+        name = tokenizer.convert_ids_to_tokens(most)
+        found = f"{name!r} as token {most}, and the model embeddings for {rows}"
         how = "take it out of the texts, or give the model more (resize_token_embeddings) and save it"
         raise InputError(f"{_name(tokenizer)} has {found}; {how}")
     return tokens

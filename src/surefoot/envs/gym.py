@@ -133,9 +133,8 @@ class Vector:
         # Copied: an environment may change what it is given, and these are in the batch and in the history.
         observations, rewards, terminated, truncated, infos = self._guarded(self.env.step, actions.copy())
         if not isinstance(infos, dict):
-            raise InputError(
-                f"env {self.name}: its infos are a {type(infos).__name__}; leave DictInfoToList out"
-            )
+            kind = type(infos).__name__
+            raise InputError(f"env {self.name}: its infos are a {kind}; leave DictInfoToList out")
         valid = ~self._just_ended
         ended = (terminated | truncated) & valid
         starts, final = ended, None
@@ -301,9 +300,8 @@ def action_range_notice(space: Any, std: float) -> str:
     if not isinstance(space, spaces.Box):
         return ""
     normal = NormalDist(0.0, std)
-    for i, (low, high) in enumerate(
-        zip(space.low.ravel().tolist(), space.high.ravel().tolist(), strict=True)
-    ):
+    bounds = zip(space.low.ravel().tolist(), space.high.ravel().tolist(), strict=True)
+    for i, (low, high) in enumerate(bounds):
         if low == high:
             continue
         within = normal.cdf(high) - normal.cdf(low)

@@ -232,9 +232,8 @@ def _made(name: str, make: Callable[[], Any]) -> Any:
         if extras and isinstance(cause, ImportError):
             raise InputError(f"{error} (pip install 'surefoot[{extras[0]}]')") from cause
         if isinstance(cause, (EOFError, ConnectionError)):
-            why = (
-                f"its workers ended at once ({multiprocessing.get_start_method()}: each imports your script)"
-            )
+            method = multiprocessing.get_start_method()
+            why = f"its workers ended at once ({method}: each imports your script)"
             how = "put what the script runs under if __name__ == '__main__', or set env.vectorization: sync"
             raise InputError(f"env {name}: {why}; {how}") from cause
         raise

@@ -23,9 +23,8 @@ def leaves(space: spaces.Space[Any]) -> dict[str, Any]:
         if not isinstance(leaf, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
             ours = "Box, Discrete, MultiDiscrete, MultiBinary and Dict are"
             how = "FlattenObservation makes a Tuple a Box, FilterObservation leaves parts of a Dict out"
-            raise InputError(
-                f"env: the observation space {type(leaf).__name__} is not supported; {ours} ({how})"
-            )
+            kind = type(leaf).__name__
+            raise InputError(f"env: the observation space {kind} is not supported; {ours} ({how})")
     return by_name
 
 
@@ -53,9 +52,7 @@ def flat(observations: Any, prefix: str = "") -> dict[str, Any]:
 def batched(spaces_by_name: Mapping[str, Any], observation: Any, masks: Any = None) -> tuple[Arrays, bool]:
     """Observations (one or N) as arrays [N, ...]; whether it was one. Raises InputError for other shapes."""
     if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], Mapping):
-        raise InputError(
-            "predict: that is what reset() gives, (observation, info); give the observation alone"
-        )
+        raise InputError("predict: that is what reset() gives, (observation, info); give the first alone")
     arrays = {name: numpy.asarray(values) for name, values in flat(observation).items()}
     if masks is not None:
         arrays[ACTION_MASK] = numpy.asarray(masks)
@@ -137,9 +134,8 @@ class Checks:
                 is_finite = math.isfinite(numbers.sum())
             if not is_finite:
                 finite = numpy.isfinite(numbers.reshape(len(numbers), -1)).all(1)
-                self._refuse(
-                    ~finite, "is not finite in float32; fix the environment", f"the observation {name} of "
-                )
+                why = "is not finite in float32; fix the environment"
+                self._refuse(~finite, why, f"the observation {name} of ")
 
     def _refuse(self, is_wrong: Any, why: str, what: str = "") -> None:
         """Raise InputError with the first row that is wrong, if any is."""

@@ -34,9 +34,8 @@ class PairRollout(ExampleRollout):
         self.policy, self._budget = policy, settings.micro_batch_tokens // 2
         smoothing = settings.label_smoothing
         self.loss = functools.partial(dpo_loss, beta=settings.beta, label_smoothing=smoothing)
-        self._train, self._held_out = (
-            [self._tokenized(row) for row in part] for part in (data.train, data.held_out)
-        )
+        self._train = [self._tokenized(row) for row in data.train]
+        self._held_out = [self._tokenized(row) for row in data.held_out]
         self._references: dict[str, Tensor] = {}  # [N, 2] on the CPU
         rows = (*self._train, *self._held_out)
         seen = ([(text.tokens, text.loss_mask) for text in row] for row in rows)

@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.optim import Optimizer
 
 from surefoot.errors import InputError
 from surefoot.policies.base import Policy
@@ -215,7 +216,7 @@ def restore_policy(policy: Policy, tensors: Mapping[str, Tensor]) -> None:
         parameter.copy_(tensors[name])
 
 
-def optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(policy: Policy, optimizer: Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as `<parameter>/<entry>`; empty before the first step."""
     return {
         f"{name}/{entry}": value
@@ -224,9 +225,7 @@ def optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[
     }
 
 
-def restore_optimizer(
-    policy: Policy, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
-) -> None:
+def restore_optimizer(policy: Policy, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put its state back, moments on the parameter's device. Raises InputError if it does not fit."""
     parameters = dict(policy.named_parameters_to_train())
     states: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)

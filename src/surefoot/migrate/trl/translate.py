@@ -142,9 +142,8 @@ def translate(done: Imported) -> None:
     given = done.given
     for name in ("loss_type", "importance_sampling_level") if done.kind is table.GRPO else ():
         if (value := given.get(name, done.kind.maps[name][1])) not in list(table.VALUES[name]):
-            raise InputError(
-                f"{done.where}: {name} {short(value)}: not there, and its epsilon bounds another ratio"
-            )
+            found = f"{name} {short(value)}: not there, and its epsilon bounds another ratio"
+            raise InputError(f"{done.where}: {found}")
     for name, (ours, default) in done.kind.maps.items():
         if (value := given.get(name, default)) is not None:
             _put_one(done, name, ours, value)
@@ -233,13 +232,11 @@ def _put_grpo(done: Imported) -> None:
         cap = done.number("epsilon") if high is None else high
         if cap <= 1:
             how = "give TRL's cap itself, such as 5.0"
-            raise InputError(
-                f"{done.where}: epsilon_high {cap}: with cispo the ratio's cap, not 1 + it; {how}"
-            )
+            what = f"epsilon_high {cap}: with cispo the ratio's cap, not 1 + it"
+            raise InputError(f"{done.where}: {what}; {how}")
         done.put("ppo.policy_loss", "cispo", "loss_type cispo")
-        done.put(
-            "ppo.clip_range_high", round(cap - 1, 12), f"epsilon_high {cap}, TRL's cap of the ratio, - 1"
-        )
+        note = f"epsilon_high {cap}, TRL's cap of the ratio, - 1"
+        done.put("ppo.clip_range_high", round(cap - 1, 12), note)
         high = delta = None  # said, and without use
     top = 1 + (done.number("epsilon") if high is None else high)
     if high is not None:

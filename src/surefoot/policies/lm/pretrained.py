@@ -32,9 +32,7 @@ def load_pretrained(source: str, *, dtype: torch.dtype, key: str = "policy.model
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     if sys.flags.optimize > 1:
-        raise InputError(
-            "python -OO leaves out docstrings, which transformers needs; run python or python -O"
-        )
+        raise InputError("python -OO leaves out docstrings, which transformers needs; run it without")
     importlib.import_module("surefoot.policies.lm.lstm")  # by which the Auto classes know it
     asked: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     asked["ignore_mismatched_sizes"] = True  # refused below, with their names

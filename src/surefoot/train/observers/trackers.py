@@ -84,10 +84,8 @@ class _WandB:
 
     def table(self, rows: Sequence[dict[str, Any]], update: int) -> None:
         columns = list(dict.fromkeys(name for row in rows for name in row))
-        table = self._library.Table(
-            columns=columns, data=[[row.get(name) for name in columns] for row in rows]
-        )
-        self._library.log({"samples": table}, step=update)
+        data = [[row.get(name) for name in columns] for row in rows]
+        self._library.log({"samples": self._library.Table(columns=columns, data=data)}, step=update)
 
     def close(self) -> None:
         self._library.finish()
