@@ -77,9 +77,9 @@ def test_bfloat16_stores_only_a_frozen_base_in_bfloat16():
         assert {p.dtype for _, p in policy.named_parameters_to_train()} == {torch.float32}
 
 
-def reweighted(change: Callable[[torch.Tensor], torch.Tensor], folder: Path) -> None:
+def reweighted(change: Callable[[torch.Tensor], torch.Tensor], folder: Path, name: str = "model.norm.weight") -> None:
     weights = load_file(folder / WEIGHTS)
-    weights["model.norm.weight"] = change(weights["model.norm.weight"])
+    weights[name] = change(weights[name])
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
 
 
@@ -87,7 +87,11 @@ CHARSMAP = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
 DAMAGES: dict[str, tuple[Damage, str]] = {  # more of them: tests/test_inputs.py
     "less than it says": (written(WEIGHTS, lambda data: data[:-1]), f"{WEIGHTS}: half-written"),
     "more than it says": (written(WEIGHTS, lambda data: data + b"\0" * 64), f"{WEIGHTS}: half-written"),
-    "not numbers": (functools.partial(reweighted, lambda weight: weight * float("nan")), "nan"),
+    "not numbers": (functools.partial(reweighted, lambda weight: weight * float("nan")), "model.norm.weight has numbers"),
+    "an infinite embedding": (
+        functools.partial(reweighted, lambda rows: rows / (torch.arange(61)[:, None] != 60), name="model.embed_tokens.weight"),
+        "model.embed_tokens.weight has numbers",
+    ),
     "an unknown kind": (config(model_type="nonesuch"), "configuration"),
     "20,000 layers": (config(num_hidden_layers=20_000), "20000"),
     "nested layers": (config(text_config={"num_hidden_layers": 10**6}), "1000000"),

@@ -58,6 +58,10 @@ def load_pretrained(source: str, *, dtype: torch.dtype, key: str = "policy.model
         missing = sorted(report["missing_keys"])
         found = f"{len(missing)} weights of the model are not in the folder, such as {missing[0]}"
         raise InputError(f"{key} {source}: {found}")
+    for name, weights in lm.named_parameters():  # one that no text has come to yet would be saved again
+        if weights.numel() and not all(bound.isfinite() for bound in weights.aminmax()):
+            found = f"{name} has numbers that are infinite or NaN"
+            raise InputError(f"{key} {source}: {found}; fetch or save the model again")
     return lm, tokenizer
 
 
