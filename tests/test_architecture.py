@@ -55,7 +55,7 @@ FILE_LINES, FUNCTION_LINES, PARAMETERS, COLUMNS = 400, 60, 8, 110
 # (12,956 when rooms were cut, 12,800 the aim); the doors for rewards, trackers, the family and Stable-Baselines3's programs
 # have about 1,350 of the 1,900 that they were given. Tests are no longer than the source. Both go down, or up by what is given.
 SOURCE_LINES = 15_257
-TEST_LINES = 14_810
+TEST_LINES = 14_814
 PAGES = {"examples/own_the_loop.py": 100, "examples/single_file/ppo_lm.py": 350, "examples/single_file/ppo_gym.py": 300}
 READING = {"language": (14, 3_000), "gym": (12, 2_800)}
 HOPS = 4  # calls from the loop to the surrogate's formula

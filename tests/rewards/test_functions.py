@@ -2,6 +2,7 @@
 
 import asyncio
 import builtins
+import gc
 import math
 import sys
 import threading
@@ -189,6 +190,9 @@ def test_functions_that_wait_wait_at_the_same_time_also_under_a_running_loop() -
 
     with refused("the reward b function raised KeyError", "test_functions.py, line "):
         compute_several({"reward a": returning([0.5] * 3), "reward b": broken}, ANSWERS, RewardLog())
+    with refused("the reward b function raised TypeError"):  # and what waits then is closed, without a warning
+        compute_several({"reward a": waiting("a"), "reward b": lambda: 1}, ANSWERS, RewardLog())
+    gc.collect()
 
 
 def test_functions_that_name_them_get_tokens_state_and_logs_as_trls_do() -> None:

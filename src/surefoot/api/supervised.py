@@ -41,7 +41,7 @@ class Supervised(HasSession, Generates, Protocol):
         first = self.data.train[0]
         asked = first.contents.get("messages") if isinstance(first, Demonstration) else first.prompt
         if isinstance(asked, list):
-            chat = self.config.generation.model_copy(update={"chat": True})  # as it has learnt
+            chat = self.config.generation.model_copy(update={"chat": True})  # as it has learned
             self.config = self.config.model_copy(update={"generation": chat})
         self.policy = policy if isinstance(policy, CausalLMPolicy) else build_policy(self.config)
         self._session = Session(self.config, self.policy, self.data, run=run, verbose=verbose)

@@ -82,7 +82,7 @@ class ActingPolicy(Policy, Protocol):
         """Take over what `save` wrote."""
 
     def state(self) -> dict[str, Any]:
-        """What it has learnt outside its weights, as JSON."""
+        """What it has learned outside its weights, as JSON."""
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""

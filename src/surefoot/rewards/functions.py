@@ -148,14 +148,17 @@ def compute_several(
 ) -> dict[str, list[float]]:
     """As `compute_rewards`, of several by their names; those that are `async` wait at the same time."""
     returned: dict[str, Any] = {}
-    for name, function in functions.items():
-        keywords = _keywords(function, trajectories, log)
-        with Guard(f"the {name} function", called_with=", ".join(keywords)):
-            returned[name] = function(**keywords)
-    waiting = {name: value for name, value in returned.items() if inspect.isawaitable(value)}
-    if waiting:
-        with Guard("the event loop of the reward functions"):
-            returned |= zip(waiting, _outcomes(list(waiting.values())), strict=True)
+    with contextlib.ExitStack() as stack:
+        for name, function in functions.items():
+            keywords = _keywords(function, trajectories, log)
+            with Guard(f"the {name} function", called_with=", ".join(keywords)):
+                returned[name] = function(**keywords)
+            if inspect.iscoroutine(returned[name]):  # which another's error may keep from being awaited
+                stack.callback(returned[name].close)
+        waiting = {name: value for name, value in returned.items() if inspect.isawaitable(value)}
+        if waiting:
+            with Guard("the event loop of the reward functions"):
+                returned |= zip(waiting, _outcomes(list(waiting.values())), strict=True)
     return {name: _floats(value, trajectories, name) for name, value in returned.items()}
 
 

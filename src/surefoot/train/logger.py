@@ -5,10 +5,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from surefoot.train.loop import Progress, Training
+from surefoot.train.loop import Observer, Progress, Training
 
 
-class Logger:
+class Logger(Observer):
     """`model.logger`: what `record` is given stands in the next update's line of `metrics.jsonl`.
 
     `target` is a logger of Stable-Baselines3's (`set_logger`), which then gets it all and writes it, too.
@@ -42,9 +42,6 @@ class Logger:
         """Let the `target` write; our own files have a line for each update."""
         if self.target is not None:
             self.target.dump(step)
-
-    def phase(self, name: str) -> None:
-        """Phases are not recorded."""
 
     def log(self, metrics: dict[str, float], progress: Progress, samples: Sequence[Any]) -> None:
         """An update is done."""
