@@ -23,7 +23,7 @@ METRICS = {
     "reward/log/<name>": "What reward functions gave to `log_metric`, mean over their calls.",
     "reward/zero_variance_groups": "Groups of completions of one prompt whose rewards are all equal.",
     "reward/shaped": "Mean reward after penalty, scaling and clipping, before the KL penalty.",
-    "kl/reference": "KL to the reference: log p - log p_ref, summed over an episode, mean over episodes.",
+    "kl/reference": "KL to the reference: log p - log p_ref summed over an episode; mean of the rewarded.",
     "kl/reference_k3": "The same by the k3 estimator, which is never negative and has less variance.",
     "kl/coef": "β, the weight of the KL penalty (`kl.placement` says where), as used in this update.",
     "ppo/policy_loss": "Clipped surrogate (or CISPO's) loss, mean over tokens and minibatches.",
